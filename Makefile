@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test test-full lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# torch comes first and alone: the packages that depend on it then keep the pinned build.
+$(INSTALLED): pyproject.toml requirements/torch.txt requirements/dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements/torch.txt
+	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+demo: $(INSTALLED)  ## train MHSA and LS-attention side by side, write runs/demo/report.html
+	$(BIN)/longshort demo --out runs/demo --overwrite
+
+test: $(INSTALLED)  ## run the tests, without the slow ones
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-full: $(INSTALLED)  ## run all tests
+	$(BIN)/python -m pytest -n auto
+
+lint: $(INSTALLED)  ## ruff, pyright and the import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## let ruff fix and format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove .venv and all caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,149 @@
+"""The definition of attention over a head layout: plain maths with n×n scores, the oracle of every test."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longshort.backends.call import AttentionCall, Output
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+def supports(call: AttentionCall) -> str | None:
+    """The reference serves every call."""
+    return None
+
+
+def attend(call: AttentionCall) -> Output:
+    """Attention by its definition; memory O(heads · q_len · kv_len)."""
+    dtype = call.score_dtype
+    group_size = call.layout.group_size
+    q = call.q.to(dtype)
+    k = call.k.to(dtype).repeat_interleave(group_size, dim=1)
+    v = call.v.to(dtype).repeat_interleave(group_size, dim=1)
+    visible = visible_pairs(call)
+    seen = visible.any(-1, keepdim=True)
+
+    logits = call.scale * (q @ k.mT)
+    if call.round_probabilities:
+        logits = _RoundGradient.apply(logits, call.v.dtype)
+    scores = logits
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.alibi_slopes is not None:
+        scores = scores - call.alibi_slopes[:, None, None] * _distance(call)
+    scores = scores.masked_fill(~visible, -torch.inf)
+
+    if call.round_probabilities:
+        out, lse = _RoundedSoftmax.apply(scores, v, seen, call.v.dtype)
+    else:
+        weights, row_max, row_sum = _softmax_parts(scores, seen)
+        out = weights @ v / row_sum
+        lse = (row_max + row_sum.log()).masked_fill(~seen, -torch.inf).squeeze(-1)
+    out = out.to(call.out_dtype)
+    if not call.with_stats:
+        return Output(out, lse)
+    with torch.no_grad():
+        max_logit = logits.masked_fill(~visible, 0.0).abs().amax(dim=(0, 2, 3))
+        entropy = _mean_entropy(scores, seen)
+    return Output(out, lse, max_logit, entropy)
+
+
+def visible_pairs(call: AttentionCall) -> Bool[Tensor, "#batch heads q_len kv_len"]:
+    """Which query sees which key, per head: the definition that every other backend must meet."""
+    q_len, kv_len = call.q.shape[2], call.k.shape[2]
+    device = call.q.device
+    key = torch.arange(kv_len, device=device)
+    query = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
+
+    segments = call.segment_ids
+    if segments is None:
+        segments = torch.zeros(1, kv_len, dtype=torch.int64, device=device)
+    same_segment = segments[:, :, None] == segments[:, None, :]
+    rank_in_segment = same_segment.tril(-1).sum(-1)
+    is_sink = (rank_in_segment < call.layout.sink_tokens)[:, None, :]
+    allowed = same_segment[:, kv_len - q_len :] & (segments >= 0)[:, None, :]
+    if call.causal:
+        allowed = allowed & (key <= query)
+
+    per_head = {}
+    for window in {group.window for group in call.layout.groups}:
+        if window is None:
+            per_head[window] = allowed
+        else:
+            per_head[window] = allowed & ((_distance(call) < window) | is_sink)
+    return torch.stack([per_head[window] for window in call.layout.windows], dim=1)
+
+
+def _distance(call: AttentionCall) -> Tensor:
+    q_len, kv_len = call.q.shape[2], call.k.shape[2]
+    key = torch.arange(kv_len, device=call.q.device)
+    return (key[kv_len - q_len :, None] - key).abs()
+
+
+def _softmax_parts(scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(z - row maximum), the row maximum (0 where nothing is seen), and the sum (1 where nothing is)."""
+    row_max = scores.detach().amax(-1, keepdim=True).masked_fill(~seen, 0.0)
+    weights = torch.exp(scores - row_max)
+    row_sum = weights.sum(-1, keepdim=True).masked_fill(~seen, 1.0)
+    return weights, row_max, row_sum
+
+
+def _mean_entropy(scores: Tensor, seen: Tensor) -> Float[Tensor, " heads"]:
+    """log l - Σ e·(z - m)/l: no cancellation at large logits, unlike lse - Σ p·z."""
+    weights, row_max, row_sum = _softmax_parts(scores, seen)
+    weighted = torch.where(weights == 0, 0.0, weights * (scores - row_max)).sum(-1, keepdim=True)
+    entropy = (row_sum.log() - weighted / row_sum).masked_fill(~seen, 0.0)
+    rows = seen.expand_as(entropy).sum(dim=(0, 2, 3))
+    return entropy.sum(dim=(0, 2, 3)) / rows.clamp(min=1)
+
+
+class _RoundGradient(torch.autograd.Function):
+    """Identity whose gradient (dS) is rounded to `dtype`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.rounding_dtype = dtype
+        return logits.view_as(logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.rounding_dtype).to(grads[0].dtype), None
+
+
+class _RoundedSoftmax(torch.autograd.Function):
+    """softmax(scores) @ v with the roundings of a flash kernel in `dtype`, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, v: Tensor, seen: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        weights, row_max, row_sum = _softmax_parts(scores, seen)
+        out = weights.to(dtype).to(v.dtype) @ v / row_sum
+        lse = (row_max + row_sum.log()).squeeze(-1)
+        ctx.save_for_backward(scores, v, out, lse)
+        ctx.rounding_dtype = dtype
+        ctx.set_materialize_grads(False)
+        return out, lse.masked_fill(~seen.squeeze(-1), -torch.inf)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, Tensor | None, None, None]:
+        scores, v, out, lse = ctx.saved_tensors
+        grad_out, grad_lse = grads
+        probabilities = torch.exp(scores - lse[..., None])
+        grad_scores, grad_v = torch.zeros_like(scores), None
+        if grad_out is not None:
+            grad_v = probabilities.to(ctx.rounding_dtype).to(v.dtype).mT @ grad_out
+            rounded_out = out.to(ctx.rounding_dtype).to(v.dtype)
+            row_dot = (grad_out * rounded_out).sum(-1, keepdim=True)
+            grad_scores = probabilities * (grad_out @ v.mT - row_dot)
+        if grad_lse is not None:
+            grad_scores = grad_scores + probabilities * grad_lse[..., None]
+        return grad_scores, grad_v, None, None

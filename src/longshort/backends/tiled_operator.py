@@ -1,0 +1,216 @@
+"""The operator behind `blockwise`: softmax attention of heads with one window, a tile of scores at a time.
+
+A tile is a run of query blocks with the keys that each block can see. Its forward pass is the textbook one;
+its backward pass recomputes the scores and takes the probabilities from the saved row maximum and log of the
+row sum: kept apart, since their sum rounds away what counts when logits are large. Registered with
+torch.library, so that compilers see one opaque call instead of an unrolled loop.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longshort.backends.call import AttentionCall
+from longshort.backends.tiles import Problem, accumulation_dtype
+
+# below this exp() is 0 in every dtype; it keeps 0·(-inf) out of the entropy
+_LOWEST_EXPONENT = -1000.0
+
+
+def tiled_attention(
+    call: AttentionCall, window: int | None, with_values: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention of all heads of the call, each with this window, whatever the call's layout says.
+
+    Args:
+        call: its layout is read for `sink_tokens` only.
+        window: keys that a query sees, itself included; None is global.
+        with_values: False leaves `out` empty, for lse and statistics alone.
+
+    Returns:
+        out (batch, heads, q_len, head_dim) in `call.out_dtype`; lse (batch, heads, q_len), differentiable;
+        max_logit and entropy (heads,), empty unless the call asks for statistics.
+    """
+    out, row_max, log_sum, max_logit, entropy = _forward(
+        call.q, call.k, call.v if with_values else None, call.alibi_slopes, call.segment_ids, window,
+        call.layout.sink_tokens, call.causal, call.scale, call.softcap, call.round_probabilities,
+        call.out_dtype, call.with_stats,
+    )  # fmt: skip
+    return out, row_max.detach() + log_sum, max_logit.detach(), entropy.detach()
+
+
+@torch.library.custom_op("longshort::tiled_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    alibi_slopes: Tensor | None,
+    segment_ids: Tensor | None,
+    window: int | None,
+    sink_tokens: int,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    round_probabilities: bool,
+    out_dtype: torch.dtype,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, row maximum of the scores, log of the sum of exp(score - row maximum), max_logit, entropy.
+
+    The gradient of log_sum is that of lse, for the row maximum counts as a constant.
+    """
+    problem = Problem(q, k, alibi_slopes, segment_ids, window, sink_tokens, causal, scale, softcap)
+    out, row_maxima, log_sums, max_logit, entropy = _empty_outputs(q, v is not None, out_dtype, with_stats)
+    for part in problem.parts():
+        q_part = part.queries(q)
+        k_part = part.keys(k)
+        v_part = None if v is None else part.keys(v)
+        for tile in part.tiles():
+            q_rows = tile.rows_of(q_part) * scale
+            logits = tile.logits(q_rows, k_part)
+            if with_stats:
+                part.heads_of(max_logit).copy_(
+                    torch.maximum(part.heads_of(max_logit), tile.largest_visible(logits))
+                )
+            scores = tile.hide(tile.scores(logits))
+            row_max = tile.where_seen(scores.amax(-1, keepdim=True), 0.0)
+            scores = scores.sub_(row_max)
+            weights = scores.exp() if with_stats else scores.exp_()
+            row_sum = tile.where_seen(weights.sum(-1, keepdim=True), 1.0)
+            if with_stats:
+                # no cancellation at large logits, unlike lse - Σ p·z
+                weighted = scores.clamp_min_(_LOWEST_EXPONENT).mul_(weights).sum(-1, keepdim=True)
+                rows = tile.where_seen(row_sum.log() - weighted / row_sum, 0.0)
+                part.heads_of(entropy).add_(tile.sum_over_rows(rows))
+            log_sum = tile.where_seen(row_sum.log(), -torch.inf)
+            tile.write_rows(part.queries(row_maxima.unsqueeze(-1), convert=False), row_max)
+            tile.write_rows(part.queries(log_sums.unsqueeze(-1), convert=False), log_sum)
+            if v_part is not None:
+                if round_probabilities:
+                    weights = weights.to(q.dtype).to(weights.dtype)
+                tile.write_rows(part.queries(out, convert=False), tile.times_keys(weights, v_part) / row_sum)
+    if with_stats:
+        entropy /= problem.rows_that_see()
+    return out, row_maxima, log_sums, max_logit, entropy
+
+
+@_forward.register_fake
+def _(q, k, v, alibi_slopes, segment_ids, window, sink_tokens, causal, scale, softcap, round_probabilities,
+      out_dtype, with_stats):  # fmt: skip
+    return _empty_outputs(q, v is not None, out_dtype, with_stats)
+
+
+def _empty_outputs(
+    q: Tensor, with_values: bool, out_dtype: torch.dtype, with_stats: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(q)
+    out = q.new_empty(tuple(q.shape) if with_values else (0,), dtype=out_dtype)
+    row_maxima, log_sums = (q.new_empty(tuple(q.shape[:3]), dtype=dtype) for _ in range(2))
+    heads = q.shape[1] if with_stats else 0
+    max_logit, entropy = (q.new_zeros(heads, dtype=dtype) for _ in range(2))
+    return out, row_maxima, log_sums, max_logit, entropy
+
+
+@torch.library.custom_op("longshort::tiled_attention_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    alibi_slopes: Tensor | None,
+    segment_ids: Tensor | None,
+    out: Tensor | None,
+    row_maxima: Tensor,
+    log_sums: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    window: int | None,
+    sink_tokens: int,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; `out` is given iff probabilities are rounded, as flash kernels do."""
+    problem = Problem(q, k, alibi_slopes, segment_ids, window, sink_tokens, causal, scale, softcap)
+    grad_q, grad_k, grad_v = _empty_gradients(q, k, v)
+    for part in problem.parts():
+        q_part, k_part = part.queries(q), part.keys(k)
+        grad_k_part = torch.zeros_like(k_part)
+        grad_v_part = torch.zeros_like(k_part)
+        for tile in part.tiles():
+            q_rows = tile.rows_of(q_part) * scale
+            scores = tile.hide(tile.scores(tile.logits(q_rows, k_part)))
+            cap_slope = None
+            if softcap is not None:
+                cap_slope = 1 - torch.tanh(tile.logits(q_rows, k_part) / softcap).square_()
+            row_max, log_sum = (
+                tile.split_rows(tile.rows_of(part.queries(x.unsqueeze(-1)))) for x in (row_maxima, log_sums)
+            )
+            probabilities = scores.sub_(row_max).sub_(tile.where_seen(log_sum, 0.0)).exp_()
+            grad_row = None  # gradient of the row's lse
+            if grad_lse is not None:
+                grad_row = tile.split_rows(tile.rows_of(part.queries(grad_lse.unsqueeze(-1))))
+            if v is None or grad_out is None:
+                assert grad_row is not None
+                grad_scores = probabilities.mul_(grad_row)
+            else:
+                v_part = part.keys(v)
+                grad_rows = tile.rows_of(part.queries(grad_out))
+                grad_weights = tile.logits(grad_rows, v_part)
+                if out is None:
+                    row_dot = (grad_weights * probabilities).sum(-1, keepdim=True)
+                else:
+                    out_rows = tile.rows_of(part.queries(out.to(q.dtype)))
+                    row_dot = tile.split_rows((grad_rows * out_rows).sum(-1, keepdim=True))
+                if grad_row is not None:
+                    row_dot = row_dot - grad_row
+                grad_scores = grad_weights.sub_(row_dot).mul_(probabilities)
+                if out is not None:
+                    probabilities = probabilities.to(q.dtype).to(probabilities.dtype)
+                tile.add_to_keys(grad_v_part, probabilities, grad_rows)
+            if cap_slope is not None:
+                grad_scores = grad_scores.mul_(cap_slope)
+            if out is not None:
+                grad_scores = grad_scores.to(q.dtype).to(grad_scores.dtype)
+            tile.write_rows(part.queries(grad_q, convert=False), tile.times_keys(grad_scores, k_part) * scale)
+            tile.add_to_keys(grad_k_part, grad_scores, q_rows)
+        part.keys(grad_k, convert=False).copy_(grad_k_part)
+        if v is not None:
+            part.keys(grad_v, convert=False).copy_(grad_v_part)
+    return grad_q, grad_k, grad_v
+
+
+@_backward.register_fake
+def _(q, k, v, alibi_slopes, segment_ids, out, row_maxima, log_sums, grad_out, grad_lse, window, sink_tokens,
+      causal, scale, softcap):  # fmt: skip
+    return _empty_gradients(q, k, v)
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(tuple(q.shape)),
+        k.new_empty(tuple(k.shape)),
+        k.new_empty(tuple(k.shape) if v is not None else (0,)),
+    )
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    q, k, v, alibi_slopes, segment_ids, *options, round_probabilities, _out_dtype, _with_stats = inputs
+    out, row_maxima, log_sums, _, _ = output
+    if not round_probabilities:
+        out = None
+    ctx.save_for_backward(q, k, v, alibi_slopes, segment_ids, out, row_maxima, log_sums)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_out, grad_row_maxima, grad_lse, grad_max_logit, grad_entropy):
+    if grad_out is None and grad_lse is None:
+        return (None,) * 13
+    saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+    grad_q, grad_k, grad_v = _backward(*saved, grad_out, grad_lse, *ctx.options)
+    has_values = saved[2] is not None
+    return grad_q, grad_k, grad_v if has_values else None, *(None,) * 10
+
+
+_forward.register_autograd(_gradients, setup_context=_save_for_backward)

@@ -1,0 +1,104 @@
+"""What longshort finds on this machine: versions, processor, GPUs, and which backend serves which tensors."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+from longshort import __version__
+from longshort.attention import explain
+from longshort.layout import HeadLayout
+
+Rows = list[tuple[str, str]]
+Report = list[tuple[str, Rows]]
+
+# Which extra brings a package.
+OPTIONAL_PACKAGES = {
+    "transformers": "hf",
+    "safetensors": "hf",
+    "datasets": "train",
+    "tokenizers": "train",
+    "numpy": "train",
+    "tyro": "train",
+    "rich": "train",
+    "tensorboard": "train",
+    "matplotlib": "train",
+    "jinja2": "train",
+}
+
+
+def report() -> Report:
+    """Sections of (name, finding) rows, in reading order; needs no extra, and a missing part is a finding."""
+    return [
+        ("Versions", _versions()),
+        ("Processor", _processor()),
+        ("GPU", _gpus()),
+        *((f"Backends for {device}, {_name(dtype)}", _backends(device, dtype)) for device, dtype in _cases()),
+    ]
+
+
+def as_text(sections: Report) -> str:
+    """The report as plain text, one aligned line for each row."""
+    width = max((len(name) for _, rows in sections for name, _ in rows), default=0)
+    blocks = [
+        "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)]) for title, rows in sections
+    ]
+    return "\n\n".join(blocks)
+
+
+def _versions() -> Rows:
+    rows = [("longshort", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
+    for package, extra in OPTIONAL_PACKAGES.items():
+        try:
+            rows.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            rows.append((package, f"not installed: pip install 'longshort[{extra}]'"))
+    return rows
+
+
+def _processor() -> Rows:
+    return [
+        ("system", platform.platform()),
+        ("cores", str(os.cpu_count())),
+        ("threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS or torch.set_num_threads changes it)"),
+        ("vector instructions", torch.backends.cpu.get_cpu_capability()),
+    ]
+
+
+def _gpus() -> Rows:
+    if torch.cuda.is_available():
+        return [(f"cuda:{index}", _gpu(index)) for index in range(torch.cuda.device_count())]
+    if torch.version.cuda is None and torch.version.hip is None:
+        return [("none", f"torch {torch.__version__} is built without GPU support")]
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    return [("none", f"torch is built for {built_for}, but no driver or no device is visible")]
+
+
+def _gpu(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, {memory:.0f} GiB, compute capability {properties.major}.{properties.minor}"
+
+
+def _cases() -> list[tuple[str, torch.dtype]]:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [(device, dtype) for device in devices for dtype in (torch.float32, torch.bfloat16)]
+
+
+def _backends(device: str, dtype: torch.dtype) -> Rows:
+    """For a typical call, which backend is chosen and why the others are not."""
+    layout = HeadLayout.split(num_heads=4, num_global=1, window=16)
+    try:
+        x = torch.zeros(1, layout.num_heads, 64, 64, device=device, dtype=dtype)
+        explanation = explain(x, x, x, layout)
+    except RuntimeError as error:  # a GPU that is visible but broken, busy or full
+        return [("none", f"{device} cannot be used: {error}")]
+    chosen = (explanation.backend, "chosen by backend='auto'")
+    return [chosen, *((name, f"not chosen: {reason}") for name, reason in explanation.reasons.items())]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,354 @@
+"""`LongShortAttention`: LS-attention as an `nn.Module`, with rotary positions and per-head QK-norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from longshort.attention import BACKENDS, AttentionStats, attention, require_tensor
+from longshort.layout import HeadLayout, require_integer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-flash": torch.bfloat16}
+
+ATTENTION_PRECISIONS = ("input", *_DTYPES)
+"""What q, k and v are cast to: nothing; fp32; bf16 with scores and sums in fp32; the same with the
+probabilities rounded to bf16 too, as flash kernels do."""
+
+
+class KeyValueCache(Protocol):
+    """Keeps the keys and values of earlier tokens.
+
+    An object that also has `length`, the number of tokens that it holds, spares the caller `position_ids`.
+    """
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (batch, kv_heads, new, head_dim) keys and values; return all of them, old and new."""
+        ...
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one attention call saw, given to `LongShortAttention.observer`. The tensors are live: in the
+    graph of the forward pass, not to be changed in place.
+
+    Attributes:
+        q, k, v: as attention got them: normalised, rotated, in the attention's precision.
+        stats: the call's statistics.
+        options: the other keyword arguments of the call (`segment_ids`, `softcap`, ...).
+    """
+
+    q: Float[Tensor, "batch heads q_len head_dim"]
+    k: Float[Tensor, "batch kv_heads kv_len head_dim"]
+    v: Float[Tensor, "batch kv_heads kv_len head_dim"]
+    stats: AttentionStats
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al. 2021, RoFormer): entry i of a head is rotated with entry i + head_dim/2
+    by the angle position · base^(-2i/head_dim), as in Hugging Face's Llama.
+
+    Attributes:
+        base: finite, > 0.
+        skip_heads: query heads that stay as they are; all heads of a key/value group or none.
+
+    Raises:
+        ValueError: a field is out of its range; the message names it.
+    """
+
+    base: float = 10_000.0
+    skip_heads: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_positive("base", self.base)
+        if isinstance(self.skip_heads, str) or not isinstance(self.skip_heads, Iterable):
+            raise ValueError(f"skip_heads must be a sequence of query heads, got {self.skip_heads!r}")
+        heads = tuple(self.skip_heads)
+        for head in heads:
+            require_integer("every entry of skip_heads", head, minimum=0)
+        object.__setattr__(self, "skip_heads", tuple(sorted(set(heads))))
+
+
+class LongShortAttention(nn.Module):
+    """Causal LS-attention with its projections: one fused matrix for queries, keys and values, all heads of
+    the layout in its order, and one output projection. No biases.
+
+    Args:
+        embed_dim: width of the hidden states.
+        layout: window of each head; all heads global is ordinary multi-head attention.
+        head_dim: width of a head, independent of embed_dim; None is embed_dim / heads.
+        qk_norm: LayerNorm over head_dim on queries and keys, one gain for each, before the rotation.
+        rotary: rotary positions, or None.
+        attention_precision: one of `ATTENTION_PRECISIONS`. With "input", `torch.autocast` applies to the
+            attention too; with the others it does not.
+        softcap: > 0, bounds the scores smoothly.
+        alibi_slopes: one finite number per query head; a buffer in fp32 that stays so in a bf16 module.
+        backend: "auto" or a name of `longshort.attention.BACKENDS`.
+        device, dtype: of the parameters.
+
+    Attributes:
+        observer: called with an `Observation` in every forward pass (in a checkpointed one also when it is
+            recomputed) while it is not None; it changes no bit of outputs and gradients.
+
+    Raises:
+        TypeError: layout is no HeadLayout, or rotary no Rotary.
+        ValueError: an argument is out of its range; the message names it.
+    """
+
+    alibi_slopes: Float[Tensor, " heads"] | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        layout: HeadLayout,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        rotary: Rotary | None = None,
+        *,
+        attention_precision: str = "input",
+        softcap: float | None = None,
+        alibi_slopes: Iterable[float] | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_integer("embed_dim", embed_dim, minimum=1)
+        if not isinstance(layout, HeadLayout):
+            raise TypeError(f"layout must be a HeadLayout, got {type(layout).__name__}")
+        heads, kv_heads = layout.num_heads, layout.num_kv_heads
+        if head_dim is None:
+            if embed_dim % heads:
+                raise ValueError(
+                    f"head_dim is needed: embed_dim {embed_dim} is not divisible by {heads} heads"
+                )
+            head_dim = embed_dim // heads
+        require_integer("head_dim", head_dim, minimum=1)
+        if not isinstance(qk_norm, bool):
+            raise ValueError(f"qk_norm must be True or False, got {qk_norm!r}")
+        if attention_precision not in ATTENTION_PRECISIONS:
+            raise ValueError(
+                f"attention_precision must be one of {ATTENTION_PRECISIONS}, got {attention_precision!r}"
+            )
+        if softcap is not None:
+            require_positive("softcap", softcap)
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+
+        self.embed_dim = embed_dim
+        self.layout = layout
+        self.head_dim = head_dim
+        self.rotary = rotary
+        self.attention_precision = attention_precision
+        self.softcap = softcap
+        self.backend = backend
+        self.observer: Callable[[Observation], None] | None = None
+        self._rotated_runs = _rotated_runs(rotary, layout, head_dim)
+        self._slopes = _checked_slopes(alibi_slopes, heads)
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.qkv_proj = nn.Linear(embed_dim, (heads + 2 * kv_heads) * head_dim, bias=False, **factory)
+        self.o_proj = nn.Linear(heads * head_dim, embed_dim, bias=False, **factory)
+        self.q_norm = nn.LayerNorm(head_dim, eps=1e-5, bias=False, **factory) if qk_norm else None
+        self.k_norm = nn.LayerNorm(head_dim, eps=1e-5, bias=False, **factory) if qk_norm else None
+        self.register_buffer("alibi_slopes", self._slopes_on(device), persistent=False)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch q_len embed_dim"],
+        segment_ids: Int[Tensor, "batch kv_len"] | None = None,
+        position_ids: Int[Tensor, "batch q_len"] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "batch q_len embed_dim"]:
+        """Attend from the given tokens to themselves and to those in the cache.
+
+        Args:
+            hidden_states: in the dtype of the parameters, or any under autocast.
+            segment_ids: integers for all keys, the cached ones first; queries and keys of unequal ids do not
+                see each other, negative is padding.
+            position_ids: integers, (batch, q_len) or (1, q_len), for rotary positions only; None counts on
+                from the cache's length.
+            cache: gets the new keys and values, after norm and rotation.
+
+        Raises:
+            TypeError: an argument is no tensor.
+            ValueError: a shape or dtype is not allowed, or rotary positions cannot be told: the cache has no
+                `length` and position_ids are not given.
+        """
+        past = self._check_input(hidden_states, segment_ids, position_ids, cache)
+        batch, q_len, _ = hidden_states.shape
+        heads, kv_heads = self.layout.num_heads, self.layout.num_kv_heads
+        qkv = self.qkv_proj(hidden_states).view(batch, q_len, heads + 2 * kv_heads, self.head_dim)
+        q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            if position_ids is None:
+                position_ids = torch.arange(past, past + q_len, device=q.device)[None]
+            q, k = self._rotate(q, k, position_ids, self.rotary.base)
+        dtype = _DTYPES.get(self.attention_precision, qkv.dtype)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        out = self._attend(q, k, v, segment_ids).to(qkv.dtype)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, q_len, heads * self.head_dim))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
+        options: dict[str, Any] = {
+            "softcap": self.softcap,
+            "alibi_slopes": self.alibi_slopes,
+            "segment_ids": segment_ids,
+            "round_probabilities": self.attention_precision == "bf16-flash",
+        }
+        as_it_comes = self.attention_precision == "input"
+        with nullcontext() if as_it_comes else torch.autocast(q.device.type, enabled=False):
+            if self.observer is None:
+                return attention(q, k, v, self.layout, backend=self.backend, **options)
+            out, stats = attention(q, k, v, self.layout, backend=self.backend, return_stats=True, **options)
+        self.observer(Observation(q, k, v, stats, options))
+        return out
+
+    def _rotate(self, q: Tensor, k: Tensor, position_ids: Tensor, base: float) -> tuple[Tensor, Tensor]:
+        """Rotated in fp32 at least, so that a bf16 head is rounded only once, when attention gets it."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=q.device) / self.head_dim
+        angles = position_ids[:, None, :, None].float() * (1.0 / base**exponents)
+        cos, sin = angles.cos(), angles.sin()
+        return self._rotate_runs(q, cos, sin, 1), self._rotate_runs(k, cos, sin, self.layout.group_size)
+
+    def _rotate_runs(self, x: Tensor, cos: Tensor, sin: Tensor, group_size: int) -> Tensor:
+        runs = x.split([count // group_size for count, _ in self._rotated_runs], dim=1)
+        kinds = [is_rotated for _, is_rotated in self._rotated_runs]
+        rotated = [
+            _rotate_halves(run, cos, sin) if kind else run for run, kind in zip(runs, kinds, strict=True)
+        ]
+        return rotated[0] if len(rotated) == 1 else torch.cat(rotated, dim=1)
+
+    def _check_input(self, hidden_states: Any, segment_ids: Any, position_ids: Any, cache: Any) -> int:
+        """Refuse bad input before anything is computed or cached; returns the number of cached tokens, where
+        the cache tells it."""
+        require_tensor("hidden_states", hidden_states)
+        if hidden_states.ndim != 3 or hidden_states.shape[2] != self.embed_dim:
+            raise ValueError(
+                f"hidden_states must be (batch, sequence, embed_dim = {self.embed_dim}), "
+                f"got shape {tuple(hidden_states.shape)}"
+            )
+        batch, q_len, _ = hidden_states.shape
+        length = 0 if cache is None else getattr(cache, "length", None)
+        if segment_ids is not None:
+            _require_integers("segment_ids", segment_ids, hidden_states.device)
+            kv_len = max(segment_ids.shape[-1], q_len) if length is None else length + q_len
+            if tuple(segment_ids.shape) != (batch, kv_len):
+                raise ValueError(
+                    f"segment_ids must be (batch, kv_len), one for each of the {length or 0} cached and the "
+                    f"{q_len} new tokens of the {batch} sequences, got shape {tuple(segment_ids.shape)}"
+                )
+        if position_ids is not None:
+            require_position_ids(position_ids, batch, q_len, hidden_states.device)
+        elif self.rotary is not None and length is None:
+            raise ValueError("position_ids are needed: rotary positions with a cache that has no `length`")
+        return length or 0
+
+    def reset_buffers(self) -> None:
+        """Write the ALiBi slopes again, after a loader has left the non-persistent buffers undefined."""
+        if self.alibi_slopes is not None:
+            self.alibi_slopes = self._slopes_on(self.alibi_slopes.device)
+
+    def _slopes_on(self, device: torch.device | str | None) -> Tensor | None:
+        if self._slopes is None:
+            return None
+        return torch.tensor(self._slopes, dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LongShortAttention:
+        super()._apply(fn, recurse)
+        self.reset_buffers()  # a module moved to bf16 keeps its slopes exact
+        return self
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.layout!r}", f"head_dim={self.head_dim}"]
+        if self.rotary is not None:
+            parts.append(f"rotary={self.rotary}")
+        if self.attention_precision != "input":
+            parts.append(f"attention_precision={self.attention_precision!r}")
+        if self.softcap is not None:
+            parts.append(f"softcap={self.softcap}")
+        return ", ".join(parts)
+
+
+def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _rotated_runs(rotary: Rotary | None, layout: HeadLayout, head_dim: int) -> list[tuple[int, bool]]:
+    """Runs of neighbouring query heads: how many, and whether they are rotated."""
+    if rotary is None:
+        return []
+    if not isinstance(rotary, Rotary):
+        raise TypeError(f"rotary must be a Rotary or None, got {type(rotary).__name__}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
+    skipped = set(rotary.skip_heads)
+    if not skipped <= set(range(layout.num_heads)):
+        raise ValueError(
+            f"rotary.skip_heads must be query heads 0 ... {layout.num_heads - 1}, got {rotary.skip_heads}"
+        )
+    for start in range(0, layout.num_heads, layout.group_size):
+        group = set(range(start, start + layout.group_size))
+        if group & skipped and not group <= skipped:
+            raise ValueError(
+                f"rotary.skip_heads must hold all query heads that share a key/value head or none, "
+                f"got {rotary.skip_heads} where heads {sorted(group)} share one"
+            )
+    kinds = groupby(head not in skipped for head in range(layout.num_heads))
+    return [(len(list(run)), is_rotated) for is_rotated, run in kinds]
+
+
+def _checked_slopes(slopes: Any, heads: int) -> tuple[float, ...] | None:
+    if slopes is None:
+        return None
+    if isinstance(slopes, str) or not isinstance(slopes, Iterable):
+        raise ValueError(f"alibi_slopes must be a sequence of one number per query head, got {slopes!r}")
+    checked = tuple(slopes)
+    if len(checked) != heads or not all(_is_finite(slope) for slope in checked):
+        raise ValueError(f"alibi_slopes must be {heads} finite numbers, one per query head, got {checked}")
+    return tuple(float(slope) for slope in checked)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Raise a ValueError that names the argument unless value is a finite number > 0."""
+    if not _is_finite(value) or value <= 0:
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def require_position_ids(position_ids: Any, batch: int, q_len: int, device: torch.device) -> None:
+    """Raise a TypeError or ValueError that names position_ids unless they are integers of shape
+    (batch, q_len) or (1, q_len) on the device."""
+    _require_integers("position_ids", position_ids, device)
+    if tuple(position_ids.shape) not in ((batch, q_len), (1, q_len)):
+        raise ValueError(
+            f"position_ids must be (batch, sequence) = {(batch, q_len)} or {(1, q_len)}, "
+            f"got shape {tuple(position_ids.shape)}"
+        )
+
+
+def _require_integers(name: str, value: Any, device: torch.device) -> None:
+    require_tensor(name, value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} must have an integer dtype, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of the hidden states ({device}), got {value.device}")

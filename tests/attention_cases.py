@@ -1,0 +1,201 @@
+"""Random calls of attention() with all options together, their truth, and the error that plain PyTorch makes.
+
+The truth is written from the definition, row by row, and shares no code with the package.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longshort import HeadLayout, attention
+
+
+@dataclass
+class Case:
+    """Inputs in float64, to be rounded to the dtype under test."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: HeadLayout
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def cast(self, dtype: torch.dtype) -> Case:
+        """The same case, its inputs rounded to dtype."""
+        return Case(self.q.to(dtype), self.k.to(dtype), self.v.to(dtype), self.layout, self.options)
+
+    def __repr__(self) -> str:
+        shown = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        return f"Case(q={tuple(self.q.shape)}, kv_len={self.k.shape[2]}, {self.layout}, {shown})"
+
+
+def random_case(seed: int, max_length: int = 150, logit_scale: float = 1.0) -> Case:
+    """A call with a random layout, shape, strides and mix of options."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    batch, kv_heads, group = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), rng.choice([1, 1, 2, 3])
+    head_dim = rng.choice([1, 3, 8, 16, 24])
+    lengths = [length for length in (1, 2, 5, 17, 40, 70, 130, 150, 200, 300) if length <= max_length]
+    kv_len = rng.choice(lengths)
+    q_len = rng.choice([kv_len, kv_len, (kv_len + 1) // 2, 1])
+    windows: list[int | None] = []
+    for _ in range(kv_heads):
+        windows += [rng.choice([None, 1, 2, 5, 16, 33, 64, 1000])] * group
+    layout = HeadLayout(tuple(windows), kv_heads, sink_tokens=rng.choice([0, 0, 1, 3, 7]))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    heads = kv_heads * group
+    q = normal(batch, q_len, heads, head_dim).transpose(1, 2) * logit_scale
+    k = normal(batch, kv_heads, head_dim, kv_len).mT
+    v = normal(batch, kv_len, kv_heads, 2 * head_dim).transpose(1, 2)[..., ::2]
+    options: dict[str, Any] = {"causal": rng.random() < 0.7}
+    if rng.random() < 0.3:
+        options["scale"] = rng.choice([0.1, 1.0, -0.3])
+    if rng.random() < 0.3:
+        options["softcap"] = rng.choice([1.5, 20.0])
+    if rng.random() < 0.3:
+        options["alibi_slopes"] = torch.rand(heads, generator=generator, dtype=torch.float64)
+    if rng.random() < 0.3:
+        options["sink_logits"] = normal(heads)
+    if rng.random() < 0.6:
+        ids = torch.randint(-1, 3, (batch, kv_len), generator=generator)
+        if rng.random() < 0.6:  # one run each, else several
+            ids = ids.sort(-1).values
+        options["segment_ids"] = ids.to(rng.choice([torch.int64, torch.int32, torch.int8]))
+    return Case(q, k, v, layout, options)
+
+
+def sees(case: Case, ids: list[int], rank: list[int], window: int | None, query: int, key: int) -> bool:
+    """The rule of visibility for one pair, in words of Python; `rank` counts earlier keys of a segment."""
+    position = case.k.shape[2] - case.q.shape[2] + query
+    if ids[position] < 0 or ids[position] != ids[key]:
+        return False
+    if case.options.get("causal", True) and key > position:
+        return False
+    return window is None or abs(position - key) < window or rank[key] < case.layout.sink_tokens
+
+
+def visibility(case: Case) -> Tensor:
+    """(batch, heads, q_len, kv_len) by `sees`, pair by pair."""
+    batch, _, q_len = case.q.shape[:3]
+    kv_len = case.k.shape[2]
+    segment_ids = case.options.get("segment_ids", torch.zeros(batch, kv_len, dtype=torch.int64)).tolist()
+    ranks = [[ids[:key].count(ids[key]) for key in range(kv_len)] for ids in segment_ids]
+    per_window = {
+        window: torch.tensor(
+            [
+                [[sees(case, ids, rank, window, i, j) for j in range(kv_len)] for i in range(q_len)]
+                for ids, rank in zip(segment_ids, ranks, strict=True)
+            ],
+            dtype=torch.bool,
+        ).view(batch, q_len, kv_len)
+        for window in set(case.layout.windows)
+    }
+    return torch.stack([per_window[window] for window in case.layout.windows], 1)
+
+
+@dataclass
+class Result:
+    """What a way of computing gives for a case; gradients of q, k, v (and sink logits)."""
+
+    out: Tensor
+    lse: Tensor
+    max_logit: Tensor
+    entropy: Tensor
+    gradients: list[Tensor]
+
+
+def _loss_weights(case: Case) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    out = torch.randn(case.q.shape, generator=generator, dtype=torch.float64)
+    return out, torch.randn(case.q.shape[:3], generator=generator, dtype=torch.float64)
+
+
+def _leaves(case: Case) -> list[Tensor]:
+    leaves = [case.q, case.k, case.v]
+    if "sink_logits" in case.options:
+        leaves.append(case.options["sink_logits"].to(case.q.dtype))
+    return [x.detach().clone().requires_grad_() for x in leaves]
+
+
+def _gradients(case: Case, out: Tensor, lse: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    out_weight, lse_weight = _loss_weights(case)
+    finite_lse = torch.where(lse == -torch.inf, 0.0, lse)
+    loss = (out * out_weight.to(out.dtype)).sum() + (finite_lse * lse_weight.to(lse.dtype)).sum()
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def computed(case: Case, backend: str) -> Result:
+    """attention() with this backend."""
+    leaves = _leaves(case)
+    options = dict(case.options)
+    if "sink_logits" in options:
+        options["sink_logits"] = leaves[3]
+    q, k, v = leaves[:3]
+    out, stats = attention(q, k, v, case.layout, backend=backend, return_stats=True, **options)
+    gradients = _gradients(case, out, stats.lse, leaves)
+    return Result(out.detach(), stats.lse.detach(), stats.max_logit, stats.entropy, gradients)
+
+
+def plain(case: Case, visible: Tensor) -> Result:
+    """What anyone would write with plain PyTorch, in the dtype of the case's inputs; the truth in float64."""
+    leaves = _leaves(case)
+    q, k, v = leaves[:3]
+    options, dtype = case.options, q.dtype
+    group = case.layout.group_size
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    logits = q @ k.mT * (options.get("scale") or q.shape[-1] ** -0.5)
+    scores = logits
+    if "softcap" in options:
+        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+    if "alibi_slopes" in options:
+        key = torch.arange(k.shape[2])
+        distance = (key[k.shape[2] - q.shape[2] :, None] - key).abs()
+        scores = scores - options["alibi_slopes"].to(dtype)[:, None, None] * distance
+    seen = visible.any(-1)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    lse = torch.where(seen, torch.where(seen[..., None], scores, 0.0).logsumexp(-1), -torch.inf)
+    columns = scores
+    if "sink_logits" in options:
+        sink = leaves[3][:, None, None].expand(*scores.shape[:3], 1)
+        columns = torch.cat([scores, sink], -1)
+    probabilities = torch.where(seen[..., None], columns, 0.0).softmax(-1)[..., : scores.shape[-1]]
+    probabilities = torch.where(visible, probabilities, 0.0)
+    out = probabilities @ v
+
+    with torch.no_grad():
+        max_logit = torch.where(visible, logits, 0.0).abs().amax(dim=(0, 2, 3))
+        p = torch.where(seen[..., None], scores, 0.0).softmax(-1)
+        row_entropy = torch.where(seen, -torch.special.xlogy(p, p).sum(-1), 0.0)
+        rows = seen.sum(dim=(0, 2)).clamp(min=1)
+        entropy = row_entropy.sum(dim=(0, 2)) / rows
+    gradients = _gradients(case, out, lse, leaves)
+    return Result(out.detach(), lse.detach(), max_logit, entropy, gradients)
+
+
+def errors(result: Result, truth: Result) -> dict[str, float]:
+    """Largest absolute error of each part."""
+    parts = {
+        "out": (result.out, truth.out),
+        "lse": (result.lse, truth.lse),
+        "max_logit": (result.max_logit, truth.max_logit),
+        "entropy": (result.entropy, truth.entropy),
+    }
+    for name, ours, true in zip(("q", "k", "v", "sink"), result.gradients, truth.gradients, strict=False):
+        parts[f"gradient of {name}"] = (ours, true)
+    return {name: _largest_error(ours, true) for name, (ours, true) in parts.items()}
+
+
+def _largest_error(ours: Tensor, true: Tensor) -> float:
+    if ours.numel() == 0:
+        return 0.0
+    ours = ours.double()
+    same = ours == true  # also -inf where nothing is seen
+    return torch.where(same, 0.0, (ours - true).abs()).max().item()

@@ -1,0 +1,16 @@
+"""Settings of the whole test run: one thread, and property tests without deadlines."""
+
+import os
+
+# Before torch is imported, so that the processes that tests start inherit it: the tensors are small, and
+# one thread gives them the same sums on every machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import hypothesis
+import torch
+
+torch.set_num_threads(1)
+
+# A compiling or busy machine is slow, not wrong; derandomized runs fail in the same place for everyone.
+hypothesis.settings.register_profile("longshort", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("longshort")

@@ -1,0 +1,93 @@
+"""Rules of the house that import-linter cannot hold."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT / "src").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def room_of(module: str) -> str:
+    """The part of the package below `longshort` in which a module lives."""
+    return ".".join(module.split(".")[:2])
+
+
+def imports(path: Path) -> Iterator[tuple[str, str | None]]:
+    """(module, name) for each import statement of a file; name is None for `import module`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def is_module(name: str) -> bool:
+    package = ROOT / "src" / "longshort"
+    return (package / name).is_dir() or (package / f"{name}.py").is_file()
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_no_private_name_crosses_rooms(path: Path) -> None:
+    room = room_of(module_of(path))
+    crossing = [
+        f"{module}.{name}"
+        for module, name in imports(path)
+        if module.split(".")[0] == "longshort"
+        and room_of(module) != room
+        and any(is_private(part) for part in [*module.split("."), name or ""])
+    ]
+    assert crossing == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_rooms_import_each_other_not_the_front_door(path: Path) -> None:
+    tree = ast.walk(ast.parse(path.read_text()))
+    names = [name for module, name in imports(path) if module == "longshort" and name is not None]
+    names += [
+        node.attr
+        for node in tree
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "longshort"
+    ]
+    through_the_front = [name for name in names if name != "__version__" and not is_module(name)]
+    assert through_the_front == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_file_is_at_most_400_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_no_path_of_one_machine_in_the_project() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    machine_path = re.compile(r"(?<![\w./])/(?:home|root|tmp|work|Users|opt|mnt)/\w")
+    found = []
+    for name in listed:
+        path = ROOT / name
+        if path.suffix not in {".py", ".md", ".toml", ".txt", ".yaml", ""} or not path.is_file():
+            continue
+        lines = path.read_text().splitlines()
+        found += [f"{name}:{number}" for number, line in enumerate(lines, 1) if machine_path.search(line)]
+    assert found == []

@@ -1,0 +1,96 @@
+"""What `LongShortAttention` and `Rotary` refuse, by name."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tests.layer_cases import LAYOUT, GrowingCache, make_input, make_layer
+
+from longshort.layers import LongShortAttention, Rotary
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embed_dim": 0}, "embed_dim must be an integer >= 1, got 0"),
+        ({"embed_dim": 8.0}, "embed_dim must be an integer"),
+        ({"head_dim": None, "embed_dim": 20}, "head_dim is needed: embed_dim 20"),
+        ({"head_dim": True}, "head_dim must be an integer"),
+        ({"qk_norm": 1}, "qk_norm must be True or False, got 1"),
+        ({"attention_precision": "fp8"}, "attention_precision must be one of .*got 'fp8'"),
+        ({"softcap": 0.0}, "softcap must be a finite number > 0, got 0.0"),
+        ({"softcap": math.inf}, "softcap must be a finite number"),
+        ({"alibi_slopes": [1.0]}, "alibi_slopes must be 6 finite numbers"),
+        ({"alibi_slopes": [math.nan] * 6}, "alibi_slopes must be 6 finite numbers"),
+        ({"alibi_slopes": 0.5}, "alibi_slopes must be a sequence"),
+        ({"backend": "cuda"}, "backend must be 'auto' or one of .*got 'cuda'"),
+        ({"head_dim": 7, "rotary": Rotary()}, "head_dim must be even for rotary positions, got 7"),
+        ({"rotary": Rotary(skip_heads=(6,))}, r"rotary.skip_heads must be query heads 0 ... 5, got \(6,\)"),
+        (
+            {"rotary": Rotary(skip_heads=(1, 2, 3))},
+            r"share a key/value head .*where heads \[0, 1\] share one",
+        ),
+    ],
+)
+def test_bad_constructor_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LongShortAttention(**{"embed_dim": 20, "layout": LAYOUT, "head_dim": 8, **options})
+
+
+def test_bad_constructor_types_are_named() -> None:
+    with pytest.raises(TypeError, match="layout must be a HeadLayout, got list"):
+        LongShortAttention(20, [3, None])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="rotary must be a Rotary or None, got float"):
+        LongShortAttention(20, LAYOUT, 8, rotary=10_000.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base": 0.0}, "base must be a finite number > 0, got 0.0"),
+        ({"base": "big"}, "base must be a finite number"),
+        ({"skip_heads": 3}, "skip_heads must be a sequence"),
+        ({"skip_heads": (-1,)}, "every entry of skip_heads must be an integer >= 0, got -1"),
+        ({"skip_heads": (1.0,)}, "every entry of skip_heads must be an integer"),
+    ],
+)
+def test_bad_rotary_fields_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rotary(**options)
+
+
+X = make_input()
+
+
+@pytest.mark.parametrize(
+    ("error", "call", "message"),
+    [
+        (TypeError, {"hidden_states": [[1.0]]}, "hidden_states must be a torch.Tensor, got list"),
+        (
+            ValueError,
+            {"hidden_states": X[0]},
+            r"hidden_states must be .*embed_dim = 20\), got shape \(11, 20\)",
+        ),
+        (ValueError, {"hidden_states": X[..., :5]}, r"hidden_states .*got shape \(2, 11, 5\)"),
+        (TypeError, {"segment_ids": [0] * 11}, "segment_ids must be a torch.Tensor, got list"),
+        (ValueError, {"segment_ids": torch.zeros(2, 11)}, "segment_ids must have an integer dtype"),
+        (ValueError, {"segment_ids": torch.zeros(2, 12, dtype=torch.int64)}, r"segment_ids .*\(2, 12\)"),
+        (ValueError, {"segment_ids": torch.zeros(11, dtype=torch.int64)}, r"segment_ids .*\(11,\)"),
+        (
+            ValueError,
+            {"segment_ids": torch.zeros(2, 11, dtype=torch.int64, device="meta")},
+            "segment_ids must be on",
+        ),
+        (TypeError, {"position_ids": 3}, "position_ids must be a torch.Tensor, got int"),
+        (ValueError, {"position_ids": torch.zeros(2, 11)}, "position_ids must have an integer dtype"),
+        (ValueError, {"position_ids": torch.zeros(2, 3, dtype=torch.int64)}, r"position_ids .*\(2, 3\)"),
+    ],
+)
+def test_bad_forward_arguments_are_named_before_the_cache_grows(
+    error: type[Exception], call: dict[str, Any], message: str
+) -> None:
+    cache = GrowingCache()
+    with pytest.raises(error, match=message):
+        make_layer(rotary=Rotary())(**{"hidden_states": X, "cache": cache, **call})
+    assert cache.length == 0
