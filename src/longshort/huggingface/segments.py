@@ -1,0 +1,102 @@
+"""From the attention masks and position ids of Hugging Face to the segment ids of `longshort.attention`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longshort.attention import require_tensor
+from longshort.layers import require_position_ids
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+
+def segment_ids_from(
+    attention_mask: Int[Tensor, "batch kv_len"] | None,
+    position_ids: Int[Tensor, "batch q_len"] | None,
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    device: torch.device,
+) -> Int[Tensor, "batch kv_len"] | None:
+    """Segment ids of the keys, or None where nothing is padded and nothing is packed.
+
+    Masked keys are padding (-1). Without cached keys, position ids that do not count on by 1, neither from
+    the token before nor from the last one that is not masked, start a new segment: that is how Hugging Face
+    tells packed sequences. With cached keys only the mask speaks.
+
+    In eager mode, values are looked at, so that a mask of ones or ordinary positions cost attention nothing.
+    Under `torch.compile` they cannot be: whatever is given then becomes segment ids.
+
+    Args:
+        attention_mask: 1 (True) for tokens, 0 (False) for padding, also for cached keys; any dtype.
+        position_ids: integers; (1, q_len) holds for all sequences.
+        batch, q_len, kv_len: sizes of the attention call, q_len <= kv_len.
+        device: of the result.
+
+    Returns:
+        int64, or None.
+
+    Raises:
+        TypeError: attention_mask or position_ids is no tensor.
+        ValueError: a mask of another shape than (batch, kv_len), such as a 4-D one, or of other values than
+            0 and 1; position ids of another shape or device, or no integers.
+    """
+    visible = None if attention_mask is None else _visible(attention_mask, batch, kv_len, device)
+    if position_ids is not None:
+        require_position_ids(position_ids, batch, q_len, device)
+    starts = None
+    if position_ids is not None and q_len == kv_len:
+        starts = _segment_starts(position_ids, visible)
+    if starts is None:
+        return None if visible is None else visible.to(torch.int64) - 1
+    segment_ids = starts.cumsum(-1).expand(batch, kv_len)
+    return segment_ids if visible is None else segment_ids.masked_fill(~visible, -1)
+
+
+def _visible(attention_mask: Any, batch: int, kv_len: int, device: torch.device) -> Tensor | None:
+    """The mask as bools, None where it hides nothing."""
+    require_tensor("attention_mask", attention_mask)
+    if tuple(attention_mask.shape) != (batch, kv_len):
+        hint = (
+            "; a mask per query and key cannot be used: pass the 2-D mask of tokens, or segment_ids"
+            if attention_mask.ndim > 2
+            else f", one entry for each of the {kv_len} keys, cached ones included"
+        )
+        raise ValueError(
+            f"attention_mask must be (batch, kv_len) = {(batch, kv_len)}, "
+            f"got shape {tuple(attention_mask.shape)}{hint}"
+        )
+    visible = attention_mask.to(device) != 0
+    if torch.compiler.is_compiling():
+        return visible
+    is_binary = (visible == attention_mask.to(device)).all()
+    hides_nothing, is_binary = torch.stack([visible.all(), is_binary]).tolist()  # one transfer, not two
+    if not is_binary:
+        raise ValueError(
+            f"attention_mask must hold 0 and 1 only, got values such as {_other_value(attention_mask)}"
+        )
+    return None if hides_nothing else visible
+
+
+def _other_value(attention_mask: Tensor) -> float:
+    return attention_mask[(attention_mask != 0) & (attention_mask != 1)][0].item()
+
+
+def _segment_starts(position_ids: Tensor, visible: Tensor | None) -> Tensor | None:
+    """Where a token does not continue the one before it; None where every token does."""
+    continues = position_ids.diff(dim=-1) == 1
+    if visible is not None:
+        slots = torch.arange(visible.shape[1], device=visible.device)
+        last_visible = torch.where(visible, slots, 0).cummax(-1).values[:, :-1]
+        positions = position_ids.expand(visible.shape)
+        continues = continues | (positions[:, 1:] == positions.gather(1, last_visible) + 1) | ~visible[:, 1:]
+        # The first token that is not masked continues nothing, so it need not start a segment either.
+        continues = continues | (visible.cumsum(-1)[:, :-1] == 0)
+    if not torch.compiler.is_compiling() and bool(continues.all()):
+        return None
+    return F.pad(~continues, (1, 0))
