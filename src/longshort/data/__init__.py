@@ -1,0 +1,28 @@
+"""Text corpora, tokenizers, token files and batches."""
+
+from longshort.data.batches import Batch, Batches, validation_windows
+from longshort.data.corpora import Corpus, Document, Skipped, open_corpus
+from longshort.data.prepare import Prepared, PreparedSplit, Progress, prepare
+from longshort.data.token_files import DataFolder, TokenFile, TokenFileWriter
+from longshort.data.tokenization import byte_tokenizer, load_tokenizer, tokenizer_hash, train_bpe
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Corpus",
+    "DataFolder",
+    "Document",
+    "Prepared",
+    "PreparedSplit",
+    "Progress",
+    "Skipped",
+    "TokenFile",
+    "TokenFileWriter",
+    "byte_tokenizer",
+    "load_tokenizer",
+    "open_corpus",
+    "prepare",
+    "tokenizer_hash",
+    "train_bpe",
+    "validation_windows",
+]
