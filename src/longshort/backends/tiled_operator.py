@@ -69,18 +69,23 @@ def _forward(
         for tile in part.tiles():
             q_rows = tile.rows_of(q_part) * scale
             logits = tile.logits(q_rows, k_part)
+            lowest = highest = None
             if with_stats:
-                part.heads_of(max_logit).copy_(
-                    torch.maximum(part.heads_of(max_logit), tile.largest_visible(logits))
-                )
+                lowest = tile.lowest_visible(logits)
+                if softcap is not None or alibi_slopes is not None:
+                    highest = -tile.lowest_visible(-logits)
             scores = tile.hide(tile.scores(logits))
             row_max = tile.where_seen(scores.amax(-1, keepdim=True), 0.0)
+            if lowest is not None:
+                largest = torch.maximum(row_max if highest is None else highest, -lowest)
+                largest_so_far = part.heads_of(max_logit)
+                largest_so_far.copy_(torch.maximum(largest_so_far, tile.maximum_of_rows(largest)))
             scores = scores.sub_(row_max)
             weights = scores.exp() if with_stats else scores.exp_()
             row_sum = tile.where_seen(weights.sum(-1, keepdim=True), 1.0)
             if with_stats:
                 # no cancellation at large logits, unlike lse - Σ p·z
-                weighted = scores.clamp_min_(_LOWEST_EXPONENT).mul_(weights).sum(-1, keepdim=True)
+                weighted = tile.clamp_hidden(scores, _LOWEST_EXPONENT).mul_(weights).sum(-1, keepdim=True)
                 rows = tile.where_seen(row_sum.log() - weighted / row_sum, 0.0)
                 part.heads_of(entropy).add_(tile.sum_over_rows(rows))
             log_sum = tile.where_seen(row_sum.log(), -torch.inf)

@@ -176,6 +176,10 @@ class Tile:
         """(kv_heads, group) sums of (batch, kv_heads, blocks, group, size, 1)."""
         return rows.sum(dim=(0, 2, 4, 5))
 
+    def maximum_of_rows(self, rows: Tensor) -> Tensor:
+        """(kv_heads, group) maxima of (batch, kv_heads, blocks, group, size, 1)."""
+        return rows.amax(dim=(0, 2, 4, 5))
+
     # -- keys
 
     def _windows(self, x: Tensor, fill: float = 0.0) -> Tensor:
@@ -266,12 +270,17 @@ class Tile:
         scores[..., self._first_hidden :].masked_fill_(self._hidden, -torch.inf)
         return scores
 
-    def largest_visible(self, logits: Tensor) -> Tensor:
-        """(kv_heads, group) largest |logit| over visible pairs, 0 if there is none; NaN wins."""
-        seen = logits[..., : self._first_hidden]
-        partly = logits[..., self._first_hidden :].masked_fill(self._hidden, 0.0)
-        extremes = [x for part in (seen, partly) if part.shape[-1] for x in (part.amax(-1), -part.amin(-1))]
-        return torch.stack(extremes).amax(dim=(0, 1, 3, 5))
+    def lowest_visible(self, logits: Tensor) -> Tensor:
+        """Each row's lowest logit over visible pairs, inf if there is none; NaN wins."""
+        partly = logits[..., self._first_hidden :].masked_fill(self._hidden, torch.inf)
+        parts = [part for part in (logits[..., : self._first_hidden], partly) if part.shape[-1]]
+        lowest = [part.amin(-1, keepdim=True) for part in parts]
+        return lowest[0] if len(lowest) == 1 else torch.minimum(*lowest)
+
+    def clamp_hidden(self, scores: Tensor, lowest: float) -> Tensor:
+        """No -inf on hidden pairs, `lowest` instead; in place."""
+        scores[..., self._first_hidden :].clamp_min_(lowest)
+        return scores
 
     def where_seen(self, rows: Tensor, otherwise: float) -> Tensor:
         """rows, or `otherwise` in rows that see nothing."""

@@ -1,0 +1,270 @@
+"""Loss, perplexity and bits per byte of a causal language model over whole documents.
+
+A document t_0 … t_{L-1} is read as the sequence E, t_0, …, t_{L-1}, E with E the end-of-text token: the E
+before it predicts its first token, and the E after it is scored too, as in training. So the scored tokens are
+a complete code of the document, its end included, and bits per byte = nats of all scored tokens / ln 2 /
+bytes of the documents, which compares across tokenizers.
+
+A document longer than the context is read in windows that overlap by half. Each token is scored once, in the
+first window that holds it, so that it has at least half a context before it, or all there is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from longshort.evaluation.positions import position_limit
+from longshort.layout import require_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from jaxtyping import Float, Int
+    from torch import Tensor, nn
+
+    from longshort.data import TokenFile
+
+_IGNORED = -100  # cross_entropy's label of a token that is not scored
+_POSITION_BINS = 24
+_TOKENS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """Mean loss of the tokens with `first + 1` to `last + 1` tokens of context.
+
+    Attributes:
+        first, last: positions in the window of the token that makes the prediction, from 0, both included.
+        loss: nats per token.
+        tokens: how many tokens were scored there.
+    """
+
+    first: int
+    last: int
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_documents` found.
+
+    Attributes:
+        loss: mean over all scored tokens, nats per token.
+        perplexity: exp(loss), per token of this tokenizer.
+        bits_per_byte: nats of all scored tokens / ln 2 / bytes.
+        tokens: scored tokens, the end-of-text token of each document among them.
+        bytes: bytes of the documents' text.
+        documents: scored documents.
+        context_length: tokens per window.
+        loss_by_position: by position in the window, single positions first, then ranges of growing width.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    documents: int
+    context_length: int
+    loss_by_position: list[PositionLoss]
+
+
+class Window(NamedTuple):
+    """Inputs start … end - 1 of a sequence, of which scored … end - 1 make this window's predictions."""
+
+    start: int
+    end: int
+    scored: int
+
+
+def split_into_windows(length: int, context_length: int) -> Iterator[Window]:
+    """Windows over a sequence of `length` inputs, each `context_length // 2` after the one before.
+
+    What they score covers 0 … length - 1, each once, and a window after the first scores only predictions
+    that have more than half a context.
+
+    Raises:
+        ValueError: one of the two is no integer >= 1.
+    """
+    require_integer("length", length, minimum=1)
+    require_integer("context_length", context_length, minimum=1)
+    stride = max(1, context_length // 2)
+    start = scored = 0
+    while scored < length:
+        end = min(start + context_length, length)
+        yield Window(start, end, scored)
+        start, scored = start + stride, end
+
+
+def evaluate_documents(
+    model: nn.Module,
+    token_file: TokenFile,
+    *,
+    context_length: int,
+    batch_size: int | None = None,
+    max_documents: int | None = None,
+    max_tokens: int | None = None,
+    separate_documents: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Scores whole documents, from the first on, as this module's description says.
+
+    Args:
+        model: a causal language model: `model(input_ids).logits`, on any device; it is left in the mode it
+            was in. Its precision is the caller's choice (`torch.autocast`); losses are computed in fp32 and
+            summed in fp64.
+        token_file: its documents end with the end-of-text token.
+        context_length: tokens per window.
+        batch_size: windows per forward pass; None: about 8192 tokens. It does not change the result.
+        max_documents: at most so many documents.
+        max_tokens: as many whole documents as fit; the first is always taken.
+        separate_documents: the model was trained so that no document sees the one before it; then its tokens
+            do not see the end-of-text token before it either (segment ids say so; the model must take them).
+        progress: called after each pass with the tokens scored so far, and all of them.
+
+    Raises:
+        ValueError: a number is out of range, the context exceeds the model's learned positions, the file's
+            vocabulary exceeds the model's, or the documents hold no text.
+    """
+    require_integer("context_length", context_length, minimum=1)
+    for name, value in (
+        ("batch_size", batch_size),
+        ("max_documents", max_documents),
+        ("max_tokens", max_tokens),
+    ):
+        if value is not None:
+            require_integer(name, value, minimum=1)
+    limit = position_limit(model)
+    if limit is not None and context_length > limit:
+        raise ValueError(
+            f"context_length must be at most {limit}, the model's learned positions, got {context_length}"
+        )
+    config: Any = model.config
+    vocab_size = config.vocab_size
+    if token_file.vocab_size > vocab_size:
+        raise ValueError(
+            f"token_file has a vocabulary of {token_file.vocab_size}, but the model one of {vocab_size}: "
+            "it was trained with another tokenizer"
+        )
+    documents = _count_documents(token_file, max_documents, max_tokens)
+    text_bytes = int(token_file.document_bytes[:documents].sum())
+    if text_bytes == 0:
+        raise ValueError(
+            f"token_file must hold text, the first {documents} documents of {token_file.path} are empty"
+        )
+    total = int(token_file.document_offsets[documents])
+
+    sums = torch.zeros(context_length, dtype=torch.float64)
+    counts = torch.zeros(context_length, dtype=torch.int64)
+    was_training = model.training
+    model.eval()
+    try:
+        for losses, scored in _losses(
+            model, token_file, documents, context_length, batch_size, separate_documents
+        ):
+            width = losses.shape[1]
+            sums[:width] += losses.sum(0, dtype=torch.float64).cpu()
+            counts[:width] += scored.sum(0).cpu()
+            if progress is not None:
+                progress(int(counts.sum()), total)
+    finally:
+        model.train(was_training)
+    assert int(counts.sum()) == total
+    nats = float(sums.sum())
+    loss = nats / total
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 709 else loss * math.inf,
+        bits_per_byte=nats / math.log(2) / text_bytes,
+        tokens=total,
+        bytes=text_bytes,
+        documents=documents,
+        context_length=context_length,
+        loss_by_position=_bin_positions(sums.numpy(), counts.numpy()),
+    )
+
+
+def _count_documents(token_file: TokenFile, max_documents: int | None, max_tokens: int | None) -> int:
+    count = token_file.documents
+    if max_documents is not None:
+        count = min(count, max_documents)
+    if max_tokens is not None:
+        fitting = int(np.searchsorted(token_file.document_offsets[1:], max_tokens, side="right"))
+        count = min(count, max(1, fitting))
+    return count
+
+
+@torch.no_grad()
+def _losses(
+    model: nn.Module,
+    token_file: TokenFile,
+    documents: int,
+    context_length: int,
+    batch_size: int | None,
+    separate_documents: bool,
+) -> Iterator[tuple[Float[Tensor, "batch width"], Int[Tensor, "batch width"]]]:
+    """Per forward pass the loss of each scored token, 0 elsewhere, and 1 where a token was scored."""
+    device = next(model.parameters()).device
+    batch_size = batch_size or max(1, _TOKENS_PER_BATCH // context_length)
+    lengths = np.diff(token_file.document_offsets[: documents + 1])
+    windows = [
+        (document, window)
+        for document, length in enumerate(lengths.tolist())
+        for window in split_into_windows(length, context_length)
+    ]
+    windows.sort(key=lambda entry: entry[1].start - entry[1].end)  # alike lengths together, the longest first
+    for first in range(0, len(windows), batch_size):
+        inputs, labels = _read_windows(token_file, windows[first : first + batch_size])
+        options: dict[str, Any] = {"use_cache": False}
+        if separate_documents:
+            options["segment_ids"] = _segments(windows[first : first + batch_size], inputs).to(device)
+        inputs, labels = inputs.to(device), labels.to(device)
+        logits = model(inputs, **options).logits
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none"
+        )
+        yield losses.view_as(labels), (labels != _IGNORED).long()
+
+
+def _read_windows(
+    token_file: TokenFile, windows: Sequence[tuple[int, Window]]
+) -> tuple[Int[Tensor, "batch width"], Int[Tensor, "batch width"]]:
+    """Input ids and labels. Shorter windows are filled up at the end, where a causal model does not look."""
+    width = max(window.end - window.start for _, window in windows)
+    inputs = np.zeros((len(windows), width), dtype=np.int64)
+    labels = np.full((len(windows), width), _IGNORED, dtype=np.int64)
+    for row, (document, window) in enumerate(windows):
+        begin, end = (int(offset) for offset in token_file.document_offsets[document : document + 2])
+        size = window.end - window.start
+        following = token_file.tokens[begin + window.start : begin + window.end]
+        inputs[row, 1:size] = following[:-1]
+        # A document's last token is the end-of-text token, so also what stands before its first.
+        inputs[row, 0] = token_file.tokens[end - 1 if window.start == 0 else begin + window.start - 1]
+        labels[row, window.scored - window.start : size] = following[window.scored - window.start :]
+    return torch.from_numpy(inputs), torch.from_numpy(labels)
+
+
+def _segments(
+    windows: Sequence[tuple[int, Window]], inputs: Int[Tensor, "batch width"]
+) -> Int[Tensor, "batch width"]:
+    segments = torch.ones_like(inputs)
+    begins_document = torch.tensor([window.start == 0 for _, window in windows])
+    segments[begins_document, 0] = 0
+    return segments
+
+
+def _bin_positions(sums: np.ndarray, counts: np.ndarray) -> list[PositionLoss]:
+    edges = np.unique(np.geomspace(1, len(sums) + 1, _POSITION_BINS + 1).round().astype(int)) - 1
+    bins = []
+    for first, after in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        tokens = int(counts[first:after].sum())
+        if tokens:
+            bins.append(PositionLoss(first, after - 1, float(sums[first:after].sum()) / tokens, tokens))
+    return bins

@@ -1,0 +1,184 @@
+"""Checkpoints that a killed process or a full disk cannot spoil.
+
+`RUN/checkpoints/step-N/` is a `save_pretrained` folder of the model, and holds optimizer.safetensors (AdamW's
+state by parameter name) and state.json too. It is written under a name that no reader takes for a checkpoint,
+brought to the disk, and only then renamed. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from longshort.training.files import sync_folder, sync_tree
+
+FOLDER = "checkpoints"
+_WEIGHTS = "model.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
+_STATE = "state.json"
+_FILES = ("config.json", _WEIGHTS, _OPTIMIZER, _STATE)
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands, beside weights and optimizer.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: training tokens seen.
+        seed: of the initial weights and of the batches.
+    """
+
+    step: int
+    tokens: int
+    seed: int
+
+
+def save_checkpoint(
+    run: Path, model: Any, optimizer: torch.optim.Optimizer, state: TrainState, keep: int | None = None
+) -> Path:
+    """Write `run/checkpoints/step-N`, then remove all but the latest `keep` checkpoints.
+
+    Args:
+        run: the run's folder.
+        model: a PreTrainedModel.
+        optimizer: AdamW over all parameters of the model.
+        state: its `step` names the folder.
+        keep: how many checkpoints to keep; None: all.
+
+    Raises:
+        FileExistsError: there is a checkpoint of this step.
+        OSError: the disk is full, or will not take the files otherwise. Earlier checkpoints are untouched
+            and nothing of the new one is left.
+    """
+    folder = run / FOLDER
+    final = folder / f"step-{state.step}"
+    if _is_complete(final):
+        raise FileExistsError(f"{final} exists already")
+    partial = folder / f".step-{state.step}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with _without_progress_bars():
+            model.save_pretrained(partial, max_shard_size="1TB")  # one file of weights
+        save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER)
+        (partial / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        sync_tree(partial)
+        if final.exists():  # one that lacks files, and so was not resumed from
+            _remove(final)
+        partial.rename(final)
+        sync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"the checkpoint of step {state.step} could not be written to {folder}: {error}; "
+            "the checkpoints before it are whole"
+        ) from error
+    if keep is not None:
+        for step in _steps(folder)[:-keep]:
+            _remove(folder / f"step-{step}")
+    return final
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Put a checkpoint's weights and optimizer state into a model and its AdamW, in place and bit by bit.
+
+    Raises:
+        OSError: a file is missing or damaged.
+        ValueError: the checkpoint is one of another model.
+    """
+    load_weights(checkpoint, model)
+    try:
+        moments = load_file(checkpoint / _OPTIMIZER)
+        state = TrainState(**json.loads((checkpoint / _STATE).read_text()))
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise OSError(f"{checkpoint} is damaged: {error}") from error
+    for name, parameter in model.named_parameters():
+        missing = [f"{name}.{moment}" for moment in _MOMENTS if f"{name}.{moment}" not in moments]
+        if missing:
+            raise ValueError(f"{checkpoint / _OPTIMIZER} does not fit the model of this run: no {missing[0]}")
+        # Copies in memory of torch's own: a mapped file's alignment could change the last bits of sums.
+        optimizer.state[parameter] = {
+            moment: moments[f"{name}.{moment}"].to(parameter.device, copy=True) for moment in _MOMENTS
+        }
+    return state
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights into a model, in place and bit by bit.
+
+    Raises:
+        OSError: the file is missing or damaged.
+        ValueError: the weights are those of another model.
+    """
+    try:
+        load_model(model, checkpoint / _WEIGHTS)
+    except SafetensorError as error:
+        raise OSError(f"{checkpoint / _WEIGHTS} is damaged: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not fit the model of this run: {error}") from error
+
+
+def latest_checkpoint(run: Path | str) -> Path | None:
+    """The complete checkpoint of the highest step; None if there is none."""
+    folder = Path(run) / FOLDER
+    for step in reversed(_steps(folder)):
+        if _is_complete(folder / f"step-{step}"):
+            return folder / f"step-{step}"
+    return None
+
+
+def remove_partial_checkpoints(run: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for path in (run / FOLDER).glob(".step-*.partial"):
+        shutil.rmtree(path)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """The bars of transformers would disturb the one of the training."""
+    were_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{moment}": optimizer.state[parameter][moment].detach().contiguous()
+        for name, parameter in model.named_parameters()
+        for moment in _MOMENTS
+    }
+
+
+def _steps(folder: Path) -> list[int]:
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
+    return sorted(int(name.group(1)) for name in names if name)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    return all((checkpoint / name).is_file() for name in _FILES)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; a process killed meanwhile leaves nothing that reads as one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,282 @@
+"""Every setting of a training run: the flags of `longshort train`, as one flat dataclass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from longshort.layout import require_integer
+
+PositionEmbedding = Literal["learned", "rope", "alibi", "none"]
+AttentionPrecision = Literal["input", "fp32", "bf16", "bf16-flash"]
+Schedule = Literal["cosine", "constant"]
+Precision = Literal["fp32", "bf16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what and how. Model settings that are left out are the preset's.
+
+    Raises:
+        ValueError: a value is out of its range, or two contradict each other; the message names the flag.
+    """
+
+    preset: str
+    """Model to start from: tiny, paper-small, paper-base or paper-large."""
+
+    data: Path
+    """Folder that `longshort data` wrote."""
+
+    out: Path
+    """Folder for this run; it must not exist, or be empty."""
+
+    mhsa: bool = False
+    """Make all heads global: the baseline of equal size, initial weights and batches."""
+
+    window: int | None = None
+    """Keys that a local head's query sees, itself included; for --mhsa the band that is monitored."""
+
+    global_heads: int | None = None
+    """Global heads per layer."""
+
+    layers: int | None = None
+    """Number of layers."""
+
+    hidden_size: int | None = None
+    """Width of the model."""
+
+    heads: int | None = None
+    """Attention heads per layer."""
+
+    head_dim: int | None = None
+    """Width of one head."""
+
+    kv_heads: int | None = None
+    """Key/value heads per layer."""
+
+    sequence_length: int | None = None
+    """Tokens per training sequence, and the longest that learned positions allow."""
+
+    position_embedding: PositionEmbedding | None = None
+    """How positions enter the model."""
+
+    global_position_embedding: PositionEmbedding | None = None
+    """How positions enter the global heads, where that differs."""
+
+    qk_norm: bool | None = None
+    """Normalize queries and keys per head."""
+
+    softcap: float | None = None
+    """Bound of the attention scores: softcap * tanh(score / softcap)."""
+
+    sink_tokens: int | None = None
+    """First tokens of each document that local heads always see."""
+
+    attention_precision: AttentionPrecision | None = None
+    """Rounding inside attention."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+
+    batch_size: int = 16
+    """Sequences per optimizer step, over all processes and micro-batches."""
+
+    micro_batch_size: int | None = None
+    """Sequences per forward pass of one process; smaller ones take less memory. None: all at once."""
+
+    learning_rate: float = 6e-4
+    """Learning rate after the warm-up."""
+
+    min_learning_rate: float | None = None
+    """Where the cosine ends. None: a tenth of the learning rate."""
+
+    schedule: Schedule = "cosine"
+    """Learning rate after the warm-up."""
+
+    warmup_steps: int | None = None
+    """Steps of linear warm-up. None: a tenth of the steps, at most 2000."""
+
+    schedule_steps: int | None = None
+    """Step at which the cosine ends; it stays at its end afterwards. None: the steps of this run."""
+
+    beta1: float = 0.9
+    """AdamW: decay of the mean of gradients."""
+
+    beta2: float = 0.95
+    """AdamW: decay of the mean of squared gradients."""
+
+    weight_decay: float = 0.1
+    """AdamW: decay of matrices, embeddings among them. Gains do not decay."""
+
+    grad_clip: float = 1.0
+    """Largest norm of the gradient. 0: no clipping."""
+
+    seed: int = 0
+    """Seed of the initial weights and of the batches."""
+
+    precision: Precision = "fp32"
+    """bf16: autocast, weights and optimizer stay in fp32."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, more time."""
+
+    compile: bool = False
+    """Compile the model with torch.compile."""
+
+    separate_documents: bool = False
+    """Cut attention where a new document begins."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    monitor_every: int = 10
+    """Steps between measurements of the attention logits. 0: none."""
+
+    evaluate_every: int = 200
+    """Steps between validation losses. 0: none."""
+
+    validation_windows: int = 64
+    """Sequences of the validation split that such a loss is measured on, at most."""
+
+    checkpoint_every: int = 200
+    """Steps between checkpoints; there is one at the end too."""
+
+    keep_checkpoints: int | None = None
+    """How many checkpoints to keep, the latest ones. None: all."""
+
+    threads: int | None = None
+    """CPU threads of each process. None: torch's default."""
+
+    device: Device = "auto"
+    """auto: a GPU where there is one."""
+
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into OUT/tensorboard."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "out"):
+            object.__setattr__(self, name, Path(getattr(self, name)))  # the dataclass is frozen
+        for name, least in _INTEGERS.items():
+            if self._is_set(name):
+                require_integer(flag(name), getattr(self, name), minimum=least)
+        for name, choices in _CHOICES.items():
+            if self._is_set(name) and getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        for name, (allowed, lies_inside) in _REALS.items():
+            if self._is_set(name):
+                value = getattr(self, name)
+                if isinstance(value, bool) or not isinstance(value, int | float) or not lies_inside(value):
+                    raise ValueError(f"{flag(name)} must be a number {allowed}, got {value!r}")
+        for name in _SWITCHES:
+            if self._is_set(name) and not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{flag(name)} must be True or False, got {getattr(self, name)!r}")
+        if self.mhsa and self.global_heads is not None:
+            raise ValueError(
+                f"--global-heads does not go with --mhsa, where all heads are global, got {self.global_heads}"
+            )
+        warmup_steps, schedule_steps, min_learning_rate = self.schedule_or_defaults()
+        if min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"--min-learning-rate must be at most --learning-rate ({self.learning_rate}), "
+                f"got {min_learning_rate}"
+            )
+        if self.schedule == "cosine" and warmup_steps >= schedule_steps:
+            raise ValueError(
+                f"--warmup-steps must be below the end of the cosine ({schedule_steps}: "
+                f"--schedule-steps, else --steps), got {warmup_steps}"
+            )
+
+    def _is_set(self, name: str) -> bool:
+        return getattr(self, name) is not None or name not in _MAY_BE_NONE
+
+    def schedule_or_defaults(self) -> tuple[int, int, float]:
+        """`warmup_steps`, `schedule_steps` and `min_learning_rate`, defaults filled in."""
+        return (
+            min(2000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps,
+            self.steps if self.schedule_steps is None else self.schedule_steps,
+            self.learning_rate / 10 if self.min_learning_rate is None else self.min_learning_rate,
+        )
+
+    def model_overrides(self) -> dict[str, Any]:
+        """The model settings that were given, under the names of `LongShortConfig`."""
+        given = {theirs: getattr(self, ours) for ours, theirs in MODEL_SETTINGS.items()}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+MODEL_SETTINGS = {
+    "window": "local_window",
+    "global_heads": "num_global_heads",
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "heads": "num_attention_heads",
+    "head_dim": "head_dim",
+    "kv_heads": "num_key_value_heads",
+    "sequence_length": "max_position_embeddings",
+    "position_embedding": "position_embedding",
+    "global_position_embedding": "global_position_embedding",
+    "qk_norm": "qk_norm",
+    "softcap": "softcap",
+    "sink_tokens": "sink_tokens",
+    "attention_precision": "attention_precision",
+}
+"""Which field of `LongShortConfig` each model setting overrides."""
+
+
+def flag(field: str) -> str:
+    """The command-line flag of a setting: batch_size -> --batch-size."""
+    return "--" + field.replace("_", "-")
+
+
+_INTEGERS = {
+    "window": 1,
+    "global_heads": 0,
+    "layers": 1,
+    "hidden_size": 1,
+    "heads": 1,
+    "head_dim": 1,
+    "kv_heads": 1,
+    "sequence_length": 1,
+    "sink_tokens": 0,
+    "steps": 1,
+    "batch_size": 1,
+    "micro_batch_size": 1,
+    "warmup_steps": 0,
+    "schedule_steps": 1,
+    "seed": 0,
+    "log_every": 1,
+    "monitor_every": 0,
+    "evaluate_every": 0,
+    "validation_windows": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "threads": 1,
+}
+"""Smallest value of each."""
+
+_POSITIVE = ("> 0", lambda value: 0 < value < math.inf)
+_NOT_NEGATIVE = (">= 0", lambda value: 0 <= value < math.inf)
+_DECAY = (">= 0 and < 1", lambda value: 0 <= value < 1)
+_REALS = {
+    "learning_rate": _POSITIVE,
+    "min_learning_rate": _NOT_NEGATIVE,
+    "softcap": _POSITIVE,
+    "beta1": _DECAY,
+    "beta2": _DECAY,
+    "weight_decay": _NOT_NEGATIVE,
+    "grad_clip": _NOT_NEGATIVE,
+}
+_CHOICES = {
+    "position_embedding": get_args(PositionEmbedding),
+    "global_position_embedding": get_args(PositionEmbedding),
+    "attention_precision": get_args(AttentionPrecision),
+    "schedule": get_args(Schedule),
+    "precision": get_args(Precision),
+    "device": get_args(Device),
+}
+_SWITCHES = ("mhsa", "qk_norm", "gradient_checkpointing", "compile", "separate_documents", "tensorboard")
+_MAY_BE_NONE = {field.name for field in fields(TrainConfig) if field.default is None}

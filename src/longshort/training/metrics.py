@@ -1,0 +1,146 @@
+"""What a run measured, line by line: metrics.jsonl, and TensorBoard beside it.
+
+A line is one strict JSON object. Its keys:
+
+- `step`: optimizer steps done, this one included; `tokens`: training tokens seen up to then.
+- `loss` (nats per token) of this step's batch and `grad_norm` before clipping, both at the weights before the
+  step; `learning_rate` of the step; `tokens_per_second` since the line before, checkpoints and validation
+  not counted.
+- if the run is monitored `max_logit`, and of it `max_logit_local`, `max_logit_global`,
+  `max_logit_global_in_band`, as last measured; a key is missing where the model has no such heads.
+- on the steps that measure them `max_logit_by_head` and `entropy_by_head` (nats), for each layer a list.
+- `validation_loss` (nats per token) after the step, on evaluated steps.
+
+JSON has no NaN and no infinity: a measured value that is not finite is null.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longshort.training.files import finite_or_none
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class MetricsLog:
+    """Appends to a run's metrics; whoever holds it is the only process that trains the run.
+
+    Args:
+        run: the run's folder.
+
+    Raises:
+        BlockingIOError: another process is training this run.
+    """
+
+    def __init__(self, run: Path):
+        self._run = run
+        self._file = open(run / METRICS_FILE, "a+b")  # noqa: SIM115  # closed by close()
+        self._board: SummaryWriter | None = None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise BlockingIOError(f"{run} is being trained by another process") from None
+
+    def begin(self, step: int, tensorboard: bool = False) -> dict[str, Any] | None:
+        """Cut off what comes after `step`, the half line of a killed process included.
+
+        Args:
+            step: optimizer steps that the run goes on from.
+            tensorboard: write TensorBoard's files too.
+
+        Returns:
+            The last line that stays, if there is one.
+        """
+        kept, last = 0, None
+        self._file.seek(0)
+        for line in self._file:
+            if not line.endswith(b"\n") or (record := json.loads(line))["step"] > step:
+                break
+            kept += len(line)
+            last = record
+        self._file.truncate(kept)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._run / TENSORBOARD_FOLDER), purge_step=step + 1)
+        return last
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line; it has reached the operating system when this returns.
+
+        Raises:
+            OSError: the disk is full, or does not take the line otherwise.
+        """
+        line = json.dumps(finite_or_none(record), allow_nan=False)
+        try:
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._run / METRICS_FILE} could not be written: {error}") from error
+        if self._board is not None:
+            for name, value in _scalars(record):
+                self._board.add_scalar(name, value, record["step"])
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Close the files and let other processes train this run."""
+        with suppress(OSError):  # a line that could not be written was reported by write()
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(run: Path | str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; values that were not finite are None.
+
+    A last line without its end, as a killed process leaves it, is not read.
+
+    Raises:
+        FileNotFoundError: the folder has no metrics.jsonl.
+        ValueError: a line is not a JSON object with a step.
+    """
+    path = Path(run) / METRICS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no {METRICS_FILE} in {run}")
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict) or "step" not in record:
+            raise ValueError(f"{path}, line {number}: not an object with a step")
+        records.append(record)
+    return records
+
+
+def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+    scalars = []
+    for name, value in record.items():
+        if isinstance(value, list):
+            scalars += [
+                (f"{name}/layer_{layer}/head_{head}", entry)
+                for layer, heads in enumerate(value)
+                for head, entry in enumerate(heads)
+            ]
+        elif name != "step":
+            scalars.append((name, value))
+    return scalars

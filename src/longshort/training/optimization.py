@@ -1,0 +1,100 @@
+"""One optimizer step: loss, gradient, clipping, AdamW, learning rate; and the loss for validation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from longshort.data import Batch
+from longshort.training.config import TrainConfig
+from longshort.training.parallel import Ranks
+
+
+def learning_rate_at(settings: TrainConfig, step: int) -> float:
+    """Learning rate of the step-th step, counted from 0.
+
+    Linear warm-up to `learning_rate` over `warmup_steps`, then a half cosine down to `min_learning_rate` at
+    `schedule_steps`, where it stays; or, for the constant schedule, no change.
+    """
+    warmup_steps, schedule_steps, lowest = settings.schedule_or_defaults()
+    if step < warmup_steps:
+        return settings.learning_rate * (step + 1) / (warmup_steps + 1)
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = min(1.0, (step - warmup_steps) / (schedule_steps - warmup_steps))
+    return lowest + (settings.learning_rate - lowest) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices, embeddings among them, and leaves gains alone."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True
+    )
+
+
+def optimizer_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    learning_rate: float,
+    settings: TrainConfig,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor]:
+    """One step on this rank's part of a batch.
+
+    Returns:
+        The mean loss over that part and the norm of the gradient over all ranks, before clipping; scalars.
+    """
+    size = len(batch.input_ids)
+    parts = _micro_batches(batch, settings, ranks)
+    total = torch.zeros((), device=ranks.device)
+    optimizer.zero_grad(set_to_none=True)
+    for index, part in enumerate(parts):
+        with ranks.accumulating(model, is_last=index == len(parts) - 1):
+            loss = batch_loss(model, part, settings, ranks) * (len(part.input_ids) / size)
+            loss.backward()
+        total += loss.detach()
+    parameters = list(model.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if settings.grad_clip:
+        nn.utils.clip_grads_with_norm_(parameters, settings.grad_clip, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    return total, norm
+
+
+def batch_loss(model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks) -> Tensor:
+    """Mean cross-entropy of a batch's labels, nats per token; a scalar."""
+    on_device = Batch(*(tensor.to(ranks.device) for tensor in batch))
+    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        return model(
+            on_device.input_ids,
+            shift_labels=on_device.labels,
+            segment_ids=on_device.segment_ids if settings.separate_documents else None,
+            use_cache=False,
+        ).loss
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, windows: Batch, settings: TrainConfig, ranks: Ranks) -> float:
+    """Mean cross-entropy over windows, nats per token; each rank computes every world_size-th micro-batch."""
+    parts = _micro_batches(windows, settings, ranks)
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    model.eval()
+    for part in parts[ranks.rank :: ranks.world_size]:
+        total += batch_loss(model, part, settings, ranks).double() * len(part.input_ids)
+    model.train()
+    return ranks.reduce_sum(total).item() / len(windows.input_ids)
+
+
+def _micro_batches(batch: Batch, settings: TrainConfig, ranks: Ranks) -> list[Batch]:
+    size = settings.micro_batch_size or settings.batch_size // ranks.world_size
+    return [Batch(*parts) for parts in zip(*(tensor.split(size) for tensor in batch), strict=True)]

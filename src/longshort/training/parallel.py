@@ -1,0 +1,109 @@
+"""Devices and processes: one process, or data parallel ones under `torchrun`. Nothing else knows of ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train one model together, as seen from one of them.
+
+    Attributes:
+        device: where this process computes.
+        rank: number of this process, 0 ... world_size - 1.
+        world_size: number of processes.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes files and reports."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model, its gradients averaged over the ranks in each backward pass."""
+        if self.world_size == 1:
+            return model
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
+        """Around one micro-batch: gradients travel with the last of a step only."""
+        if isinstance(model, DistributedDataParallel) and not is_last:
+            return model.no_sync()
+        return nullcontext()
+
+    def reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks, element by element."""
+        if self.world_size == 1:
+            return values
+        total = values.detach().clone()
+        dist.all_reduce(total, dist.ReduceOp.SUM)
+        return total
+
+    def reduce_mean(self, values: Tensor) -> Tensor:
+        """Mean over the ranks, element by element."""
+        return self.reduce_sum(values) / self.world_size
+
+    def reduce_max(self, values: Tensor) -> Tensor:
+        """Maximum over the ranks, element by element; NaN where any rank has a NaN."""
+        if self.world_size == 1:
+            return values
+        is_nan = values.isnan()  # whether a collective's MAX keeps NaN is up to its library
+        both = torch.stack([values.detach().masked_fill(is_nan, -torch.inf), is_nan.to(values.dtype)])
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        return both[0].masked_fill(both[1] > 0, torch.nan)
+
+    def any(self, condition: bool) -> bool:
+        """Whether the condition holds on at least one rank."""
+        if self.world_size == 1:
+            return condition
+        return bool(self.reduce_sum(torch.tensor(float(condition), device=self.device)) > 0)
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.world_size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+@contextmanager
+def connect(device: str = "auto") -> Iterator[Ranks]:
+    """Join the processes that `torchrun` started, or be the only one.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+
+    Raises:
+        ValueError: "cuda" is asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ValueError("--device: got cuda, but torch sees no CUDA device here; cpu and auto are allowed")
+    kind = ("cuda" if has_cuda else "cpu") if device == "auto" else device
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    here = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(here)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        yield Ranks(here)
+        return
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=here if kind == "cuda" else None)
+    try:
+        yield Ranks(here, dist.get_rank(), world_size)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,198 @@
+"""The folder of a run: what it trains is resolved, checked and written down before the first step.
+
+RUN/config.json        `RunConfig`: every setting, the model's config, which data, which versions
+RUN/tokenizer/         a copy of the data's tokenizer
+RUN/metrics.jsonl      see `longshort.training.metrics`
+RUN/checkpoints/       see `longshort.training.checkpoints`
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longshort import __version__
+from longshort.data import DataFolder, load_tokenizer
+from longshort.model import PRESETS, LongShortConfig, LongShortForCausalLM, preset
+from longshort.training.config import MODEL_SETTINGS, TrainConfig
+from longshort.training.files import replace_file, sync_folder, sync_tree
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """By what a resumed run knows that its data is the same.
+
+    Attributes:
+        tokenizer_hash: of the tokenizer that made the tokens.
+        train_tokens, validation_tokens: lengths of the two splits.
+    """
+
+    tokenizer_hash: str
+    train_tokens: int
+    validation_tokens: int
+
+    @classmethod
+    def of(cls, data: DataFolder) -> DataIdentity:
+        """The identity of a prepared folder."""
+        return cls(data.train.tokenizer_hash, len(data.train.tokens), len(data.validation.tokens))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run, resolved: RUN/config.json.
+
+    Attributes:
+        training: the settings, defaults filled in, paths absolute.
+        model: `LongShortConfig` as a dictionary.
+        band: window over which the global heads' logits are compared with local heads.
+        data: what the run was started on.
+        versions: of longshort and torch.
+    """
+
+    training: TrainConfig
+    model: dict[str, Any]
+    band: int
+    data: DataIdentity
+    versions: dict[str, str]
+
+    def build_model(self) -> LongShortForCausalLM:
+        """The model with the initial weights of the run's seed, on the CPU in fp32."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.training.seed)
+            return LongShortForCausalLM(LongShortConfig.from_dict(self.model))
+
+
+def plan_run(settings: TrainConfig) -> tuple[RunConfig, DataFolder]:
+    """Resolve settings and check all that can be checked without writing anything.
+
+    Raises:
+        ValueError: a setting does not fit the preset or the data.
+        FileNotFoundError: there is no such data folder.
+        FileExistsError: the run's folder is in use.
+    """
+    if settings.preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {settings.preset!r}")
+    _require_new(settings.out)
+    data = DataFolder.open(settings.data)
+    model = preset(
+        settings.preset,
+        mhsa=settings.mhsa,
+        vocab_size=data.train.vocab_size,
+        eos_token_id=load_tokenizer(data.tokenizer_dir).eos_token_id,
+        **settings.model_overrides(),
+    )
+    chosen = {ours: getattr(model, theirs) for ours, theirs in MODEL_SETTINGS.items()}
+    if settings.mhsa:
+        del chosen["global_heads"]
+    warmup_steps, schedule_steps, min_learning_rate = settings.schedule_or_defaults()
+    training = replace(
+        settings,
+        **chosen,
+        warmup_steps=warmup_steps,
+        schedule_steps=schedule_steps,
+        min_learning_rate=min_learning_rate,
+        data=settings.data.absolute(),
+        out=settings.out.absolute(),
+        threads=torch.get_num_threads(),
+    )
+    assert isinstance(model.local_window, int)  # presets have one window for all layers
+    run = RunConfig(
+        training=training,
+        model=json.loads(model.to_json_string(use_diff=False)),
+        band=model.local_window,
+        data=DataIdentity.of(data),
+        versions=current_versions(),
+    )
+    return run, data
+
+
+def create_run(run: RunConfig, data: DataFolder) -> None:
+    """Make the run's folder, complete or not at all.
+
+    Raises:
+        FileExistsError: it exists and is not empty.
+    """
+    out = run.training.out
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        shutil.copytree(data.tokenizer_dir, partial / TOKENIZER_FOLDER)
+        write_config(partial, run)
+        sync_tree(partial)
+        _require_new(out)
+        partial.rename(out)
+        sync_folder(out.parent)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read_run(run: Path | str) -> RunConfig:
+    """A run's config.json; `training.out` is where the run is now.
+
+    Raises:
+        FileNotFoundError: the folder is no run.
+        ValueError: its config.json is damaged.
+    """
+    path = Path(run) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} is not the folder of a run: it has no {CONFIG_FILE}")
+    try:
+        content = json.loads(path.read_text())
+        return RunConfig(
+            training=TrainConfig(**{**content["training"], "out": Path(run).absolute()}),
+            model=content["model"],
+            band=content["band"],
+            data=DataIdentity(**content["data"]),
+            versions=content["versions"],
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not the config of a run: {error!r}") from error
+
+
+def write_config(folder: Path, run: RunConfig) -> None:
+    """Write a run's config.json, replacing the one that is there at once or not at all."""
+    content = json.dumps(asdict(run), indent=2, allow_nan=False, default=str)  # default: paths
+    replace_file(folder / CONFIG_FILE, content.encode() + b"\n")
+    sync_folder(folder)
+
+
+def open_same_data(run: RunConfig) -> DataFolder:
+    """The data that the run was started on.
+
+    Raises:
+        FileNotFoundError: it is not where it was.
+        ValueError: it is not the same.
+    """
+    data = DataFolder.open(run.training.data)
+    found = DataIdentity.of(data)
+    if found != run.data:
+        raise ValueError(
+            f"{run.training.data} is not the data that this run was started on: got {found}, "
+            f"expected {run.data}"
+        )
+    return data
+
+
+def current_versions() -> dict[str, str]:
+    """Versions of what decides the numbers of a run."""
+    return {"longshort": __version__, "torch": str(torch.__version__)}
+
+
+def _require_new(out: Path) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(
+            f"--out: {out} exists already; `longshort train --resume {out}` goes on with a run, "
+            "another --out starts a new one"
+        )

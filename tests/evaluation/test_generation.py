@@ -1,0 +1,163 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from longshort.data import byte_tokenizer, train_bpe
+from longshort.evaluation import generate_text
+
+TOKENIZER = byte_tokenizer()
+END = TOKENIZER.eos_token_id
+VOCAB = len(TOKENIZER)
+
+
+class Fake:
+    """Predicts by a function of all tokens so far, of which a call brings the new ones only."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, logits, **config):
+        self.config = SimpleNamespace(**config)
+        self.function = logits
+        self.seen = []
+
+    def eval(self):
+        return self
+
+    def __call__(self, inputs, past_key_values, use_cache, logits_to_keep):
+        assert not torch.is_grad_enabled()
+        self.seen += inputs[0].tolist()
+        return SimpleNamespace(logits=self.function(self.seen)[None, None])
+
+
+def script(tokens, vocab_size=VOCAB):
+    """A model that says these tokens, whatever the prompt."""
+    state = iter(tokens)
+
+    def logits(_seen):
+        return torch.nn.functional.one_hot(torch.tensor(next(state)), vocab_size).float() * 100
+
+    return Fake(logits)
+
+
+def pieces(model, prompt="", tokenizer=TOKENIZER, **options):
+    options = {"max_new_tokens": 100, "temperature": 0, **options}
+    return list(generate_text(model, tokenizer, prompt, **options))
+
+
+def test_characters_come_whole():
+    text = "aé€😀z"
+    assert pieces(script([*text.encode(), END])) == list(text)
+
+
+def test_the_end_of_text_ends_it():
+    assert pieces(script([*b"ab", END, *b"cd"])) == ["a", "b"]
+
+
+def test_max_new_tokens_ends_it_with_what_is_left_of_a_character():
+    assert "".join(pieces(script("a€".encode()), max_new_tokens=3)) == "a\ufffd"
+
+
+def test_bytes_that_are_no_text_come_as_replacement_characters():
+    assert "".join(pieces(script([*b"a\xffb\xff\xffc\xe2\x82d", END]))) == "a\ufffdb\ufffd\ufffdc\ufffdd"
+
+
+def test_a_replacement_character_of_the_text_itself_comes_through():
+    assert "".join(pieces(script([*"a\ufffdb\ufffd".encode(), END]))) == "a\ufffdb\ufffd"
+
+
+def test_pieces_of_bpe_join_to_the_text():
+    text = "the naïve cat, the naïve 😀 hat; the end"
+    tokenizer = train_bpe([text] * 5, 300)
+    ids = tokenizer.encode(text)
+    made = pieces(script([*ids, tokenizer.eos_token_id], len(tokenizer)), tokenizer=tokenizer)
+    assert "".join(made) == text
+    assert 1 < len(made) <= len(ids) < len(text)
+    assert all(made)
+
+
+def test_the_prompt_follows_an_end_of_text_and_is_read_once():
+    model = script([*b"xy", END])
+    assert pieces(model, "a<|endoftext|>") == ["x", "y"]
+    assert model.seen == [END, *b"a<|endoftext|>", *b"xy"]
+
+
+@pytest.mark.parametrize(("prompt", "seen"), [("ab", [*b"ab"]), ("", [END])])
+def test_separate_documents_begin_with_the_prompt(prompt, seen):
+    model = script([END])
+    assert pieces(model, prompt, separate_documents=True) == []
+    assert model.seen == seen
+
+
+def biased():
+    """b'a' is twice as likely as b'b', which is twice as likely as b'c'; all else is unlikely."""
+    logits = torch.full((VOCAB,), -30.0)
+    logits[[97, 98, 99]] = torch.tensor([4.0, 2.0, 1.0]).log()
+    return Fake(lambda _seen: logits)
+
+
+def test_sampling_follows_the_probabilities():
+    text = "".join(pieces(biased(), temperature=1, max_new_tokens=3000, seed=1))
+    counts = [text.count(letter) / 3000 for letter in "abc"]
+    assert counts == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=0.04)
+
+
+def test_temperature_sharpens():
+    text = "".join(pieces(biased(), temperature=0.5, max_new_tokens=3000, seed=1))
+    counts = [text.count(letter) / 3000 for letter in "abc"]
+    assert counts == pytest.approx([16 / 21, 4 / 21, 1 / 21], abs=0.04)
+
+
+def test_top_k_leaves_out_the_others():
+    text = "".join(pieces(biased(), temperature=1, top_k=2, max_new_tokens=300))
+    assert set(text) == {"a", "b"}
+    assert set("".join(pieces(biased(), temperature=1, top_k=10_000, max_new_tokens=300))) == {"a", "b", "c"}
+
+
+def test_a_tiny_temperature_is_as_good_as_none():
+    assert set("".join(pieces(biased(), temperature=1e-30))) == {"a"}
+    assert set("".join(pieces(biased(), temperature=0))) == {"a"}
+
+
+def test_a_seed_repeats_the_text():
+    first, again, other = (pieces(biased(), temperature=1, seed=seed) for seed in (5, 5, 6))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
+        ({"max_new_tokens": 2.5}, ValueError, "max_new_tokens"),
+        ({"temperature": -1}, ValueError, "temperature"),
+        ({"temperature": float("nan")}, ValueError, "temperature"),
+        ({"top_k": 0}, ValueError, "top_k"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"prompt": b"bytes"}, TypeError, "prompt must be a string, got bytes"),
+        (
+            {"prompt": "abc", "max_new_tokens": 13},
+            ValueError,
+            "at most 12 here, got 13.*16 positions.*takes 4",
+        ),
+        ({"prompt": "a" * 40}, ValueError, "at most 0 here"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_in_the_call(changes, error, message):
+    model: Any = Fake(None, position_embedding="learned", max_position_embeddings=16)
+    arguments: dict[str, Any] = {"prompt": "a", "max_new_tokens": 3, **changes}
+    with pytest.raises(error, match=message):
+        generate_text(model, TOKENIZER, arguments.pop("prompt"), **arguments)
+    assert not model.seen
+
+
+def test_what_fits_the_learned_positions_is_made():
+    model = Fake(biased().function, position_embedding="learned", max_position_embeddings=16)
+    assert len("".join(pieces(model, "abc", max_new_tokens=12))) == 12
+
+
+def test_a_diverged_model_is_named():
+    model = Fake(lambda _seen: torch.full((300,), torch.nan))
+    with pytest.raises(ValueError, match="diverged"):
+        pieces(model)

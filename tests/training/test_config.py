@@ -1,0 +1,96 @@
+"""Settings: what is refused, and how the message names it."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longshort.model import LongShortConfig
+from longshort.training.config import MODEL_SETTINGS, TrainConfig, flag
+
+
+def settings(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"preset": "tiny", "data": "data", "out": "run", **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("steps", -3, "--steps must be an integer >= 1, got -3"),
+        ("steps", 2.0, "--steps must be an integer >= 1, got 2.0"),
+        ("steps", True, "--steps must be an integer >= 1, got True"),
+        ("steps", None, "--steps must be an integer >= 1, got None"),
+        ("batch_size", 0, "--batch-size must be an integer >= 1, got 0"),
+        ("micro_batch_size", 0, "--micro-batch-size must be an integer >= 1, got 0"),
+        ("window", 0, "--window must be an integer >= 1, got 0"),
+        ("global_heads", -1, "--global-heads must be an integer >= 0, got -1"),
+        ("sink_tokens", -1, "--sink-tokens must be an integer >= 0, got -1"),
+        ("sequence_length", 0, "--sequence-length must be an integer >= 1, got 0"),
+        ("log_every", 0, "--log-every must be an integer >= 1, got 0"),
+        ("monitor_every", -1, "--monitor-every must be an integer >= 0, got -1"),
+        ("evaluate_every", -1, "--evaluate-every must be an integer >= 0, got -1"),
+        ("checkpoint_every", 0, "--checkpoint-every must be an integer >= 1, got 0"),
+        ("keep_checkpoints", 0, "--keep-checkpoints must be an integer >= 1, got 0"),
+        ("seed", -1, "--seed must be an integer >= 0, got -1"),
+        ("threads", 0, "--threads must be an integer >= 1, got 0"),
+        ("learning_rate", 0, "--learning-rate must be a number > 0, got 0"),
+        ("learning_rate", float("nan"), "--learning-rate must be a number > 0, got nan"),
+        ("learning_rate", "fast", "--learning-rate must be a number > 0, got 'fast'"),
+        ("min_learning_rate", -1e-4, "--min-learning-rate must be a number >= 0, got -0.0001"),
+        ("min_learning_rate", 1.0, "--min-learning-rate must be at most --learning-rate (0.0006), got 1.0"),
+        ("beta1", 1.0, "--beta1 must be a number >= 0 and < 1, got 1.0"),
+        ("weight_decay", -0.1, "--weight-decay must be a number >= 0, got -0.1"),
+        ("grad_clip", float("inf"), "--grad-clip must be a number >= 0, got inf"),
+        ("softcap", 0.0, "--softcap must be a number > 0, got 0.0"),
+        ("schedule", "linear", "--schedule must be one of cosine, constant, got 'linear'"),
+        ("precision", "fp16", "--precision must be one of fp32, bf16, got 'fp16'"),
+        ("device", "tpu", "--device must be one of auto, cpu, cuda, got 'tpu'"),
+        ("position_embedding", "sin", "--position-embedding must be one of learned, rope, alibi, none"),
+        ("attention_precision", "fp8", "--attention-precision must be one of input, fp32, bf16, bf16-flash"),
+        ("compile", "yes", "--compile must be True or False, got 'yes'"),
+        ("qk_norm", 1, "--qk-norm must be True or False, got 1"),
+        ("warmup_steps", 1000, "--warmup-steps must be below the end of the cosine (1000: --schedule-steps"),
+    ],
+)
+def test_wrong_value_is_refused_by_name(name: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings(**{name: value})
+
+
+def test_all_heads_global_excludes_a_number_of_global_heads() -> None:
+    with pytest.raises(ValueError, match="--global-heads does not go with --mhsa"):
+        settings(mhsa=True, global_heads=1)
+
+
+def test_warmup_may_outlast_a_constant_schedule_and_the_run() -> None:
+    assert settings(schedule="constant", warmup_steps=5000).warmup_steps == 5000
+    assert settings(warmup_steps=2000, schedule_steps=600_000, steps=600).warmup_steps == 2000
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 0), (600, 60), (50_000, 2000)])
+def test_defaults_of_the_schedule_follow_the_steps(steps: int, warmup: int) -> None:
+    assert settings(steps=steps, learning_rate=1e-3).schedule_or_defaults() == (warmup, steps, 1e-4)
+
+
+def test_given_schedule_is_kept() -> None:
+    given = settings(steps=600, warmup_steps=7, schedule_steps=100, min_learning_rate=0.0)
+    assert given.schedule_or_defaults() == (7, 100, 0.0)
+
+
+def test_only_given_model_settings_override_the_preset() -> None:
+    given = settings(window=32, global_heads=0, qk_norm=False, layers=3)
+    assert given.model_overrides() == {
+        "local_window": 32, "num_global_heads": 0, "qk_norm": False, "num_hidden_layers": 3
+    }  # fmt: skip
+
+
+def test_model_settings_are_fields_of_both_configs() -> None:
+    assert set(MODEL_SETTINGS) <= {field.name for field in fields(TrainConfig)}
+    assert set(MODEL_SETTINGS.values()) <= set(LongShortConfig().to_dict())
+
+
+def test_paths_are_paths_and_flags_have_hyphens() -> None:
+    assert settings().out == Path("run")
+    assert flag("micro_batch_size") == "--micro-batch-size"

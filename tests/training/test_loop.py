@@ -1,0 +1,204 @@
+"""A run from beginning to end, what it writes and tells, and what it refuses."""
+
+import json
+import math
+import signal
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from tests.training.runs import Recorder, SettingsFor, assert_close_metrics, losses
+
+from longshort.training.checkpoints import latest_checkpoint
+from longshort.training.loop import train
+from longshort.training.metrics import TENSORBOARD_FOLDER, read_metrics
+from longshort.training.run import read_run
+
+EVERY_LINE = ["step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"]
+GROUPS = ["max_logit", "max_logit_local", "max_logit_global", "max_logit_global_in_band"]
+BY_HEAD = ["max_logit_by_head", "entropy_by_head"]
+
+
+def test_run_writes_what_was_measured_when_it_was(settings_for: SettingsFor) -> None:
+    settings = settings_for(tensorboard=True)
+    recorder = Recorder()
+    outcome = train(settings, recorder)
+    assert (outcome.run, outcome.step, outcome.steps, outcome.exit_code) == (settings.out, 12, 12, 0)
+    records = read_metrics(settings.out)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert [record["tokens"] for record in records] == [step * 4 * 48 for step in range(1, 13)]
+    for record in records:
+        step = record["step"]
+        keys = EVERY_LINE + GROUPS + (BY_HEAD if step in (1, 4, 8, 12) else [])
+        assert list(record) == keys + (["validation_loss"] if step in (6, 12) else [])
+        assert all(math.isfinite(record[name]) for name in EVERY_LINE)
+    assert torch.tensor(records[3]["entropy_by_head"]).shape == (2, 4)
+    assert records[3]["max_logit"] == torch.tensor(records[3]["max_logit_by_head"]).max().item()
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    assert sorted(path.name for path in (settings.out / "checkpoints").iterdir()) == [
+        "step-10",
+        "step-12",
+        "step-5",
+    ]
+    assert (settings.out / "tokenizer" / "tokenizer.json").is_file()
+    assert any((settings.out / TENSORBOARD_FOLDER).iterdir())
+    assert recorder.starts == [0]
+    assert recorder.steps == list(enumerate(records, start=1))
+    assert recorder.messages == []
+
+
+def test_lines_come_when_logged_monitored_or_evaluated_and_at_the_end(settings_for: SettingsFor) -> None:
+    settings = settings_for(steps=11, log_every=5, monitor_every=4, evaluate_every=6, validation_windows=1)
+    recorder = Recorder()
+    train(settings, recorder)
+    records = {record["step"]: record for record in read_metrics(settings.out)}
+    assert list(records) == [1, 4, 5, 6, 8, 10, 11]
+    assert [step for step, record in records.items() if "max_logit_by_head" in record] == [1, 4, 8, 11]
+    for step, measured in ((5, 4), (6, 4), (10, 8)):  # as last measured
+        assert [records[step][name] for name in GROUPS] == [records[measured][name] for name in GROUPS]
+    assert [step for step, record in records.items() if "validation_loss" in record] == [6, 11]
+    assert [step for step, record in recorder.steps if record is None] == [2, 3, 7, 9]
+
+
+def test_monitor_and_validation_can_be_off(settings_for: SettingsFor) -> None:
+    settings = settings_for(steps=3, monitor_every=0, evaluate_every=0)
+    train(settings)
+    assert all(list(record) == EVERY_LINE for record in read_metrics(settings.out))
+
+
+def test_mhsa_has_global_heads_alone_and_the_bands_logit(settings_for: SettingsFor) -> None:
+    settings = settings_for(mhsa=True, monitor_every=1, steps=3)
+    train(settings)
+    for record in read_metrics(settings.out):
+        assert "max_logit_local" not in record
+        assert 0 < record["max_logit_global_in_band"] <= record["max_logit_global"] == record["max_logit"]
+    assert read_run(settings.out).band == 8
+
+
+def test_same_settings_give_the_same_losses_and_another_seed_others(settings_for: SettingsFor) -> None:
+    runs = [settings_for(name, steps=5, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    for settings in runs:
+        train(settings)
+    first, again, other = (losses(settings.out) for settings in runs)
+    assert first == again
+    assert not set(first) & set(other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"gradient_checkpointing": True}, {"monitor_every": 1}, {"monitor_every": 0, "evaluate_every": 1}],
+    ids=["gradient checkpointing", "watched at every step", "evaluated at every step"],
+)
+def test_what_must_not_change_losses_does_not(settings_for: SettingsFor, changes: dict) -> None:
+    plain, changed = settings_for("plain", steps=6), settings_for("changed", **{"steps": 6, **changes})
+    train(plain)
+    train(changed)
+    assert losses(changed.out) == losses(plain.out)
+
+
+def test_gradient_checkpointing_recomputes(
+    settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longshort.model.modeling import LongShortMLP
+
+    passes = []
+    forward = LongShortMLP.forward
+    monkeypatch.setattr(LongShortMLP, "forward", lambda self, x: passes.append(1) or forward(self, x))
+    counts = []
+    for name, checkpointing in (("plain", False), ("recomputed", True)):
+        passes.clear()
+        train(settings_for(name, steps=1, evaluate_every=0, gradient_checkpointing=checkpointing))
+        counts.append(len(passes))
+    assert counts == [2, 4]
+
+
+def test_bf16_and_separate_documents_train(settings_for: SettingsFor) -> None:
+    plain = settings_for("plain", steps=6)
+    train(plain)
+    for name, changes in (("bf16", {"precision": "bf16"}), ("cut", {"separate_documents": True})):
+        settings = settings_for(name, steps=6, **changes)
+        train(settings)
+        assert losses(settings.out) != losses(plain.out)
+        assert losses(settings.out) == pytest.approx(losses(plain.out), rel=0.02)
+
+
+# The compiler itself looks at .grad of what enters its graph behind the monitor.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_training_equals_eager(settings_for: SettingsFor, checkpointing: bool) -> None:
+    eager = settings_for("eager", steps=8, monitor_every=2)
+    compiled = settings_for(
+        "compiled", steps=8, monitor_every=2, compile=True, gradient_checkpointing=checkpointing
+    )
+    train(eager)
+    train(compiled)
+    assert_close_metrics(compiled.out, eager.out, rel=1e-4)
+
+
+def test_only_as_many_checkpoints_are_kept(settings_for: SettingsFor) -> None:
+    settings = settings_for(steps=9, checkpoint_every=2, keep_checkpoints=2)
+    train(settings)
+    assert sorted(path.name for path in (settings.out / "checkpoints").iterdir()) == ["step-8", "step-9"]
+
+
+def test_divergence_is_reported_and_does_not_stop_the_run(settings_for: SettingsFor) -> None:
+    settings = settings_for(learning_rate=1e30, warmup_steps=0, grad_clip=0, steps=6, monitor_every=1)
+    recorder = Recorder()
+    assert train(settings, recorder).step == 6
+    records = read_metrics(settings.out)
+    assert math.isfinite(records[0]["loss"])
+    assert records[-1]["loss"] is None
+    assert records[-1]["max_logit"] is None
+    first = next(record["step"] for record in records if record["loss"] is None)
+    assert recorder.messages == [f"the loss is not finite at step {first}; the run goes on"]
+    last = recorder.steps[-1][1]
+    assert last is not None
+    assert math.isnan(last["loss"])
+    assert math.isnan(last["max_logit"])
+    latest = latest_checkpoint(settings.out)
+    assert latest is not None
+    assert latest.name == "step-6"
+    for line in (settings.out / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda constant: pytest.fail(constant))
+
+
+def test_existing_run_is_refused_and_untouched(settings_for: SettingsFor) -> None:
+    settings = settings_for(steps=2)
+    train(settings)
+    before = {path: path.read_bytes() for path in settings.out.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="--out"):
+        train(settings)
+    assert {path: path.read_bytes() for path in settings.out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_length": 10**6}, "sequence_length"),
+        ({"device": "cuda"}, "--device: got cuda"),
+        ({"heads": 3, "kv_heads": 2}, "num_key_value_heads"),
+    ],
+)
+def test_wrong_settings_touch_no_file(
+    settings_for: SettingsFor, tmp_path: Path, changes: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        train(settings_for(**changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_handlers_of_signals_are_put_back(settings_for: SettingsFor) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(settings_for(steps=1))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_every_setting_reaches_the_config_of_the_run(settings_for: SettingsFor) -> None:
+    settings = settings_for(steps=1)
+    train(settings)
+    written = json.loads((settings.out / "config.json").read_text())
+    assert list(written) == ["training", "model", "band", "data", "versions"]
+    assert list(written["training"]) == [field.name for field in fields(settings)]
