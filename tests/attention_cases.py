@@ -151,7 +151,7 @@ def plain(case: Case, visible: Tensor) -> Result:
     options, dtype = case.options, q.dtype
     group = case.layout.group_size
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    logits = q @ k.mT * (options.get("scale") or q.shape[-1] ** -0.5)
+    logits = q @ k.mT * options.get("scale", q.shape[-1] ** -0.5)
     scores = logits
     if "softcap" in options:
         scores = options["softcap"] * torch.tanh(scores / options["softcap"])

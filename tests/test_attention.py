@@ -52,6 +52,7 @@ BAD_CALLS = [
     ({"segment_ids": torch.zeros(2, 12)}, ValueError, r"segment_ids must have an integer dtype"),
     ({"segment_ids": torch.zeros(2, 12).bool()}, ValueError, r"integer dtype, got torch.bool"),
     ({"segment_ids": torch.zeros(2, 11).int()}, ValueError, r"= \(2, 12\), got \(2, 11\)"),
+    ({"backend": ["reference"]}, ValueError, r"backend must be 'auto' or one of \[.*\], got \['reference'\]"),
     ({"backend": "flash"}, ValueError, r"backend must be 'auto' or one of \[.*\], got 'flash'"),
 ]  # fmt: skip
 
@@ -72,6 +73,11 @@ def test_explain_names_the_backend_and_why_not_the_others():
     asked = explain(Q, K, V, LAYOUT, backend="reference", softcap=3.0, return_stats=True)
     assert asked.backend == "reference"
     assert asked.reasons == {"blockwise": "backend='reference' was asked for"}
+
+
+def test_explain_knows_the_options_of_attention():
+    with pytest.raises(TypeError, match=r"explain takes the options of attention, got \['wrong'\]"):
+        explain(Q, K, V, LAYOUT, wrong=3)  # pyright: ignore[reportCallIssue]
 
 
 def test_a_backend_that_cannot_serve_is_refused_with_its_reason(monkeypatch):

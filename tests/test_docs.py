@@ -13,14 +13,14 @@ PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
 
-@pytest.mark.parametrize("page", ["architecture.md", "backends.md", "window-semantics.md"])
-def test_python_blocks_run(page: str) -> None:
-    text = (DOCS / page).read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path) -> None:
+    text = page.read_text()
     names: dict[str, Any] = {"__name__": "docs"}
     for block in PYTHON_BLOCK.finditer(text):
         # as many empty lines as come before the block, so that a traceback shows the page's line
         code = "\n" * (text.count("\n", 0, block.start()) + 1) + block[1]
-        exec(compile(code, str(DOCS / page), "exec"), names)
+        exec(compile(code, str(page), "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -41,7 +41,9 @@ def test_bad_constructor_arguments_are_named(options: dict[str, Any], message: s
 def test_bad_constructor_types_are_named() -> None:
     with pytest.raises(TypeError, match="layout must be a HeadLayout, got list"):
         LongShortAttention(20, [3, None])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="rotary must be a Rotary or None, got float"):
+    with pytest.raises(
+        TypeError, match=r"rotary must be a Rotary, such as Rotary\(base=10_000.0\), or None, got "
+    ):
         LongShortAttention(20, LAYOUT, 8, rotary=10_000.0)  # type: ignore[arg-type]
 
 

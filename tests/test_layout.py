@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -84,8 +85,9 @@ def test_split_with_shared_key_value_heads():
 
 
 def test_a_layout_is_frozen_and_takes_any_sequence():
-    layout = HeadLayout([16, None])  # type: ignore[arg-type]
+    layout = HeadLayout([np.int64(16), None])  # type: ignore[arg-type]
     assert layout.windows == (16, None)
+    assert type(layout.windows[0]) is int
     with pytest.raises(dataclasses.FrozenInstanceError):
         layout.sink_tokens = 3  # type: ignore[misc]
 
@@ -122,6 +124,7 @@ def test_bad_layouts_are_named(arguments: dict, message: str):
         ((4, 1, None), r"window must be an integer >= 1, got None"),
         ((4, 1, 4, 2), r"num_global must be a multiple of the 2 query heads .* got 1"),
         ((4, 2, 4, 3), r"num_kv_heads must divide .* got 3"),
+        ((7, 1, 16, 3), r"num_kv_heads must divide .* got 3"),
         ((4, 1, 4, None, 1.5), r"sink_tokens must be an integer >= 0, got 1.5"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from longshort.backends import blockwise, reference
 from longshort.backends.call import AttentionCall, Output
@@ -58,7 +59,7 @@ class Explanation:
 
 
 class AttentionOptions(TypedDict, total=False):
-    """The keyword arguments of `attention` but return_stats; see there."""
+    """The keyword arguments of `attention` but return_stats and backend; see there."""
 
     causal: bool
     scale: float | None
@@ -67,7 +68,6 @@ class AttentionOptions(TypedDict, total=False):
     sink_logits: Tensor | None
     segment_ids: Tensor | None
     round_probabilities: bool
-    backend: str
 
 
 @overload
@@ -78,6 +78,7 @@ def attention(
     layout: HeadLayout,
     *,
     return_stats: Literal[False] = ...,
+    backend: str = ...,
     **options: Unpack[AttentionOptions],
 ) -> Tensor: ...
 @overload
@@ -88,6 +89,7 @@ def attention(
     layout: HeadLayout,
     *,
     return_stats: Literal[True],
+    backend: str = ...,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, AttentionStats]: ...
 def attention(
@@ -149,7 +151,7 @@ def attention(
     chosen = BACKENDS[_choose(call, backend)]
     if call.q.numel() == 0:
         result = _attend_to_nothing(call)
-    elif _autocast_is_on(call.q):
+    elif autocast_is_on(call.q.device):
         with torch.autocast(call.q.device.type, enabled=False):
             result = chosen.attend(call)
     else:
@@ -164,19 +166,29 @@ def attention(
     return out, AttentionStats(result.lse, result.max_logit, result.entropy)
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, **options: Any) -> Explanation:
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: HeadLayout,
+    *,
+    return_stats: bool = False,
+    backend: str = "auto",
+    **options: Unpack[AttentionOptions],
+) -> Explanation:
     """Which backend `attention` would use for the same arguments and, for each other one, why not.
 
     Args:
-        q, k, v, layout, **options: as for `attention`.
+        q, k, v, layout, return_stats, backend, **options: as for `attention`.
 
     Raises:
         TypeError, ValueError: as `attention` does.
     """
+    unknown = sorted(options.keys() - AttentionOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"explain takes the options of attention, got {unknown}")
     q, k, v = _autocast(q, k, v)
-    backend = options.pop("backend", "auto")
-    with_stats = options.pop("return_stats", False)
-    call, _ = _checked_call(q, k, v, layout, with_stats=with_stats, **options)
+    call, _ = _checked_call(q, k, v, layout, with_stats=return_stats, **options)
     chosen = _choose(call, backend)
     not_taken = f"slower than {chosen}" if backend == "auto" else f"backend={chosen!r} was asked for"
     others = {name: module for name, module in BACKENDS.items() if name != chosen}
@@ -186,7 +198,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, **options: Any)
 def _choose(call: AttentionCall, backend: str) -> str:
     if backend == "auto":
         return next(name for name, module in BACKENDS.items() if module.supports(call) is None)
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     reason = BACKENDS[backend].supports(call)
     if reason is not None:
@@ -195,11 +207,14 @@ def _choose(call: AttentionCall, backend: str) -> str:
 
 
 def _with_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
-    """A sink adds exp(sink) to the softmax's denominator: the output shrinks by sigmoid(lse - sink)."""
+    """A sink adds exp(sink) to the softmax's denominator: the output shrinks by sigmoid(lse - sink).
+
+    As exp(logsigmoid), whose gradient does not cancel where the sink is small.
+    """
     seen = lse > -torch.inf
     # lse - sink of rows that see nothing would be -inf, whose gradient is NaN where a sink is -inf too
-    shrink = torch.sigmoid(torch.where(seen | lse.isnan(), lse, 0.0) - sink_logits[:, None])
-    return out * shrink[..., None]
+    lse = torch.where(seen | lse.isnan(), lse, 0.0)
+    return out * F.logsigmoid(lse - sink_logits[:, None]).exp()[..., None]
 
 
 def _attend_to_nothing(call: AttentionCall) -> Output:
@@ -212,16 +227,16 @@ def _attend_to_nothing(call: AttentionCall) -> Output:
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     first = tensors[0]
-    if not isinstance(first, Tensor) or not _autocast_is_on(first):
+    if not isinstance(first, Tensor) or not autocast_is_on(first.device):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     castable = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
 
 
-def _autocast_is_on(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether `torch.autocast` applies to tensors on this device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _checked_call(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from longshort.attention import BACKENDS, AttentionStats, attention, require_tensor
+from longshort.attention import BACKENDS, AttentionStats, attention, autocast_is_on, require_tensor
 from longshort.layout import HeadLayout, require_integer
 
 if TYPE_CHECKING:
@@ -243,6 +243,19 @@ class LongShortAttention(nn.Module):
                 f"hidden_states must be (batch, sequence, embed_dim = {self.embed_dim}), "
                 f"got shape {tuple(hidden_states.shape)}"
             )
+        weight = self.qkv_proj.weight
+        if hidden_states.device != weight.device:
+            raise ValueError(
+                f"hidden_states must be on the device of the layer ({weight.device}), "
+                f"got {hidden_states.device}"
+            )
+        is_cast = autocast_is_on(weight.device) and hidden_states.is_floating_point()
+        if hidden_states.dtype != weight.dtype and not is_cast:
+            raise ValueError(
+                f"hidden_states must have the dtype of the layer ({weight.dtype}), got {hidden_states.dtype}"
+            )
+        if cache is not None and not callable(getattr(cache, "update", None)):
+            raise TypeError(f"cache must have an update(keys, values), got {type(cache).__name__}")
         batch, q_len, _ = hidden_states.shape
         length = 0 if cache is None else getattr(cache, "length", None)
         if segment_ids is not None:
@@ -295,7 +308,7 @@ def _rotated_runs(rotary: Rotary | None, layout: HeadLayout, head_dim: int) -> l
     if rotary is None:
         return []
     if not isinstance(rotary, Rotary):
-        raise TypeError(f"rotary must be a Rotary or None, got {type(rotary).__name__}")
+        raise TypeError(f"rotary must be a Rotary, such as Rotary(base=10_000.0), or None, got {rotary!r}")
     if head_dim % 2:
         raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
     skipped = set(rotary.skip_heads)

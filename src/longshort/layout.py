@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -48,12 +49,8 @@ class HeadLayout:
         windows = _checked_windows(self.windows)
         num_heads = len(windows)
         num_kv_heads = num_heads if self.num_kv_heads is None else self.num_kv_heads
-        require_integer("num_kv_heads", num_kv_heads, minimum=1)
+        _require_divisor(num_kv_heads, num_heads)
         require_integer("sink_tokens", self.sink_tokens, minimum=0)
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads must divide the number of query heads ({num_heads}), got {num_kv_heads}"
-            )
         group_size = num_heads // num_kv_heads
         for kv_head in range(num_kv_heads):
             shared = windows[kv_head * group_size : (kv_head + 1) * group_size]
@@ -64,7 +61,8 @@ class HeadLayout:
                 )
         set_field = object.__setattr__  # the dataclass is frozen
         set_field(self, "windows", windows)
-        set_field(self, "num_kv_heads", num_kv_heads)
+        set_field(self, "num_kv_heads", int(num_kv_heads))
+        set_field(self, "sink_tokens", int(self.sink_tokens))
         set_field(self, "groups", _group_heads(windows, group_size))
 
     @classmethod
@@ -95,9 +93,9 @@ class HeadLayout:
         if num_global > num_heads:
             raise ValueError(f"num_global must be at most num_heads ({num_heads}), got {num_global}")
         if num_kv_heads is not None:
-            require_integer("num_kv_heads", num_kv_heads, minimum=1)
+            _require_divisor(num_kv_heads, num_heads)
             group_size = num_heads // num_kv_heads
-            if group_size and num_global % group_size:
+            if num_global % group_size:
                 raise ValueError(
                     f"num_global must be a multiple of the {group_size} query heads that share a key/value "
                     f"head, got {num_global}"
@@ -178,8 +176,16 @@ class HeadLayout:
 
 def require_integer(name: str, value: Any, minimum: int) -> None:
     """Raise a ValueError that names the argument unless value is an integer (not a bool) >= minimum."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+
+
+def _require_divisor(num_kv_heads: Any, num_heads: int) -> None:
+    require_integer("num_kv_heads", num_kv_heads, minimum=1)
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads must divide the number of query heads ({num_heads}), got {num_kv_heads}"
+        )
 
 
 def _checked_windows(windows: Any) -> tuple[int | None, ...]:
@@ -191,7 +197,7 @@ def _checked_windows(windows: Any) -> tuple[int | None, ...]:
     for head, window in enumerate(checked):
         if window is not None:
             require_integer(f"windows[{head}]", window, minimum=1)
-    return checked
+    return tuple(None if window is None else int(window) for window in checked)
 
 
 def _group_heads(windows: tuple[int | None, ...], group_size: int) -> tuple[HeadGroup, ...]:

@@ -82,6 +82,31 @@ def test_equal_and_single_keys_are_exact(backend: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_scales_of_any_sign(backend: str, scale: float):
+    """Without any other option, the call that SDPA would serve."""
+    q, k, v = torch.randn(3, 1, 2, 40, 8, dtype=torch.float64).unbind()
+    for windows in ((None, None), (5, None)):
+        case = Case(q, k, v, HeadLayout(windows), {"scale": scale})
+        ours, truth = computed(case, backend), plain(case, visibility(case))
+        torch.testing.assert_close(ours.out, truth.out)
+        torch.testing.assert_close(ours.gradients, truth.gradients)
+        torch.testing.assert_close(ours.max_logit, truth.max_logit)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sink", [-12.0, -4.0, 0.0, 12.0])
+def test_sink_gradients_do_not_cancel(backend: str, sink: float):
+    q, k, v = torch.randn(3, 1, 2, 300, 16).unbind()
+    case = Case(q, k, v, HeadLayout((64, None)), {"sink_logits": torch.full((2,), sink)})
+    visible = visibility(case)
+    truth = plain(case.cast(torch.float64), visible).gradients[3]
+    ours = (computed(case, backend).gradients[3] - truth).abs() / truth.abs()
+    theirs = (plain(case, visible).gradients[3] - truth).abs() / truth.abs()
+    assert (ours <= 2 * theirs + 1e-5).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: str):
     options = {
         "softcap": 3.0, "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]),

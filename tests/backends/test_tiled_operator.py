@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.attention_cases import computed, random_case
 
-from longshort.backends import tiled_operator, tiles
+from longshort.backends import tiles
 
 
 def operator_arguments(with_values: bool, with_stats: bool, requires_grad: bool = True):
@@ -21,17 +21,21 @@ def operator_arguments(with_values: bool, with_stats: bool, requires_grad: bool 
 @pytest.mark.parametrize("with_values", [True, False])
 @pytest.mark.parametrize("with_stats", [True, False])
 def test_opcheck(with_values: bool, with_stats: bool):
-    torch.library.opcheck(tiled_operator._forward, operator_arguments(with_values, with_stats))
+    torch.library.opcheck(
+        torch.ops.longshort.tiled_attention.default, operator_arguments(with_values, with_stats)
+    )
 
 
 @pytest.mark.parametrize("with_values", [True, False])
 def test_opcheck_of_the_backward_pass(with_values: bool):
     q, k, v, slopes, ids, *options = operator_arguments(with_values, False, requires_grad=False)
-    out, row_maxima, log_sums, _, _ = tiled_operator._forward(q, k, v, slopes, ids, *options)
+    out, row_maxima, log_sums, _, _ = torch.ops.longshort.tiled_attention(q, k, v, slopes, ids, *options)
     grad_out = torch.randn_like(out) if with_values else None
     saved = (q, k, v, slopes, ids, None, row_maxima, log_sums)
     gradients = (grad_out, torch.randn_like(log_sums))
-    torch.library.opcheck(tiled_operator._backward, (*saved, *gradients, *options[:5]))
+    torch.library.opcheck(
+        torch.ops.longshort.tiled_attention_backward.default, (*saved, *gradients, *options[:5])
+    )
 
 
 @pytest.mark.parametrize("tile_scores", [1, 300, 4000])
@@ -53,7 +57,7 @@ import sys
 import torch
 from longshort import HeadLayout, attention
 torch.set_num_threads(1)
-length, window, packed, stats = (int(x) for x in sys.argv[1:])
+length, window, packed, stats, transposed = (int(x) for x in sys.argv[1:])
 
 def memory(field):
     with open("/proc/self/status") as status:
@@ -61,6 +65,8 @@ def memory(field):
 
 def grown(length):
     q, k, v = (torch.randn(1, 1, length, 64, requires_grad=True) for _ in range(3))
+    if transposed:
+        q, k, v = (x.detach().mT.contiguous().mT.requires_grad_() for x in (q, k, v))
     ids = (torch.arange(length) // 700)[None] if packed else None
     with open("/proc/self/clear_refs", "w") as reset_peak:
         reset_peak.write("5")
@@ -69,19 +75,25 @@ def grown(length):
     (out[0] if stats else out).sum().backward()
     return memory("VmHWM") - before
 
-grown(512)
 print(grown(length))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("length", "window", "packed", "stats", "mebibytes"),
-    [(65_536, 128, 0, 1, 256), (65_536, 128, 1, 0, 256), (16_384, 0, 1, 0, 128)],
+    ("length", "window", "packed", "stats", "transposed", "mebibytes"),
+    [
+        (65_536, 128, 0, 1, 0, 256),
+        (65_536, 128, 1, 0, 0, 256),
+        (16_384, 0, 1, 0, 0, 128),
+        (16_384, 0, 0, 0, 1, 128),  # SDPA, with strides for which it has no kernel without n×n scores
+    ],
 )
-def test_memory_beyond_the_inputs(length: int, window: int, packed: int, stats: int, mebibytes: int):
+def test_memory_beyond_the_inputs(
+    length: int, window: int, packed: int, stats: int, transposed: int, mebibytes: int
+):
     """Peak resident memory of forward and backward together, in a process of its own."""
-    arguments = [str(x) for x in (length, window, packed, stats)]
+    arguments = [str(x) for x in (length, window, packed, stats, transposed)]
     probe = subprocess.run(
         [sys.executable, "-c", MEMORY_PROBE, *arguments], capture_output=True, text=True, check=True
     )

@@ -83,12 +83,15 @@ def _sdpa_serves(call: AttentionCall) -> bool:
     """Whether SDPA's kernel without a mask computes this call for global heads."""
     aligned = call.q.shape[2] == call.k.shape[2] or not call.causal  # SDPA's causal mask is top-left
     plain = call.softcap is None and call.alibi_slopes is None and call.segment_ids is None
-    return aligned and plain and not call.round_probabilities and not call.with_lse
+    # its CPU kernel scales the -inf of hidden pairs too, which a scale <= 0 turns into NaN or +inf
+    return aligned and plain and call.scale > 0 and not call.round_probabilities and not call.with_lse
 
 
 def _sdpa(call: AttentionCall) -> Tensor:
-    # in the score dtype, since SDPA rounds the probabilities of half inputs
+    # in the score dtype, since SDPA rounds the probabilities of half inputs; and with neighbouring entries of
+    # a head side by side, without which it falls back to n×n scores
     q, k, v = (x.to(call.score_dtype) for x in (call.q, call.k, call.v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if call.q.shape[1] != call.k.shape[1]:
         group_size = call.q.shape[1] // call.k.shape[1]
         k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))

@@ -43,7 +43,7 @@ def attend(call: AttentionCall) -> Output:
         out, lse = _RoundedSoftmax.apply(scores, v, seen, call.v.dtype)
     else:
         weights, row_max, row_sum = _softmax_parts(scores, seen)
-        out = weights @ v / row_sum
+        out = (weights / row_sum) @ v  # divided first: the gradient of a one-hot row is then exactly 0
         lse = (row_max + row_sum.log()).masked_fill(~seen, -torch.inf).squeeze(-1)
     out = out.to(call.out_dtype)
     if not call.with_stats:

@@ -14,9 +14,6 @@ from torch import Tensor
 from longshort.backends.call import AttentionCall
 from longshort.backends.tiles import Problem, accumulation_dtype
 
-# below this exp() is 0 in every dtype; it keeps 0·(-inf) out of the entropy
-_LOWEST_EXPONENT = -1000.0
-
 
 def tiled_attention(
     call: AttentionCall, window: int | None, with_values: bool
@@ -32,7 +29,7 @@ def tiled_attention(
         out (batch, heads, q_len, head_dim) in `call.out_dtype`; lse (batch, heads, q_len), differentiable;
         max_logit and entropy (heads,), empty unless the call asks for statistics.
     """
-    out, row_max, log_sum, max_logit, entropy = _forward(
+    out, row_max, log_sum, max_logit, entropy = torch.ops.longshort.tiled_attention(
         call.q, call.k, call.v if with_values else None, call.alibi_slopes, call.segment_ids, window,
         call.layout.sink_tokens, call.causal, call.scale, call.softcap, call.round_probabilities,
         call.out_dtype, call.with_stats,
@@ -40,7 +37,6 @@ def tiled_attention(
     return out, row_max.detach() + log_sum, max_logit.detach(), entropy.detach()
 
 
-@torch.library.custom_op("longshort::tiled_attention", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -74,18 +70,18 @@ def _forward(
                 lowest = tile.lowest_visible(logits)
                 if softcap is not None or alibi_slopes is not None:
                     highest = -tile.lowest_visible(-logits)
-            scores = tile.hide(tile.scores(logits))
+            scores = tile.hide(tile.bias(tile.cap(logits)))
             row_max = tile.where_seen(scores.amax(-1, keepdim=True), 0.0)
             if lowest is not None:
                 largest = torch.maximum(row_max if highest is None else highest, -lowest)
                 largest_so_far = part.heads_of(max_logit)
                 largest_so_far.copy_(torch.maximum(largest_so_far, tile.maximum_of_rows(largest)))
             scores = scores.sub_(row_max)
-            weights = scores.exp() if with_stats else scores.exp_()
+            weights = tile.exp(scores, in_place=not with_stats)
             row_sum = tile.where_seen(weights.sum(-1, keepdim=True), 1.0)
             if with_stats:
                 # no cancellation at large logits, unlike lse - Σ p·z
-                weighted = tile.clamp_hidden(scores, _LOWEST_EXPONENT).mul_(weights).sum(-1, keepdim=True)
+                weighted = scores.mul_(weights).sum(-1, keepdim=True)
                 rows = tile.where_seen(row_sum.log() - weighted / row_sum, 0.0)
                 part.heads_of(entropy).add_(tile.sum_over_rows(rows))
             log_sum = tile.where_seen(row_sum.log(), -torch.inf)
@@ -100,9 +96,8 @@ def _forward(
     return out, row_maxima, log_sums, max_logit, entropy
 
 
-@_forward.register_fake
-def _(q, k, v, alibi_slopes, segment_ids, window, sink_tokens, causal, scale, softcap, round_probabilities,
-      out_dtype, with_stats):  # fmt: skip
+def _fake_forward(q, k, v, alibi_slopes, segment_ids, window, sink_tokens, causal, scale, softcap,
+                  round_probabilities, out_dtype, with_stats):  # fmt: skip
     return _empty_outputs(q, v is not None, out_dtype, with_stats)
 
 
@@ -117,7 +112,6 @@ def _empty_outputs(
     return out, row_maxima, log_sums, max_logit, entropy
 
 
-@torch.library.custom_op("longshort::tiled_attention_backward", mutates_args=())
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -144,14 +138,14 @@ def _backward(
         grad_v_part = torch.zeros_like(k_part)
         for tile in part.tiles():
             q_rows = tile.rows_of(q_part) * scale
-            scores = tile.hide(tile.scores(tile.logits(q_rows, k_part)))
-            cap_slope = None
-            if softcap is not None:
-                cap_slope = 1 - torch.tanh(tile.logits(q_rows, k_part) / softcap).square_()
+            scores = tile.cap(tile.logits(q_rows, k_part))
+            cap_slope = None if softcap is None else 1 - (scores / softcap).square_()
+            scores = tile.hide(tile.bias(scores))
             row_max, log_sum = (
                 tile.split_rows(tile.rows_of(part.queries(x.unsqueeze(-1)))) for x in (row_maxima, log_sums)
             )
-            probabilities = scores.sub_(row_max).sub_(tile.where_seen(log_sum, 0.0)).exp_()
+            scores = scores.sub_(row_max).sub_(tile.where_seen(log_sum, 0.0))
+            probabilities = tile.exp(scores, in_place=True)
             grad_row = None  # gradient of the row's lse
             if grad_lse is not None:
                 grad_row = tile.split_rows(tile.rows_of(part.queries(grad_lse.unsqueeze(-1))))
@@ -185,9 +179,8 @@ def _backward(
     return grad_q, grad_k, grad_v
 
 
-@_backward.register_fake
-def _(q, k, v, alibi_slopes, segment_ids, out, row_maxima, log_sums, grad_out, grad_lse, window, sink_tokens,
-      causal, scale, softcap):  # fmt: skip
+def _fake_backward(q, k, v, alibi_slopes, segment_ids, out, row_maxima, log_sums, grad_out, grad_lse, window,
+                   sink_tokens, causal, scale, softcap):  # fmt: skip
     return _empty_gradients(q, k, v)
 
 
@@ -213,9 +206,22 @@ def _gradients(ctx, grad_out, grad_row_maxima, grad_lse, grad_max_logit, grad_en
     if grad_out is None and grad_lse is None:
         return (None,) * 13
     saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
-    grad_q, grad_k, grad_v = _backward(*saved, grad_out, grad_lse, *ctx.options)
+    grad_q, grad_k, grad_v = torch.ops.longshort.tiled_attention_backward(
+        *saved, grad_out, grad_lse, *ctx.options
+    )
     has_values = saved[2] is not None
     return grad_q, grad_k, grad_v if has_values else None, *(None,) * 10
 
 
-_forward.register_autograd(_gradients, setup_context=_save_for_backward)
+# Defined by hand, since torch.library.custom_op imports the compiler on its first call: seconds and 80 MiB.
+_library = torch.library.Library("longshort", "FRAGMENT")
+for _name, _function, _fake in (
+    ("tiled_attention", _forward, _fake_forward),
+    ("tiled_attention_backward", _backward, _fake_backward),
+):
+    _library.define(_name + torch.library.infer_schema(_function, mutates_args=()))
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"longshort::{_name}", _fake, lib=_library)
+torch.library.register_autograd(
+    "longshort::tiled_attention", _gradients, setup_context=_save_for_backward, lib=_library
+)

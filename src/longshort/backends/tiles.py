@@ -7,6 +7,7 @@ queries make a block. The columns are the sink keys outside the window, then the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,6 +61,12 @@ class Problem:
             return self.k.shape[2]
         return size + (self.window - 1) * (1 if self.causal else 2)
 
+    def columns(self, size: int) -> int:
+        """Numbers per row of a tile of blocks of `size`, at most."""
+        # with segments each row gathers sink keys of its own
+        per_sink = 1 if self.segment_ids is None else self.q.shape[3]
+        return self.span(size) + self.sinks * per_sink
+
     def rows_that_see(self) -> Tensor | int:
         """Number of query rows per head that see something, at least 1."""
         if self.segment_ids is None:
@@ -70,7 +77,7 @@ class Problem:
         """Slices of batch and heads so small that a block of each fits a tile."""
         batch, kv_heads = self.k.shape[:2]
         size = self.block_size()
-        planes = max(1, _TILE_SCORES // (self.group_size * size * (self.span(size) + self.sinks)))
+        planes = max(1, _TILE_SCORES // (self.group_size * size * self.columns(size)))
         head_step = min(planes, kv_heads)
         batch_step = max(1, planes // kv_heads)
         for b in range(0, batch, batch_step):
@@ -139,7 +146,7 @@ class Part:
                 row += size
                 continue
             span = problem.span(size)
-            scores = planes * problem.group_size * size * (span + problem.sinks)
+            scores = planes * problem.group_size * size * problem.columns(size)
             blocks = max(1, min((q_len - row) // size, _TILE_SCORES // scores))
             yield Tile(self, row, blocks, size, position - problem.window + 1, span)
             row += blocks * size
@@ -194,11 +201,12 @@ class Tile:
         return keys.unfold(-2, self.span, self.size).transpose(-1, -2)
 
     def _sink_keys(self, x: Tensor) -> Tensor:
-        """(batch, kv_heads, blocks | 1, 1, size | 1, sinks, dim) sink keys of each row."""
+        """The sink keys of each row: (batch, kv_heads, blocks, 1, size, sinks, dim); or, without segments, those
+        that all rows share: (batch, kv_heads, 1, sinks, dim)."""
         sinks = self.part.problem.sinks
         index = self._sink_index
         if index is None:
-            return x[:, :, None, None, None, :sinks]
+            return x[:, :, None, :sinks]
         gathered = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
         return gathered.unflatten(2, (self.blocks, 1, self.size, sinks))
 
@@ -218,14 +226,20 @@ class Tile:
         logits = self.split_rows(rows @ self._windows(keys).mT)
         if self.part.problem.sinks == 0:
             return logits
-        to_sinks = (self.split_rows(rows).unsqueeze(-2) * self._sink_keys(keys)).sum(-1)
+        sink_keys = self._sink_keys(keys)
+        if self._sink_index is None:
+            to_sinks = self.split_rows(rows @ sink_keys.mT)
+        else:
+            to_sinks = (self.split_rows(rows).unsqueeze(-2) * sink_keys).sum(-1)
         return torch.cat([to_sinks, logits], -1)
 
     def times_keys(self, weights: Tensor, keys: Tensor) -> Tensor:
         """Sum over columns of weights · keys: split rows."""
         sinks = self.part.problem.sinks
         out = self.split_rows(weights[..., sinks:].flatten(3, 4) @ self._windows(keys))
-        if sinks:
+        if sinks and self._sink_index is None:
+            out += self.split_rows(weights[..., :sinks].flatten(3, 4) @ self._sink_keys(keys))
+        elif sinks:
             out += (weights[..., :sinks, None] * self._sink_keys(keys)).sum(-2)
         return out
 
@@ -245,25 +259,29 @@ class Tile:
             total = total.flatten(2, 3)
         first, stop = max(0, self.start), min(keys.shape[2], self.start + total.shape[2])
         keys[:, :, first:stop] += total[:, :, first - self.start : stop - self.start]
-        if sinks:
+        if sinks == 0:
+            return
+        index = self._sink_index
+        if index is None:
+            keys[:, :, :sinks] += (weights[..., :sinks].flatten(3, 4).mT @ rows).sum(2)
+        else:
             to_sinks = weights[..., :sinks, None] * self.split_rows(rows).unsqueeze(-2)
-            if self._sink_index is None:
-                keys[:, :, :sinks] += to_sinks.sum(dim=(2, 3, 4))
-            else:
-                per_row = to_sinks.sum(3).flatten(2, 4)
-                keys.scatter_add_(2, self._sink_index.expand_as(per_row), per_row)
+            per_row = to_sinks.sum(3).flatten(2, 4)
+            keys.scatter_add_(2, index.expand_as(per_row), per_row)
 
     # -- scores
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """Softcap and ALiBi; in place."""
-        problem = self.part.problem
-        if problem.softcap is not None:
-            logits = logits.div_(problem.softcap).tanh_().mul_(problem.softcap)
-        if problem.alibi_slopes is not None:
-            slopes = self.part.heads_of(problem.alibi_slopes)[:, None, :, None, None]
-            logits = logits.sub_(slopes * self._distances.abs())
-        return logits
+    def cap(self, logits: Tensor) -> Tensor:
+        """Softcap; in place."""
+        softcap = self.part.problem.softcap
+        return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+    def bias(self, scores: Tensor) -> Tensor:
+        """ALiBi; in place."""
+        if self.part.problem.alibi_slopes is None:
+            return scores
+        slopes = self.part.heads_of(self.part.problem.alibi_slopes)[:, None, :, None, None]
+        return scores.sub_(slopes * self._distances.abs())
 
     def hide(self, scores: Tensor) -> Tensor:
         """-inf on pairs that do not see each other; in place."""
@@ -277,10 +295,13 @@ class Tile:
         lowest = [part.amin(-1, keepdim=True) for part in parts]
         return lowest[0] if len(lowest) == 1 else torch.minimum(*lowest)
 
-    def clamp_hidden(self, scores: Tensor, lowest: float) -> Tensor:
-        """No -inf on hidden pairs, `lowest` instead; in place."""
-        scores[..., self._first_hidden :].clamp_min_(lowest)
-        return scores
+    def exp(self, scores: Tensor, in_place: bool) -> Tensor:
+        """exp(scores), exactly 0 on hidden pairs; the scores are clamped so that no result is denormal."""
+        # exp() of -inf, or with a denormal result, takes a processor up to 20 times longer
+        scores.clamp_min_(math.log(torch.finfo(scores.dtype).tiny) + 0.1)
+        weights = scores.exp_() if in_place else scores.exp()
+        weights[..., self._first_hidden :].masked_fill_(self._hidden, 0.0)
+        return weights
 
     def where_seen(self, rows: Tensor, otherwise: float) -> Tensor:
         """rows, or `otherwise` in rows that see nothing."""

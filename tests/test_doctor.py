@@ -1,0 +1,103 @@
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from longshort import __version__, doctor
+from longshort.attention import BACKENDS
+
+
+def sections() -> dict[str, dict[str, str]]:
+    return {title: dict(rows) for title, rows in doctor.report()}
+
+
+def test_versions_are_those_that_run() -> None:
+    versions = sections()["Versions"]
+    assert versions["longshort"] == __version__
+    assert versions["torch"] == torch.__version__
+    assert versions["transformers"] == metadata.version("transformers")
+
+
+def test_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    versions = sections()["Versions"]
+    assert versions["transformers"] == "not installed: pip install 'longshort[hf]'"
+    assert versions["tyro"] == "not installed: pip install 'longshort[train]'"
+
+
+def test_every_optional_package_is_listed_under_the_extra_that_brings_it() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    declared = {
+        requirement.split(">=")[0]: extra
+        for extra in ("hf", "train")
+        for requirement in project["optional-dependencies"][extra]
+        if not requirement.startswith("longshort")
+    }
+    assert declared == doctor.OPTIONAL_PACKAGES
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_backend_is_chosen_or_has_a_reason(dtype: str) -> None:
+    backends = sections()[f"Backends for cpu, {dtype}"]
+    assert set(backends) == set(BACKENDS)
+    assert [name for name, text in backends.items() if text.startswith("chosen")] == ["blockwise"]
+    assert backends["reference"] == "not chosen: slower than blockwise"
+
+
+def test_unsupported_backend_shows_its_own_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS["blockwise"], "supports", lambda call: "needs a sunny day")
+    backends = sections()["Backends for cpu, float32"]
+    assert backends["reference"].startswith("chosen")
+    assert backends["blockwise"] == "not chosen: needs a sunny day"
+
+
+def test_processor_row_shows_the_threads_in_use() -> None:
+    processor = sections()["Processor"]
+    assert processor["threads"].startswith(f"{torch.get_num_threads()} ")
+    assert processor["vector instructions"] == torch.backends.cpu.get_cpu_capability()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "reason"),
+    [
+        (None, None, f"torch {torch.__version__} is built without GPU support"),
+        ("13.0", None, "torch is built for CUDA 13.0, but no driver or no device is visible"),
+        (None, "7.0", "torch is built for ROCm 7.0, but no driver or no device is visible"),
+    ],
+)
+def test_no_gpu_says_why(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, hip: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert sections()["GPU"] == {"none": reason}
+
+
+def test_a_broken_gpu_is_a_finding_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+    def broken(*size: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+        if device == "cuda":
+            raise RuntimeError("CUDA error: out of memory")
+        return torch.ones(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", broken)
+    assert sections()["Backends for cuda, bfloat16"] == {
+        "none": "cuda cannot be used: CUDA error: out of memory"
+    }
+
+
+def test_text_has_every_row_aligned() -> None:
+    report = doctor.report()
+    lines = doctor.as_text(report).splitlines()
+    rows = [(name, text) for _, rows in report for name, text in rows]
+    column = 4 + max(len(name) for name, _ in rows)
+    for name, text in rows:
+        assert any(line.startswith(f"  {name}") and line[column:] == text for line in lines)
