@@ -231,3 +231,17 @@ def test_a_large_jsonl_file_is_not_held_in_memory(tmp_path: Path) -> None:
     assert count == 2000
     assert path.stat().st_size > 20_000_000
     assert peak < 1_000_000
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson"])
+def test_jsonl_by_any_of_its_names(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n{"text": "\\u0000"}\n')
+    corpus = open_corpus(tmp_path / name)
+    assert [document.text for document in corpus] == ["one", "two"]
+    assert corpus.skipped.not_text == 1
+
+
+def test_json_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("[" * 100_000 + "]" * 100_000 + "\n")
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1 is not JSON"):
+        list(open_corpus(tmp_path / "a.jsonl"))

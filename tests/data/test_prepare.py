@@ -315,6 +315,30 @@ def test_missing_parents_are_made(corpus: Path, tmp_path: Path) -> None:
     DataFolder.open(tmp_path / "a" / "b" / "data")
 
 
+def test_an_empty_folder_is_as_good_as_none(corpus: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    prepare(corpus, empty)
+    assert DataFolder.open(empty).train.tokens.size > 0
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"validation_fraction": "0.1"}, r"validation_fraction must lie between 0 and 1, .* got '0.1'"),
+        ({"vocab_size": 300.5}, "vocab_size must be an integer, got 300.5"),
+        ({"seed": "x"}, "seed must be an integer, got 'x'"),
+        ({"tokenizer": 5}, "tokenizer must be a string or a path, got 5"),
+        ({"source": None}, "source must be a string or a path, got None"),
+    ],
+)
+def test_arguments_of_wrong_types_are_named(corpus: Path, out: Path, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(**{"source": corpus, "out": out, **arguments})
+    assert not out.exists()
+
+
 def test_an_existing_folder_stays_unless_told(corpus: Path, out: Path) -> None:
     prepare(corpus, out, seed=0)
     before = content(out)
@@ -342,14 +366,6 @@ def test_overwriting_through_a_link_replaces_what_it_points_to(
     prepare(corpus, tmp_path / "link", seed=1, overwrite=True)
     assert (tmp_path / "link").is_symlink()
     assert content(out)["train.bin"] != before["train.bin"]
-
-
-def test_an_empty_folder_may_be_overwritten(corpus: Path, out: Path) -> None:
-    out.mkdir()
-    with pytest.raises(FileExistsError):
-        prepare(corpus, out)
-    prepare(corpus, out, overwrite=True)
-    DataFolder.open(out)
 
 
 @pytest.mark.parametrize(

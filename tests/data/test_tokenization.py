@@ -165,10 +165,16 @@ def test_loading_says_what_is_wrong(tmp_path: Path, bpe: PreTrainedTokenizerFast
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no tokenizer that loads"):
         load_tokenizer(tmp_path)
-    endless = PreTrainedTokenizerFast(tokenizer_object=bpe.backend_tokenizer)
-    endless.save_pretrained(tmp_path / "endless")
-    with pytest.raises(ValueError, match=re.escape("has no end-of-text token (eos_token)")):
-        load_tokenizer(tmp_path / "endless")
+
+
+def test_a_tokenizer_without_end_of_text_gets_one(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 2)
+    assert vocabulary_size(tokenizer) == 3
 
 
 def test_vocabulary_size_counts_gaps(bpe: PreTrainedTokenizerFast) -> None:

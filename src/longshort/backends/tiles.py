@@ -201,8 +201,8 @@ class Tile:
         return keys.unfold(-2, self.span, self.size).transpose(-1, -2)
 
     def _sink_keys(self, x: Tensor) -> Tensor:
-        """The sink keys of each row: (batch, kv_heads, blocks, 1, size, sinks, dim); or, without segments, those
-        that all rows share: (batch, kv_heads, 1, sinks, dim)."""
+        """The sink keys of each row: (batch, kv_heads, blocks, 1, size, sinks, dim); or without segments,
+        those of all rows: (batch, kv_heads, 1, sinks, dim)."""
         sinks = self.part.problem.sinks
         index = self._sink_index
         if index is None:

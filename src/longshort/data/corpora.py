@@ -6,7 +6,8 @@ A source is one of
 - a folder (all its files, recursively), a file, or a glob pattern (``**`` recurses);
 - ``hf:NAME`` or ``hf:NAME:CONFIG``: the ``train`` split of a Hugging Face dataset, streamed.
 
-A file is one document, except that each line of a ``.jsonl`` or ``.jsonl.gz`` file is one.
+A file is one document, except that each line of a JSONL file is one (``.jsonl`` or ``.ndjson``, also with
+``.gz``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+_JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _READ_CHARACTERS = 1 << 20
 
 
@@ -109,7 +110,7 @@ class FileCorpus(Corpus):
             path = self._root / name
             size = path.stat().st_size
             with open(path, "rb") as file:
-                if name.endswith(_JSONL_SUFFIXES):
+                if name.lower().endswith(_JSONL_SUFFIXES):
                     for line_number, text in self._read_jsonl(path, file):
                         self.position = finished + file.tell()
                         yield f"{name}:{line_number}", text
@@ -121,7 +122,7 @@ class FileCorpus(Corpus):
             self.position = finished
 
     def _read_jsonl(self, path: Path, file: BinaryIO) -> Iterator[tuple[int, str | None]]:
-        lines = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        lines = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
         try:
             for line_number, line in enumerate(lines, start=1):
                 if line.isspace():
@@ -129,7 +130,7 @@ class FileCorpus(Corpus):
                 where = f"{path}, line {line_number}"
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where} is not JSON: {error}") from error
                 yield line_number, _text_of(record, self._text_field, where)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -270,7 +271,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str | None:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair
         return None
-    return text
+    return None if "\0" in text else text
 
 
 def _no_such_field(text_field: str, fields: list[str], where: str) -> str:

@@ -99,17 +99,23 @@ def prepare(
         progress: called after every batch of documents.
 
     Raises:
-        FileExistsError: `out` exists and `overwrite` is not set, or it is not a data folder, or another
-            process is preparing it.
+        FileExistsError: `out` is not empty and `overwrite` is not set, or it is not a data folder, or
+            another process is preparing it.
         FileNotFoundError: there is no such source or tokenizer folder.
         ValueError: an argument or a record of the corpus is not usable, or there are not two documents.
     """
-    if not 0 < validation_fraction < 1:
+    if not isinstance(validation_fraction, int | float) or not 0 < validation_fraction < 1:
         raise ValueError(
-            f"validation_fraction must lie between 0 and 1, both excluded, got {validation_fraction}"
+            f"validation_fraction must lie between 0 and 1, both excluded, got {validation_fraction!r}"
         )
+    for name, number in (("vocab_size", vocab_size), ("seed", seed)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ValueError(f"{name} must be an integer, got {number!r}")
     if tokenizer == "bpe" and vocab_size < SMALLEST_BPE_VOCABULARY:
         raise ValueError(f"vocab_size must be at least {SMALLEST_BPE_VOCABULARY} for BPE, got {vocab_size}")
+    for name, path in (("source", source), ("out", out), ("tokenizer", tokenizer)):
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"{name} must be a string or a path, got {path!r}")
     out = Path(out)
     _check_out(out, overwrite)
     ready = None
@@ -261,7 +267,7 @@ def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    if not os.path.lexists(out):
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
         raise FileExistsError(f"out {str(out)!r} exists; choose another folder or set overwrite")
@@ -274,7 +280,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"out {str(out)!r} holds more than prepared data ({strangers[0]!r}); it stays as it is"
         )
-    if entries and not any(is_token_description(out / f"{split}.json") for split in SPLITS):
+    if not any(is_token_description(out / f"{split}.json") for split in SPLITS):
         raise FileExistsError(f"out {str(out)!r} does not look like prepared data; it stays as it is")
 
 

@@ -65,9 +65,11 @@ def train_bpe(texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> Pr
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     """Loads a saved tokenizer, without its length limit: texts longer than a context are ours to cut.
 
+    One without an end-of-text token (eos_token), which follows every document, gets a new one.
+
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no tokenizer, or one without a fast form or without an end-of-text token.
+        ValueError: it holds no tokenizer, or one without a fast form.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -85,10 +87,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             "which has no fast form (tokenizer.json)"
         )
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer: {os.fspath(folder)!r} has no end-of-text token (eos_token), "
-            "which follows every document"
-        )
+        tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
     tokenizer.model_max_length = _NO_MAX_LENGTH
     return tokenizer
 

@@ -290,8 +290,10 @@ def _scale_logarithmically(axes: Axes) -> None:
 
 
 def _label_log_axis(axis: Axis) -> None:
-    """Plain numbers, close enough for a range within one power of ten."""
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    """Plain numbers, also where the range lies within one power of ten."""
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high > 30 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    axis.set_major_locator(LogLocator(base=10, subs=subs))
     axis.set_major_formatter(FuncFormatter(_plain_number))
     axis.set_minor_formatter(NullFormatter())
 

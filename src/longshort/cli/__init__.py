@@ -1,0 +1,118 @@
+"""The command line: `main` finds the command, calls it, and turns errors into messages and exit codes.
+
+One file per command, imported when it is called, so that none waits for what another needs. Each has
+`run(arguments) -> int`, whose result is the exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from longshort.cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_COMMANDS = {
+    "data": "Turn text into a folder of tokens.",
+    "train": "Train a model, or go on with a run.",
+    "evaluate": "Measure a trained model on whole validation documents.",
+    "generate": "Let a trained model write.",
+    "doctor": "Show versions, hardware, and which attention backends work here.",
+    "demo": "See LS-attention and full attention trained side by side.",
+}
+_HELP = """\
+usage: longshort COMMAND [flags]
+
+LS-attention for PyTorch: attention heads split into many short-range and a few long-range ones.
+
+commands:
+{commands}
+
+`longshort COMMAND --help` explains a command; `longshort --version` tells the version.
+
+example:
+  longshort data stdlib --out data
+  longshort train tiny --data data --out run
+  longshort evaluate run
+  longshort generate run --prompt "def "
+""".format(commands="\n".join(f"  {name:<10}{text}" for name, text in _COMMANDS.items()))
+
+_FAILURE, _USAGE, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: command and flags; None: those that the program was started with.
+
+    Returns:
+        0; 1 after a failure; 2 if the command or a flag is wrong; 130 after Ctrl-C. Errors are a message on
+        stderr; with LONGSHORT_DEBUG=1 in the environment failures are raised instead.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # the parser of flags, after --help or its own message
+        return stop.code if isinstance(stop.code, int) else _FAILURE
+    except UsageError as error:
+        return _complain(str(error), _USAGE)
+    except KeyboardInterrupt:
+        return _complain("interrupted", _INTERRUPTED)
+    except BrokenPipeError:
+        _discard_output()
+        return _BROKEN_PIPE
+    except Exception as error:
+        if os.environ.get("LONGSHORT_DEBUG", "0") not in ("", "0"):
+            raise
+        return _complain(_describe(error), _FAILURE)
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments:
+        print(_HELP, end="", file=sys.stderr)
+        return _USAGE
+    command, *rest = arguments
+    if command in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    if command == "--version":
+        from longshort import __version__
+
+        print(__version__)
+        return 0
+    if command not in _COMMANDS:
+        raise UsageError(f"there is no command {command!r}; the commands are {', '.join(_COMMANDS)}")
+    return import_module(f"longshort.cli.{command}").run(rest)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"longshort: error: {message}", file=sys.stderr)
+    return code
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        from longshort.doctor import OPTIONAL_PACKAGES
+
+        package = (error.name or "").partition(".")[0]
+        if package in OPTIONAL_PACKAGES:
+            return f"this needs {package}: pip install 'longshort[{OPTIONAL_PACKAGES[package]}]'"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, (ValueError, TypeError, OSError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error} (LONGSHORT_DEBUG=1 shows where)"
+
+
+def _discard_output() -> None:
+    """Nobody reads stdout any more; what is left in its buffer must not fail once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,87 @@
+"""`longshort data`"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from longshort.cli.console import console, progress_bar
+from longshort.cli.flags import parse
+from longshort.layout import require_integer
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Turn text into a folder of tokens for training: a training and a validation split, by document, and
+    their tokenizer.
+
+    SOURCE is a folder or a glob of text files, where each file is a document; a .jsonl file, where each line
+    is one; hf:NAME, a dataset of the Hugging Face Hub; or stdlib, the source files of this Python's standard
+    library, which need no download.
+    """
+
+    out: Path
+    """Folder to make."""
+
+    source: Annotated[str, tyro.conf.Positional] = "stdlib"
+    """Where the text comes from."""
+
+    tokenizer: str = "bytes"
+    """bytes; bpe, trained on this text; or a folder with a saved Hugging Face tokenizer."""
+
+    vocab_size: int | None = None
+    """Pieces of the bpe tokenizer. None: 10,000."""
+
+    validation_fraction: float = 0.05
+    """Share of the documents that is kept for validation."""
+
+    text_field: str = "text"
+    """Field of a JSONL record or a dataset that holds the text."""
+
+    seed: int = 0
+    """Chooses the validation documents."""
+
+    overwrite: bool = False
+    """Replace OUT if it is such a folder."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"--validation-fraction must lie between 0 and 1, got {self.validation_fraction}"
+            )
+        require_integer("--seed", self.seed, minimum=0)
+        if self.vocab_size is not None:
+            if self.tokenizer != "bpe":
+                raise ValueError(f"--vocab-size goes with --tokenizer bpe alone, got {self.tokenizer}")
+            require_integer("--vocab-size", self.vocab_size, minimum=258)
+
+
+def run(arguments: list[str]) -> int:
+    flags = parse(DataFlags, "data", arguments)
+    from longshort.data import prepare
+
+    with progress_bar() as show:
+        prepared = prepare(
+            flags.source,
+            flags.out,
+            tokenizer=flags.tokenizer,
+            vocab_size=flags.vocab_size or 10_000,
+            validation_fraction=flags.validation_fraction,
+            text_field=flags.text_field,
+            seed=flags.seed,
+            overwrite=flags.overwrite,
+            progress=show,
+        )
+    output = console()
+    for name, split in (("training", prepared.train), ("validation", prepared.validation)):
+        output.print(
+            f"{name:<11}{split.documents:>9,} documents  {split.tokens:>13,} tokens  "
+            f"{split.bytes_per_token:.2f} bytes per token"
+        )
+    output.print(f"vocabulary {prepared.vocab_size:>9,}")
+    output.print(f"left out   {prepared.skipped}")
+    output.print(f"written to {prepared.folder}", markup=False)
+    return 0

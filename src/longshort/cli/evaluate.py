@@ -1,0 +1,147 @@
+"""`longshort evaluate`"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.table import Table
+
+from longshort.cli.console import console, progress_bar
+from longshort.cli.flags import parse
+from longshort.data import DataFolder
+from longshort.evaluation import Evaluation, evaluate_documents
+from longshort.layout import require_integer
+from longshort.training.files import replace_file, strict_json
+from longshort.training.parallel import connect
+from longshort.training.plots import plot_loss_by_position
+from longshort.training.trained import TrainedModel, open_trained
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class EvaluateFlags:
+    """Measure the latest checkpoint of a run on whole validation documents: loss, perplexity, bits per byte,
+    and the loss by position in the context.
+
+    Long documents are read in windows that overlap by half; each token is scored once, with at least half a
+    context before it, or all there is. The numbers also go to RUN/evaluation, as JSON and as a plot.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+
+    data: Path | None = None
+    """Folder with the validation documents. None: the run's own."""
+
+    context: int | None = None
+    """Tokens per window. None: the sequence length of the training."""
+
+    batch_size: int | None = None
+    """Windows per forward pass; it does not change the result. None: about 8192 tokens."""
+
+    max_tokens: int | None = None
+    """Take the first documents, as many as fit in so many tokens. None: all."""
+
+    json: Path | None = None
+    """File for the numbers, instead of the one in RUN/evaluation; it must not exist."""
+
+    plot: Path | None = None
+    """PNG file for the plot, instead of the one in RUN/evaluation; it must not exist."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+
+    threads: int | None = None
+    """CPU threads. None: torch's default."""
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch_size", "max_tokens", "threads"):
+            value = getattr(self, name)
+            if value is not None:
+                require_integer("--" + name.replace("_", "-"), value, minimum=1)
+
+
+def run(arguments: list[str]) -> int:
+    flags = parse(EvaluateFlags, "evaluate", arguments)
+    for file in (flags.json, flags.plot):
+        if file is not None and file.exists():
+            raise FileExistsError(f"{file} exists already; choose another name")
+    if flags.threads is not None:
+        torch.set_num_threads(flags.threads)
+    with connect(flags.device) as ranks:
+        trained = open_trained(flags.run, ranks.device)
+    settings = trained.config.training
+    data = DataFolder.open(flags.data or settings.data)
+    if data.validation.tokenizer_hash != trained.config.data.tokenizer_hash:
+        raise ValueError(
+            f"{data.path} was made with another tokenizer than the one that {flags.run} was trained on"
+        )
+    context = flags.context or settings.sequence_length
+    assert context is not None
+    with (
+        progress_bar() as show,
+        torch.autocast(ranks.device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
+    ):
+        evaluation = evaluate_documents(
+            trained.model,
+            data.validation,
+            context_length=context,
+            batch_size=flags.batch_size,
+            max_tokens=flags.max_tokens,
+            separate_documents=settings.separate_documents,
+            progress=lambda done, total: show("evaluating", done, total),
+        )
+    output = console()
+    _print_table(output, evaluation, trained.step, data.validation.documents)
+    stem = flags.run / "evaluation" / _stem(flags, trained.step, context)
+    json_file = flags.json or stem.with_suffix(".json")
+    plot_file = flags.plot or stem.with_suffix(".png")
+    replace_file(json_file, strict_json(_content(evaluation, flags, trained, data)).encode())
+    plot_loss_by_position({flags.run.resolve().name: evaluation}, plot_file)
+    output.print(f"numbers: {json_file}\nplot:    {plot_file}", markup=False)
+    return 0
+
+
+def _stem(flags: EvaluateFlags, step: int, context: int) -> str:
+    parts = [f"step-{step}", f"context-{context}"]
+    if flags.max_tokens is not None:
+        parts.append(f"tokens-{flags.max_tokens}")
+    if flags.data is not None:
+        parts.append(flags.data.resolve().name)
+    return "-".join(parts)
+
+
+def _print_table(output: Console, evaluation: Evaluation, step: int, documents: int) -> None:
+    table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in (
+        ("loss (nats per token)", f"{evaluation.loss:.4f}"),
+        ("perplexity", f"{evaluation.perplexity:,.3f}"),
+        ("bits per byte", f"{evaluation.bits_per_byte:.4f}"),
+        ("tokens scored", f"{evaluation.tokens:,}"),
+        ("documents", f"{evaluation.documents:,} of {documents:,}"),
+        ("context length", f"{evaluation.context_length:,}"),
+        ("after step", f"{step:,}"),
+    ):
+        table.add_row(name, value)
+    output.print(table)
+
+
+def _content(
+    evaluation: Evaluation, flags: EvaluateFlags, trained: TrainedModel, data: DataFolder
+) -> dict[str, Any]:
+    return {
+        "run": str(flags.run.absolute()),
+        "step": trained.step,
+        "data": str(data.path.absolute()),
+        "max_tokens": flags.max_tokens,
+        "precision": trained.config.training.precision,
+        **asdict(evaluation),
+    }

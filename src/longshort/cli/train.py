@@ -1,0 +1,167 @@
+"""`longshort train`"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import torch
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from longshort.cli.console import SECONDS_BETWEEN_LINES, console
+from longshort.cli.errors import UsageError
+from longshort.cli.flags import parse
+from longshort.model import LongShortConfig, LongShortForCausalLM, preset
+from longshort.training.config import TrainConfig
+from longshort.training.loop import Progress, resume, train
+from longshort.training.metrics import read_metrics
+from longshort.training.report import write_report
+
+if TYPE_CHECKING:
+    from longshort.training.run import RunConfig
+
+_DESCRIPTION = """Train a model on a folder that `longshort data` made.
+
+Settings of the model that are left out are the preset's. `longshort train --resume RUN` goes on with a run
+from its latest checkpoint; `longshort train --resume --help` explains it."""
+_RESUME_DESCRIPTION = "Go on with a run from its latest checkpoint, with its own settings."
+
+
+@dataclass(frozen=True)
+class TrainFlags(TrainConfig):
+    preset: Annotated[str, tyro.conf.Positional]
+    """Model to start from: tiny, paper-small, paper-base or paper-large."""
+
+    qk_norm: bool = False
+    """Normalize queries and keys per head."""
+
+
+@dataclass(frozen=True)
+class ResumeFlags:
+    resume: Path
+    """Folder of the run."""
+
+    steps: int | None = None
+    """New number of steps; the learning rate's schedule stays as it was laid out."""
+
+    threads: int | None = None
+    """CPU threads from now on; another number may change the last bits of the losses."""
+
+    data: Path | None = None
+    """Where the data folder is now, if it was moved."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+
+
+def run(arguments: list[str]) -> int:
+    with TrainingDisplay() as display:
+        if any(argument.partition("=")[0] == "--resume" for argument in arguments):
+            flags = parse(ResumeFlags, "train", arguments, _RESUME_DESCRIPTION)
+            outcome = resume(
+                flags.resume, steps=flags.steps, threads=flags.threads, data=flags.data, progress=display
+            )
+        else:
+            outcome = train(_parse_settings(arguments), progress=display)
+    if display.is_main and read_metrics(outcome.run):
+        display.on_message(f"report: {write_report(outcome.run)}")
+    return outcome.exit_code
+
+
+def _parse_settings(arguments: list[str]) -> TrainConfig:
+    flags = parse(TrainFlags, "train", arguments, _DESCRIPTION)
+    settings = TrainConfig(**{field.name: getattr(flags, field.name) for field in fields(TrainConfig)})
+    try:
+        preset(settings.preset, mhsa=settings.mhsa, **settings.model_overrides())
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return settings
+
+
+class TrainingDisplay(Progress):
+    """Loss, largest logit, speed and time left: in a bar on a terminal, in a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self.output = console()
+        self.is_main = False
+        self._bar: Bar | None = None
+        self._newest: dict[str, Any] = {}
+        self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def on_start(self, run: RunConfig, step: int) -> None:
+        self.is_main = True
+        self._steps, self._first, self._began = run.training.steps, step, time.monotonic()
+        self.output.print(describe_model(run), markup=False)
+        if step:
+            self.output.print(f"going on after step {step}")
+        if self.output.is_terminal:
+            text = TextColumn("{task.description}")
+            self._bar = Bar(
+                BarColumn(12), MofNCompleteColumn(), text, TimeRemainingColumn(), console=self.output
+            )
+            self._task = self._bar.add_task("", total=self._steps, completed=step)
+            self._bar.start()
+
+    def on_step(self, step: int, record: dict[str, Any] | None) -> None:
+        self._newest |= record or {}
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=describe_progress(self._newest))
+        elif record and (time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or step == self._steps):
+            self._last_line = time.monotonic()
+            left = (self._last_line - self._began) / (step - self._first) * (self._steps - step)
+            self.output.print(
+                f"step {step}/{self._steps}  {describe_progress(self._newest)}  {left:.0f} s left",
+                markup=False,
+            )
+
+    def on_message(self, text: str) -> None:
+        self.output.print(text, markup=False)
+
+
+def describe_model(run: RunConfig) -> str:
+    """One line: the parameters of the model and of its twin, which has the other kind of attention."""
+    settings = run.training
+    overrides = {**settings.model_overrides(), "vocab_size": run.model["vocab_size"]}
+    overrides.pop("num_global_heads", None)
+    twin = preset(settings.preset, mhsa=not settings.mhsa, **overrides)
+    kinds = ("MHSA", "LS-attention") if settings.mhsa else ("LS-attention", "MHSA")
+    own_count = _count_parameters(LongShortConfig.from_dict(run.model))
+    return (
+        f"{settings.preset} with {kinds[0]}: {own_count:,} parameters "
+        f"(with {kinds[1]}: {_count_parameters(twin):,})"
+    )
+
+
+def _count_parameters(config: LongShortConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in LongShortForCausalLM(config).parameters())
+
+
+def describe_progress(record: dict[str, Any]) -> str:
+    """What is known of loss, validation loss, largest logit and speed."""
+    parts = []
+    for name, key, shape in (
+        ("loss", "loss", ".4f"),
+        ("validation", "validation_loss", ".4f"),
+        ("largest logit", "max_logit", ".1f"),
+    ):
+        if key in record:
+            value = record[key]
+            parts.append(f"{name} {'not finite' if value is None else format(value, shape)}")
+    if record.get("tokens_per_second"):
+        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(parts)

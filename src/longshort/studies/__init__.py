@@ -1,0 +1,1 @@
+"""Studies: experiments as one command each."""

@@ -1,0 +1,81 @@
+import pytest
+
+from longshort.cli import main
+from longshort.data import DataFolder, load_tokenizer
+
+
+def test_data_are_prepared_and_described(corpus, tmp_path, capsys):
+    assert main(["data", str(corpus), "--out", str(tmp_path / "data")]) == 0
+    data = DataFolder.open(tmp_path / "data")
+    shown = capsys.readouterr().out
+    assert f"{len(data.train):,} tokens" in shown
+    assert f"{len(data.validation):,} tokens" in shown
+    assert str(tmp_path / "data") in shown.replace("\n", "")
+
+
+def test_all_settings_arrive(tmp_path):
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(f'{{"body": "the text number {number}"}}\n' for number in range(40)))
+    arguments = [
+        "--tokenizer",
+        "bpe",
+        "--vocab-size",
+        "270",
+        "--text-field",
+        "body",
+        "--validation-fraction",
+        "0.5",
+    ]
+    assert main(["data", str(source), "--out", str(tmp_path / "data"), *arguments]) == 0
+    data = DataFolder.open(tmp_path / "data")
+    assert data.train.vocab_size == len(load_tokenizer(data.tokenizer_dir)) == 270
+    assert data.train.documents + data.validation.documents == 40
+    assert 10 < data.validation.documents < 30
+
+
+def test_a_seed_chooses_the_validation_documents(corpus, tmp_path):
+    chosen = []
+    for seed in ("1", "2"):
+        out = tmp_path / seed
+        assert (
+            main(["data", str(corpus), "--out", str(out), "--seed", seed, "--validation-fraction", "0.5"])
+            == 0
+        )
+        chosen.append(DataFolder.open(out).validation.tokens.tolist())
+    assert chosen[0] != chosen[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--out"),
+        (["--out"], "--out"),
+        (["--out", "d", "--validation-fraction", "1"], "between 0 and 1, got 1.0"),
+        (["--out", "d", "--validation-fraction", "much"], "much"),
+        (["--out", "d", "--seed", "-1"], "--seed"),
+        (["--out", "d", "--vocab-size", "300"], "--tokenizer bpe alone, got bytes"),
+        (["--out", "d", "--tokenizer", "bpe", "--vocab-size", "10"], "--vocab-size"),
+        (["one", "two", "--out", "d"], "two"),
+    ],
+    ids=str,
+)
+def test_wrong_usage(fails, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(2, "data", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_source_is_a_failure(fails, tmp_path):
+    message = fails(1, "data", tmp_path / "nowhere", "--out", tmp_path / "data")
+    assert "nowhere" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_kept_unless_told_otherwise(corpus, fails, tmp_path):
+    out = tmp_path / "data"
+    assert main(["data", str(corpus), "--out", str(out)]) == 0
+    before = (out / "train.json").read_bytes()
+    assert "exists" in fails(1, "data", corpus, "--out", out, "--seed", "5")
+    assert (out / "train.json").read_bytes() == before
+    assert main(["data", str(corpus), "--out", str(out), "--seed", "5", "--overwrite"]) == 0
+    assert (out / "train.json").read_bytes() != before
