@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longshort.backends.call import AttentionCall
-from longshort.backends.tiles import Problem, accumulation_dtype
+from longshort.backends.tiles import ALL_BUT_HEADS, Problem, accumulation_dtype
 
 
 def tiled_attention(
@@ -75,7 +75,7 @@ def _forward(
             if lowest is not None:
                 largest = torch.maximum(row_max if highest is None else highest, -lowest)
                 largest_so_far = part.heads_of(max_logit)
-                largest_so_far.copy_(torch.maximum(largest_so_far, tile.maximum_of_rows(largest)))
+                largest_so_far.copy_(torch.maximum(largest_so_far, largest.amax(ALL_BUT_HEADS)))
             scores = scores.sub_(row_max)
             weights = tile.exp(scores, in_place=not with_stats)
             row_sum = tile.where_seen(weights.sum(-1, keepdim=True), 1.0)
@@ -83,7 +83,7 @@ def _forward(
                 # no cancellation at large logits, unlike lse - Σ p·z
                 weighted = scores.mul_(weights).sum(-1, keepdim=True)
                 rows = tile.where_seen(row_sum.log() - weighted / row_sum, 0.0)
-                part.heads_of(entropy).add_(tile.sum_over_rows(rows))
+                part.heads_of(entropy).add_(rows.sum(ALL_BUT_HEADS))
             log_sum = tile.where_seen(row_sum.log(), -torch.inf)
             tile.write_rows(part.queries(row_maxima.unsqueeze(-1), convert=False), row_max)
             tile.write_rows(part.queries(log_sums.unsqueeze(-1), convert=False), log_sum)

@@ -19,6 +19,9 @@ from torch.nn import functional as F
 # Scores per tile: few enough to stay in a processor's cache, many enough to hide the cost of a call.
 _TILE_SCORES = 2**19
 
+# What to reduce of split rows (batch, kv_heads, blocks, group, size, dim) for one number per query head.
+ALL_BUT_HEADS = (0, 2, 4, 5)
+
 
 def accumulation_dtype(q: Tensor) -> torch.dtype:
     """Scores and sums are fp64 for fp64 inputs and fp32 for all others."""
@@ -38,6 +41,11 @@ class Problem:
     causal: bool
     scale: float
     softcap: float | None
+
+    @cached_property
+    def masks(self) -> dict[tuple[int, int], Tensor]:
+        """Hidden pairs of tiles inside the sequence, alike for all with as many blocks of one size."""
+        return {}
 
     @property
     def group_size(self) -> int:
@@ -163,6 +171,11 @@ class Tile:
     start: int
     span: int
 
+    @property
+    def _stop(self) -> int:
+        """One past the last key of the last window."""
+        return self.start + (self.blocks - 1) * self.size + self.span
+
     # -- rows
 
     def rows_of(self, x: Tensor) -> Tensor:
@@ -179,21 +192,12 @@ class Tile:
         target = x[:, :, :, self.row : self.row + self.blocks * self.size]
         target.unflatten(3, (self.blocks, self.size)).copy_(rows.transpose(2, 3))
 
-    def sum_over_rows(self, rows: Tensor) -> Tensor:
-        """(kv_heads, group) sums of (batch, kv_heads, blocks, group, size, 1)."""
-        return rows.sum(dim=(0, 2, 4, 5))
-
-    def maximum_of_rows(self, rows: Tensor) -> Tensor:
-        """(kv_heads, group) maxima of (batch, kv_heads, blocks, group, size, 1)."""
-        return rows.amax(dim=(0, 2, 4, 5))
-
     # -- keys
 
     def _windows(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """(…, blocks, span, dim) windows of (…, kv_len, dim); `fill` where a window leaves the sequence."""
-        stop = self.start + (self.blocks - 1) * self.size + self.span
-        before, after = max(0, -self.start), max(0, stop - x.shape[-2])
-        keys = x[..., max(0, self.start) : stop, :]
+        before, after = max(0, -self.start), max(0, self._stop - x.shape[-2])
+        keys = x[..., max(0, self.start) : self._stop, :]
         if before or after:
             keys = F.pad(keys, (0, 0, before, after), value=fill)
         if self.blocks == 1:
@@ -304,8 +308,8 @@ class Tile:
         return weights
 
     def where_seen(self, rows: Tensor, otherwise: float) -> Tensor:
-        """rows, or `otherwise` in rows that see nothing."""
-        return rows if self._query_ids is None else rows.masked_fill(self._blind, otherwise)
+        """rows, or `otherwise` in rows that see nothing: padding, since every other row sees itself."""
+        return rows if self._query_ids is None else rows.masked_fill(self._query_ids < 0, otherwise)
 
     @property
     def _first_hidden(self) -> int:
@@ -324,12 +328,6 @@ class Tile:
         first = ids.shape[1] - self.part.problem.q.shape[2] + self.row
         rows = ids[:, first : first + self.blocks * self.size]
         return rows.reshape(-1, 1, self.blocks, 1, self.size, 1)
-
-    @property
-    def _blind(self) -> Tensor:
-        """Rows that see nothing: padding. Every other row sees itself at least."""
-        assert self._query_ids is not None
-        return self._query_ids < 0
 
     @cached_property
     def _query_positions(self) -> Tensor:
@@ -368,6 +366,16 @@ class Tile:
     def _hidden(self) -> Tensor:
         """Pairs that do not see each other, of the columns from `_first_hidden`; broadcasts to scores."""
         problem = self.part.problem
+        leaves_the_sequence = self.start < 0 or self._stop > problem.k.shape[2]
+        if leaves_the_sequence or problem.sinks or self.part.segment_ids is not None:
+            return self._compute_hidden()
+        shape = (self.blocks, self.size)
+        if shape not in problem.masks:
+            problem.masks[shape] = self._compute_hidden()
+        return problem.masks[shape]
+
+    def _compute_hidden(self) -> Tensor:
+        problem = self.part.problem
         keys = self._window_positions[..., self._first_hidden :]
         visible = (keys >= 0) & (keys < problem.k.shape[2])
         if problem.causal:
@@ -377,14 +385,14 @@ class Tile:
         if self._query_ids is not None:
             assert self.part.segment_ids is not None
             key_ids = self._windows(self.part.segment_ids.unsqueeze(-1), fill=-1).mT
-            visible = visible & (self._query_ids == key_ids[:, None, :, None]) & ~self._blind
+            visible = visible & (self._query_ids == key_ids[:, None, :, None]) & (self._query_ids >= 0)
         if problem.window is not None and problem.sinks:
             sinks = self._sink_column_positions
             behind = self._query_positions - sinks
             outside = (behind if problem.causal else behind.abs()) >= problem.window
             sinks_visible = outside & (sinks >= 0)
             if self._query_ids is not None:
-                sinks_visible = sinks_visible & ~self._blind
+                sinks_visible = sinks_visible & (self._query_ids >= 0)
             shape = torch.broadcast_shapes(visible.shape[:-1], sinks_visible.shape[:-1])
             visible = torch.cat([sinks_visible.expand(*shape, -1), visible.expand(*shape, -1)], -1)
         return ~visible

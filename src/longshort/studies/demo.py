@@ -182,7 +182,7 @@ def training_arguments(settings: DemoSettings, folder: str) -> list[str]:
         "seed": settings.seed,
         "threads": 1,
         "device": "cpu",
-        "log-every": 5,
+        "log-every": 10,
         "monitor-every": 10,
         "evaluate-every": max(1, settings.steps // 10),
         "validation-windows": 16 * settings.tokens_per_step // settings.sequence_length,

@@ -37,9 +37,7 @@ class Ranks:
         if self.world_size == 1:
             return model
         device_ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     def accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
         """Around one micro-batch: gradients travel with the last of a step only."""
