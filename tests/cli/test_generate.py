@@ -15,6 +15,12 @@ def test_text_follows_the_prompt(trained, capsys):
     assert len(text.encode()) > 5
 
 
+def test_it_ends_at_the_last_position_unless_told(trained, capsys):
+    """The run has 32 positions, one of them taken by the token before the prompt."""
+    text = generated(capsys, trained, "--prompt", "word", "--greedy", "--seed", "1")
+    assert 4 < len(text) <= 31 + len("\n")
+
+
 def test_a_seed_repeats_the_text(trained, capsys):
     first, again, other = (
         generated(capsys, trained, "--max-new-tokens", "25", "--seed", seed) for seed in ("1", "1", "2")
@@ -36,6 +42,8 @@ def test_greedy_is_sampling_from_the_likeliest_alone(trained, capsys):
         (["--temperature", "nan"], "--temperature"),
         (["--top-k", "0"], "--top-k"),
         (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**63)], "--seed must be below 2**63"),
+        (["--prompt", "\udcff"], "--prompt must be UTF-8 text"),
         (["--threads", "0"], "--threads"),
         (["--device", "abacus"], "--device"),
         (["--greedy", "--top-k", "3"], "--greedy samples nothing"),

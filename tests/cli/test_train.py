@@ -9,6 +9,7 @@ import pytest
 from tests.cli.conftest import SHAPE
 
 from longshort.cli import main
+from longshort.training.checkpoints import latest_checkpoint
 from longshort.training.config import TrainConfig
 from longshort.training.metrics import read_metrics
 from longshort.training.run import read_run
@@ -16,9 +17,29 @@ from longshort.training.run import read_run
 
 def test_a_run_has_everything(trained):
     entries = {path.name for path in trained.iterdir()}
-    assert entries == {"config.json", "metrics.jsonl", "tokenizer", "checkpoints", "plots", "report.html"}
+    folders = {"tokenizer", "checkpoints", "plots", "tensorboard"}
+    assert entries == {"config.json", "metrics.jsonl", "report.html", *folders}
     assert {path.stem for path in (trained / "plots").iterdir()} == {"loss", "logits", "entropy", "heads"}
     assert read_metrics(trained)[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("ends_with", ["reader", "signal"])
+def test_a_training_outlives_whoever_reads_its_output(data, tmp_path, ends_with):
+    """`train | head`, and Ctrl-C on `train | tee`, where the same signal ends tee first."""
+    out = tmp_path / "run"
+    flags = ["--steps", "20" if ends_with == "reader" else "100000", "--checkpoint-every", "100000", *SHAPE]
+    command = [sys.executable, "-m", "longshort", "train", "tiny", "--data", str(data), "--out", str(out)]
+    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        if ends_with == "signal":
+            while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_bytes():
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+        assert process.wait() == (0 if ends_with == "reader" else 130)
+    assert latest_checkpoint(out) is not None
+    assert (out / "report.html").is_file()
 
 
 def test_flags_become_settings(data, tmp_path, capsys):

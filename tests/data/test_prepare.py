@@ -342,7 +342,7 @@ def test_arguments_of_wrong_types_are_named(corpus: Path, out: Path, arguments: 
 def test_an_existing_folder_stays_unless_told(corpus: Path, out: Path) -> None:
     prepare(corpus, out, seed=0)
     before = content(out)
-    with pytest.raises(FileExistsError, match="data' exists; choose another folder or set overwrite"):
+    with pytest.raises(FileExistsError, match="data' exists; choose another folder or overwrite it"):
         prepare(corpus, out, seed=1)
     assert content(out) == before
     prepare(corpus, out, seed=1, overwrite=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longshort.layers import LongShortAttention, Observation, Rotary
 from longshort.layout import HeadLayout
 from longshort.model import LongShortConfig, LongShortForCausalLM
-from longshort.stability import AttentionMonitor, Reading
+from longshort.stability import MAX_LOGITS, AttentionMonitor, Reading
 
 MIXED = HeadLayout((5, 5, None, None, 12, 12), num_kv_heads=3, sink_tokens=2)
 
@@ -299,8 +299,8 @@ def test_groups_that_a_model_lacks_are_none() -> None:
     assert everywhere.max_logit_local is None
     assert everywhere.max_logit == everywhere.max_logit_global
     assert no_band.max_logit_global_in_band is None
-    names = ["max_logit", "max_logit_local", "max_logit_by_head", "entropy_by_head"]
-    assert list(local.as_metrics()) == names
+    assert list(local.as_metrics()) == [*MAX_LOGITS, "max_logit_by_head", "entropy_by_head"]
+    assert local.as_metrics()["max_logit_global"] is None
     assert local.as_metrics()["max_logit_by_head"] == local.max_logit_by_head
 
 

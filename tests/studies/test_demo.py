@@ -9,7 +9,7 @@ import torch
 from longshort.cli import main
 from longshort.studies import demo
 from longshort.studies.demo import DemoSettings, Display, run_demo, summarize_training
-from longshort.training.metrics import read_metrics
+from longshort.training.metrics import MetricsLog, read_metrics
 from longshort.training.run import read_run
 
 
@@ -95,7 +95,9 @@ def test_a_failed_training_ends_the_demo(tmp_path):
     for number in range(2):
         (tmp_path / f"{number}.txt").write_text("too short")
     settings = DemoSettings(out=tmp_path / "out", source=f"{tmp_path}/*.txt", steps=5)
-    with pytest.raises(RuntimeError, match=r"training .* failed, see .*\.log: longshort: error: .* tokens"):
+    with pytest.raises(
+        ChildProcessError, match=r"training .* failed, see .*\.log: longshort: error: .* tokens"
+    ):
         run_demo(settings)
 
 
@@ -140,14 +142,47 @@ def test_a_file_is_no_place_for_a_demo(tmp_path):
     assert (tmp_path / "out").read_text() == "precious"
 
 
-def test_overwriting_removes_an_earlier_demo(finished, tmp_path):
-    out = tmp_path / "out"
+class StoppedError(Exception):
+    """Raised by a display, to end a demo at its first word."""
+
+
+class Stopper(Display):
+    def on_stage(self, text):
+        raise StoppedError
+
+
+def old_demo(out):
     (out / "ls").mkdir(parents=True)
     (out / "ls" / "metrics.jsonl").write_text("old")
     (out / "demo.json").write_text("old")
+    return out
+
+
+def test_overwriting_removes_an_earlier_demo_and_what_a_killed_one_left(source, tmp_path):
+    out = old_demo(tmp_path / "out")
+    for name in (".data.lock", ".ls.partial", ".demo.json.x7.partial"):
+        (out / name).write_text("half")
+    with pytest.raises(StoppedError):
+        run_demo(DemoSettings(out, overwrite=True, source=source), Stopper())
+    assert not list(out.iterdir())
+
+
+def test_a_wrong_source_leaves_an_earlier_demo_alone(tmp_path):
+    out = old_demo(tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run_demo(DemoSettings(out, overwrite=True, source=str(tmp_path / "nowhere")))
-    assert not list(out.iterdir())
+    assert (out / "demo.json").read_text() == (out / "ls" / "metrics.jsonl").read_text() == "old"
+
+
+def test_a_demo_whose_trainings_still_run_is_not_replaced(source, tmp_path):
+    out = old_demo(tmp_path / "out")
+    log = MetricsLog(out / "ls")
+    try:
+        with pytest.raises(BlockingIOError, match="being trained by another process"):
+            run_demo(DemoSettings(out, overwrite=True, source=source))
+    finally:
+        log.close()
+    assert (out / "demo.json").read_text() == "old"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from dataclasses import fields
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 import torch
 from tests.training.runs import Recorder, SettingsFor, assert_close_metrics, losses
 
+from longshort.data import prepare
 from longshort.training.checkpoints import latest_checkpoint
-from longshort.training.loop import train
+from longshort.training.loop import resume, train
 from longshort.training.metrics import TENSORBOARD_FOLDER, read_metrics
 from longshort.training.run import read_run
 
@@ -71,7 +73,7 @@ def test_mhsa_has_global_heads_alone_and_the_bands_logit(settings_for: SettingsF
     settings = settings_for(mhsa=True, monitor_every=1, steps=3)
     train(settings)
     for record in read_metrics(settings.out):
-        assert "max_logit_local" not in record
+        assert record["max_logit_local"] is None
         assert 0 < record["max_logit_global_in_band"] <= record["max_logit_global"] == record["max_logit"]
     assert read_run(settings.out).band == 8
 
@@ -141,6 +143,29 @@ def test_only_as_many_checkpoints_are_kept(settings_for: SettingsFor) -> None:
     settings = settings_for(steps=9, checkpoint_every=2, keep_checkpoints=2)
     train(settings)
     assert sorted(path.name for path in (settings.out / "checkpoints").iterdir()) == ["step-8", "step-9"]
+
+
+def test_a_diverged_run_goes_on_after_a_break(settings_for: SettingsFor) -> None:
+    settings = settings_for(
+        learning_rate=1e30, warmup_steps=0, grad_clip=0, steps=8, checkpoint_every=6, tensorboard=True
+    )
+    train(settings)
+    shutil.rmtree(settings.out / "checkpoints" / "step-8")
+    assert resume(settings.out).step == 8
+    assert [record["step"] for record in read_metrics(settings.out)] == list(range(1, 9))
+
+
+def test_a_validation_split_shorter_than_a_sequence_is_measured_too(
+    tmp_path: Path, settings_for: SettingsFor
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("short text" * (20 if name == "a" else 2))
+    prepare(tmp_path / "*.txt", tmp_path / "small", validation_fraction=0.01)
+    settings = settings_for(
+        data=tmp_path / "small", steps=2, evaluate_every=2, batch_size=2, sequence_length=20
+    )
+    train(settings)
+    assert read_metrics(settings.out)[-1]["validation_loss"] > 0
 
 
 def test_divergence_is_reported_and_does_not_stop_the_run(settings_for: SettingsFor) -> None:

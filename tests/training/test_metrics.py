@@ -105,6 +105,10 @@ def test_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / METRICS_FILE).write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(ValueError, match=message):
         read_metrics(tmp_path)
+    log = MetricsLog(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        log.begin(3)
+    log.close()
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_signal_saves_and_says_how_to_go_on(settings_for: SettingsFor, number: i
     interrupter = Interrupter(7, number)
     outcome = train(stopped, interrupter)
     assert (outcome.step, outcome.steps, outcome.signal, outcome.exit_code) == (7, 12, number, code)
-    assert interrupter.messages[0].startswith("stopping after this step")
+    assert interrupter.messages[0].startswith("stopping; a checkpoint is written first")
     command = f"longshort train --resume '{stopped.out}'"
     assert interrupter.messages[1] == f"stopped after step 7; to go on: {command}"
     assert names(stopped.out) == ["step-5", "step-7"]

@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted", _INTERRUPTED)
     except BrokenPipeError:
-        _discard_output()
+        from longshort.cli.console import discard_output
+
+        discard_output()
         return _BROKEN_PIPE
     except Exception as error:
         if os.environ.get("LONGSHORT_DEBUG", "0") not in ("", "0"):
@@ -111,8 +113,3 @@ def _describe(error: Exception) -> str:
     if isinstance(error, (ValueError, TypeError, OSError)) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error} (LONGSHORT_DEBUG=1 shows where)"
-
-
-def _discard_output() -> None:
-    """Nobody reads stdout any more; what is left in its buffer must not fail once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

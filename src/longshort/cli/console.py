@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -16,10 +17,21 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 5.0
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller, where rich's own ends the program."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """The terminal, or whatever stdout is; numbers and paths stay as they are."""
     width = None if sys.stdout.isatty() else 110
-    return Console(highlight=False, soft_wrap=True, width=width)
+    return _Console(highlight=False, soft_wrap=True, width=width)
+
+
+def discard_output() -> None:
+    """Nobody reads stdout any more; what is left in its buffer must not fail once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +14,7 @@ import tyro
 from longshort.cli.flags import parse
 from longshort.evaluation import generate_text
 from longshort.layout import require_integer
+from longshort.training.config import require_seed
 from longshort.training.parallel import connect
 from longshort.training.trained import open_trained
 
@@ -26,8 +29,9 @@ class GenerateFlags:
     prompt: str = ""
     """Beginning of the text."""
 
-    max_new_tokens: int = 200
-    """The text ends after so many tokens, or where the model ends it."""
+    max_new_tokens: int | None = None
+    """The text ends after so many tokens, or where the model ends it. None: 200, or as many as the model has
+    positions for."""
 
     temperature: float | None = None
     """Divides the logits: below 1 safer text, above 1 wilder. None: 1."""
@@ -48,9 +52,12 @@ class GenerateFlags:
     """CPU threads. None: torch's default."""
 
     def __post_init__(self) -> None:
-        require_integer("--max-new-tokens", self.max_new_tokens, minimum=1)
-        require_integer("--seed", self.seed, minimum=0)
-        for name in ("top_k", "threads"):
+        require_seed("--seed", self.seed)
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"--prompt must be UTF-8 text, got {self.prompt!r}") from None
+        for name in ("max_new_tokens", "top_k", "threads"):
             value = getattr(self, name)
             if value is not None:
                 require_integer("--" + name.replace("_", "-"), value, minimum=1)
@@ -76,6 +83,8 @@ def run(arguments: list[str]) -> int:
         seed=flags.seed,
         separate_documents=trained.config.training.separate_documents,
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     print(flags.prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +13,7 @@ import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from longshort.cli.console import SECONDS_BETWEEN_LINES, console
+from longshort.cli.console import SECONDS_BETWEEN_LINES, console, discard_output
 from longshort.cli.errors import UsageError
 from longshort.cli.flags import parse
 from longshort.model import LongShortConfig, LongShortForCausalLM, preset
@@ -105,9 +106,9 @@ class TrainingDisplay(Progress):
     def on_start(self, run: RunConfig, step: int) -> None:
         self.is_main = True
         self._steps, self._first, self._began = run.training.steps, step, time.monotonic()
-        self.output.print(describe_model(run), markup=False)
+        self.on_message(describe_model(run))
         if step:
-            self.output.print(f"going on after step {step}")
+            self.on_message(f"going on after step {step}")
         if self.output.is_terminal:
             text = TextColumn("{task.description}")
             self._bar = Bar(
@@ -123,13 +124,15 @@ class TrainingDisplay(Progress):
         elif record and (time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or step == self._steps):
             self._last_line = time.monotonic()
             left = (self._last_line - self._began) / (step - self._first) * (self._steps - step)
-            self.output.print(
-                f"step {step}/{self._steps}  {describe_progress(self._newest)}  {left:.0f} s left",
-                markup=False,
+            self.on_message(
+                f"step {step}/{self._steps}  {describe_progress(self._newest)}  {left:.0f} s left"
             )
 
     def on_message(self, text: str) -> None:
-        self.output.print(text, markup=False)
+        try:
+            self.output.print(text, markup=False)
+        except BrokenPipeError:  # whoever read along is gone; the training goes on
+            discard_output()
 
 
 def describe_model(run: RunConfig) -> str:
@@ -161,7 +164,8 @@ def describe_progress(record: dict[str, Any]) -> str:
     ):
         if key in record:
             value = record[key]
-            parts.append(f"{name} {'not finite' if value is None else format(value, shape)}")
+            is_finite = value is not None and math.isfinite(value)
+            parts.append(f"{name} {format(value, shape) if is_finite else 'not finite'}")
     if record.get("tokens_per_second"):
         parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     return "  ".join(parts)

@@ -270,7 +270,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"out {str(out)!r} exists; choose another folder or set overwrite")
+        raise FileExistsError(f"out {str(out)!r} exists; choose another folder or overwrite it (--overwrite)")
     if not out.is_dir():
         raise FileExistsError(f"out {str(out)!r} is not a folder; it stays as it is")
     entries = {entry.name for entry in out.iterdir()}

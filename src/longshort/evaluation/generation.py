@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+_NEW_TOKENS = 200
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
 
 
@@ -25,7 +26,7 @@ def generate_text(
     tokenizer: PreTrainedTokenizerFast,
     prompt: str,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 0,
@@ -42,7 +43,7 @@ def generate_text(
         model: on any device; it is put in eval mode.
         tokenizer: with an `eos_token_id`.
         prompt: plain text, in which no special token is read; may be empty.
-        max_new_tokens: at least 1.
+        max_new_tokens: at least 1; None: 200, or as many as the model's learned positions allow.
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_k: sample among the k likeliest tokens only; None: among all.
         seed: of the sampling.
@@ -58,7 +59,8 @@ def generate_text(
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
-    require_integer("max_new_tokens", max_new_tokens, minimum=1)
+    if max_new_tokens is not None:
+        require_integer("max_new_tokens", max_new_tokens, minimum=1)
     require_integer("seed", seed, minimum=0)
     if top_k is not None:
         require_integer("top_k", top_k, minimum=1)
@@ -68,6 +70,8 @@ def generate_text(
     if not (separate_documents and ids):
         ids = [tokenizer.eos_token_id, *ids]
     limit = position_limit(model)
+    if max_new_tokens is None:
+        max_new_tokens = _NEW_TOKENS if limit is None else max(1, min(_NEW_TOKENS, limit - len(ids)))
     if limit is not None and len(ids) + max_new_tokens > limit:
         raise ValueError(
             f"max_new_tokens must be at most {max(0, limit - len(ids))} here, got {max_new_tokens}: the "

@@ -45,10 +45,9 @@ class Reading:
     max_logit_global_in_band: float | None
 
     def as_metrics(self) -> dict[str, Any]:
-        """The attributes by name, without those that are None: `MAX_LOGITS` first, then the lists by head."""
-        scalars = {name: getattr(self, name) for name in MAX_LOGITS if getattr(self, name) is not None}
+        """The attributes by name: `MAX_LOGITS` first, then the lists by head."""
         return {
-            **scalars,
+            **{name: getattr(self, name) for name in MAX_LOGITS},
             "max_logit_by_head": self.max_logit_by_head,
             "entropy_by_head": self.entropy_by_head,
         }
@@ -57,7 +56,8 @@ class Reading:
 class AttentionMonitor:
     """Measures the attention layers of a model in passes that run anyway.
 
-    Outputs and gradients of the model are bit for bit what they are without it. Passes that are recomputed in
+    Outputs and gradients of the model are bit for bit what they are without it (under `torch.compile`, which
+    then compiles another graph, up to rounding). Passes that are recomputed in
     the backward pass (gradient checkpointing) show the same numbers again, which moves neither the maxima nor
     the means.
 

@@ -23,11 +23,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from longshort.data import DataFolder, prepare
+from longshort.data import DataFolder, open_corpus, prepare
 from longshort.evaluation import Evaluation, evaluate_documents, generate_text
 from longshort.layout import require_integer
+from longshort.training.config import require_seed
 from longshort.training.files import replace_file, strict_json
-from longshort.training.metrics import METRICS_FILE, read_metrics
+from longshort.training.metrics import METRICS_FILE, MetricsLog, has_values, read_metrics
 from longshort.training.trained import open_trained
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class DemoSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "sequence_length", "tokens_per_step", "evaluation_tokens"):
             require_integer("--" + name.replace("_", "-"), getattr(self, name), minimum=1)
-        require_integer("--seed", self.seed, minimum=0)
+        require_seed("--seed", self.seed)
         if self.tokens_per_step % self.sequence_length:
             raise ValueError(
                 f"--tokens-per-step must be a multiple of --sequence-length ({self.sequence_length}), "
@@ -147,17 +148,22 @@ def run_demo(settings: DemoSettings, display: Display | None = None) -> dict[str
 
     Raises:
         FileExistsError: `settings.out` is not empty and `overwrite` is not set, or holds other files.
+        BlockingIOError: trainings of an earlier demo still run there.
         FileNotFoundError, ValueError: the source is not usable.
-        RuntimeError: a training failed; its log is in `settings.out`.
+        ChildProcessError: a training failed; its log is in `settings.out`.
         OSError: a file could not be written.
     """
     display = display or Display()
     out = settings.out
+    open_corpus(settings.source)  # complains of a wrong source before an earlier demo is removed
     _clear(out, settings.overwrite)
-    display.on_stage(f"preparing data from {settings.source}")
-    prepare(settings.source, out / "data")
-    display.on_stage(f"training both models, {settings.steps:,} steps of {settings.tokens_per_step:,} tokens")
-    _train_side_by_side(settings, display)
+    with _ended_by_signals():
+        display.on_stage(f"preparing data from {settings.source}")
+        prepare(settings.source, out / "data")
+        display.on_stage(
+            f"training both models, {settings.steps:,} steps of {settings.tokens_per_step:,} tokens"
+        )
+        _train_side_by_side(settings, display)
     results = {}
     for name, folder in MODELS.items():
         display.on_stage(f"evaluating {name}")
@@ -201,14 +207,40 @@ def _clear(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"--out: {out} exists and is not empty; --overwrite replaces an earlier demo")
     if not out.is_dir():
         raise FileExistsError(f"--out: {out} is no folder; it stays as it is")
-    strangers = sorted({entry.name for entry in out.iterdir()} - _OWN_ENTRIES)
+    strangers = sorted(entry.name for entry in out.iterdir() if not _is_own(entry.name))
     if strangers:
         raise FileExistsError(f"--out: {out} holds more than a demo ({strangers[0]!r}); it stays as it is")
+    for folder in MODELS.values():
+        if (out / folder / METRICS_FILE).exists():
+            MetricsLog(out / folder).close()  # refuses while somebody trains there
     for entry in out.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def _is_own(name: str) -> bool:
+    """Whether a demo writes an entry of this name, a killed one's half-written files included."""
+    return name in _OWN_ENTRIES or any(name.startswith(f".{own}.") for own in _OWN_ENTRIES)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM, and SIGHUP when the terminal closes, end the block in good order, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _train_side_by_side(settings: DemoSettings, display: Display) -> None:
@@ -228,7 +260,7 @@ def _train_side_by_side(settings: DemoSettings, display: Display) -> None:
                     del running[name]
                 if code:
                     lines = logs[name].read_text().strip().splitlines() or ["no message"]
-                    raise RuntimeError(f"training {name} failed, see {logs[name]}: {lines[-1]}")
+                    raise ChildProcessError(f"training {name} failed, see {logs[name]}: {lines[-1]}")
 
 
 @contextmanager
@@ -239,12 +271,6 @@ def _processes(
     # One thread each, from the start: a pool that is made larger and then not used still costs.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def stop(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    takes_signals = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, stop) if takes_signals else None
     try:
         for name, command in commands.items():
             with open(logs[name], "wb") as log:
@@ -261,8 +287,6 @@ def _processes(
                 process.terminate()
         for process in processes.values():
             process.wait()
-        if takes_signals:
-            signal.signal(signal.SIGTERM, previous)
 
 
 def _show(display: Display, name: str, run: Path) -> None:
@@ -322,5 +346,6 @@ def summarize_training(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _largest(lines: Sequence[dict[str, Any]], *keys: str) -> float | None:
     """The largest value of the keys that are there; None if one is not finite."""
-    values = [line[key] for line in lines for key in keys if key in line]
+    measured = [key for key in keys if has_values(lines, key)]
+    values = [line[key] for line in lines for key in measured if key in line]
     return None if not values or None in values else max(values)

@@ -139,7 +139,8 @@ class TrainConfig:
     """Steps between validation losses. 0: none."""
 
     validation_windows: int = 64
-    """Sequences of the validation split that such a loss is measured on, at most."""
+    """Sequences of the validation split that such a loss is measured on, at most; they are shorter where the
+    split is."""
 
     checkpoint_every: int = 200
     """Steps between checkpoints; there is one at the end too."""
@@ -153,7 +154,7 @@ class TrainConfig:
     device: Device = "auto"
     """auto: a GPU where there is one."""
 
-    tensorboard: bool = False
+    tensorboard: bool = True
     """Write the metrics for TensorBoard too, into OUT/tensorboard."""
 
     def __post_init__(self) -> None:
@@ -162,6 +163,7 @@ class TrainConfig:
         for name, least in _INTEGERS.items():
             if self._is_set(name):
                 require_integer(flag(name), getattr(self, name), minimum=least)
+        require_seed("--seed", self.seed)
         for name, choices in _CHOICES.items():
             if self._is_set(name) and getattr(self, name) not in choices:
                 raise ValueError(
@@ -227,6 +229,13 @@ MODEL_SETTINGS = {
 """Which field of `LongShortConfig` each model setting overrides."""
 
 
+def require_seed(name: str, seed: Any) -> None:
+    """Raise a ValueError that names the argument unless seed is an integer that generators take."""
+    require_integer(name, seed, minimum=0)
+    if seed >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {seed}")
+
+
 def flag(field: str) -> str:
     """The command-line flag of a setting: batch_size -> --batch-size."""
     return "--" + field.replace("_", "-")
@@ -247,7 +256,6 @@ _INTEGERS = {
     "micro_batch_size": 1,
     "warmup_steps": 0,
     "schedule_steps": 1,
-    "seed": 0,
     "log_every": 1,
     "monitor_every": 0,
     "evaluate_every": 0,

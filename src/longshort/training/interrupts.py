@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -16,7 +15,6 @@ class Interrupts:
     nothing.
 
     Args:
-        notify: called with the signal's number when the first one comes.
         is_patient: a second Ctrl-C is noted only, too: `torchrun` passes on the one that the terminal sent to
             all processes already.
 
@@ -24,9 +22,8 @@ class Interrupts:
         signal: number of the first signal that came; None until then.
     """
 
-    def __init__(self, notify: Callable[[int], None], is_patient: bool):
+    def __init__(self, is_patient: bool):
         self.signal: int | None = None
-        self._notify = notify
         self._is_patient = is_patient
         self._ctrl_c_came = False
         self._previous: dict[int, Any] = {}
@@ -50,4 +47,3 @@ class Interrupts:
             self._ctrl_c_came = True
         if self.signal is None:
             self.signal = number
-            self._notify(number)

@@ -165,8 +165,9 @@ def _prepare(run: RunConfig, data: DataFolder, ranks: Ranks) -> _Job:
             f"--batch-size must be a multiple of the {ranks.world_size} processes, got {settings.batch_size}"
         )
     windows = None
-    if settings.evaluate_every:
-        windows = validation_windows(data.validation, length, settings.validation_windows)
+    validation_length = min(length, len(data.validation.tokens) - 1)
+    if settings.evaluate_every and validation_length > 0:
+        windows = validation_windows(data.validation, validation_length, settings.validation_windows)
     batches = Batches(data.train, length, settings.batch_size, settings.seed)
     return _Job(run, run.build_model(), batches, windows)
 
@@ -209,15 +210,8 @@ def _go_on(job: _Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) 
         if state.step == settings.steps:
             progress.on_message(f"all {state.step} steps are done; --steps goes further")
 
-    def notify(number: int) -> None:
-        if log is not None:
-            is_ctrl_c = number == signal.SIGINT and ranks.world_size == 1
-            progress.on_message(
-                "stopping after this step" + ("; Ctrl-C again stops at once" if is_ctrl_c else "")
-            )
-
     busy_seconds, busy_tokens, was_finite = 0.0, 0, True
-    with Interrupts(notify, is_patient=ranks.world_size > 1) as interrupts:
+    with Interrupts(is_patient=ranks.world_size > 1) as interrupts:
         while state.step < settings.steps:
             step = state.step + 1
             is_monitored = _is_due(step, settings.monitor_every, settings.steps)
@@ -249,7 +243,7 @@ def _go_on(job: _Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) 
                 reading: dict[str, Any] = {}
                 if is_monitored:
                     reading = monitor.reading(ranks.reduce_max, ranks.reduce_mean).as_metrics()
-                    max_logits = {name: reading[name] for name in MAX_LOGITS if name in reading}
+                    max_logits = {name: reading[name] for name in MAX_LOGITS}
                 record |= max_logits | reading
                 if is_evaluated and job.windows is not None:
                     record["validation_loss"] = validation_loss(model, job.windows, settings, ranks)
@@ -263,6 +257,8 @@ def _go_on(job: _Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) 
             is_interrupted = ranks.any(interrupts.signal is not None)
             is_saved = is_interrupted or _is_due(step, settings.checkpoint_every, settings.steps)
             if log is not None and is_saved:
+                if is_interrupted:
+                    progress.on_message("stopping; a checkpoint is written first, Ctrl-C again stops at once")
                 log.sync()
                 save_checkpoint(folder, model, optimizer, state, settings.keep_checkpoints)
             if is_interrupted and step < settings.steps:

@@ -7,7 +7,7 @@ A line is one strict JSON object. Its keys:
   step; `learning_rate` of the step; `tokens_per_second` since the line before, checkpoints and validation
   not counted.
 - if the run is monitored `max_logit`, and of it `max_logit_local`, `max_logit_global`,
-  `max_logit_global_in_band`, as last measured; a key is missing where the model has no such heads.
+  `max_logit_global_in_band`, as last measured; null where the model has no such heads.
 - on the steps that measure them `max_logit_by_head` and `entropy_by_head` (nats), for each layer a list.
 - `validation_loss` (nats per token) after the step, on evaluated steps.
 
@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 from longshort.training.files import finite_or_none
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
@@ -61,11 +63,17 @@ class MetricsLog:
 
         Returns:
             The last line that stays, if there is one.
+
+        Raises:
+            ValueError: a line is not a JSON object with a step.
         """
         kept, last = 0, None
         self._file.seek(0)
-        for line in self._file:
-            if not line.endswith(b"\n") or (record := json.loads(line))["step"] > step:
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            record = _parse(line, self._run / METRICS_FILE, number)
+            if record["step"] > step:
                 break
             kept += len(line)
             last = record
@@ -122,14 +130,23 @@ def read_metrics(run: Path | str) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
             break
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(record, dict) or "step" not in record:
-            raise ValueError(f"{path}, line {number}: not an object with a step")
-        records.append(record)
+        records.append(_parse(line, path, number))
     return records
+
+
+def has_values(metrics: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether at least one line holds a value of `key` that is not null."""
+    return any(line.get(key) is not None for line in metrics)
+
+
+def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    if not isinstance(record, dict) or "step" not in record:
+        raise ValueError(f"{path}, line {number}: not an object with a step")
+    return record
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
@@ -141,6 +158,6 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
                 for layer, heads in enumerate(value)
                 for head, entry in enumerate(heads)
             ]
-        elif name != "step":
+        elif name != "step" and value is not None:
             scalars.append((name, value))
     return scalars

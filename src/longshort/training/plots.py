@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from longshort.training.files import replace_file
-from longshort.training.metrics import read_metrics
+from longshort.training.metrics import has_values, read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -136,7 +136,7 @@ def _logits_by_group(metrics: Metrics) -> Figure:
     colours = (_COLOURS[1], _COLOURS[1], _COLOURS[0])
     for (key, label, style), colour in zip(groups, colours, strict=True):
         steps, values = _series(metrics, key)
-        if len(steps):
+        if has_values(metrics, key):
             axes.plot(steps, values, style, color=colour, lw=1.8, label=label)
     _scale_logarithmically(axes)
     _legend(axes)
@@ -149,7 +149,7 @@ def _logits_by_run(by_name: Mapping[str, Metrics]) -> Figure:
     for colour, (name, metrics) in zip(_colours(len(by_name)), by_name.items(), strict=True):
         axes.plot(*_series(metrics, "max_logit"), color=colour, lw=1.8, label=name)
         steps, values = _series(metrics, "max_logit_global_in_band")
-        if len(steps):
+        if has_values(metrics, "max_logit_global_in_band"):
             banded = True
             axes.plot(steps, values, "--", color=colour, lw=1.2)
     _scale_logarithmically(axes)

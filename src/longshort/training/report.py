@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import longshort
 from longshort.training.files import replace_file
-from longshort.training.metrics import read_metrics
+from longshort.training.metrics import has_values, read_metrics
 from longshort.training.plots import PIXEL_RATIO, plot_run
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def summarize(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]
         ("largest logit, global heads inside the local window", "max_logit_global_in_band"),
     ):
         line = _last(metrics, key)
-        if line is not None:
+        has_such_heads = key == "max_logit" or has_values(metrics, key)
+        if line is not None and has_such_heads:
             rows.append((name, number(line[key]), f"{line['step']:,}"))
     speeds = [line["tokens_per_second"] for line in metrics if line.get("tokens_per_second") is not None]
     if speeds:

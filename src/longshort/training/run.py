@@ -100,7 +100,7 @@ def plan_run(settings: TrainConfig) -> tuple[RunConfig, DataFolder]:
         schedule_steps=schedule_steps,
         min_learning_rate=min_learning_rate,
         data=settings.data.absolute(),
-        out=settings.out.absolute(),
+        out=settings.out.resolve(),
         threads=torch.get_num_threads(),
     )
     assert isinstance(model.local_window, int)  # presets have one window for all layers
@@ -123,17 +123,20 @@ def create_run(run: RunConfig, data: DataFolder) -> None:
     out = run.training.out
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         shutil.copytree(data.tokenizer_dir, partial / TOKENIZER_FOLDER)
         write_config(partial, run)
         sync_tree(partial)
         _require_new(out)
         partial.rename(out)
         sync_folder(out.parent)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
+    except FileExistsError:
         raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_run(run: Path | str) -> RunConfig:
