@@ -46,7 +46,7 @@ class EvaluateFlags:
     """Windows per forward pass; it does not change the result. None: about 8192 tokens."""
 
     max_tokens: int | None = None
-    """Take the first documents, as many as fit in so many tokens. None: all."""
+    """Take the first documents, as many as fit in so many tokens, at least one. None: all."""
 
     json: Path | None = None
     """File for the numbers, instead of the one in RUN/evaluation; it must not exist."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from longshort.data.corpora import Corpus, Document, Skipped, open_corpus
+from longshort.data.files import sync_folder, sync_tree
 from longshort.data.token_files import SPLITS, TOKENIZER, TokenFileWriter, is_token_description
 from longshort.data.tokenization import (
     SMALLEST_BPE_VOCABULARY,
@@ -257,11 +258,11 @@ def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
         try:
             new.mkdir(parents=True)
             yield new
-            _sync(new)
+            sync_tree(new)
             if target.exists():
                 target.rename(old)
             new.rename(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         finally:
             settle()
 
@@ -300,20 +301,3 @@ def _lock(path: Path, out: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """Sees to it that a folder and all in it survive a loss of power."""
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            with open(Path(parent, name), "rb") as file:
-                os.fsync(file.fileno())
-        _sync_folder(Path(parent))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

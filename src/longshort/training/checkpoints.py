@@ -22,7 +22,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from longshort.training.files import sync_folder, sync_tree
+from longshort.data.files import sync_folder, sync_tree
 
 FOLDER = "checkpoints"
 _WEIGHTS = "model.safetensors"

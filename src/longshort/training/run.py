@@ -18,9 +18,10 @@ import torch
 
 from longshort import __version__
 from longshort.data import DataFolder, load_tokenizer
+from longshort.data.files import sync_folder, sync_tree
 from longshort.model import PRESETS, LongShortConfig, LongShortForCausalLM, preset
 from longshort.training.config import MODEL_SETTINGS, TrainConfig
-from longshort.training.files import replace_file, sync_folder, sync_tree
+from longshort.training.files import replace_file
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "tokenizer"
