@@ -214,7 +214,11 @@ class LongShortModel(LongShortPreTrainedModel):
 
 
 class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
-    """The decoder with a linear head over the vocabulary."""
+    """The decoder with a linear head over the vocabulary.
+
+    A cache does not remember where packed sequences (`position_ids` that restart) end: who goes on from one
+    passes `segment_ids` for all keys.
+    """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
