@@ -133,7 +133,12 @@ def _backward(
     problem = Problem(q, k, alibi_slopes, segment_ids, window, sink_tokens, causal, scale, softcap)
     grad_q, grad_k, grad_v = _empty_gradients(q, k, v)
     for part in problem.parts():
+        # converted once for all tiles
         q_part, k_part = part.queries(q), part.keys(k)
+        v_part = None if v is None else part.keys(v)
+        # compilers hand on a gradient of the empty output, too
+        grad_out_part = None if v is None or grad_out is None else part.queries(grad_out)
+        out_part = None if out is None else part.queries(out.to(q.dtype))
         grad_k_part = torch.zeros_like(k_part)
         grad_v_part = torch.zeros_like(k_part)
         for tile in part.tiles():
@@ -149,17 +154,16 @@ def _backward(
             grad_row = None  # gradient of the row's lse
             if grad_lse is not None:
                 grad_row = tile.split_rows(tile.rows_of(part.queries(grad_lse.unsqueeze(-1))))
-            if v is None or grad_out is None:
+            if v_part is None or grad_out_part is None:
                 assert grad_row is not None
                 grad_scores = probabilities.mul_(grad_row)
             else:
-                v_part = part.keys(v)
-                grad_rows = tile.rows_of(part.queries(grad_out))
+                grad_rows = tile.rows_of(grad_out_part)
                 grad_weights = tile.logits(grad_rows, v_part)
-                if out is None:
+                if out_part is None:
                     row_dot = (grad_weights * probabilities).sum(-1, keepdim=True)
                 else:
-                    out_rows = tile.rows_of(part.queries(out.to(q.dtype)))
+                    out_rows = tile.rows_of(out_part)
                     row_dot = tile.split_rows((grad_rows * out_rows).sum(-1, keepdim=True))
                 if grad_row is not None:
                     row_dot = row_dot - grad_row
