@@ -102,6 +102,8 @@ def connect(device: str = "auto") -> Iterator[Ranks]:
         return
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=here if kind == "cuda" else None)
     try:
-        yield Ranks(here, dist.get_rank(), world_size)
+        ranks = Ranks(here, dist.get_rank(), world_size)
+        yield ranks
+        ranks.barrier()  # a process that leaves while others still talk can take them down at its exit
     finally:
         dist.destroy_process_group()
