@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PACKAGES := .venv/.packages
 INSTALLED := .venv/.installed
 
 .PHONY: help demo test test-full lint format clean
@@ -9,10 +10,14 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # torch comes first and alone: the packages that depend on it then keep the pinned build.
-$(INSTALLED): pyproject.toml requirements/torch.txt requirements/dev.txt
+$(PACKAGES): requirements/torch.txt requirements/dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements/torch.txt
 	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
+	touch $@
+
+# Python files are used where they lie; the C++ kernels are built, in about a minute.
+$(INSTALLED): $(PACKAGES) pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
 

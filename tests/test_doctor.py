@@ -1,3 +1,4 @@
+import shutil
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -7,6 +8,7 @@ import torch
 
 from longshort import __version__, doctor
 from longshort.attention import BACKENDS
+from longshort.backends import cpu
 
 
 def sections() -> dict[str, dict[str, str]]:
@@ -45,15 +47,15 @@ def test_every_optional_package_is_listed_under_the_extra_that_brings_it() -> No
 def test_every_backend_is_chosen_or_has_a_reason(dtype: str) -> None:
     backends = sections()[f"Backends for cpu, {dtype}"]
     assert set(backends) == set(BACKENDS)
-    assert [name for name, text in backends.items() if text.startswith("chosen")] == ["blockwise"]
-    assert backends["reference"] == "not chosen: slower than blockwise"
+    assert [name for name, text in backends.items() if text.startswith("chosen")] == ["cpu"]
+    assert backends["reference"] == "not chosen: slower than cpu"
 
 
 def test_unsupported_backend_shows_its_own_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BACKENDS["blockwise"], "supports", lambda call: "needs a sunny day")
+    monkeypatch.setattr(BACKENDS["cpu"], "supports", lambda call: "needs a sunny day")
     backends = sections()["Backends for cpu, float32"]
-    assert backends["reference"].startswith("chosen")
-    assert backends["blockwise"] == "not chosen: needs a sunny day"
+    assert backends["blockwise"].startswith("chosen")
+    assert backends["cpu"] == "not chosen: needs a sunny day"
 
 
 def test_processor_row_shows_the_threads_in_use() -> None:
@@ -101,3 +103,20 @@ def test_text_has_every_row_aligned() -> None:
     column = 4 + max(len(name) for name, _ in rows)
     for name, text in rows:
         assert any(line.startswith(f"  {name}") and line[column:] == text for line in lines)
+
+
+def test_kernels_row_shows_the_build_in_use() -> None:
+    assert f"built; {cpu.instruction_set()} in use" in sections()["Processor"]["C++ kernels"]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "advice"), [(None, "apt install g++"), ("/usr/bin/c++", "the compiler is /usr/bin/c++")]
+)
+def test_missing_kernels_come_with_advice(
+    monkeypatch: pytest.MonkeyPatch, compiler: str | None, advice: str
+) -> None:
+    monkeypatch.setattr(cpu, "_kernels", None)
+    monkeypatch.setattr(shutil, "which", lambda name: compiler)
+    row = sections()["Processor"]["C++ kernels"]
+    assert row.startswith("missing")
+    assert advice in row

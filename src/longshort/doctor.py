@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from importlib import metadata
 
 import torch
 
 from longshort import __version__
 from longshort.attention import explain
+from longshort.backends import cpu
 from longshort.layout import HeadLayout
 
 Rows = list[tuple[str, str]]
@@ -65,7 +67,21 @@ def _processor() -> Rows:
         ("cores", str(os.cpu_count())),
         ("threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS or torch.set_num_threads changes it)"),
         ("vector instructions", torch.backends.cpu.get_cpu_capability()),
+        ("C++ kernels", _kernels()),
     ]
+
+
+def _kernels() -> str:
+    if cpu.instruction_set() is not None:
+        others = ", ".join(cpu.instruction_sets())
+        return f"built; {cpu.instruction_set()} in use (LONGSHORT_CPU chooses among {others})"
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        missing = "no C++ compiler here: install one (GCC 12 or Clang 16 at least; Debian: apt install g++)"
+    else:
+        missing = f"the compiler is {compiler} (GCC 12 or Clang 16 at least is needed)"
+    again = "`pip install -v --force-reinstall --no-deps` on longshort, which shows why a build fails"
+    return f"missing, and CPU attention is several times slower; {missing}; then {again}"
 
 
 def _gpus() -> Rows:

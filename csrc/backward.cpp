@@ -1,0 +1,308 @@
+// The backward pass: scores again, from the same sums as in the forward pass, keys in the lanes.
+//
+// A task is a block of keys of one key/value head: it holds their gradients while it walks over the queries that see
+// some of them, a block of queries at a time. For each strip of 16 keys (queries × keys): scores and probabilities P,
+// dP = dO·vᵀ, dS = P·(dP - delta); then dv += Pᵀ·dO and dk += dSᵀ·q. At the end of a block of queries dq += dS·k.
+//
+// Tasks of one head add to the same dq. Each adds to a block of queries only when the task before it is done with
+// that block: the order of additions, and so every bit, is always the same.
+#include <atomic>
+#include <cmath>
+
+#include "parallel.h"
+#include "visibility.h"
+
+namespace longshort::LONGSHORT_ISA {
+namespace {
+
+constexpr int kQueryBlock = 64;
+
+template <int Stride>
+constexpr int kKeyBlock = Stride <= 64 ? 128 : 8192 / Stride;
+
+template <int Stride>
+class KeyBlock {
+public:
+    // `done` counts the blocks of queries that this task has finished, `done_before` those of the one before it.
+    KeyBlock(const Backward& call, const float* delta, int64_t b, int64_t kv_head, int64_t index,
+             std::atomic<int64_t>* done_before, std::atomic<int64_t>* done)
+        : call_(call),
+          problem_(call.problem),
+          all_deltas_(delta),
+          b_(b),
+          kv_head_(kv_head),
+          keys_{index * kKeys, (index + 1) * kKeys < problem_.kv_len ? (index + 1) * kKeys : problem_.kv_len},
+          done_before_(done_before),
+          done_(done),
+          visibility_(problem_, b, kv_head),
+          segments_(visibility_.segments, keys_),
+          any_sink_(visibility_.any_sink(keys_)) {
+        float* memory = scratch((5 * kKeys + 3 * kQueries) * Stride + kQueries * (2 * kStrip + kKeyStride));
+        const auto take = [&](int64_t floats) { return std::exchange(memory, memory + floats); };
+        key_rows_ = take(kKeys * Stride);
+        key_columns_ = take(kKeys * Stride);
+        value_columns_ = take(kKeys * Stride);
+        grad_keys_ = take(kKeys * Stride);
+        grad_values_ = take(kKeys * Stride);
+        query_memory_ = take(kQueries * Stride);
+        grad_out_memory_ = take(kQueries * Stride);
+        grad_queries_ = take(kQueries * Stride);
+        probabilities_ = take(kQueries * kStrip);
+        slopes_ = take(kQueries * kStrip);
+        grad_scores_ = take(kQueries * kKeyStride);
+    }
+
+    void run() {
+        const int64_t head_dim = problem_.head_dim, strips = (keys_.size() + kStrip - 1) / kStrip;
+        const size_t bytes = sizeof(float) * strips * kStrip * Stride;
+        pack_columns(Rows(problem_.v, b_, kv_head_), value_columns_);  // key_rows_ lends its memory
+        pack_columns(Rows(problem_.k, b_, kv_head_), key_columns_);
+        std::memset(grad_keys_, 0, bytes);
+        std::memset(grad_values_, 0, bytes);
+
+        const int64_t blocks = (problem_.q_len + kQueryBlock - 1) / kQueryBlock, first = problem_.first_position();
+        Range positions = visibility_.queries_of_some(keys_);
+        if (any_sink_) positions = {problem_.causal ? keys_.begin : 0, problem_.kv_len};
+        positions = intersection(positions, {first, problem_.kv_len});
+        for (int64_t member = 0; member < problem_.group_size(); ++member) {
+            const int64_t head = kv_head_ * problem_.group_size() + member;
+            if (positions.empty()) break;
+            for (int64_t block = (positions.begin - first) / kQueryBlock; block * kQueryBlock < positions.end - first;
+                 ++block) {
+                const Range rows{block * kQueryBlock,
+                                 (block + 1) * kQueryBlock < problem_.q_len ? (block + 1) * kQueryBlock : problem_.q_len};
+                if (visit(head, rows)) {
+                    wait_for(member * blocks + block + 1);
+                    add_grad_queries(head, rows);
+                    done_->store(member * blocks + block + 1, std::memory_order_release);
+                }
+            }
+        }
+        const int64_t all = problem_.group_size() * blocks;
+        wait_for(all);
+        done_->store(all, std::memory_order_release);
+
+        const Rows grad_k(call_.grad_k, b_, kv_head_), grad_v(call_.grad_v, b_, kv_head_);
+        for (int64_t j = 0; j < keys_.size(); ++j) {
+            grad_k.write<Stride>(keys_.begin + j, head_dim, problem_.scale, grad_keys_ + j * Stride);
+            grad_v.write<Stride>(keys_.begin + j, head_dim, 1.0f, grad_values_ + j * Stride);
+        }
+    }
+
+private:
+    static constexpr int kKeys = kKeyBlock<Stride>;
+    static constexpr int kQueries = kQueryBlock + kRowStep;
+    static constexpr int kKeyStride = kKeys + kStrip;  // no power of two: rows would share cache sets
+
+    void pack_columns(const Rows& rows, float* columns) {
+        rows.pack<Stride>(keys_.begin, keys_.size(), problem_.head_dim, key_rows_);
+        const int64_t strips = (keys_.size() + kStrip - 1) / kStrip;
+        std::memset(key_rows_ + keys_.size() * Stride, 0, sizeof(float) * (strips * kStrip - keys_.size()) * Stride);
+        for (int64_t s = 0; s < strips; ++s)
+            transpose_strip<Stride>(key_rows_ + s * kStrip * Stride, problem_.head_dim, columns + s * kStrip * Stride);
+    }
+
+    void wait_for(int64_t blocks) const {
+        for (int turns = 0; done_before_ && done_before_->load(std::memory_order_acquire) < blocks; ++turns)
+            relax(turns);
+    }
+
+    // All of a block of queries but the addition to grad_q; false if none of them sees any of the keys.
+    bool visit(int64_t head, Range rows) {
+        const int64_t first = problem_.first_position();
+        const Range positions{rows.begin + first, rows.end + first};
+        const SegmentSpan segments(visibility_.segments, positions);
+        if (!segments.overlaps(segments_)) return false;
+        if (!any_sink_ && intersection(positions, visibility_.queries_of_some(keys_)).empty()) return false;
+        pack_queries(head, rows);
+        const int64_t groups = round_up(rows.size(), kRowStep) / kRowStep;
+        for (int64_t group = 0; group < groups; ++group) seen_[group] = {kKeys, 0};
+        bool any = false;
+        for (int64_t begin = keys_.begin; begin < keys_.end; begin += kStrip)
+            any |= visit_strip(head, {begin, begin + kStrip < keys_.end ? begin + kStrip : keys_.end}, positions, segments);
+        if (!any) return false;
+        std::memset(grad_queries_, 0, sizeof(float) * groups * kRowStep * Stride);
+        for (int64_t group = 0; group < groups; ++group) {
+            const Range keys = seen_[group];
+            if (keys.empty()) continue;
+            const int64_t row = group * kRowStep;
+            weighted_sum<1, kKeyStride, Stride>(grad_scores_ + row * kKeyStride + keys.begin,
+                                                key_rows_ + keys.begin * Stride, keys.size(), kRowStep,
+                                                problem_.head_dim, grad_queries_ + row * Stride);
+        }
+        return true;
+    }
+
+    void pack_queries(int64_t head, Range rows) {
+        const int64_t head_dim = problem_.head_dim, count = rows.size(), padded = round_up(count, kRowStep);
+        std::memset(query_memory_ + count * Stride, 0, sizeof(float) * (padded - count) * Stride);
+        std::memset(grad_out_memory_ + count * Stride, 0, sizeof(float) * (padded - count) * Stride);
+        queries_ = Rows(problem_.q, b_, head)
+                       .packed<Stride>(rows.begin, count, problem_.q_len, head_dim, query_memory_);
+        grad_outs_ = Rows(call_.grad_out, b_, head)
+                         .packed<Stride>(rows.begin, count, problem_.q_len, head_dim, grad_out_memory_);
+        const int64_t plane = (b_ * problem_.heads + head) * problem_.q_len + rows.begin;
+        for (int64_t r = 0; r < count; ++r) {
+            const float log_sum = call_.log_sum[plane + r];
+            row_max_[r] = call_.row_max[plane + r];
+            factor_[r] = log_sum == -INFINITY ? 0.0f : std::exp(-log_sum);
+            delta_[r] = all_deltas_[plane + r];
+        }
+        for (int64_t r = count; r < padded; ++r) row_max_[r] = factor_[r] = delta_[r] = 0.0f;
+        std::memset(grad_scores_, 0, sizeof(float) * padded * kKeyStride);
+    }
+
+    // One strip of keys against the packed queries at these positions; false if none sees it.
+    bool visit_strip(int64_t head, Range keys, Range positions, const SegmentSpan& query_segments) {
+        const SegmentSpan key_segments(visibility_.segments, keys);
+        const Range seeing = visibility_.trim_queries(positions, keys, key_segments);
+        if (seeing.empty()) return false;
+        const bool whole = keys.size() == kStrip;
+        const bool same = !visibility_.segments || (key_segments.is_one() && query_segments.is_one() &&
+                                                    key_segments.lowest == query_segments.lowest);
+        // as rows of the block, in whole groups of kRowStep
+        const Range rows{(seeing.begin - positions.begin) / kRowStep * kRowStep,
+                         round_up(seeing.end - positions.begin, kRowStep)};
+        Range unmasked{rows.end, rows.end};
+        if (whole && same) {
+            const Range all = visibility_.queries_of_all(keys);
+            const Range full = intersection({all.begin - positions.begin, all.end - positions.begin}, rows);
+            if (!full.empty()) unmasked = full;
+        }
+        const int64_t place = keys.begin - keys_.begin;
+        for (int64_t group = rows.begin / kRowStep; group < rows.end / kRowStep; ++group) {
+            Range& seen = seen_[group];
+            seen = {place < seen.begin ? place : seen.begin, place + kStrip > seen.end ? place + kStrip : seen.end};
+        }
+        const float* query_rows = queries_ + rows.begin * Stride;
+        const float* grad_out_rows = grad_outs_ + rows.begin * Stride;
+        float* grad_scores = grad_scores_ + rows.begin * kKeyStride + place;
+        dot<Stride, kStrip>(query_rows, key_columns_ + place * Stride, rows.size(), problem_.head_dim,
+                            problem_.scale, probabilities_ + rows.begin * kStrip);
+        dot<Stride, kKeyStride>(grad_out_rows, value_columns_ + place * Stride, rows.size(), problem_.head_dim,
+                                1.0f, grad_scores);
+        const StripLanes lanes(keys, visibility_);
+        const Bias bias(problem_, head);
+        const float* slopes = bias.softcap == 0.0f ? nullptr : slopes_;
+        if (!bias.none())
+            bias.apply(positions.begin + rows.begin, rows.size(), lanes, probabilities_ + rows.begin * kStrip,
+                       slopes ? slopes_ + rows.begin * kStrip : nullptr);
+        scores_to_gradients<true>({rows.begin, unmasked.begin}, place, positions.begin, lanes, slopes);
+        scores_to_gradients<false>(unmasked, place, positions.begin, lanes, slopes);
+        scores_to_gradients<true>({unmasked.end, rows.end}, place, positions.begin, lanes, slopes);
+        weighted_sum<kStrip, 1, Stride>(probabilities_ + rows.begin * kStrip, grad_out_rows, rows.size(), kStrip,
+                                        problem_.head_dim, grad_values_ + place * Stride);
+        weighted_sum<kKeyStride, 1, Stride>(grad_scores, query_rows, rows.size(), kStrip, problem_.head_dim,
+                                            grad_keys_ + place * Stride);
+        return true;
+    }
+
+    // Scores to P and dP to dS, in place; slopes: derivatives of the scores by the logits, null where they are 1.
+    template <bool Masked>
+    LONGSHORT_INLINE void scores_to_gradients(Range rows, int64_t place, int64_t first_position,
+                                              const StripLanes& lanes, const float* slopes) {
+        for (int64_t r = rows.begin; r < rows.end; ++r) {
+            const int64_t position = first_position + r;
+#pragma GCC unroll 4
+            for (int i = 0; i < kStripVectors; ++i) {
+                float* p_at = probabilities_ + r * kStrip + i * kLanes;
+                float* ds_at = grad_scores_ + r * kKeyStride + place + i * kLanes;
+                Vec x = load(p_at);
+                if constexpr (Masked) {
+                    const IVec distance = int32_t(position) - lanes.position[i];
+                    IVec seen = visibility_.in_band(distance);
+                    if (any_sink_) seen |= lanes.sink[i] & visibility_.not_later(distance);
+                    if (visibility_.segments && position < problem_.kv_len)
+                        seen &= (lanes.segment[i] == visibility_.segments[position]) & (lanes.segment[i] >= 0);
+                    x = seen ? x : splat(kHidden);
+                }
+                const Vec p = exp_of(x - row_max_[r]) * factor_[r];
+                Vec ds = p * (load(ds_at) - delta_[r]);
+                if (slopes) ds *= load(slopes + r * kStrip + i * kLanes);
+                store(p_at, p);
+                store(ds_at, ds);
+            }
+        }
+    }
+
+    void add_grad_queries(int64_t head, Range rows) {
+        const Rows grad_q(call_.grad_q, b_, head);
+        for (int64_t r = 0; r < rows.size(); ++r)
+            grad_q.add(rows.begin + r, problem_.head_dim, problem_.scale, grad_queries_ + r * Stride);
+    }
+
+    const Backward& call_;
+    const Problem& problem_;
+    const float* const all_deltas_;
+    const int64_t b_, kv_head_;
+    const Range keys_;
+    std::atomic<int64_t>*const done_before_, *const done_;
+    const Visibility visibility_;
+    const SegmentSpan segments_;
+    const bool any_sink_;
+    float *key_rows_, *key_columns_, *value_columns_, *grad_keys_, *grad_values_;
+    float *query_memory_, *grad_out_memory_, *grad_queries_, *probabilities_, *slopes_, *grad_scores_;
+    const float *queries_, *grad_outs_;
+    float row_max_[kQueries], factor_[kQueries], delta_[kQueries];
+    Range seen_[kQueries / kRowStep];  // by group of rows: the keys of the block that dS may be other than 0 for
+};
+
+// delta = Σ_j P·dP of each row, as dO·out, less the gradient of its lse. Summed like dP, so that dP - delta is exactly 0
+// where a row sees one key alone, whatever the size of the logits.
+template <int Stride>
+void compute_delta(const Backward& call, float* delta) {
+    constexpr int kRows = 16;
+    const Problem& problem = call.problem;
+    const int64_t blocks = (problem.q_len + kQueryBlock - 1) / kQueryBlock;
+    for_each_task(problem.batch * problem.heads * blocks, [&](int64_t task) {
+        const int64_t plane = task / blocks, b = plane / problem.heads, head = plane % problem.heads;
+        const Rows outs(call.out, b, head), grad_outs(call.grad_out, b, head);
+        float* memory = scratch(2 * kRows * Stride);
+        const int64_t end = (task % blocks + 1) * kQueryBlock;
+        for (int64_t row = end - kQueryBlock; row < end && row < problem.q_len; row += kRows) {
+            const int64_t count = problem.q_len - row < kRows ? problem.q_len - row : kRows;
+            outs.pack<Stride>(row, count, problem.head_dim, memory);
+            grad_outs.pack<Stride>(row, count, problem.head_dim, memory + kRows * Stride);
+            DotFloat sum[kRows] = {};
+            for (int64_t d = 0; d < problem.head_dim; ++d)
+#pragma GCC unroll 16
+                for (int r = 0; r < kRows; ++r)
+                    sum[r] += DotFloat(memory[(kRows + r) * Stride + d]) * DotFloat(memory[r * Stride + d]);
+            for (int64_t r = 0; r < count; ++r) {
+                const int64_t at = plane * problem.q_len + row + r;
+                delta[at] = float(sum[r]) - (call.grad_lse ? call.grad_lse[at] : 0.0f);
+            }
+        }
+    });
+}
+
+template <int Stride>
+void run(const Backward& call) {
+    const Problem& problem = call.problem;
+    const std::unique_ptr<float[]> delta(new float[problem.batch * problem.heads * problem.q_len]);
+    compute_delta<Stride>(call, delta.get());
+    const int64_t blocks = (problem.kv_len + kKeyBlock<Stride> - 1) / kKeyBlock<Stride>;
+    const int64_t planes = problem.batch * problem.kv_heads;
+    const std::unique_ptr<int64_t[]> order = kv_heads_by_reach(problem);
+    const std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[planes * blocks]());
+    for_each_task(planes * blocks, [&](int64_t task) {
+        // heads of one window take turns, so that a task seldom waits for the one before it in its head
+        int64_t first = 0, end = 0;
+        for (int64_t before = 0; end == 0 || task >= end * problem.batch * blocks; before = end) {
+            first = before;
+            for (end = first + 1; end < problem.kv_heads && problem.windows[order[end]] == problem.windows[order[first]];)
+                ++end;
+        }
+        const int64_t within = task - first * problem.batch * blocks, heads = end - first;
+        const int64_t block = within / (heads * problem.batch), b = within / heads % problem.batch;
+        const int64_t kv_head = order[first + within % heads];
+        std::atomic<int64_t>* counter = &done[(b * problem.kv_heads + kv_head) * blocks + block];
+        KeyBlock<Stride>(call, delta.get(), b, kv_head, block, block ? counter - 1 : nullptr, counter).run();
+    });
+}
+
+}  // namespace
+
+void backward(const Backward& call) { LONGSHORT_FOR_HEAD_DIM(call.problem.head_dim, run, call); }
+
+}  // namespace longshort::LONGSHORT_ISA

@@ -1,0 +1,270 @@
+// The forward pass for a few queries against many keys: bound by memory, so keys and values are read once, in
+// place, and split over the threads. Heads that share keys are served together.
+//
+// A task is a chunk of the keys of one key/value head; it leaves a partial softmax for each of its rows, a row being
+// a query of one of the heads. The partial results of a row are joined in the order of their keys.
+#include "parallel.h"
+#include "softmax.h"
+
+namespace longshort::LONGSHORT_ISA {
+namespace {
+
+constexpr int kChunk = 512;
+constexpr int kTile = 64;
+
+// Of one chunk of keys.
+struct Partial {
+    Row row;
+    float values[1];  // Stride of them
+
+    template <int Stride>
+    static constexpr int64_t floats() {
+        return round_up(sizeof(Row) / sizeof(float) + Stride, kLanes);
+    }
+};
+
+// Rows of keys or values in place, or packed into a buffer where their layout or dtype asks for it.
+template <int Stride>
+struct Source {
+    Source(const Tensor& tensor, int64_t b, int64_t kv_head, int64_t head_dim_, float* buffer_)
+        : rows(tensor, b, kv_head),
+          head_dim(head_dim_),
+          buffer(buffer_),
+          in_place(rows.dtype == DType::f32 && rows.dim_stride == 1 && head_dim % kLanes == 0),
+          stride(in_place ? rows.stride : Stride) {}
+
+    const float* tile(Range keys) const {
+        if (in_place) return reinterpret_cast<const float*>(rows.data) + keys.begin * rows.stride;
+        rows.pack<Stride>(keys.begin, keys.size(), head_dim, buffer);
+        return buffer;
+    }
+
+    const Rows rows;
+    const int64_t head_dim;
+    float* const buffer;
+    const bool in_place;
+    const int64_t stride;
+};
+
+template <int Stride>
+class Chunk {
+public:
+    Chunk(const Forward& call, int64_t b, int64_t kv_head, float* partials)
+        : problem_(call.problem),
+          b_(b),
+          kv_head_(kv_head),
+          rows_(problem_.group_size() * problem_.q_len),
+          visibility_(problem_, b, kv_head),
+          queries_(scratch((rows_ + 2 * kTile) * Stride)),
+          keys_(problem_.k, b, kv_head, problem_.head_dim, queries_ + rows_ * Stride),
+          values_(problem_.v, b, kv_head, problem_.head_dim, queries_ + (rows_ + kTile) * Stride),
+          partials_(partials) {}
+
+    void run(Range keys) {
+        const int64_t head_dim = problem_.head_dim;
+        for (int64_t member = 0; member < problem_.group_size(); ++member)
+            Rows(problem_.q, b_, kv_head_ * problem_.group_size() + member)
+                .pack<Stride>(0, problem_.q_len, head_dim, queries_ + member * problem_.q_len * Stride);
+        for (int64_t r = 0; r < rows_; ++r) {
+            partial(r).row = {kNoMaximum, 0, 0, 0};
+            std::memset(partial(r).values, 0, sizeof(float) * Stride);
+        }
+        for (int64_t begin = keys.begin; begin < keys.end; begin += kTile) {
+            const Range tile{begin, begin + kTile < keys.end ? begin + kTile : keys.end};
+            if (hidden(tile)) continue;
+            const float* key_rows = keys_.tile(tile);
+            const float* value_rows = values_.tile(tile);
+            for (int64_t r = 0; r < rows_; ++r) attend(r, tile, key_rows, value_rows);
+        }
+    }
+
+private:
+    Partial& partial(int64_t r) { return *reinterpret_cast<Partial*>(partials_ + r * Partial::floats<Stride>()); }
+
+    Range positions() const { return {problem_.first_position(), problem_.kv_len}; }
+
+    bool hidden(Range keys) const {
+        const bool in_band = !intersection(keys, visibility_.keys_of_some(positions())).empty();
+        return (!in_band && !visibility_.any_sink(keys)) ||
+               !SegmentSpan(visibility_.segments, positions()).overlaps(SegmentSpan(visibility_.segments, keys));
+    }
+
+    void attend(int64_t r, Range keys, const float* key_rows, const float* value_rows) {
+        float scores[kTile];
+        logits(queries_ + r * Stride, key_rows, keys.size(), scores);
+        const int64_t position = problem_.first_position() + r % problem_.q_len;
+        const Bias bias(problem_, kv_head_ * problem_.group_size() + r / problem_.q_len);
+        Row& row = partial(r).row;
+        Vec maximum = splat(row.maximum), max_logit = splat(row.max_logit);
+        for (int64_t place = 0; place < keys.size(); place += kLanes) {
+            Vec x = load(scores + place);
+            const IVec seen = mask({keys.begin + place, keys.end}, position);
+            max_logit = max_of(seen ? abs_of(x) : Vec{}, max_logit);
+            x = bias.cap(x).value - bias.distance_penalty(int32_t(position) - lane_numbers() - int32_t(keys.begin + place));
+            x = seen ? x : splat(kHidden);
+            store(scores + place, x);
+            maximum = max_of(x, maximum);
+        }
+        const auto larger = [](float a, float b) { return a > b ? a : b; };
+        const float new_maximum = fold(maximum, larger);
+        Vec sum{}, weighted{};
+        for (int64_t place = 0; place < keys.size(); place += kLanes) {
+            const Vec x = load(scores + place) - new_maximum;
+            const Vec e = exp_of(x);
+            store(scores + place, e);
+            sum += e;
+            weighted += x < kSmallestExponent ? Vec{} : e * x;
+        }
+        const float moved = row.maximum - new_maximum, factor = exp_of(splat(moved))[0];
+        const float old_weighted = factor == 0.0f ? 0.0f : factor * (row.weighted + moved * row.sum);
+        row = {new_maximum, row.sum * factor + sum_of(sum), old_weighted + sum_of(weighted), fold(max_logit, larger)};
+        add_values(scores, value_rows, keys.size(), factor, partial(r).values);
+    }
+
+    // scale · query · key for each key of a tile.
+    LONGSHORT_INLINE void logits(const float* query, const float* key_rows, int64_t count, float* to) const {
+        for (int64_t place = 0; place < count; place += kLanes) {
+            Vec products[kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) {
+                // lanes past the last key repeat it; they are hidden
+                const int64_t j = place + i < count ? place + i : count - 1;
+                const float* key = key_rows + j * keys_.stride;
+                Vec sum{};
+                for (int64_t d = 0; d < problem_.head_dim; d += kLanes) sum += load(query + d) * load(key + d);
+                products[i] = sum;
+            }
+            transpose(products);
+            for (int i = 1; i < kLanes; ++i) products[0] += products[i];
+            store(to + place, products[0] * problem_.scale);
+        }
+    }
+
+    // sums = sums · factor + Σ weights · values
+    LONGSHORT_INLINE void add_values(const float* weights, const float* value_rows, int64_t count, float factor,
+                                     float* sums) const {
+        constexpr int kVectors = Stride / kLanes < 8 ? Stride / kLanes : 8;
+        const int64_t vectors = (problem_.head_dim + kLanes - 1) / kLanes;
+        for (int64_t first = 0; first < vectors; first += kVectors) {
+            Vec sum[kVectors];
+            const int64_t here = vectors - first < kVectors ? vectors - first : kVectors;
+            if (here == kVectors) {
+                for (int v = 0; v < kVectors; ++v) sum[v] = load(sums + (first + v) * kLanes) * factor;
+                for (int64_t j = 0; j < count; ++j)
+                    for (int v = 0; v < kVectors; ++v)
+                        sum[v] += weights[j] * load(value_rows + j * values_.stride + (first + v) * kLanes);
+                for (int v = 0; v < kVectors; ++v) store(sums + (first + v) * kLanes, sum[v]);
+                continue;
+            }
+            for (int64_t v = first; v < first + here; ++v) {
+                Vec one = load(sums + v * kLanes) * factor;
+                for (int64_t j = 0; j < count; ++j) one += weights[j] * load(value_rows + j * values_.stride + v * kLanes);
+                store(sums + v * kLanes, one);
+            }
+        }
+    }
+
+    static IVec lane_numbers() {
+        int32_t numbers[kLanes];
+        for (int i = 0; i < kLanes; ++i) numbers[i] = i;
+        return load(numbers);
+    }
+
+    // Which of the first kLanes keys a position sees.
+    LONGSHORT_INLINE IVec mask(Range keys, int64_t position) const {
+        const IVec lane = lane_numbers();
+        const IVec distance = int32_t(position) - lane - int32_t(keys.begin);
+        IVec seen = visibility_.in_band(distance);
+        if (visibility_.sinks && keys.begin < visibility_.sinks_end)
+            seen |= (read(visibility_.sinks, keys, 0) != 0) & visibility_.not_later(distance);
+        if (visibility_.segments) {
+            const int32_t segment = visibility_.segments[position];
+            seen &= (read(visibility_.segments, keys, -1) == segment) & isplat(segment >= 0 ? -1 : 0);
+        }
+        return seen & (lane < int32_t(keys.size() < kLanes ? keys.size() : kLanes));
+    }
+
+    template <class T>
+    static IVec read(const T* values, Range keys, int32_t otherwise) {
+        int32_t lanes[kLanes];
+        for (int i = 0; i < kLanes; ++i) lanes[i] = i < keys.size() ? int32_t(values[keys.begin + i]) : otherwise;
+        return load(lanes);
+    }
+
+    const Problem& problem_;
+    const int64_t b_, kv_head_, rows_;
+    const Visibility visibility_;
+    float* const queries_;
+    const Source<Stride> keys_, values_;
+    float* const partials_;
+};
+
+// The keys that the queries of one head may see, cut into chunks.
+struct Cut {
+    Range keys;
+    int64_t first_chunk;  // of all heads and sequences together
+
+    int64_t chunks() const { return (keys.size() + kChunk - 1) / kChunk; }
+};
+
+template <int Stride>
+void run(const Forward& call) {
+    const Problem& problem = call.problem;
+    const int64_t planes = problem.batch * problem.kv_heads, rows = problem.group_size() * problem.q_len;
+    const int64_t partial_floats = rows * Partial::floats<Stride>();
+    const std::unique_ptr<Cut[]> cuts(new Cut[planes]);
+    int64_t tasks = 0;
+    for (int64_t plane = 0; plane < planes; ++plane) {
+        const Visibility visibility(problem, plane / problem.kv_heads, plane % problem.kv_heads);
+        Range keys = visibility.keys_of_some({problem.first_position(), problem.kv_len});
+        if (visibility.sinks_end > 0) keys.begin = 0;
+        cuts[plane] = {keys, tasks};
+        tasks += cuts[plane].chunks();
+    }
+    const std::unique_ptr<float[]> partials(new float[tasks * partial_floats]);
+    for_each_task(tasks, [&](int64_t task) {
+        int64_t plane = planes - 1;
+        while (cuts[plane].first_chunk > task) --plane;
+        const int64_t begin = cuts[plane].keys.begin + (task - cuts[plane].first_chunk) * kChunk;
+        Chunk<Stride>(call, plane / problem.kv_heads, plane % problem.kv_heads, partials.get() + task * partial_floats)
+            .run({begin, begin + kChunk < cuts[plane].keys.end ? begin + kChunk : cuts[plane].keys.end});
+    });
+
+    const std::unique_ptr<Statistics[]> statistics(new Statistics[problem.heads * problem.batch]);
+    for (int64_t plane = 0; plane < planes; ++plane) {
+        const int64_t b = plane / problem.kv_heads, kv_head = plane % problem.kv_heads;
+        const Visibility visibility(problem, b, kv_head);
+        for (int64_t r = 0; r < rows; ++r) {
+            const auto partial = [&](int64_t chunk) -> Partial& {
+                const int64_t at = (cuts[plane].first_chunk + chunk) * partial_floats + r * Partial::floats<Stride>();
+                return *reinterpret_cast<Partial*>(partials.get() + at);
+            };
+            Row total{kNoMaximum, 0, 0, 0};
+            float values[Stride] = {};
+            for (int64_t chunk = 0; chunk < cuts[plane].chunks(); ++chunk) {
+                const Row& row = partial(chunk).row;
+                if (!(total.maximum >= row.maximum)) total.maximum = row.maximum;
+                if (row.max_logit > total.max_logit) total.max_logit = row.max_logit;
+            }
+            for (int64_t chunk = 0; chunk < cuts[plane].chunks(); ++chunk) {
+                const Partial& part = partial(chunk);
+                const float moved = part.row.maximum - total.maximum, factor = exp_of(splat(moved))[0];
+                if (factor == 0.0f) continue;
+                total.sum += factor * part.row.sum;
+                total.weighted += factor * (part.row.weighted + moved * part.row.sum);
+                for (int64_t d = 0; d < Stride; d += kLanes)
+                    store(values + d, load(values + d) + load(part.values + d) * factor);
+            }
+            const int64_t head = kv_head * problem.group_size() + r / problem.q_len;
+            finish_row<Stride>(call, visibility, b, head, r % problem.q_len, total, values,
+                               statistics[head * problem.batch + b]);
+        }
+    }
+    if (call.entropy) write_statistics(call, statistics.get(), problem.batch);
+}
+
+}  // namespace
+
+void decode(const Forward& call) { LONGSHORT_FOR_HEAD_DIM(call.problem.head_dim, run, call); }
+
+}  // namespace longshort::LONGSHORT_ISA

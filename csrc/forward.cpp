@@ -1,0 +1,263 @@
+// The forward pass: softmax(scores) · v with a running maximum and sum, queries in the lanes.
+//
+// A task is a block of queries of one head. It walks over blocks of the keys that some of its queries see: packs
+// them, and lets each strip of 16 queries go over its own part of the block in chunks of scores
+// (keys × queries): scores, new maximum, exp, weighted values. Whatever no query of a strip sees is left out.
+#include "parallel.h"
+#include "softmax.h"
+
+namespace longshort::LONGSHORT_ISA {
+namespace {
+
+constexpr int kQueryBlock = 256;
+constexpr int kChunk = 128;
+
+// Keys packed at once: what fits in half of a small second-level cache.
+template <int Stride>
+constexpr int kKeyBlock = Stride <= 64 ? 384 : 24576 / Stride;
+
+// Running softmax of a strip's rows.
+struct Softmax {
+    Vec maximum[kStripVectors], sum[kStripVectors];
+    // for statistics
+    Vec weighted[kStripVectors];                          // Σ exp(x)·x with x = score - maximum
+    Vec lowest[kStripVectors], highest[kStripVectors];    // of the logits, and of 0
+};
+
+template <int Stride, bool kWithStatistics>
+class Block {
+public:
+    Block(const Forward& call, int64_t b, int64_t head, int64_t first, int64_t count)
+        : call_(call),
+          problem_(call.problem),
+          b_(b),
+          head_(head),
+          first_(first),
+          count_(count),
+          kv_head_(head / problem_.group_size()),
+          visibility_(problem_, b, kv_head_),
+          bias_(problem_, head) {
+        float* memory = scratch(2 * kQueryBlock * Stride + 2 * (kKeyBlock<Stride> + kRowStep) * Stride +
+                                kStrip * Stride + (kChunk + kRowStep) * kStrip);
+        const auto take = [&](int64_t floats) { return std::exchange(memory, memory + floats); };
+        columns_ = take(kQueryBlock * Stride);
+        sums_ = take(kQueryBlock * Stride);
+        key_memory_ = take((kKeyBlock<Stride> + kRowStep) * Stride);
+        value_memory_ = take((kKeyBlock<Stride> + kRowStep) * Stride);
+        rows_ = take(kStrip * Stride);
+        scores_ = take((kChunk + kRowStep) * kStrip);
+    }
+
+    Statistics run() {
+        const int64_t strips = (count_ + kStrip - 1) / kStrip;
+        const Rows q(problem_.q, b_, head_), k(problem_.k, b_, kv_head_), v(problem_.v, b_, kv_head_);
+        for (int64_t s = 0; s < strips; ++s) {
+            q.pack<Stride>(first_ + s * kStrip, rows_in(s), problem_.head_dim, rows_);
+            transpose_strip<Stride>(rows_, problem_.head_dim, columns_ + s * kStrip * Stride);
+            softmax_[s] = {};
+            for (Vec& maximum : softmax_[s].maximum) maximum = splat(kNoMaximum);
+        }
+        std::memset(sums_, 0, sizeof(float) * strips * kStrip * Stride);
+
+        const Range queries = positions(0, count_);
+        const SegmentSpan query_segments(visibility_.segments, queries);
+        Range keys = visibility_.keys_of_some(queries);
+        const int64_t band_begin = keys.begin;
+        if (visibility_.sinks) keys.begin = 0;
+        for (int64_t begin = keys.begin; begin < keys.end; begin += kKeyBlock<Stride>) {
+            const Range block{begin, begin + kKeyBlock<Stride> < keys.end ? begin + kKeyBlock<Stride> : keys.end};
+            if (block.end <= band_begin && !visibility_.any_sink(block)) continue;
+            if (!query_segments.overlaps(SegmentSpan(visibility_.segments, block))) continue;
+            keys_ = k.packed<Stride>(block.begin, block.size(), problem_.kv_len, problem_.head_dim, key_memory_);
+            values_ = v.packed<Stride>(block.begin, block.size(), problem_.kv_len, problem_.head_dim, value_memory_);
+            for (int64_t s = 0; s < strips; ++s) visit(s, block);
+        }
+        Statistics statistics;
+        for (int64_t s = 0; s < strips; ++s) finish(s, statistics);
+        return statistics;
+    }
+
+private:
+    int64_t rows_in(int64_t s) const { return count_ - s * kStrip < kStrip ? count_ - s * kStrip : kStrip; }
+    Range positions(int64_t begin, int64_t end) const {
+        const int64_t first = problem_.first_position() + first_;
+        return {first + begin, first + end};
+    }
+
+    // One strip against its part of a packed block of keys.
+    void visit(int64_t s, Range block) {
+        const Range queries = positions(s * kStrip, s * kStrip + rows_in(s));
+        const SegmentSpan segments(visibility_.segments, queries);
+        const Range keys = visibility_.trim(block, queries, segments);
+        if (keys.empty()) return;
+        const StripLanes lanes(queries, visibility_);
+        for (int64_t begin = keys.begin; begin < keys.end; begin += kChunk) {
+            const Range chunk{begin, begin + kChunk < keys.end ? begin + kChunk : keys.end};
+            Range unmasked = intersection(visibility_.keys_of_all(queries), chunk);
+            if (visibility_.segments) {
+                const SegmentSpan key_segments(visibility_.segments, chunk);
+                const bool same = segments.is_one() && key_segments.is_one() && segments.lowest == key_segments.lowest;
+                if (!same) unmasked.end = unmasked.begin;
+            }
+            if (unmasked.empty()) unmasked = {chunk.end, chunk.end};
+            attend(s, chunk, chunk.begin - block.begin, unmasked, lanes);
+        }
+    }
+
+    void attend(int64_t s, Range keys, int64_t place, Range unmasked, const StripLanes& lanes) {
+        Softmax& softmax = softmax_[s];
+        float* sums = sums_ + s * kStrip * Stride;
+        dot<Stride, kStrip>(keys_ + place * Stride, columns_ + s * kStrip * Stride, keys.size(), problem_.head_dim,
+                            problem_.scale, scores_);
+        Vec before[kStripVectors];
+        for (int i = 0; i < kStripVectors; ++i) before[i] = softmax.maximum[i];
+        const Range before_unmasked{keys.begin, unmasked.begin}, after{unmasked.end, keys.end};
+        if (bias_.none()) {
+            score<true, kWithStatistics>(before_unmasked, keys.begin, lanes, softmax);
+            score<false, kWithStatistics>(unmasked, keys.begin, lanes, softmax);
+            score<true, kWithStatistics>(after, keys.begin, lanes, softmax);
+        } else {
+            if constexpr (kWithStatistics) record_logits(keys, lanes, softmax);
+            bias_.apply(keys.begin, keys.size(), lanes, scores_, nullptr);
+            score<true, false>(before_unmasked, keys.begin, lanes, softmax);
+            score<false, false>(unmasked, keys.begin, lanes, softmax);
+            score<true, false>(after, keys.begin, lanes, softmax);
+        }
+        rescale(before, softmax, sums);
+        exponentials(keys.size(), softmax);
+        weighted_sum<kStrip, 1, Stride>(scores_, values_ + place * Stride, keys.size(), kStrip, problem_.head_dim, sums);
+    }
+
+    LONGSHORT_INLINE IVec mask(int64_t j, int i, const StripLanes& lanes) const {
+        const IVec distance = lanes.position[i] - int32_t(j);
+        IVec seen = visibility_.in_band(distance);
+        if (visibility_.sinks && visibility_.sinks[j]) seen |= visibility_.not_later(distance);
+        if (visibility_.segments) seen &= (lanes.segment[i] == visibility_.segments[j]) & (lanes.segment[i] >= 0);
+        return seen;
+    }
+
+    // Hides what is not seen, and finds the maximum. Record: the scores are the logits, keep their extremes.
+    template <bool Masked, bool Record>
+    LONGSHORT_INLINE void score(Range keys, int64_t origin, const StripLanes& lanes, Softmax& softmax) {
+        Vec maximum[kStripVectors], lowest[kStripVectors];
+        for (int i = 0; i < kStripVectors; ++i) maximum[i] = softmax.maximum[i], lowest[i] = softmax.lowest[i];
+        for (int64_t j = keys.begin; j < keys.end; ++j) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kStripVectors; ++i) {
+                float* at = scores_ + (j - origin) * kStrip + i * kLanes;
+                Vec x = load(at);
+                if constexpr (Masked) {
+                    const IVec seen = mask(j, i, lanes);
+                    if constexpr (Record) lowest[i] = min_of(seen ? x : Vec{}, lowest[i]);
+                    x = seen ? x : splat(kHidden);
+                    store(at, x);
+                } else if constexpr (Record) {
+                    lowest[i] = min_of(x, lowest[i]);
+                }
+                maximum[i] = max_of(x, maximum[i]);
+            }
+        }
+        for (int i = 0; i < kStripVectors; ++i) {
+            softmax.maximum[i] = maximum[i], softmax.lowest[i] = lowest[i];
+            if constexpr (Record) softmax.highest[i] = maximum[i];
+        }
+    }
+
+    void record_logits(Range keys, const StripLanes& lanes, Softmax& softmax) const {
+        for (int64_t j = keys.begin; j < keys.end; ++j)
+            for (int i = 0; i < kStripVectors; ++i) {
+                const Vec logit = load(scores_ + (j - keys.begin) * kStrip + i * kLanes);
+                const Vec x = mask(j, i, lanes) ? logit : Vec{};
+                softmax.lowest[i] = min_of(x, softmax.lowest[i]);
+                softmax.highest[i] = max_of(x, softmax.highest[i]);
+            }
+    }
+
+    // The sums so far, for the new maximum.
+    LONGSHORT_INLINE void rescale(const Vec (&before)[kStripVectors], Softmax& softmax, float* sums) {
+        float factors[kStrip];
+        for (int i = 0; i < kStripVectors; ++i) {
+            const Vec x = before[i] - softmax.maximum[i];
+            const Vec factor = exp_of(x);
+            if constexpr (kWithStatistics) {
+                const Vec moved = softmax.weighted[i] + x * softmax.sum[i];
+                softmax.weighted[i] = factor == 0.0f ? Vec{} : factor * moved;
+            }
+            softmax.sum[i] *= factor;
+            store(factors + i * kLanes, factor);
+        }
+        for (int r = 0; r < kStrip; ++r) {
+            if (factors[r] == 1.0f) continue;
+            for (int64_t d = 0; d < problem_.head_dim; d += kLanes)
+                store(sums + r * Stride + d, load(sums + r * Stride + d) * factors[r]);
+        }
+    }
+
+    LONGSHORT_INLINE void exponentials(int64_t count, Softmax& softmax) {
+        Vec sum[kStripVectors], weighted[kStripVectors];
+        for (int i = 0; i < kStripVectors; ++i) sum[i] = softmax.sum[i], weighted[i] = softmax.weighted[i];
+        for (int64_t j = 0; j < count; ++j) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kStripVectors; ++i) {
+                float* at = scores_ + j * kStrip + i * kLanes;
+                const Vec x = load(at) - softmax.maximum[i];
+                const Vec e = exp_of(x);
+                store(at, e);
+                sum[i] += e;
+                if constexpr (kWithStatistics) weighted[i] += x < kSmallestExponent ? Vec{} : e * x;
+            }
+        }
+        for (int i = 0; i < kStripVectors; ++i) softmax.sum[i] = sum[i], softmax.weighted[i] = weighted[i];
+    }
+
+    void finish(int64_t s, Statistics& statistics) {
+        const Softmax& softmax = softmax_[s];
+        float maximum[kStrip], sum[kStrip], weighted[kStrip], max_logit[kStrip];
+        for (int i = 0; i < kStripVectors; ++i) {
+            store(maximum + i * kLanes, softmax.maximum[i]);
+            store(sum + i * kLanes, softmax.sum[i]);
+            store(weighted + i * kLanes, softmax.weighted[i]);
+            store(max_logit + i * kLanes, max_of(softmax.highest[i], -softmax.lowest[i]));
+        }
+        for (int64_t r = 0; r < rows_in(s); ++r)
+            finish_row<Stride>(call_, visibility_, b_, head_, first_ + s * kStrip + r,
+                               {maximum[r], sum[r], weighted[r], max_logit[r]}, sums_ + (s * kStrip + r) * Stride,
+                               statistics);
+    }
+
+    const Forward& call_;
+    const Problem& problem_;
+    const int64_t b_, head_, first_, count_, kv_head_;
+    const Visibility visibility_;
+    const Bias bias_;
+    float *columns_, *sums_, *key_memory_, *value_memory_, *rows_, *scores_;
+    const float *keys_, *values_;
+    Softmax softmax_[kQueryBlock / kStrip];
+};
+
+template <int Stride>
+void run(const Forward& call) {
+    const Problem& problem = call.problem;
+    const int64_t blocks = (problem.q_len + kQueryBlock - 1) / kQueryBlock;
+    const int64_t planes = problem.batch * blocks;
+    std::unique_ptr<Statistics[]> statistics(call.entropy ? new Statistics[problem.heads * planes] : nullptr);
+    const std::unique_ptr<int64_t[]> order = kv_heads_by_reach(problem);
+    for_each_task(problem.heads * planes, [&](int64_t task) {
+        const int64_t nth = task / planes, group = problem.group_size();
+        const int64_t head = order[nth / group] * group + nth % group, b = task % planes / blocks;
+        const int64_t block = blocks - 1 - task % blocks;  // the longest first
+        const int64_t first = block * kQueryBlock;
+        const int64_t count = problem.q_len - first < kQueryBlock ? problem.q_len - first : kQueryBlock;
+        if (statistics)
+            statistics[head * planes + b * blocks + block] = Block<Stride, true>(call, b, head, first, count).run();
+        else
+            Block<Stride, false>(call, b, head, first, count).run();
+    });
+    if (statistics) write_statistics(call, statistics.get(), planes);
+}
+
+}  // namespace
+
+void forward(const Forward& call) { LONGSHORT_FOR_HEAD_DIM(call.problem.head_dim, run, call); }
+
+}  // namespace longshort::LONGSHORT_ISA

@@ -1,0 +1,34 @@
+// Work on torch's own threads: tasks are claimed one by one, in their order, by as many workers as torch has threads.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace longshort {
+
+// Calls worker(context) on up to `count` threads at once; returns when all have returned.
+void run_workers(int64_t count, void (*worker)(void*), void* context);
+
+// Memory of the calling thread, 64-byte aligned, kept for its next call; zeros when it is new.
+float* scratch(size_t floats);
+
+// For a worker that waits for another one.
+void relax(int turns);
+
+// task(i) for i in [0, count). A task may wait for tasks before it, since those are done or running.
+template <class Task>
+void for_each_task(int64_t count, const Task& task) {
+    struct Context {
+        const Task& task;
+        int64_t count;
+        std::atomic<int64_t> next;
+    } context{task, count, {0}};
+    const auto worker = [](void* pointer) {
+        Context& shared = *static_cast<Context*>(pointer);
+        for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.count;) shared.task(i);
+    };
+    run_workers(count, worker, &context);
+}
+
+}  // namespace longshort

@@ -1,0 +1,62 @@
+// The end of a row's softmax, and the statistics of all rows of a head.
+#pragma once
+
+#include <cmath>
+
+#include "visibility.h"
+
+namespace longshort::LONGSHORT_ISA {
+
+// A row's softmax so far, over x = score - maximum.
+struct Row {
+    float maximum;
+    float sum;        // Σ exp(x)
+    float weighted;   // Σ exp(x)·x
+    float max_logit;  // largest |logit|
+};
+
+// Of some rows of one head.
+struct Statistics {
+    float max_logit = 0;
+    double entropy = 0;
+    int64_t rows = 0;
+
+    void add(float logit, double entropy_of_rows, int64_t count) {
+        if (!(max_logit >= logit) && max_logit == max_logit) max_logit = logit;  // NaN stays
+        entropy += entropy_of_rows;
+        rows += count;
+    }
+};
+
+// Writes a row's results; `weighted_values` is Σ exp(x)·v, packed.
+template <int Stride>
+LONGSHORT_INLINE void finish_row(const Forward& call, const Visibility& visibility, int64_t b, int64_t head, int64_t row,
+                                 Row result, const float* weighted_values, Statistics& statistics) {
+    const Problem& problem = call.problem;
+    const int64_t at = (b * problem.heads + head) * problem.q_len + row;
+    const bool sees = !visibility.segments || visibility.segments[problem.first_position() + row] >= 0;
+    // a row that sees anything sees itself; if all its scores are -inf, its softmax is 0/0
+    const float sum = sees && result.sum == 0.0f ? NAN : result.sum;
+    const float log_sum = sees ? std::log(sum) : -INFINITY;
+    call.row_max[at] = sees ? result.maximum : 0.0f;
+    call.log_sum[at] = log_sum;
+    Rows(call.out, b, head).write<Stride>(row, problem.head_dim, sees ? 1.0f / sum : 0.0f, weighted_values);
+    if (!call.entropy || !sees) return;
+    // a NaN among the logits reaches the sum, and not the maximum; inf - inf is none of them
+    const bool logits_are_numbers = sum == sum || result.max_logit == INFINITY;
+    // log of the sum less the mean of x: nothing large cancels, unlike in lse - Σ p·score
+    statistics.add(logits_are_numbers ? result.max_logit : NAN, log_sum - result.weighted / sum, 1);
+}
+
+// Joins statistics[head][part], in this order.
+inline void write_statistics(const Forward& call, const Statistics* statistics, int64_t parts) {
+    for (int64_t head = 0; head < call.problem.heads; ++head) {
+        Statistics total;
+        for (int64_t i = head * parts; i < (head + 1) * parts; ++i)
+            total.add(statistics[i].max_logit, statistics[i].entropy, statistics[i].rows);
+        call.max_logit[head] = total.max_logit;
+        call.entropy[head] = total.rows ? float(total.entropy / double(total.rows)) : 0.0f;
+    }
+}
+
+}  // namespace longshort::LONGSHORT_ISA

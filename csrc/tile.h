@@ -1,0 +1,232 @@
+// The two matrix products of attention on register tiles, and the copies that bring their operands into shape.
+//
+// A strip is kStrip queries (forward) or keys (backward) that lie side by side in the lanes of vectors. Rows are
+// packed with a stride that is known to the compiler, `Stride` floats: head_dim rounded up to 16, 32, 64, 128 or
+// 256, with zeros up to the next full vector.
+#pragma once
+
+#include "interface.h"
+#include "vector.h"
+
+namespace longshort::LONGSHORT_ISA {
+
+constexpr int kStrip = 16;
+constexpr int kStripVectors = kStrip / kLanes;
+
+// Accumulators that fill the registers, and leave room for the operands: tile rows × vectors.
+#if LONGSHORT_LANES == 16
+constexpr int kDotRows = 16, kSumVectors = 4, kSumRows = 4;
+#elif LONGSHORT_LANES == 8
+constexpr int kDotRows = 4, kSumVectors = 2, kSumRows = 4;
+#else
+constexpr int kDotRows = 1, kSumVectors = 2, kSumRows = 4;
+#endif
+// The number of rows that a call handles is rounded up to this.
+constexpr int kRowStep = 4;
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// What sums over head_dim are kept in: fp32 where multiply-adds are fused, else fp64, since the rounding of products
+// would cost twice the error, which counts when logits are large.
+#if defined(__FMA__) || defined(__aarch64__)
+typedef Vec DotVec;
+typedef float DotFloat;
+LONGSHORT_INLINE DotVec load_dot(const float* p) { return load(p); }
+LONGSHORT_INLINE void store_dot(float* p, DotVec sum, float factor) { store(p, sum * factor); }
+#else
+typedef double DotVec __attribute__((vector_size(16)));
+typedef double DotFloat;
+LONGSHORT_INLINE DotVec load_dot(const float* p) { return DotVec{p[0], p[1]}; }
+LONGSHORT_INLINE void store_dot(float* p, DotVec sum, float factor) {
+    p[0] = float(sum[0]) * factor;
+    p[1] = float(sum[1]) * factor;
+}
+#endif
+constexpr int kDotLanes = sizeof(DotVec) / sizeof(DotFloat);
+
+// out[r][lane] = factor · Σ_d rows[r][d] · columns[d][lane], each a chain of d = 0, 1, ...: the same bits whatever
+// the tile, so that the backward pass finds the scores of the forward pass again, whichever operand is in the lanes.
+template <int Rows, int Stride, int OutStride>
+LONGSHORT_INLINE void dot_tile(const float* rows, const float* columns, int64_t head_dim, float factor, float* out) {
+    constexpr int kVectors = kStrip / kDotLanes;
+    DotVec sum[Rows][kVectors] = {};
+    for (int64_t d = 0; d < head_dim; ++d) {
+        DotVec column[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) column[v] = load_dot(columns + d * kStrip + v * kDotLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) {
+            const DotVec x = DotFloat(rows[r * Stride + d]) - DotVec{};
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) sum[r][v] += x * column[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) store_dot(out + r * OutStride + v * kDotLanes, sum[r][v], factor);
+}
+
+// dot_tile over `count` rows, up to kRowStep - 1 more are read and written.
+template <int Stride, int OutStride>
+LONGSHORT_NOINLINE void dot(const float* rows, const float* columns, int64_t count, int64_t head_dim, float factor,
+                            float* out) {
+    int64_t r = 0;
+    for (; r + kDotRows <= count; r += kDotRows)
+        dot_tile<kDotRows, Stride, OutStride>(rows + r * Stride, columns, head_dim, factor, out + r * OutStride);
+    constexpr int kFewRows = kDotRows < kRowStep ? kDotRows : kRowStep;
+    for (; r < count; r += kFewRows)
+        dot_tile<kFewRows, Stride, OutStride>(rows + r * Stride, columns, head_dim, factor, out + r * OutStride);
+}
+
+// sums[r][vector] += Σ_x weights[x·StrideX + r·StrideR] · rows[x][vector]
+template <int Rows, int Vectors, int StrideX, int StrideR, int Stride>
+LONGSHORT_INLINE void sum_tile(const float* weights, const float* rows, int64_t count, float* sums) {
+    Vec sum[Rows][Vectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = load(sums + r * Stride + v * kLanes);
+    for (int64_t x = 0; x < count; ++x) {
+        Vec row[Vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) row[v] = load(rows + x * Stride + v * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) {
+            const Vec weight = splat(weights[x * StrideX + r * StrideR]);
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) sum[r][v] += weight * row[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) store(sums + r * Stride + v * kLanes, sum[r][v]);
+}
+
+// sum_tile over `row_count` sums, a multiple of kRowStep, and all vectors of head_dim.
+template <int StrideX, int StrideR, int Stride>
+LONGSHORT_NOINLINE void weighted_sum(const float* weights, const float* rows, int64_t count, int64_t row_count,
+                                   int64_t head_dim, float* sums) {
+    constexpr int kVectors = kSumVectors * kLanes < Stride ? kSumVectors : Stride / kLanes;
+    constexpr int kRows = kSumRows * kSumVectors / kVectors;
+    int64_t d = 0;
+    for (; d + kVectors * kLanes <= round_up(head_dim, kLanes); d += kVectors * kLanes) {
+        int64_t r = 0;
+        for (; r + kRows <= row_count; r += kRows)
+            sum_tile<kRows, kVectors, StrideX, StrideR, Stride>(weights + r * StrideR, rows + d, count,
+                                                                sums + r * Stride + d);
+        for (; r < row_count; r += kRowStep)
+            sum_tile<kRowStep, kVectors, StrideX, StrideR, Stride>(weights + r * StrideR, rows + d, count,
+                                                                   sums + r * Stride + d);
+    }
+    for (; d < head_dim; d += kLanes)
+        for (int64_t r = 0; r < row_count; r += kRowStep)
+            sum_tile<kRowStep, 1, StrideX, StrideR, Stride>(weights + r * StrideR, rows + d, count,
+                                                            sums + r * Stride + d);
+}
+
+// Rows of one head of a tensor.
+struct Rows {
+    char* data;
+    DType dtype;
+    int64_t stride, dim_stride;
+
+    Rows(const Tensor& tensor, int64_t b, int64_t head)
+        : dtype(tensor.dtype), stride(tensor.stride[2]), dim_stride(tensor.stride[3]) {
+        const int64_t first = b * tensor.stride[0] + head * tensor.stride[1];
+        data = static_cast<char*>(tensor.data) + first * (dtype == DType::f32 ? 4 : 2);
+    }
+
+    // Rows begin ... begin + count - 1 as fp32 with zeros up to the next full vector.
+    template <int Stride>
+    void pack(int64_t begin, int64_t count, int64_t head_dim, float* to) const {
+        dtype == DType::f32 ? pack_as<float, Stride>(begin, count, head_dim, to)
+                            : pack_as<uint16_t, Stride>(begin, count, head_dim, to);
+    }
+
+    // `count` packed rows from `begin`, of which up to kRowStep - 1 more may be read: in place where they lie like
+    // that already, else copied to `buffer`.
+    template <int Stride>
+    const float* packed(int64_t begin, int64_t count, int64_t length, int64_t head_dim, float* buffer) const {
+        const bool in_place = dtype == DType::f32 && dim_stride == 1 && stride == Stride && head_dim == Stride;
+        if (in_place && begin + count + kRowStep <= length) return reinterpret_cast<const float*>(data) + begin * stride;
+        pack<Stride>(begin, count, head_dim, buffer);
+        return buffer;
+    }
+
+    // One packed row, times a factor, to row `row`.
+    template <int Stride>
+    LONGSHORT_INLINE void write(int64_t row, int64_t head_dim, float factor, const float* from) const {
+        dtype == DType::f32 ? write_as<float, Stride>(row, head_dim, factor, from)
+                            : write_as<uint16_t, Stride>(row, head_dim, factor, from);
+    }
+
+    // Adds one packed row, times a factor, to row `row` of fp32.
+    LONGSHORT_INLINE void add(int64_t row, int64_t head_dim, float factor, const float* from) const {
+        float* to = reinterpret_cast<float*>(data) + row * stride;
+        int64_t d = 0;
+        if (dim_stride == 1)
+            for (; d + kLanes <= head_dim; d += kLanes) store(to + d, load(to + d) + load(from + d) * factor);
+        for (; d < head_dim; ++d) to[d * dim_stride] += from[d] * factor;
+    }
+
+private:
+    template <class T, int Stride>
+    LONGSHORT_INLINE void pack_as(int64_t begin, int64_t count, int64_t head_dim, float* to) const {
+        const T* from = reinterpret_cast<const T*>(data) + begin * stride;
+        if (dim_stride == 1 && head_dim == Stride) {  // the usual case, unrolled
+            for (int64_t i = 0; i < count; ++i, from += stride, to += Stride)
+#pragma GCC unroll 16
+                for (int d = 0; d < Stride; d += kLanes) store(to + d, load(from + d));
+            return;
+        }
+        for (int64_t i = 0; i < count; ++i, from += stride, to += Stride) {
+            int64_t d = 0;
+            if (dim_stride == 1)
+                for (; d + kLanes <= head_dim; d += kLanes) store(to + d, load(from + d));
+            for (; d < head_dim; ++d) to[d] = to_float(from[d * dim_stride]);
+            for (; d % kLanes; ++d) to[d] = 0.0f;
+        }
+    }
+
+    template <class T, int Stride>
+    LONGSHORT_INLINE void write_as(int64_t row, int64_t head_dim, float factor, const float* from) const {
+        T* to = reinterpret_cast<T*>(data) + row * stride;
+        int64_t d = 0;
+        if (dim_stride == 1 && head_dim == Stride) {
+#pragma GCC unroll 16
+            for (; d < Stride; d += kLanes) store(to + d, load(from + d) * factor);
+            return;
+        }
+        if (dim_stride == 1)
+            for (; d + kLanes <= head_dim; d += kLanes) store(to + d, load(from + d) * factor);
+        for (; d < head_dim; ++d) from_float(from[d] * factor, to + d * dim_stride);
+    }
+};
+
+// kStrip packed rows -> columns[d][lane], for d up to the next full vector.
+template <int Stride>
+LONGSHORT_INLINE void transpose_strip(const float* rows, int64_t head_dim, float* columns) {
+    for (int64_t d = 0; d < head_dim; d += kLanes)
+        for (int v = 0; v < kStripVectors; ++v) {
+            Vec block[kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) block[i] = load(rows + (v * kLanes + i) * Stride + d);
+            transpose(block);
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) store(columns + (d + i) * kStrip + v * kLanes, block[i]);
+        }
+}
+
+// Calls run<Stride>() with the smallest packed stride that holds head_dim.
+#define LONGSHORT_FOR_HEAD_DIM(head_dim, run, ...)     \
+    do {                                               \
+        if ((head_dim) <= 16) run<16>(__VA_ARGS__);    \
+        else if ((head_dim) <= 32) run<32>(__VA_ARGS__);   \
+        else if ((head_dim) <= 64) run<64>(__VA_ARGS__);   \
+        else if ((head_dim) <= 128) run<128>(__VA_ARGS__); \
+        else run<256>(__VA_ARGS__);                    \
+    } while (false)
+
+}  // namespace longshort::LONGSHORT_ISA

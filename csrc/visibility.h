@@ -1,0 +1,181 @@
+// Which keys a query sees: as ranges, to skip what no one sees, and as masks for what is left.
+#pragma once
+
+#include <memory>
+
+#include "tile.h"
+
+namespace longshort::LONGSHORT_ISA {
+
+struct Range {
+    int64_t begin, end;
+    bool empty() const { return begin >= end; }
+    int64_t size() const { return end - begin; }
+};
+LONGSHORT_INLINE Range intersection(Range a, Range b) {
+    return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+}
+
+// Smallest and largest segment of some positions; two sets share a segment only if these overlap.
+struct SegmentSpan {
+    int32_t lowest = INT32_MAX, highest = INT32_MIN;
+
+    SegmentSpan(const int32_t* segments, Range positions) {
+        if (!segments) {
+            lowest = highest = 0;
+            return;
+        }
+        for (int64_t i = positions.begin; i < positions.end; ++i) {
+            lowest = segments[i] < lowest ? segments[i] : lowest;
+            highest = segments[i] > highest ? segments[i] : highest;
+        }
+    }
+    bool overlaps(const SegmentSpan& other) const {
+        return lowest <= other.highest && other.lowest <= highest && highest >= 0 && other.highest >= 0;
+    }
+    bool is_one() const { return lowest == highest && lowest >= 0; }
+    bool contains(int32_t segment) const { return lowest <= segment && segment <= highest; }
+};
+
+// One head of one sequence.
+struct Visibility {
+    Band band;
+    bool causal;
+    int64_t kv_len;
+    const int32_t* segments;
+    const uint8_t* sinks;
+    int64_t sinks_end;  // 0 without sinks
+
+    Visibility(const Problem& problem, int64_t b, int64_t kv_head)
+        : band(problem.band(kv_head)),
+          causal(problem.causal),
+          kv_len(problem.kv_len),
+          segments(problem.segments_of(b)),
+          sinks(problem.sinks_of(b, kv_head)),
+          sinks_end(sinks ? problem.sinks_end[b] : 0) {}
+
+    // Keys in the band of some query, and of every query, of a range of positions; sinks apart.
+    Range keys_of_some(Range queries) const {
+        return intersection({queries.begin + band.shift - band.span + 1, queries.end + band.shift}, {0, kv_len});
+    }
+    Range keys_of_all(Range queries) const {
+        return {queries.end + band.shift - band.span, queries.begin + band.shift + 1};
+    }
+    // Queries whose band holds some key, and every key, of a range.
+    Range queries_of_some(Range keys) const {
+        return {keys.begin - band.shift, keys.end - 1 - band.shift + band.span};
+    }
+    Range queries_of_all(Range keys) const {
+        return {keys.end - 1 - band.shift, keys.begin - band.shift + band.span};
+    }
+    bool any_sink(Range keys) const {
+        for (int64_t j = keys.begin; j < keys.end && j < sinks_end; ++j)
+            if (sinks[j]) return true;
+        return false;
+    }
+
+    // `keys` without those at either end that no query of these positions and segments sees.
+    Range trim(Range keys, Range queries, const SegmentSpan& query_segments) const {
+        const Range in_band = keys_of_some(queries);
+        if (!sinks) keys = intersection(keys, in_band);
+        if (!sinks && !segments) return keys;
+        const auto seen = [&](int64_t j) {
+            const bool near = (j >= in_band.begin && j < in_band.end) || (sinks && sinks[j]);
+            return near && (!segments || (segments[j] >= 0 && query_segments.contains(segments[j])));
+        };
+        while (!keys.empty() && !seen(keys.begin)) ++keys.begin;
+        while (!keys.empty() && !seen(keys.end - 1)) --keys.end;
+        return keys;
+    }
+
+    // The same for queries that see no key of these positions and segments.
+    Range trim_queries(Range queries, Range keys, const SegmentSpan& key_segments) const {
+        const bool far = any_sink(keys);
+        if (!far) queries = intersection(queries, queries_of_some(keys));
+        if (!segments) return queries;
+        const auto sees = [&](int64_t i) { return segments[i] >= 0 && key_segments.contains(segments[i]); };
+        while (!queries.empty() && !sees(queries.begin)) ++queries.begin;
+        while (!queries.empty() && !sees(queries.end - 1)) --queries.end;
+        return queries;
+    }
+
+    // Mask of lanes, from the distances query position - key position.
+    LONGSHORT_INLINE IVec in_band(IVec distance) const {
+        return (IVec)((UVec)(distance + int32_t(band.shift)) < uint32_t(band.span));
+    }
+    LONGSHORT_INLINE IVec not_later(IVec distance) const { return causal ? distance >= 0 : ~IVec{}; }
+};
+
+// A hidden score: so low that its exp() is 0 against any row maximum, which starts at kNoMaximum.
+constexpr float kHidden = -2e38f;
+constexpr float kNoMaximum = -1e38f;
+
+// What is in the lanes of a strip; lanes without a query or key are at a position that no band reaches.
+struct StripLanes {
+    IVec position[kStripVectors], segment[kStripVectors], sink[kStripVectors];
+
+    StripLanes(Range range, const Visibility& visibility) {
+        int32_t positions[kStrip], segments[kStrip], sinks[kStrip];
+        for (int lane = 0; lane < kStrip; ++lane) {
+            const int64_t at = range.begin + lane;
+            const bool inside = at < range.end;
+            positions[lane] = inside ? int32_t(at) : kNowhere;
+            segments[lane] = inside && visibility.segments ? visibility.segments[at] : -1;
+            sinks[lane] = inside && visibility.sinks && visibility.sinks[at] ? -1 : 0;
+        }
+        for (int v = 0; v < kStripVectors; ++v) {
+            position[v] = load(positions + v * kLanes);
+            segment[v] = load(segments + v * kLanes);
+            sink[v] = load(sinks + v * kLanes);
+        }
+    }
+
+private:
+    static constexpr int32_t kNowhere = -(1 << 30);
+};
+
+// Score of a logit: softcap, then ALiBi.
+struct Bias {
+    float softcap, slope;
+
+    Bias(const Problem& problem, int64_t head)
+        : softcap(problem.softcap), slope(problem.alibi_slopes ? problem.alibi_slopes[head] : 0.0f) {}
+
+    bool none() const { return softcap == 0.0f && slope == 0.0f; }
+
+    // The capped logit, and its derivative.
+    LONGSHORT_INLINE Tangent cap(Vec logit) const {
+        if (softcap == 0.0f) return {logit, splat(1.0f)};
+        const Tangent tangent = tanh_of(logit / softcap);
+        return {softcap * tangent.value, tangent.slope};
+    }
+    LONGSHORT_INLINE Vec distance_penalty(IVec distance) const {
+        return slope * abs_of(__builtin_convertvector(distance, Vec));
+    }
+
+    // In place, rows (at consecutive positions) × strip of logits to scores, and their derivatives unless null. One
+    // function that is never inlined, so that both passes get the same bits.
+    LONGSHORT_NOINLINE void apply(int64_t position, int64_t count, const StripLanes& lanes, float* scores,
+                                  float* derivatives) const {
+        for (int64_t end = position + count; position < end; ++position)
+            for (int i = 0; i < kStripVectors; ++i, scores += kLanes) {
+                const Tangent capped = cap(load(scores));
+                store(scores, capped.value - distance_penalty(lanes.position[i] - int32_t(position)));
+                if (derivatives) store(std::exchange(derivatives, derivatives + kLanes), capped.slope);
+            }
+    }
+};
+
+// Key/value heads in the order of their cost: global ones, then by window.
+inline std::unique_ptr<int64_t[]> kv_heads_by_reach(const Problem& problem) {
+    std::unique_ptr<int64_t[]> order(new int64_t[problem.kv_heads]);
+    const auto reach = [&](int64_t head) { return problem.windows[head] < 0 ? problem.kv_len : problem.windows[head]; };
+    for (int64_t head = 0; head < problem.kv_heads; ++head) {
+        int64_t at = head;
+        for (; at > 0 && reach(order[at - 1]) < reach(head); --at) order[at] = order[at - 1];
+        order[at] = head;
+    }
+    return order;
+}
+
+}  // namespace longshort::LONGSHORT_ISA

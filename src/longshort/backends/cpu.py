@@ -1,0 +1,229 @@
+"""Attention on the CPU with the C++ kernels of csrc/: all heads in one call, O(n·w) for local heads.
+
+Scores, sums and statistics are fp32; bfloat16 inputs are converted on the fly. Tensors are read where they
+lie, whatever their strides, and no n×n or n×w array exists: beyond results and gradients each thread holds a
+few blocks of O(head_dim · block) numbers. Results do not depend on the number of threads, bit for bit.
+
+Registered with torch.library, so that compilers see one opaque call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence  # torch reads the annotations of operators
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longshort.backends.call import AttentionCall, Output
+
+_kernels: Any = None
+_NOT_BUILT = ""
+try:
+    from longshort.backends import _kernels  # type: ignore[attr-defined,no-redef]
+except ImportError as error:
+    if os.environ.get("LONGSHORT_CPU"):  # asked for by name: nothing else will do
+        raise
+    _NOT_BUILT = f"the C++ kernels cannot be loaded ({error}); longshort doctor tells how to get them"
+
+_LARGEST_HEAD_DIM = 256
+_LONGEST = 2**30  # positions are 32-bit numbers
+# Calls with no more rows (queries × heads of one key/value head) than this are split over keys, not queries.
+_DECODING_ROWS = 16
+_GLOBAL = -1  # as a window
+
+
+def supports(call: AttentionCall) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    if call.q.device.type != "cpu":
+        return f"the tensors are on {call.q.device.type}, not on the CPU"
+    if call.q.dtype not in (torch.float32, torch.bfloat16):
+        return f"q is {call.q.dtype}; the kernels compute float32 and bfloat16"
+    if call.q.shape[3] > _LARGEST_HEAD_DIM:
+        return f"head_dim is {call.q.shape[3]}; the kernels take at most {_LARGEST_HEAD_DIM}"
+    if call.k.shape[2] >= _LONGEST:
+        return f"there are {call.k.shape[2]} keys; the kernels take fewer than {_LONGEST}"
+    if call.round_probabilities:
+        return "the kernels do not round probabilities"
+    return _NOT_BUILT or None
+
+
+def instruction_set() -> str | None:
+    """Which build of the kernels is in use: v4 (AVX-512), v3 (AVX2), v1 (SSE2) or native, or None.
+
+    It is the fastest that this processor can run, or the one that LONGSHORT_CPU in the environment names;
+    there is none if the kernels are not built.
+    """
+    return None if _kernels is None else _kernels.instruction_set
+
+
+def instruction_sets() -> list[str]:
+    """Builds that this processor can run, the fastest first; empty if the kernels are not built."""
+    return [] if _kernels is None else _kernels.instruction_sets
+
+
+def fma_peak() -> float | None:
+    """FLOP/s of one thread that does nothing but multiply-adds, measured in about 20 ms with the vectors of
+    `instruction_set`; None if the kernels are not built."""
+    return None if _kernels is None else _kernels.fma_peak()
+
+
+def attend(call: AttentionCall) -> Output:
+    """Attention of all heads at once."""
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
+    of_kv_heads = call.layout.windows[:: call.layout.group_size]
+    out, row_max, log_sum, max_logit, entropy = torch.ops.longshort.cpu_attention(
+        call.q, call.k, call.v, call.alibi_slopes, call.segment_ids,
+        [_GLOBAL if window is None else window for window in of_kv_heads], call.layout.sink_tokens,
+        call.causal, call.scale, call.softcap, call.out_dtype, call.with_stats, differentiable,
+    )  # fmt: skip
+    if not (call.with_lse or call.with_stats):
+        return Output(out)
+    # the gradient of log_sum is that of lse, for the row maximum counts as a constant
+    lse = row_max.detach() + log_sum
+    return Output(out, lse, max_logit.detach(), entropy.detach()) if call.with_stats else Output(out, lse)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    segment_ids: Tensor | None,
+    windows: Sequence[int],
+    sink_tokens: int,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    out_dtype: torch.dtype,
+    with_stats: bool,
+    differentiable: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, row maximum of the scores, log of the sum of exp(score - row maximum), max_logit, entropy.
+
+    `windows` has one entry per key/value head. `differentiable` keeps calls with few queries on the path
+    whose scores the backward pass repeats bit for bit, which counts when logits are large.
+    """
+    out, row_max, log_sum, max_logit, entropy = _empty_outputs(q, out_dtype, with_stats)
+    decode = not differentiable and q.shape[2] * (q.shape[1] // k.shape[1]) <= _DECODING_ROWS
+    slopes, ids = _contiguous(alibi_slopes), _contiguous(segment_ids)
+    _kernels.forward(
+        _described(q), _described(k), _described(v), _described(out), _shape(q, k), _clipped(windows, k),
+        sink_tokens, causal, scale, softcap or 0.0, _address(slopes), _address(ids), _address(row_max),
+        _address(log_sum), _address(max_logit if with_stats else None),
+        _address(entropy if with_stats else None), decode,
+    )  # fmt: skip
+    return out, row_max, log_sum, max_logit, entropy
+
+
+def _fake_forward(q, k, v, alibi_slopes, segment_ids, windows, sink_tokens, causal, scale, softcap, out_dtype,
+                  with_stats, differentiable):  # fmt: skip
+    return _empty_outputs(q, out_dtype, with_stats)
+
+
+def _empty_outputs(
+    q: Tensor, out_dtype: torch.dtype, with_stats: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = torch.empty_like(q, dtype=out_dtype)  # heads and positions in memory as in q: what projections want
+    row_max, log_sum = (q.new_empty(tuple(q.shape[:3]), dtype=torch.float32) for _ in range(2))
+    heads = q.shape[1] if with_stats else 0
+    max_logit, entropy = (q.new_empty(heads, dtype=torch.float32) for _ in range(2))
+    return out, row_max, log_sum, max_logit, entropy
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    segment_ids: Tensor | None,
+    out: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    windows: Sequence[int],
+    sink_tokens: int,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    grad_q, grad_k, grad_v = _empty_gradients(q, k, v)
+    if grad_out is None:
+        grad_out = torch.zeros((), dtype=out.dtype).expand_as(out)
+    # tasks add to it, so it is fp32 for bfloat16 too
+    grad_q_sum = torch.zeros_like(grad_q, dtype=torch.float32)
+    slopes, ids, grad_lse = _contiguous(alibi_slopes), _contiguous(segment_ids), _contiguous(grad_lse)
+    _kernels.backward(
+        _described(q), _described(k), _described(v), _described(out), _described(grad_out), _shape(q, k),
+        _clipped(windows, k), sink_tokens, causal, scale, softcap or 0.0, _address(slopes), _address(ids),
+        _address(row_max), _address(log_sum), _address(grad_lse), _described(grad_q_sum), _described(grad_k),
+        _described(grad_v),
+    )  # fmt: skip
+    return grad_q_sum.to(q.dtype), grad_k, grad_v
+
+
+def _fake_backward(q, k, v, alibi_slopes, segment_ids, out, row_max, log_sum, grad_out, grad_lse, windows,
+                   sink_tokens, causal, scale, softcap):  # fmt: skip
+    return _empty_gradients(q, k, v)
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _described(x: Tensor) -> tuple[int, bool, tuple[int, ...]]:
+    return x.data_ptr(), x.dtype == torch.bfloat16, x.stride()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    """For small tensors that the kernels want in one piece; the caller keeps it alive during the call."""
+    return None if x is None else x.contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _shape(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int, int]:
+    batch, heads, q_len, head_dim = q.shape
+    return batch, heads, k.shape[1], q_len, k.shape[2], head_dim
+
+
+def _clipped(windows: Sequence[int], k: Tensor) -> list[int]:
+    """A window of all keys is the same as one of more, and fits into what the kernels count with."""
+    return [min(window, k.shape[2]) for window in windows]
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    q, k, v, alibi_slopes, segment_ids, *options, _out_dtype, _with_stats, _differentiable = inputs
+    out, row_max, log_sum, _, _ = output
+    ctx.save_for_backward(q, k, v, alibi_slopes, segment_ids, out, row_max, log_sum)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_out, grad_row_max, grad_lse, grad_max_logit, grad_entropy):
+    if grad_out is None and grad_lse is None:
+        return (None,) * 13
+    # read once: under activation checkpointing a second look is an error
+    gradients = torch.ops.longshort.cpu_attention_backward(
+        *ctx.saved_tensors, grad_out, grad_lse, *ctx.options
+    )
+    return *gradients, *(None,) * 10
+
+
+# Defined by hand, since torch.library.custom_op imports the compiler on its first call: seconds and 80 MiB.
+_library = torch.library.Library("longshort", "FRAGMENT")
+for _name, _function, _fake in (
+    ("cpu_attention", _forward, _fake_forward),
+    ("cpu_attention_backward", _backward, _fake_backward),
+):
+    _library.define(_name + torch.library.infer_schema(_function, mutates_args=()))
+    _library.impl(_name, _function, "CPU")
+    torch.library.register_fake(f"longshort::{_name}", _fake, lib=_library)
+torch.library.register_autograd(
+    "longshort::cpu_attention", _gradients, setup_context=_save_for_backward, lib=_library
+)
