@@ -21,6 +21,7 @@ _COMMANDS = {
     "train": "Train a model, or go on with a run.",
     "evaluate": "Measure a trained model on whole validation documents.",
     "generate": "Let a trained model write.",
+    "bench": "Measure the speed of attention on this machine.",
     "doctor": "Show versions, hardware, and which attention backends work here.",
     "demo": "See LS-attention and full attention trained side by side.",
 }

@@ -1,0 +1,264 @@
+"""Ways to compute attention on a CPU, made ready to be timed against each other.
+
+- `cpu`, `blockwise`, `reference`: the backends of `longshort.attention`, as many as there are.
+- `sdpa`: PyTorch's `scaled_dot_product_attention` with every head global: MHSA, the baseline.
+- `sdpa-masked`: the same with the layout as a boolean mask, which is made beforehand.
+- `flex`: PyTorch's `flex_attention`, compiled, with the layout as a block mask. Forward only.
+- `local-attention`: `LocalAttention` of the package of that name, for layouts without global heads. A tile of
+  it is a window of queries against two windows of keys; by default a query sees between w + 1 and 2w keys.
+  Here it gets window_size = w - 1 and exact_windowsize=True: a query sees the w keys of the layout, itself
+  included, and the scores of the others in its tile are computed and masked.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from longshort.attention import BACKENDS, attention, explain
+from longshort.layout import HeadLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_FLEX_BLOCK = 128  # queries and keys of a block, FlexAttention's own choice
+
+
+class UnsuitableError(Exception):
+    """Why a provider cannot serve a problem, in words for the user."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be computed: causal attention over heads of `layout`.
+
+    Attributes:
+        layout: windows of the query heads; no sink tokens.
+        q, k, v: float64, float32, bfloat16 or float16, without gradients.
+        max_bytes: what a provider's arrays of length × length may take, all heads together.
+    """
+
+    layout: HeadLayout
+    q: Float[Tensor, "batch heads length head_dim"]
+    k: Float[Tensor, "batch kv_heads length head_dim"]
+    v: Float[Tensor, "batch kv_heads length head_dim"]
+    max_bytes: float
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence: as many queries as keys."""
+        return self.q.shape[2]
+
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as tensors that want gradients; they share the data."""
+        q, k, v = (x.detach().requires_grad_() for x in (self.q, self.k, self.v))
+        return q, k, v
+
+    def beyond_memory(self, bytes_per_pair: int, batch: int = 1) -> str | None:
+        """Why arrays of so many bytes per head, query and key are too large, or None."""
+        gib = bytes_per_pair * batch * self.layout.num_heads * self.length**2 / 2**30
+        limit = self.max_bytes / 2**30
+        if gib <= limit:
+            return None
+        size = f"{self.length} × {self.length}"
+        return f"arrays of {size} take about {gib:.3g} GiB, --max-memory-gib allows {limit:.3g}"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A provider that is ready for one problem.
+
+    Attributes:
+        run: q, k, v -> out, shaped like q.
+        layout: the heads that it computes, whose visible pairs are its work.
+        no_backward: why it gives no gradients; None: it does.
+        note: what its time leaves out, or does; None: nothing to tell.
+    """
+
+    run: Attend
+    layout: HeadLayout
+    no_backward: str | None = None
+    note: str | None = None
+
+
+def prepare(provider: str, problem: Problem) -> Kernel:
+    """Makes a provider of `PROVIDERS` ready: masks are built and code is compiled here, not when it runs.
+
+    Raises:
+        UnsuitableError: it cannot serve this problem.
+    """
+    return PROVIDERS[provider](problem)
+
+
+def visible_pairs(layout: HeadLayout, length: int) -> Bool[Tensor, "heads length length"]:
+    """Which query (rows) sees which key, per head, without sink tokens."""
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    masks = {
+        group.window: causal if group.window is None else causal.triu(1 - group.window)
+        for group in layout.groups
+    }
+    return torch.stack([masks[window] for window in layout.windows])
+
+
+def _backend(name: str) -> Callable[[Problem], Kernel]:
+    def prepare_backend(problem: Problem) -> Kernel:
+        layout = problem.layout
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, layout, backend=name)
+
+        reason = _refusal(name, problem, with_gradients=False)
+        if reason is not None:
+            raise UnsuitableError(reason)
+        return Kernel(run, layout, no_backward=_refusal(name, problem, with_gradients=True))
+
+    return prepare_backend
+
+
+def _refusal(name: str, problem: Problem, with_gradients: bool) -> str | None:
+    q, k, v = problem.leaves() if with_gradients else (problem.q, problem.k, problem.v)
+    try:
+        explain(q, k, v, problem.layout, backend=name)
+    except ValueError as error:
+        return str(error)
+    if name != "reference":
+        return None
+    # logits, scores, weights, probabilities and a mask; their gradients
+    score_bytes = max(4, q.dtype.itemsize)
+    return problem.beyond_memory((7 if with_gradients else 4) * score_bytes + 1, batch=q.shape[0])
+
+
+def _sdpa(problem: Problem) -> Kernel:
+    layout = problem.layout
+    grouped = layout.group_size > 1
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+    return Kernel(run, HeadLayout((None,) * layout.num_heads, layout.num_kv_heads))
+
+
+def _masked_sdpa(problem: Problem) -> Kernel:
+    layout = problem.layout
+    reason = problem.beyond_memory(1 + problem.q.dtype.itemsize)  # the mask, and SDPA's own copy as numbers
+    if reason is not None:
+        raise UnsuitableError(reason)
+    mask = visible_pairs(layout, problem.length)[None]
+    grouped = layout.group_size > 1
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+    return Kernel(run, layout, note="its boolean mask was made beforehand")
+
+
+def _flex(problem: Problem) -> Kernel:
+    layout = problem.layout
+    began = time.perf_counter()
+    block_mask = flex_block_mask(layout, problem.length)
+    torch.compiler.reset()  # else a sweep meets the limit on recompilations and goes on without compiling
+    compiled = torch.compile(flex_attention, dynamic=False)
+    grouped = layout.group_size > 1
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = compiled(q, k, v, block_mask=block_mask, enable_gqa=grouped)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    try:
+        run(problem.q, problem.k, problem.v)
+    except RuntimeError as error:
+        raise UnsuitableError(f"FlexAttention does not compile here: {first_line(error)}") from error
+    seconds = time.perf_counter() - began
+    return Kernel(
+        run,
+        layout,
+        no_backward="FlexAttention has no backward pass on a CPU",
+        note=f"its block mask and its compilation, {seconds:.0f} s together, are not counted",
+    )
+
+
+def flex_block_mask(layout: HeadLayout, length: int) -> BlockMask:
+    """The layout as FlexAttention's block mask, from arithmetic on blocks alone: no length × length array."""
+    reach = torch.tensor([length if window is None else window for window in layout.windows])
+    index = torch.arange(-(-length // _FLEX_BLOCK))
+    nearest = (index[:, None] - index) * _FLEX_BLOCK - (_FLEX_BLOCK - 1)  # smallest distance of query to key
+    farthest = nearest + 2 * (_FLEX_BLOCK - 1)
+    limit = reach[:, None, None]
+    seen = (farthest >= 0) & (nearest < limit)
+    whole = (nearest >= 0) & (farthest < limit)
+
+    def sees(_batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key < reach[head])
+
+    return BlockMask.from_kv_blocks(
+        *_block_lists(seen & ~whole),
+        *_block_lists(whole),
+        BLOCK_SIZE=_FLEX_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(length, length),
+    )
+
+
+def _block_lists(
+    blocks: Bool[Tensor, "heads rows columns"],
+) -> tuple[Int[Tensor, "1 heads rows"], Int[Tensor, "1 heads rows columns"]]:
+    """Per row how many blocks are set, and their columns first."""
+    counts = blocks.sum(-1, dtype=torch.int32)
+    columns = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return counts[None], columns.int()[None].contiguous()
+
+
+def _local_attention(problem: Problem) -> Kernel:
+    layout = problem.layout
+    windows = set(layout.windows)
+    window = layout.windows[0]
+    if window is None or len(windows) > 1:
+        raise UnsuitableError("local-attention has no global heads: choose --global-heads 0")
+    if window == 1:
+        raise UnsuitableError("local-attention cannot see one key alone, a window of 1")
+    if layout.group_size > 1:
+        raise UnsuitableError("local-attention has as many key/value heads as heads")
+    try:
+        package = import_module("local_attention")
+    except ImportError as error:
+        raise UnsuitableError(f"not installed: pip install local-attention ({error})") from error
+    run = package.LocalAttention(
+        window_size=window - 1,  # its exact windows reach so far back, the query itself not counted
+        exact_windowsize=True,
+        causal=True,
+        autopad=True,
+        use_rotary_pos_emb=False,
+    )
+    note = f"with its exact windows: a query sees {window} keys as here, not {window + 1} to {2 * window}"
+    return Kernel(run, layout, note=note)
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+PROVIDERS: dict[str, Callable[[Problem], Kernel]] = {
+    **{name: _backend(name) for name in ("cpu", "blockwise", "reference") if name in BACKENDS},
+    "sdpa": _sdpa,
+    "sdpa-masked": _masked_sdpa,
+    "flex": _flex,
+    "local-attention": _local_attention,
+}
+"""By name what makes each provider ready."""
+
+BASELINE = "sdpa"
+"""The provider that the others are compared with."""

@@ -1,0 +1,102 @@
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longshort.cli import main
+from longshort.evaluation import benchmarking
+
+TINY = ["--lengths", "32", "64", "--heads", "4", "--window", "9", "--head-dim", "8", "--repeats", "1"]
+
+
+@pytest.fixture(autouse=True)
+def quick_peak(monkeypatch):
+    monkeypatch.setattr(benchmarking, "_MATMUL_SIZE", 16)
+
+
+def test_table_csv_and_plot(tmp_path, capsys):
+    out = tmp_path / "speed.csv"
+    arguments = [
+        "--providers",
+        "blockwise",
+        "sdpa",
+        "local-attention",
+        "--passes",
+        "forward-backward",
+        "--out",
+        str(out),
+    ]
+    assert main(["bench", "attention", *TINY, *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("torch ")
+    assert "64 tokens, 3 heads of window 9, 1 global head, float32, 1 thread" in shown
+    assert (
+        "local-attention: local-attention has no global heads: choose --global-heads 0 (2 settings)" in shown
+    )
+    assert str(out) in shown.replace("\n", "")
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["length"], row["provider"]) for row in rows] == [
+        ("32", "blockwise"), ("32", "sdpa"), ("64", "blockwise"), ("64", "sdpa"),
+    ]  # fmt: skip
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_files_of_the_user_are_kept(fails, tmp_path):
+    mine = tmp_path / "mine.csv"
+    mine.write_text("precious")
+    assert "exists; --overwrite" in fails(1, "bench", "attention", *TINY, "--out", mine)
+    assert mine.read_text() == "precious"
+    assert main(["bench", "attention", *TINY, "--out", str(mine), "--overwrite"]) == 0
+    assert mine.read_text() != "precious"
+
+
+def test_a_missing_folder_is_a_failure(fails, tmp_path):
+    message = fails(1, "bench", "attention", *TINY, "--out", tmp_path / "nowhere" / "speed.csv")
+    assert "--out: there is no folder" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--window", "0"], "--window must be an integer >= 1, got 0"),
+        (["--window"], "--window must name at least one"),
+        (["--providers", "warp"], "got 'warp'"),
+        (["--global-heads", "5", "--heads", "4"], "--global-heads must be at most --heads (4), got 5"),
+        (["--threads", "0"], "--threads must be an integer >= 1, got 0"),
+        (["--threads", "some"], "some"),
+        (["--out", "speed.txt"], "--out must end in .csv, got 'speed.txt'"),
+        (["--nonsense"], "--nonsense"),
+    ],
+    ids=str,
+)
+def test_wrong_usage(fails, flags, message):
+    assert message in fails(2, "bench", "attention", *flags)
+
+
+def test_help(capsys):
+    for arguments in (["--help"], ["-h"]):
+        assert main(["bench", *arguments]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith("usage: longshort bench BENCHMARK")
+        assert "\n  attention " in shown
+    assert main(["bench", "attention", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: longshort bench attention")
+    assert main(["bench"]) == 2
+    assert capsys.readouterr().err.startswith("usage: longshort bench BENCHMARK")
+
+
+def test_an_unknown_benchmark_is_a_usage_error(fails):
+    message = fails(2, "bench", "warp")
+    assert "there is no benchmark 'warp'; the benchmarks are attention" in message
+
+
+def test_the_script_is_the_command():
+    script = Path(__file__).parents[2] / "benchmarks" / "attention.py"
+    result = subprocess.run(
+        [sys.executable, script, "--window", "0"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2
+    assert "--window must be an integer >= 1, got 0" in result.stderr
