@@ -2,8 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := .venv/.packages
 INSTALLED := .venv/.installed
+CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(BIN)/cmake)
 
-.PHONY: help demo test test-full lint format clean
+.PHONY: help demo test test-full sanitize sanitize-address sanitize-thread lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,6 +30,18 @@ test: $(INSTALLED)  ## run the tests, without the slow ones
 
 test-full: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest -n auto
+
+sanitize: sanitize-address sanitize-thread  ## run the C++ kernels on random problems, under sanitizers
+
+sanitize-address: SANITIZE = address,undefined
+sanitize-address: CASES = 300
+sanitize-thread: SANITIZE = thread
+sanitize-thread: CASES = 60
+# cmake says so if there is no C++ compiler.
+sanitize-address sanitize-thread:
+	$(CMAKE) -S . -B build/$@ -DLONGSHORT_DRIVER=ON -DLONGSHORT_SANITIZE=$(SANITIZE)
+	$(CMAKE) --build build/$@ --parallel $(shell getconf _NPROCESSORS_ONLN)
+	build/$@/driver $(CASES) 1 3
 
 lint: $(INSTALLED)  ## ruff, pyright and the import contracts
 	$(BIN)/ruff check

@@ -111,6 +111,20 @@ def test_gradcheck(backend: str):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_gradients_are_right_or_an_error(backend: str):
+    q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
+    out = attention(
+        q, k, v, HeadLayout((3, None)), segment_ids=torch.zeros(1, 9, dtype=torch.int64), backend=backend
+    )
+    gradient = torch.autograd.grad(out.square().sum(), q, create_graph=True)[0]
+    if backend == "reference":
+        assert torch.autograd.grad(gradient.sum(), k)[0].any()
+        return
+    with pytest.raises(NotImplementedError, match="no gradients of gradients; backend='reference' has"):
+        torch.autograd.grad(gradient.sum(), k)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", range(40))
 def test_statistics_change_no_bit(backend: str, seed: int):
     case = random_case(seed, max_length=130).cast(torch.float32)

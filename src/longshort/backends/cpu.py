@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longshort.backends.call import AttentionCall, Output
+from longshort.backends.call import AttentionCall, Output, refuse_second_derivatives
 
 _kernels: Any = None
 _NOT_BUILT = ""
@@ -227,3 +227,4 @@ for _name, _function, _fake in (
 torch.library.register_autograd(
     "longshort::cpu_attention", _gradients, setup_context=_save_for_backward, lib=_library
 )
+torch.library.register_autograd("longshort::cpu_attention_backward", refuse_second_derivatives, lib=_library)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longshort.backends.call import AttentionCall
+from longshort.backends.call import AttentionCall, refuse_second_derivatives
 from longshort.backends.tiles import ALL_BUT_HEADS, Problem, accumulation_dtype
 
 
@@ -228,4 +228,7 @@ for _name, _function, _fake in (
     torch.library.register_fake(f"longshort::{_name}", _fake, lib=_library)
 torch.library.register_autograd(
     "longshort::tiled_attention", _gradients, setup_context=_save_for_backward, lib=_library
+)
+torch.library.register_autograd(
+    "longshort::tiled_attention_backward", refuse_second_derivatives, lib=_library
 )
