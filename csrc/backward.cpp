@@ -23,9 +23,13 @@ constexpr int kKeyBlock = Stride <= 64 ? 128 : 8192 / Stride;
 template <int Stride>
 class KeyBlock {
 public:
+    // Numbers that a block needs as memory.
+    static constexpr int64_t kFloats = (5 * kKeyBlock<Stride> + 3 * kQueryBlock) * Stride +
+                                       kQueryBlock * (2 * kStrip + kKeyBlock<Stride> + kStrip);
+
     // `done` counts the blocks of queries that this task has finished, `done_before` those of the one before it.
     KeyBlock(const Backward& call, const float* delta, int64_t b, int64_t kv_head, int64_t index,
-             std::atomic<int64_t>* done_before, std::atomic<int64_t>* done)
+             std::atomic<int64_t>* done_before, std::atomic<int64_t>* done, float* memory)
         : call_(call),
           problem_(call.problem),
           all_deltas_(delta),
@@ -37,19 +41,18 @@ public:
           visibility_(problem_, b, kv_head),
           segments_(visibility_.segments, keys_),
           any_sink_(visibility_.any_sink(keys_)) {
-        float* memory = scratch((5 * kKeys + 3 * kQueries) * Stride + kQueries * (2 * kStrip + kKeyStride));
         const auto take = [&](int64_t floats) { return std::exchange(memory, memory + floats); };
         key_rows_ = take(kKeys * Stride);
         key_columns_ = take(kKeys * Stride);
         value_columns_ = take(kKeys * Stride);
         grad_keys_ = take(kKeys * Stride);
         grad_values_ = take(kKeys * Stride);
-        query_memory_ = take(kQueries * Stride);
-        grad_out_memory_ = take(kQueries * Stride);
-        grad_queries_ = take(kQueries * Stride);
-        probabilities_ = take(kQueries * kStrip);
-        slopes_ = take(kQueries * kStrip);
-        grad_scores_ = take(kQueries * kKeyStride);
+        query_memory_ = take(kQueryBlock * Stride);
+        grad_out_memory_ = take(kQueryBlock * Stride);
+        grad_queries_ = take(kQueryBlock * Stride);
+        probabilities_ = take(kQueryBlock * kStrip);
+        slopes_ = take(kQueryBlock * kStrip);
+        grad_scores_ = take(kQueryBlock * kKeyStride);
     }
 
     void run() {
@@ -91,7 +94,6 @@ public:
 
 private:
     static constexpr int kKeys = kKeyBlock<Stride>;
-    static constexpr int kQueries = kQueryBlock + kRowStep;
     static constexpr int kKeyStride = kKeys + kStrip;  // no power of two: rows would share cache sets
 
     void pack_columns(const Rows& rows, float* columns) {
@@ -148,7 +150,7 @@ private:
             factor_[r] = log_sum == -INFINITY ? 0.0f : std::exp(-log_sum);
             delta_[r] = all_deltas_[plane + r];
         }
-        for (int64_t r = count; r < padded; ++r) row_max_[r] = factor_[r] = delta_[r] = 0.0f;
+        for (int64_t r = count; r < padded; ++r) row_max_[r] = -kHidden, factor_[r] = delta_[r] = 0.0f;
         std::memset(grad_scores_, 0, sizeof(float) * padded * kKeyStride);
     }
 
@@ -243,8 +245,8 @@ private:
     float *key_rows_, *key_columns_, *value_columns_, *grad_keys_, *grad_values_;
     float *query_memory_, *grad_out_memory_, *grad_queries_, *probabilities_, *slopes_, *grad_scores_;
     const float *queries_, *grad_outs_;
-    float row_max_[kQueries], factor_[kQueries], delta_[kQueries];
-    Range seen_[kQueries / kRowStep];  // by group of rows: the keys of the block that dS may be other than 0 for
+    float row_max_[kQueryBlock], factor_[kQueryBlock], delta_[kQueryBlock];
+    Range seen_[kQueryBlock / kRowStep];  // by group of rows: the keys of the block that dS may be other than 0 for
 };
 
 // delta = Σ_j P·dP of each row, as dO·out, less the gradient of its lse. Summed like dP, so that dP - delta is exactly 0
@@ -254,27 +256,53 @@ void compute_delta(const Backward& call, float* delta) {
     constexpr int kRows = 16;
     const Problem& problem = call.problem;
     const int64_t blocks = (problem.q_len + kQueryBlock - 1) / kQueryBlock;
-    for_each_task(problem.batch * problem.heads * blocks, [&](int64_t task) {
+    for_each_task(problem.batch * problem.heads * blocks, 2 * kRows * Stride, [&](int64_t task, float* memory) {
         const int64_t plane = task / blocks, b = plane / problem.heads, head = plane % problem.heads;
         const Rows outs(call.out, b, head), grad_outs(call.grad_out, b, head);
-        float* memory = scratch(2 * kRows * Stride);
         const int64_t end = (task % blocks + 1) * kQueryBlock;
         for (int64_t row = end - kQueryBlock; row < end && row < problem.q_len; row += kRows) {
             const int64_t count = problem.q_len - row < kRows ? problem.q_len - row : kRows;
             outs.pack<Stride>(row, count, problem.head_dim, memory);
             grad_outs.pack<Stride>(row, count, problem.head_dim, memory + kRows * Stride);
-            DotFloat sum[kRows] = {};
-            for (int64_t d = 0; d < problem.head_dim; ++d)
+            DotFloat total[kRows] = {};
+            for (int64_t begin = 0; begin < problem.head_dim; begin += kDotBlock) {
+                const int64_t stop = begin + kDotBlock < problem.head_dim ? begin + kDotBlock : problem.head_dim;
+                DotFloat sum[kRows] = {};
+                for (int64_t d = begin; d < stop; ++d)
 #pragma GCC unroll 16
-                for (int r = 0; r < kRows; ++r)
-                    sum[r] += DotFloat(memory[(kRows + r) * Stride + d]) * DotFloat(memory[r * Stride + d]);
+                    for (int r = 0; r < kRows; ++r)
+                        sum[r] += DotFloat(memory[(kRows + r) * Stride + d]) * DotFloat(memory[r * Stride + d]);
+                for (int r = 0; r < kRows; ++r) total[r] += sum[r];
+            }
             for (int64_t r = 0; r < count; ++r) {
                 const int64_t at = plane * problem.q_len + row + r;
-                delta[at] = float(sum[r]) - (call.grad_lse ? call.grad_lse[at] : 0.0f);
+                // a row that sees nothing passes on nothing, whatever the gradient of its lse
+                const bool sees = call.log_sum[at] > -INFINITY || call.log_sum[at] != call.log_sum[at];
+                delta[at] = sees ? float(total[r]) - (call.grad_lse ? call.grad_lse[at] : 0.0f) : 0.0f;
             }
         }
     });
 }
+
+// Which block of keys of which head a task has. Heads of one window take turns, block by block, so that a task seldom
+// waits for the one before it in its head; those of the longest reach come first.
+struct Place {
+    int64_t b, kv_head, block;
+
+    Place(int64_t task, const Problem& problem, const int64_t* heads, int64_t blocks) {
+        int64_t first = 0, end = 1;
+        const auto same_window = [&] { return problem.windows[heads[end]] == problem.windows[heads[first]]; };
+        while (end < problem.kv_heads && same_window()) ++end;
+        while (task >= end * problem.batch * blocks) {
+            first = end++;
+            while (end < problem.kv_heads && same_window()) ++end;
+        }
+        const int64_t within = task - first * problem.batch * blocks, turns = end - first;
+        kv_head = heads[first + within % turns];
+        b = within / turns % problem.batch;
+        block = within / (turns * problem.batch);
+    }
+};
 
 template <int Stride>
 void run(const Backward& call) {
@@ -283,21 +311,13 @@ void run(const Backward& call) {
     compute_delta<Stride>(call, delta.get());
     const int64_t blocks = (problem.kv_len + kKeyBlock<Stride> - 1) / kKeyBlock<Stride>;
     const int64_t planes = problem.batch * problem.kv_heads;
-    const std::unique_ptr<int64_t[]> order = kv_heads_by_reach(problem);
+    const std::unique_ptr<int64_t[]> heads = kv_heads_by_reach(problem);
     const std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[planes * blocks]());
-    for_each_task(planes * blocks, [&](int64_t task) {
-        // heads of one window take turns, so that a task seldom waits for the one before it in its head
-        int64_t first = 0, end = 0;
-        for (int64_t before = 0; end == 0 || task >= end * problem.batch * blocks; before = end) {
-            first = before;
-            for (end = first + 1; end < problem.kv_heads && problem.windows[order[end]] == problem.windows[order[first]];)
-                ++end;
-        }
-        const int64_t within = task - first * problem.batch * blocks, heads = end - first;
-        const int64_t block = within / (heads * problem.batch), b = within / heads % problem.batch;
-        const int64_t kv_head = order[first + within % heads];
-        std::atomic<int64_t>* counter = &done[(b * problem.kv_heads + kv_head) * blocks + block];
-        KeyBlock<Stride>(call, delta.get(), b, kv_head, block, block ? counter - 1 : nullptr, counter).run();
+    for_each_task(planes * blocks, KeyBlock<Stride>::kFloats, [&](int64_t task, float* memory) {
+        const Place at(task, problem, heads.get(), blocks);
+        std::atomic<int64_t>* counter = &done[(at.b * problem.kv_heads + at.kv_head) * blocks + at.block];
+        KeyBlock<Stride>(call, delta.get(), at.b, at.kv_head, at.block, at.block ? counter - 1 : nullptr, counter, memory)
+            .run();
     });
 }
 

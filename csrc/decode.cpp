@@ -10,7 +10,7 @@ namespace longshort::LONGSHORT_ISA {
 namespace {
 
 constexpr int kChunk = 512;
-constexpr int kTile = 64;
+constexpr int kTile = 16;
 
 // Of one chunk of keys.
 struct Partial {
@@ -49,13 +49,13 @@ struct Source {
 template <int Stride>
 class Chunk {
 public:
-    Chunk(const Forward& call, int64_t b, int64_t kv_head, float* partials)
+    Chunk(const Forward& call, int64_t b, int64_t kv_head, float* partials, float* memory)
         : problem_(call.problem),
           b_(b),
           kv_head_(kv_head),
           rows_(problem_.group_size() * problem_.q_len),
           visibility_(problem_, b, kv_head),
-          queries_(scratch((rows_ + 2 * kTile) * Stride)),
+          queries_(memory),
           keys_(problem_.k, b, kv_head, problem_.head_dim, queries_ + rows_ * Stride),
           values_(problem_.v, b, kv_head, problem_.head_dim, queries_ + (rows_ + kTile) * Stride),
           partials_(partials) {}
@@ -216,17 +216,16 @@ void run(const Forward& call) {
     int64_t tasks = 0;
     for (int64_t plane = 0; plane < planes; ++plane) {
         const Visibility visibility(problem, plane / problem.kv_heads, plane % problem.kv_heads);
-        Range keys = visibility.keys_of_some({problem.first_position(), problem.kv_len});
-        if (visibility.sinks_end > 0) keys.begin = 0;
-        cuts[plane] = {keys, tasks};
+        const Range keys = visibility.keys_of_some({problem.first_position(), problem.kv_len});
+        cuts[plane] = {visibility.with_sinks(keys, problem.kv_len), tasks};
         tasks += cuts[plane].chunks();
     }
     const std::unique_ptr<float[]> partials(new float[tasks * partial_floats]);
-    for_each_task(tasks, [&](int64_t task) {
+    for_each_task(tasks, (rows + 2 * kTile) * Stride, [&](int64_t task, float* memory) {
         int64_t plane = planes - 1;
         while (cuts[plane].first_chunk > task) --plane;
         const int64_t begin = cuts[plane].keys.begin + (task - cuts[plane].first_chunk) * kChunk;
-        Chunk<Stride>(call, plane / problem.kv_heads, plane % problem.kv_heads, partials.get() + task * partial_floats)
+        Chunk<Stride>(call, plane / problem.kv_heads, plane % problem.kv_heads, partials.get() + task * partial_floats, memory)
             .run({begin, begin + kChunk < cuts[plane].keys.end ? begin + kChunk : cuts[plane].keys.end});
     });
 
@@ -249,9 +248,8 @@ void run(const Forward& call) {
             for (int64_t chunk = 0; chunk < cuts[plane].chunks(); ++chunk) {
                 const Partial& part = partial(chunk);
                 const float moved = part.row.maximum - total.maximum, factor = exp_of(splat(moved))[0];
-                if (factor == 0.0f) continue;
-                total.sum += factor * part.row.sum;
-                total.weighted += factor * (part.row.weighted + moved * part.row.sum);
+                total.sum += factor * part.row.sum;  // a NaN passes even where the factor is 0
+                if (factor != 0.0f) total.weighted += factor * (part.row.weighted + moved * part.row.sum);
                 for (int64_t d = 0; d < Stride; d += kLanes)
                     store(values + d, load(values + d) + load(part.values + d) * factor);
             }

@@ -27,7 +27,11 @@ struct Softmax {
 template <int Stride, bool kWithStatistics>
 class Block {
 public:
-    Block(const Forward& call, int64_t b, int64_t head, int64_t first, int64_t count)
+    // Numbers that a block needs as memory.
+    static constexpr int64_t kFloats = 2 * kQueryBlock * Stride + 2 * (kKeyBlock<Stride> + kRowStep) * Stride +
+                                       kStrip * Stride + (kChunk + kRowStep) * kStrip;
+
+    Block(const Forward& call, int64_t b, int64_t head, int64_t first, int64_t count, float* memory)
         : call_(call),
           problem_(call.problem),
           b_(b),
@@ -37,8 +41,6 @@ public:
           kv_head_(head / problem_.group_size()),
           visibility_(problem_, b, kv_head_),
           bias_(problem_, head) {
-        float* memory = scratch(2 * kQueryBlock * Stride + 2 * (kKeyBlock<Stride> + kRowStep) * Stride +
-                                kStrip * Stride + (kChunk + kRowStep) * kStrip);
         const auto take = [&](int64_t floats) { return std::exchange(memory, memory + floats); };
         columns_ = take(kQueryBlock * Stride);
         sums_ = take(kQueryBlock * Stride);
@@ -61,12 +63,11 @@ public:
 
         const Range queries = positions(0, count_);
         const SegmentSpan query_segments(visibility_.segments, queries);
-        Range keys = visibility_.keys_of_some(queries);
-        const int64_t band_begin = keys.begin;
-        if (visibility_.sinks) keys.begin = 0;
+        const Range in_band = visibility_.keys_of_some(queries);
+        const Range keys = visibility_.with_sinks(in_band, queries.end);
         for (int64_t begin = keys.begin; begin < keys.end; begin += kKeyBlock<Stride>) {
             const Range block{begin, begin + kKeyBlock<Stride> < keys.end ? begin + kKeyBlock<Stride> : keys.end};
-            if (block.end <= band_begin && !visibility_.any_sink(block)) continue;
+            if (intersection(block, in_band).empty() && !visibility_.any_sink(block)) continue;
             if (!query_segments.overlaps(SegmentSpan(visibility_.segments, block))) continue;
             keys_ = k.packed<Stride>(block.begin, block.size(), problem_.kv_len, problem_.head_dim, key_memory_);
             values_ = v.packed<Stride>(block.begin, block.size(), problem_.kv_len, problem_.head_dim, value_memory_);
@@ -242,16 +243,17 @@ void run(const Forward& call) {
     const int64_t planes = problem.batch * blocks;
     std::unique_ptr<Statistics[]> statistics(call.entropy ? new Statistics[problem.heads * planes] : nullptr);
     const std::unique_ptr<int64_t[]> order = kv_heads_by_reach(problem);
-    for_each_task(problem.heads * planes, [&](int64_t task) {
+    for_each_task(problem.heads * planes, Block<Stride, true>::kFloats, [&](int64_t task, float* memory) {
         const int64_t nth = task / planes, group = problem.group_size();
         const int64_t head = order[nth / group] * group + nth % group, b = task % planes / blocks;
         const int64_t block = blocks - 1 - task % blocks;  // the longest first
         const int64_t first = block * kQueryBlock;
         const int64_t count = problem.q_len - first < kQueryBlock ? problem.q_len - first : kQueryBlock;
         if (statistics)
-            statistics[head * planes + b * blocks + block] = Block<Stride, true>(call, b, head, first, count).run();
+            statistics[head * planes + b * blocks + block] =
+                Block<Stride, true>(call, b, head, first, count, memory).run();
         else
-            Block<Stride, false>(call, b, head, first, count).run();
+            Block<Stride, false>(call, b, head, first, count, memory).run();
     });
     if (statistics) write_statistics(call, statistics.get(), planes);
 }

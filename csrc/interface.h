@@ -5,6 +5,10 @@
 
 namespace longshort {
 
+// Code in headers that is compiled for several instruction sets and not in a namespace of one: it must leave no
+// function behind that the linker could take from the wrong one.
+#define LONGSHORT_COMMON inline __attribute__((always_inline))
+
 enum class DType { f32, bf16 };
 
 // A (batch, heads, length, head_dim) tensor; strides in elements.
@@ -33,17 +37,17 @@ struct Problem {
     const uint8_t* sinks;        // (batch, kv_len), whether local heads see this key from afar; or null: none
     const int64_t* sinks_end;    // (batch,), one past the last of them
 
-    int64_t group_size() const { return heads / kv_heads; }
-    int64_t first_position() const { return kv_len - q_len; }
+    LONGSHORT_COMMON int64_t group_size() const { return heads / kv_heads; }
+    LONGSHORT_COMMON int64_t first_position() const { return kv_len - q_len; }
 
-    Band band(int64_t kv_head) const {
+    LONGSHORT_COMMON Band band(int64_t kv_head) const {
         const int64_t window = windows[kv_head];
         if (causal) return {0, window < 0 ? kv_len : window};
         return window < 0 ? Band{kv_len, 2 * kv_len} : Band{window - 1, 2 * window - 1};
     }
-    const int32_t* segments_of(int64_t b) const { return segments ? segments + b * kv_len : nullptr; }
+    LONGSHORT_COMMON const int32_t* segments_of(int64_t b) const { return segments ? segments + b * kv_len : nullptr; }
     // A global head sees the sinks anyway.
-    const uint8_t* sinks_of(int64_t b, int64_t kv_head) const {
+    LONGSHORT_COMMON const uint8_t* sinks_of(int64_t b, int64_t kv_head) const {
         return sinks && windows[kv_head] >= 0 ? sinks + b * kv_len : nullptr;
     }
 };

@@ -101,9 +101,9 @@ void backward(const TensorOf& q, const TensorOf& k, const TensorOf& v, const Ten
 NB_MODULE(_kernels, module) {
     using namespace longshort;
     kernels = &choose_kernels();
-    if (!find_torch_threads()) throw std::runtime_error("libtorch does not export torch_parallel_for: torch >= 2.10");
     module.attr("instruction_set") = kernels->name;
     module.attr("instruction_sets") = nb::cast(instruction_sets());
+    module.def("find_torch_threads", &find_torch_threads);
     module.def("forward", &longshort::forward);
     module.def("backward", &longshort::backward);
     module.def(

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "interface.h"
+
 namespace longshort {
 
 // Calls worker(context) on up to `count` threads at once; returns when all have returned.
@@ -16,17 +18,21 @@ float* scratch(size_t floats);
 // For a worker that waits for another one.
 void relax(int turns);
 
-// task(i) for i in [0, count). A task may wait for tasks before it, since those are done or running.
+// task(i, memory) for i in [0, count), `memory` being `floats` numbers of the worker's own. A task may wait for tasks
+// before it, since those are done or running: a worker that gets no memory claims none.
 template <class Task>
-void for_each_task(int64_t count, const Task& task) {
+LONGSHORT_COMMON void for_each_task(int64_t count, size_t floats, const Task& task) {
     struct Context {
         const Task& task;
         int64_t count;
+        size_t floats;
         std::atomic<int64_t> next;
-    } context{task, count, {0}};
+    } context{task, count, floats, {0}};
     const auto worker = [](void* pointer) {
         Context& shared = *static_cast<Context*>(pointer);
-        for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.count;) shared.task(i);
+        float* memory = scratch(shared.floats);
+        for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.count;)
+            shared.task(i, memory);
     };
     run_workers(count, worker, &context);
 }

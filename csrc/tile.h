@@ -18,6 +18,8 @@ constexpr int kStripVectors = kStrip / kLanes;
 constexpr int kDotRows = 16, kSumVectors = 4, kSumRows = 4;
 #elif LONGSHORT_LANES == 8
 constexpr int kDotRows = 4, kSumVectors = 2, kSumRows = 4;
+#elif defined(__aarch64__)
+constexpr int kDotRows = 4, kSumVectors = 4, kSumRows = 4;
 #else
 constexpr int kDotRows = 1, kSumVectors = 2, kSumRows = 4;
 #endif
@@ -44,27 +46,38 @@ LONGSHORT_INLINE void store_dot(float* p, DotVec sum, float factor) {
 #endif
 constexpr int kDotLanes = sizeof(DotVec) / sizeof(DotFloat);
 
-// out[r][lane] = factor · Σ_d rows[r][d] · columns[d][lane], each a chain of d = 0, 1, ...: the same bits whatever
-// the tile, so that the backward pass finds the scores of the forward pass again, whichever operand is in the lanes.
+// Sums over head_dim are made in blocks, then added up: shorter chains err less, as those of matrix libraries do.
+constexpr int kDotBlock = 16;
+
+// out[r][lane] = factor · Σ_d rows[r][d] · columns[d][lane], in an order that does not depend on the tile: the backward
+// pass finds the bits of the forward pass's scores again, whichever operand lies in the lanes.
 template <int Rows, int Stride, int OutStride>
 LONGSHORT_INLINE void dot_tile(const float* rows, const float* columns, int64_t head_dim, float factor, float* out) {
     constexpr int kVectors = kStrip / kDotLanes;
-    DotVec sum[Rows][kVectors] = {};
-    for (int64_t d = 0; d < head_dim; ++d) {
-        DotVec column[kVectors];
+    DotVec total[Rows][kVectors] = {};
+    for (int64_t begin = 0; begin < head_dim; begin += kDotBlock) {
+        const int64_t end = begin + kDotBlock < head_dim ? begin + kDotBlock : head_dim;
+        DotVec sum[Rows][kVectors] = {};
+        for (int64_t d = begin; d < end; ++d) {
+            DotVec column[kVectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) column[v] = load_dot(columns + d * kStrip + v * kDotLanes);
+            for (int v = 0; v < kVectors; ++v) column[v] = load_dot(columns + d * kStrip + v * kDotLanes);
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) {
-            const DotVec x = DotFloat(rows[r * Stride + d]) - DotVec{};
+            for (int r = 0; r < Rows; ++r) {
+                const DotVec x = DotFloat(rows[r * Stride + d]) - DotVec{};
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) sum[r][v] += x * column[v];
+                for (int v = 0; v < kVectors; ++v) sum[r][v] += x * column[v];
+            }
         }
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) total[r][v] += sum[r][v];
     }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) store_dot(out + r * OutStride + v * kDotLanes, sum[r][v], factor);
+        for (int v = 0; v < kVectors; ++v) store_dot(out + r * OutStride + v * kDotLanes, total[r][v], factor);
 }
 
 // dot_tile over `count` rows, up to kRowStep - 1 more are read and written.

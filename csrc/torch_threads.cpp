@@ -13,14 +13,8 @@ int32_t (*get_num_threads)(uint32_t* count) = nullptr;
 
 }  // namespace
 
-bool find_torch_threads() {
-#if defined(__APPLE__)
-    const char* name = "libtorch_cpu.dylib";
-#else
-    const char* name = "libtorch_cpu.so";
-#endif
-    // RTLD_NOLOAD: only the one that `import torch` has loaded
-    if (void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD)) {
+bool find_torch_threads(const char* path) {
+    if (void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD)) {
         parallel_for = reinterpret_cast<decltype(parallel_for)>(dlsym(library, "torch_parallel_for"));
         get_num_threads = reinterpret_cast<decltype(get_num_threads)>(dlsym(library, "torch_get_num_threads"));
     }

@@ -5,8 +5,8 @@
 
 namespace longshort {
 
-// Looks the functions up in the libtorch of this process; false if they are not there.
-bool find_torch_threads();
+// Looks the functions up in the libtorch at this path, which this process has loaded; false if they are not there.
+bool find_torch_threads(const char* path);
 
 // What torch.get_num_threads() says; 1 without torch.
 int64_t torch_threads();

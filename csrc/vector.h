@@ -91,17 +91,18 @@ constexpr float kSmallestExponent = -87.0f;
 
 // exp(x) for x <= 0, exactly 1 at 0, 0 below kSmallestExponent, NaN for NaN. Relative error 2e-7 at most.
 //
-// exp(x) = 2^n · 2^r, n the integer nearest to x/ln 2, got by adding 1.5·2^23, which leaves n in the low bits;
-// 2^r on [-1/2, 1/2] by a polynomial, its coefficients a minimax fit (relative error 9e-8) with 2^0 = 1 exact.
+// exp(x) = 2^n · 2^r, n the integer nearest to x/ln 2, got by adding 1.5·2^23 + 127, which leaves n + 127, the exponent
+// of 2^n, in the low bits; 2^r on [-1/2, 1/2] by a polynomial, its coefficients a minimax fit (relative error 9e-8)
+// with 2^0 = 1 exact.
 LONGSHORT_INLINE Vec exp_of(Vec x) {
-    const Vec shifted = x * 1.44269504f + 12582912.0f;
-    const Vec r = x * 1.44269504f - (shifted - 12582912.0f);
+    const Vec shifted = x * 1.44269504f + 12583039.0f;
+    const Vec r = x * 1.44269504f - (shifted - 12583039.0f);
     Vec y = r * 0.0013264727f + 0.009671513f;
     y = y * r + 0.055507336f;
     y = y * r + 0.24022242f;
     y = y * r + 0.693147f;
     y = y * r + 1.0f;
-    y = (Vec)((IVec)y + ((IVec)shifted << 23));
+    y *= (Vec)((IVec)shifted << 23);
     return x < kSmallestExponent ? Vec{} : y;
 }
 

@@ -74,6 +74,13 @@ struct Visibility {
         return false;
     }
 
+    // A range of keys widened to hold the sinks that queries before `end` may see.
+    Range with_sinks(Range keys, int64_t end) const {
+        if (sinks_end == 0) return keys;
+        const int64_t last = causal && end < sinks_end ? end : sinks_end;
+        return {0, last > keys.end ? last : keys.end};
+    }
+
     // `keys` without those at either end that no query of these positions and segments sees.
     Range trim(Range keys, Range queries, const SegmentSpan& query_segments) const {
         const Range in_band = keys_of_some(queries);
@@ -107,7 +114,7 @@ struct Visibility {
 };
 
 // A hidden score: so low that its exp() is 0 against any row maximum, which starts at kNoMaximum.
-constexpr float kHidden = -2e38f;
+constexpr float kHidden = -2e38f;  // no score of a call may be below -1e38
 constexpr float kNoMaximum = -1e38f;
 
 // What is in the lanes of a strip; lanes without a query or key are at a position that no band reaches.

@@ -7,6 +7,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -14,3 +15,9 @@ torch.set_num_threads(1)
 # A compiling or busy machine is slow, not wrong; derandomized runs fail in the same place for everyone.
 hypothesis.settings.register_profile("longshort", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("longshort")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same random numbers in a test wherever and after whatever it runs."""
+    torch.manual_seed(0)

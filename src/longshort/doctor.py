@@ -72,16 +72,18 @@ def _processor() -> Rows:
 
 
 def _kernels() -> str:
-    if cpu.instruction_set() is not None:
+    reason = cpu.missing()
+    if reason is None:
         others = ", ".join(cpu.instruction_sets())
         return f"built; {cpu.instruction_set()} in use (LONGSHORT_CPU chooses among {others})"
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
-        missing = "no C++ compiler here: install one (GCC 12 or Clang 16 at least; Debian: apt install g++)"
+        advice = "install GCC 12 or Clang 14 at least (Debian: apt install g++), then longshort again"
     else:
-        missing = f"the compiler is {compiler} (GCC 12 or Clang 16 at least is needed)"
-    again = "`pip install -v --force-reinstall --no-deps` on longshort, which shows why a build fails"
-    return f"missing, and CPU attention is several times slower; {missing}; then {again}"
+        advice = f"a build needs GCC 12 or Clang 14 at least ({compiler} is here)"
+    return (
+        f"{reason}: CPU attention is several times slower; {advice}; pip install -v shows why a build fails"
+    )
 
 
 def _gpus() -> Rows:

@@ -170,6 +170,27 @@ def test_nothing_visible_gives_zeros(backend: str):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_lse_stop_at_rows_that_see_nothing(backend: str):
+    """A loss on lse may be infinite there, and its gradient NaN."""
+    q, k, v = (torch.randn(1, 2, 30, 4, requires_grad=True) for _ in range(3))
+    ids = torch.zeros(1, 30, dtype=torch.int64)
+    ids[:, :10] = -1
+    _, stats = attention(q, k, v, HeadLayout((3, None)), segment_ids=ids, backend=backend, return_stats=True)
+    loss = torch.where(stats.lse > -torch.inf, stats.lse.square(), 0.0).sum()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(loss, (q, k), allow_unused=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7FFFFFFF, -1])
+def test_nan_of_any_bits(backend: str, bits: int):
+    q, k, v = torch.randn(3, 1, 2, 40, 8).unbind()
+    k[0, :, 20, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    for queries in (q, q[:, :, -1:]):
+        out = attention(queries, k, v, HeadLayout((None, None)), backend=backend)
+        assert out[0, :, -1].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradients_reach_what_is_visible_and_nothing_else(backend: str, causal: bool):
     layout = HeadLayout((1, 5, 5, None), sink_tokens=2)

@@ -10,7 +10,9 @@ Registered with torch.library, so that compilers see one opaque call.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence  # torch reads the annotations of operators
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,18 +21,26 @@ from torch import Tensor
 from longshort.backends.call import AttentionCall, Output, refuse_second_derivatives
 
 _kernels: Any = None
-_NOT_BUILT = ""
+_MISSING: str | None = None
 try:
-    from longshort.backends import _kernels  # type: ignore[attr-defined,no-redef]
+    _kernels = import_module("longshort.backends._kernels")
+except ModuleNotFoundError:
+    _MISSING = "the C++ kernels are not built"
 except ImportError as error:
     if os.environ.get("LONGSHORT_CPU"):  # asked for by name: nothing else will do
         raise
-    _NOT_BUILT = f"the C++ kernels cannot be loaded ({error}); longshort doctor tells how to get them"
+    _MISSING = f"the C++ kernels cannot be loaded: {error}"
+else:
+    _LIBTORCH = f"{torch.__path__[0]}/lib/libtorch_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}"
+    if not _kernels.find_torch_threads(_LIBTORCH):
+        _kernels = None
+        _MISSING = f"the C++ kernels find no torch_parallel_for in {_LIBTORCH}"
 
 _LARGEST_HEAD_DIM = 256
 _LONGEST = 2**30  # positions are 32-bit numbers
-# Calls with no more rows (queries × heads of one key/value head) than this are split over keys, not queries.
-_DECODING_ROWS = 16
+# Calls with no more queries than this are split over keys, not queries.
+_DECODING_QUERIES = 8
+_SMALLEST = torch.finfo(torch.float32).tiny
 _GLOBAL = -1  # as a window
 
 
@@ -46,7 +56,12 @@ def supports(call: AttentionCall) -> str | None:
         return f"there are {call.k.shape[2]} keys; the kernels take fewer than {_LONGEST}"
     if call.round_probabilities:
         return "the kernels do not round probabilities"
-    return _NOT_BUILT or None
+    return _MISSING
+
+
+def missing() -> str | None:
+    """Why there are no kernels on this machine, or None if there are."""
+    return _MISSING
 
 
 def instruction_set() -> str | None:
@@ -75,7 +90,8 @@ def attend(call: AttentionCall) -> Output:
     of_kv_heads = call.layout.windows[:: call.layout.group_size]
     out, row_max, log_sum, max_logit, entropy = torch.ops.longshort.cpu_attention(
         call.q, call.k, call.v, call.alibi_slopes, call.segment_ids,
-        [_GLOBAL if window is None else window for window in of_kv_heads], call.layout.sink_tokens,
+        [_GLOBAL if window is None else min(window, _LONGEST) for window in of_kv_heads],
+        min(call.layout.sink_tokens, _LONGEST),
         call.causal, call.scale, call.softcap, call.out_dtype, call.with_stats, differentiable,
     )  # fmt: skip
     if not (call.with_lse or call.with_stats):
@@ -106,11 +122,11 @@ def _forward(
     whose scores the backward pass repeats bit for bit, which counts when logits are large.
     """
     out, row_max, log_sum, max_logit, entropy = _empty_outputs(q, out_dtype, with_stats)
-    decode = not differentiable and q.shape[2] * (q.shape[1] // k.shape[1]) <= _DECODING_ROWS
+    decode = not differentiable and q.shape[2] <= _DECODING_QUERIES
     slopes, ids = _contiguous(alibi_slopes), _contiguous(segment_ids)
     _kernels.forward(
         _described(q), _described(k), _described(v), _described(out), _shape(q, k), _clipped(windows, k),
-        sink_tokens, causal, scale, softcap or 0.0, _address(slopes), _address(ids), _address(row_max),
+        sink_tokens, causal, scale, _softcap(softcap), _address(slopes), _address(ids), _address(row_max),
         _address(log_sum), _address(max_logit if with_stats else None),
         _address(entropy if with_stats else None), decode,
     )  # fmt: skip
@@ -150,27 +166,22 @@ def _backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    grad_q, grad_k, grad_v = _empty_gradients(q, k, v)
+    grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+    grad_q = torch.zeros_like(q, dtype=torch.float32)  # tasks add to it
     if grad_out is None:
         grad_out = torch.zeros((), dtype=out.dtype).expand_as(out)
-    # tasks add to it, so it is fp32 for bfloat16 too
-    grad_q_sum = torch.zeros_like(grad_q, dtype=torch.float32)
     slopes, ids, grad_lse = _contiguous(alibi_slopes), _contiguous(segment_ids), _contiguous(grad_lse)
     _kernels.backward(
         _described(q), _described(k), _described(v), _described(out), _described(grad_out), _shape(q, k),
-        _clipped(windows, k), sink_tokens, causal, scale, softcap or 0.0, _address(slopes), _address(ids),
-        _address(row_max), _address(log_sum), _address(grad_lse), _described(grad_q_sum), _described(grad_k),
+        _clipped(windows, k), sink_tokens, causal, scale, _softcap(softcap), _address(slopes), _address(ids),
+        _address(row_max), _address(log_sum), _address(grad_lse), _described(grad_q), _described(grad_k),
         _described(grad_v),
     )  # fmt: skip
-    return grad_q_sum.to(q.dtype), grad_k, grad_v
+    return grad_q.to(q.dtype), grad_k, grad_v
 
 
 def _fake_backward(q, k, v, alibi_slopes, segment_ids, out, row_max, log_sum, grad_out, grad_lse, windows,
                    sink_tokens, causal, scale, softcap):  # fmt: skip
-    return _empty_gradients(q, k, v)
-
-
-def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -190,6 +201,11 @@ def _address(x: Tensor | None) -> int:
 def _shape(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int, int]:
     batch, heads, q_len, head_dim = q.shape
     return batch, heads, k.shape[1], q_len, k.shape[2], head_dim
+
+
+def _softcap(softcap: float | None) -> float:
+    """0 is none for the kernels, so one that rounds to 0 in fp32 may not."""
+    return 0.0 if softcap is None else max(softcap, _SMALLEST)
 
 
 def _clipped(windows: Sequence[int], k: Tensor) -> list[int]:

@@ -154,6 +154,7 @@ def _backward(
             grad_row = None  # gradient of the row's lse
             if grad_lse is not None:
                 grad_row = tile.split_rows(tile.rows_of(part.queries(grad_lse.unsqueeze(-1))))
+                grad_row = tile.where_seen(grad_row, 0.0)  # else a NaN would pass on through 0·NaN
             if v_part is None or grad_out_part is None:
                 assert grad_row is not None
                 grad_scores = probabilities.mul_(grad_row)
