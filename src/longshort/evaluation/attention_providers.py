@@ -1,6 +1,6 @@
 """Ways to compute attention on a CPU, made ready to be timed against each other.
 
-- `cpu`, `blockwise`, `reference`: the backends of `longshort.attention`, as many as there are.
+- `cpu`, `blockwise`, `reference`: the backends of `longshort.attention`; `cpu-statistics`: with return_stats.
 - `sdpa`: PyTorch's `scaled_dot_product_attention` with every head global: MHSA, the baseline.
 - `sdpa-masked`: the same with the layout as a boolean mask, which is made beforehand.
 - `flex`: PyTorch's `flex_attention`, compiled, with the layout as a block mask. Forward only.
@@ -111,11 +111,13 @@ def visible_pairs(layout: HeadLayout, length: int) -> Bool[Tensor, "heads length
     return torch.stack([masks[window] for window in layout.windows])
 
 
-def _backend(name: str) -> Callable[[Problem], Kernel]:
+def _backend(name: str, with_statistics: bool = False) -> Callable[[Problem], Kernel]:
     def prepare_backend(problem: Problem) -> Kernel:
         layout = problem.layout
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if with_statistics:
+                return attention(q, k, v, layout, backend=name, return_stats=True)[0]
             return attention(q, k, v, layout, backend=name)
 
         reason = _refusal(name, problem, with_gradients=False)
@@ -252,7 +254,8 @@ def first_line(error: Exception) -> str:
 
 
 PROVIDERS: dict[str, Callable[[Problem], Kernel]] = {
-    **{name: _backend(name) for name in ("cpu", "blockwise", "reference") if name in BACKENDS},
+    **{name: _backend(name) for name in BACKENDS},
+    "cpu-statistics": _backend("cpu", with_statistics=True),
     "sdpa": _sdpa,
     "sdpa-masked": _masked_sdpa,
     "flex": _flex,

@@ -8,11 +8,12 @@ import platform
 import time
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from longshort.backends import cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ def measure_peak(threads: int) -> tuple[float, str]:
     "matmul": torch's product of two matrices of 1024 × 1024 on torch's present number of threads, which stays
     somewhat below the peak; where the C++ kernels are not built.
     """
-    one_core = _fma_peak()
+    one_core = cpu.fma_peak()
     if one_core is not None:
         return one_core * min(threads, os.cpu_count() or threads), "fma"
     a, b = torch.ones(2, _MATMUL_SIZE, _MATMUL_SIZE)
@@ -85,11 +86,3 @@ def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Callable[[Mapping[s
 def partial_name(path: Path) -> Path:
     """Where a file is until it is whole."""
     return path.with_name(f"{path.name}.partial")
-
-
-def _fma_peak() -> float | None:
-    try:
-        kernels = import_module("longshort.backends.cpu")
-    except ImportError:
-        return None
-    return kernels.fma_peak() if hasattr(kernels, "fma_peak") else None

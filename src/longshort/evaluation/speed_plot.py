@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from longshort.evaluation.attention_speed import Row
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the baseline is grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _INK, _GREY, _FAINT = "#222222", "#777777", "#c8c8c8"
 _SMALLEST_RANGE = 5.0  # of an axis of times, highest to lowest, so that two ticks at least have a number
 _OTHERS = tuple(name for name in PROVIDERS if name != BASELINE)
