@@ -1,0 +1,272 @@
+// Runs the kernels of each instruction set that this processor has on random problems; compares with the truth:
+//
+//     driver CASES SEED THREADS
+//
+// Case i is drawn from seed SEED + i. Built with sanitizers by `make sanitize`; LONGSHORT_CPU has no effect.
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <thread>
+
+#include "../../csrc/dispatch.h"
+#include "../../csrc/parallel.h"
+#include "threads.h"
+#include "truth.h"
+
+// Whatever a sanitizer finds ends the program with SIGABRT, which prints the case at hand.
+#define LONGSHORT_SANITIZER_OPTIONS(function)                                    \
+    extern "C" __attribute__((visibility("default"))) const char* function() {   \
+        return "abort_on_error=1:halt_on_error=1";                               \
+    }
+LONGSHORT_SANITIZER_OPTIONS(__asan_default_options)
+LONGSHORT_SANITIZER_OPTIONS(__tsan_default_options)
+LONGSHORT_SANITIZER_OPTIONS(__ubsan_default_options)
+
+namespace longshort {
+namespace {
+
+// A case takes a second or two; a worker that waits for one that never comes takes for ever.
+constexpr unsigned kMostSeconds = 120;
+
+// q_len × heads of one key/value head that the library decodes with.
+constexpr int64_t kDecodingRows = 16;
+
+std::string at_hand;  // what to print about the current run when it fails
+
+void print_case(int signal_number) {
+    (void)!write(STDERR_FILENO, at_hand.data(), at_hand.size());
+    // not _exit(), at which ThreadSanitizer waits for the lock that it holds while it reports
+    signal(signal_number, SIG_DFL);
+    raise(signal_number);
+}
+
+[[noreturn]] void fail(const std::string& what) {
+    std::fprintf(stderr, "%s\n", what.c_str());
+    std::abort();
+}
+
+// Bit for bit, but for the sign and the payload of NaN.
+bool same(const std::vector<double>& a, const std::vector<double>& b) {
+    const auto equal = [](double x, double y) {
+        return x == y ? std::signbit(x) == std::signbit(y) : x != x && y != y;
+    };
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(), equal);
+}
+
+std::vector<double> as_doubles(const std::vector<float>& values) { return {values.begin(), values.end()}; }
+
+// Results of a forward pass.
+struct Outputs {
+    Memory out;
+    std::vector<float> row_max, log_sum, max_logit, entropy;  // no statistics: the last two are empty
+
+    Outputs(const Case& c, bool statistics)
+        : out(c.out_layout.allocate(c.query_shape(), c.out_dtype)),
+          row_max(c.batch * c.heads * c.q_len, NAN),
+          log_sum(row_max),
+          max_logit(statistics ? c.heads : 0, NAN),
+          entropy(max_logit) {}
+
+    Forward call(const Problem& problem) {
+        const bool statistics = !entropy.empty();
+        return {problem,        out.tensor(),
+                row_max.data(), log_sum.data(),
+                statistics ? max_logit.data() : nullptr, statistics ? entropy.data() : nullptr};
+    }
+};
+
+struct Gradients {
+    Memory grad_q, grad_k, grad_v;
+
+    explicit Gradients(const Case& c)
+        : grad_q(c.grad_q_layout.allocate(c.query_shape(), DType::f32)),
+          grad_k(c.grad_k_layout.allocate(c.key_shape(), c.dtype)),
+          grad_v(c.grad_v_layout.allocate(c.key_shape(), c.dtype)) {
+        grad_q.write(std::vector<double>(grad_q.size()));
+    }
+};
+
+class Check {
+public:
+    Check(const Case& c, const Truth& truth, const Kernels& kernels, int64_t threads)
+        : case_(c), problem_(c.problem()), truth_(truth), kernels_(kernels), threads_(threads) {}
+
+    void run() {
+        const Outputs outputs = run_forward("forward", kernels_.forward);
+        if (case_.q_len * case_.group_size() <= kDecodingRows) run_forward("decode", kernels_.decode);
+        outputs.out.write(truth_.saved_out);
+        run_backward(outputs);
+    }
+
+    double largest_error() const { return largest_error_; }
+
+private:
+    // Runs a pass on two threads at once, with several workers each, then on this thread alone.
+    //
+    // New threads have new scratch memory of the size that they ask for: AddressSanitizer sees where it ends. This
+    // thread has scratch memory from earlier calls: full of NaN, for no result may depend on what is in there.
+    template <class Results, class Pass>
+    std::array<Results, 3> run_thrice(const char* name, std::array<Results, 3> results, const Pass& pass) {
+        at_hand = std::string("in ") + name + " of " + kernels_.name + ", " + case_.describe() + "\n";
+        alarm(kMostSeconds);
+        use_threads(threads_);
+        std::thread first([&] { pass(results[0]); }), second([&] { pass(results[1]); });
+        first.join();
+        second.join();
+        use_threads(1);
+        constexpr size_t kMostScratch = 1 << 18;
+        std::fill_n(scratch(kMostScratch), kMostScratch, NAN);
+        pass(results[2]);
+        alarm(0);
+        return results;
+    }
+
+    Outputs run_forward(const char* name, void (*pass)(const Forward&)) {
+        const bool statistics = case_.statistics;
+        const auto results = run_thrice<Outputs>(
+            name, {Outputs(case_, statistics), Outputs(case_, statistics), Outputs(case_, true)},
+            [&](Outputs& outputs) { pass(outputs.call(problem_)); });
+        const Outputs& alone = results[2];
+        for (const Outputs& other : {results[0], results[1]}) {
+            require_same("out", other.out.read(), alone.out.read());
+            require_same("row_max", as_doubles(other.row_max), as_doubles(alone.row_max));
+            require_same("log_sum", as_doubles(other.log_sum), as_doubles(alone.log_sum));
+            if (other.entropy.empty()) continue;
+            require_same("max_logit", as_doubles(other.max_logit), as_doubles(alone.max_logit));
+            require_same("entropy", as_doubles(other.entropy), as_doubles(alone.entropy));
+        }
+        require_gaps("out", alone.out);
+        // where v is not finite, a hidden key's 0 · v is not either
+        const bool spreads = case_.not_finite == "v";
+        compare("out", alone.out.read(), truth_.out, spreads);
+        std::vector<double> row_max = as_doubles(alone.row_max), lse = as_doubles(alone.log_sum);
+        for (size_t i = 0; i < lse.size(); ++i) {
+            lse[i] += row_max[i];
+            if (std::isnan(lse[i])) row_max[i] = NAN;  // of a row with NaN the maximum may be that of the rest
+        }
+        compare("row_max", row_max, truth_.row_max, spreads);
+        compare("lse", lse, truth_.lse, spreads);
+        compare("max_logit", as_doubles(alone.max_logit), truth_.max_logit, spreads);
+        compare("entropy", as_doubles(alone.entropy), truth_.entropy, spreads);
+        return alone;
+    }
+
+    void run_backward(const Outputs& outputs) {
+        const auto results = run_thrice<Gradients>(
+            "backward", {Gradients(case_), Gradients(case_), Gradients(case_)}, [&](Gradients& gradients) {
+                kernels_.backward({problem_, outputs.out.tensor(), case_.grad_out.tensor(),
+                                   case_.grad_lse.empty() ? nullptr : case_.grad_lse.data(),
+                                   outputs.row_max.data(), outputs.log_sum.data(), gradients.grad_q.tensor(),
+                                   gradients.grad_k.tensor(), gradients.grad_v.tensor()});
+            });
+        const Gradients& alone = results[2];
+        for (const Gradients& other : {results[0], results[1]}) {
+            require_same("grad_q", other.grad_q.read(), alone.grad_q.read());
+            require_same("grad_k", other.grad_k.read(), alone.grad_k.read());
+            require_same("grad_v", other.grad_v.read(), alone.grad_v.read());
+        }
+        require_gaps("grad_q", alone.grad_q);
+        require_gaps("grad_k", alone.grad_k);
+        require_gaps("grad_v", alone.grad_v);
+        const bool spreads = !case_.not_finite.empty();
+        compare("grad_q", alone.grad_q.read(), truth_.grad_q, spreads);
+        compare("grad_k", alone.grad_k.read(), truth_.grad_k, spreads);
+        compare("grad_v", alone.grad_v.read(), truth_.grad_v, spreads);
+        compare("sum of grad_v", sum_over_keys(alone.grad_v.read()), truth_.sum_of_grad_v, spreads);
+    }
+
+    std::vector<double> sum_over_keys(const std::vector<double>& grad_v) const {
+        const int64_t plane = case_.kv_len * case_.head_dim;
+        std::vector<double> sums(case_.batch * case_.kv_heads * case_.head_dim);
+        for (size_t i = 0; i < grad_v.size(); ++i)
+            sums[i / plane * case_.head_dim + i % case_.head_dim] += grad_v[i];
+        return sums;
+    }
+
+    void require_same(const char* name, const std::vector<double>& several, const std::vector<double>& one) const {
+        if (!same(several, one)) fail(std::string(name) + " depends on threads, statistics or old scratch memory");
+    }
+
+    void require_gaps(const char* name, const Memory& memory) const {
+        if (!memory.gaps_are_untouched()) fail(std::string(name) + ": something wrote between its elements");
+    }
+
+    void compare(const char* name, const std::vector<double>& got, const Expected& expected, bool nan_may_spread) {
+        for (size_t i = 0; i < got.size(); ++i) {
+            const double wanted = expected.value[i], allowed = expected.tolerance[i];
+            if (got[i] == wanted) continue;
+            if (nan_may_spread && got[i] != got[i]) continue;
+            if (!std::isfinite(wanted) && !std::isfinite(got[i])) continue;
+            const double error = std::abs(got[i] - wanted);
+            if (error <= allowed) {
+                // bf16 may err by half a rounding step, and does
+                if (case_.dtype == DType::f32) largest_error_ = std::max(largest_error_, error / allowed);
+                continue;
+            }
+            char text[200];
+            std::snprintf(text, sizeof text, "%s[%zu] is %.9g, should be %.9g, give or take %.3g", name, i, got[i],
+                          wanted, allowed);
+            fail(text);
+        }
+    }
+
+    const Case& case_;
+    const Problem problem_;
+    const Truth& truth_;
+    const Kernels& kernels_;
+    const int64_t threads_;
+    double largest_error_ = 0;
+};
+
+// Those that run here, as dispatch.cpp sees it.
+std::vector<const Kernels*> all_kernels() {
+    std::vector<const Kernels*> all;
+    for (const char* name : {"v4", "v3", "v1", "native"}) {
+        setenv("LONGSHORT_CPU", name, 1);
+        try {
+            all.push_back(&choose_kernels());
+        } catch (const std::runtime_error&) {
+        }
+    }
+    return all;
+}
+
+int run(int64_t cases, uint64_t first_seed, int64_t threads) {
+    for (const int number : {SIGABRT, SIGALRM}) signal(number, print_case);
+    const std::vector<const Kernels*> all = all_kernels();
+    double largest_error = 0;
+    for (int64_t i = 0; i < cases; ++i) {
+        at_hand = "in drawing from seed " + std::to_string(first_seed + i) + "\n";
+        const Case c = random_case(first_seed + i);
+        const Truth truth = truth_of(c);
+        for (const Kernels* kernels : all) {
+            Check check(c, truth, *kernels, threads);
+            check.run();
+            largest_error = std::max(largest_error, check.largest_error());
+        }
+    }
+    std::printf("%lld cases from seed %llu on", static_cast<long long>(cases),
+                static_cast<unsigned long long>(first_seed));
+    for (const Kernels* kernels : all) std::printf(" %s", kernels->name);
+    std::printf(": in fp32 the largest error is %.2f of what is allowed\n", largest_error);
+    return 0;
+}
+
+}  // namespace
+}  // namespace longshort
+
+int main(int count, char** arguments) {
+    if (count != 4) {
+        std::fprintf(stderr, "usage: %s CASES SEED THREADS\n", arguments[0]);
+        return 2;
+    }
+    const auto number = [&](int i) { return std::atoll(arguments[i]); };
+    return longshort::run(number(1), number(2), number(3));
+}
