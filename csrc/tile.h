@@ -17,7 +17,7 @@ constexpr int kStripVectors = kStrip / kLanes;
 #if LONGSHORT_LANES == 16
 constexpr int kDotRows = 16, kSumVectors = 4, kSumRows = 4;
 #elif LONGSHORT_LANES == 8
-constexpr int kDotRows = 4, kSumVectors = 2, kSumRows = 4;
+constexpr int kDotRows = 6, kSumVectors = 2, kSumRows = 6;
 #elif defined(__aarch64__)
 constexpr int kDotRows = 4, kSumVectors = 4, kSumRows = 4;
 #else

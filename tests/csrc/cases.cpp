@@ -228,8 +228,8 @@ std::string Case::describe() const {
          << ", sink_tokens " << sink_tokens << (statistics ? ", statistics" : "");
     for (size_t i = 0; i < slopes.size(); ++i) text << (i ? " " : ", slopes ") << slopes[i];
     if (!ids.empty())
-        text << (std::is_sorted(ids.begin(), ids.begin() + kv_len) ? ", sorted" : ", shuffled") << " segments up to "
-             << *std::max_element(ids.begin(), ids.end());
+        text << (std::is_sorted(ids.begin(), ids.begin() + kv_len) ? ", sorted" : ", shuffled")
+             << " segments up to " << *std::max_element(ids.begin(), ids.end());
     if (!logits.empty()) text << ", " << logits << " logits";
     if (!not_finite.empty()) text << ", not finite: " << not_finite;
     text << "; q " << q.describe() << "; k " << k.describe() << "; v " << v.describe() << "; grad_out "

@@ -10,8 +10,8 @@ namespace {
 // How far fp32 may be off, in roundings of 2^-24 of the size of the numbers. "Size" is the same formula with every
 // term taken by its absolute value.
 //
-// - A logit is a chain of head_dim roundings that do not all point the same way, and exp() errs by about four: some
-//   4 are seen, 16 are allowed. An error of z in a score is a relative error of z in exp(score), so what hangs on
+// - A logit is a chain of head_dim roundings that do not all point the same way, and exp() errs by about four:
+//   some 4 are seen, 16 are allowed. An error of z in a score is a relative error of z in exp(score), so what hangs on
 //   probabilities may be off by 1 + the row's largest size of a score, times that.
 // - A sum of n like terms can drift: half a rounding of the sum so far at each step.
 constexpr double kRounding = 0x1p-24;
@@ -188,8 +188,8 @@ private:
                 kSmallest + rounding_to(dtype) * (std::abs(expected.value[i]) + expected.tolerance[i]);
     }
 
-    // The probabilities of a row sum up to 1, much more precisely than they are known themselves: the backward pass
-    // must find the same scores again, rounding for rounding. That shows where scores are large.
+    // The probabilities of a row sum up to 1, much more precisely than they are known themselves: the backward
+    // pass must find the same scores again, rounding for rounding. That shows where scores are large.
     void sum_grad_v() {
         for (int64_t plane = 0; plane < c.batch * c.kv_heads; ++plane)
             for (int64_t j = 0; j < c.kv_len; ++j)
