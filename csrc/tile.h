@@ -23,8 +23,9 @@ constexpr int kDotRows = 4, kSumVectors = 4, kSumRows = 4;
 #else
 constexpr int kDotRows = 1, kSumVectors = 2, kSumRows = 4;
 #endif
-// The number of rows that a call handles is rounded up to this.
+// The backward pass handles queries in groups of so many.
 constexpr int kRowStep = 4;
+static_assert(kStrip % kSumRows % kRowStep == 0);
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -80,16 +81,19 @@ LONGSHORT_INLINE void dot_tile(const float* rows, const float* columns, int64_t 
         for (int v = 0; v < kVectors; ++v) store_dot(out + r * OutStride + v * kDotLanes, total[r][v], factor);
 }
 
-// dot_tile over `count` rows, up to kRowStep - 1 more are read and written.
+// dot_tile over `count` rows; one more is read and written where count is odd.
 template <int Stride, int OutStride>
 LONGSHORT_NOINLINE void dot(const float* rows, const float* columns, int64_t count, int64_t head_dim, float factor,
                             float* out) {
     int64_t r = 0;
-    for (; r + kDotRows <= count; r += kDotRows)
-        dot_tile<kDotRows, Stride, OutStride>(rows + r * Stride, columns, head_dim, factor, out + r * OutStride);
-    constexpr int kFewRows = kDotRows < kRowStep ? kDotRows : kRowStep;
-    for (; r < count; r += kFewRows)
-        dot_tile<kFewRows, Stride, OutStride>(rows + r * Stride, columns, head_dim, factor, out + r * OutStride);
+    const auto tile = [&](auto tile_rows) {
+        constexpr int kRows = decltype(tile_rows)::value;
+        dot_tile<kRows, Stride, OutStride>(rows + r * Stride, columns, head_dim, factor, out + r * OutStride);
+        r += kRows;
+    };
+    while (r + kDotRows <= count) tile(std::integral_constant<int, kDotRows>{});
+    while (count - r > 2) tile(std::integral_constant<int, 4>{});
+    if (r < count) tile(std::integral_constant<int, 2>{});
 }
 
 // sums[r][vector] += Σ_x weights[x·StrideX + r·StrideR] · rows[x][vector]
@@ -117,7 +121,7 @@ LONGSHORT_INLINE void sum_tile(const float* weights, const float* rows, int64_t 
         for (int v = 0; v < Vectors; ++v) store(sums + r * Stride + v * kLanes, sum[r][v]);
 }
 
-// sum_tile over `row_count` sums, a multiple of kRowStep, and all vectors of head_dim.
+// sum_tile over `row_count` sums, kRowStep or kStrip, and all vectors of head_dim.
 template <int StrideX, int StrideR, int Stride>
 LONGSHORT_NOINLINE void weighted_sum(const float* weights, const float* rows, int64_t count, int64_t row_count,
                                    int64_t head_dim, float* sums) {
