@@ -11,8 +11,8 @@ namespace {
 // term taken by its absolute value.
 //
 // - A logit is a chain of head_dim roundings that do not all point the same way, and exp() errs by about four:
-//   some 4 are seen, 16 are allowed. An error of z in a score is a relative error of z in exp(score), so what hangs on
-//   probabilities may be off by 1 + the row's largest size of a score, times that.
+//   some 4 are seen, 16 are allowed. An error of z in a score is a relative error of z in exp(score), so what
+//   hangs on probabilities may be off by 1 + the row's largest size of a score, times that.
 // - A sum of n like terms can drift: half a rounding of the sum so far at each step.
 constexpr double kRounding = 0x1p-24;
 double of_scores(double size) { return 16 * kRounding * (1 + size); }

@@ -1,8 +1,9 @@
 """Attention on the CPU with the C++ kernels of csrc/: all heads in one call, O(n·w) for local heads.
 
 Scores, sums and statistics are fp32; bfloat16 inputs are converted on the fly. Tensors are read where they
-lie, whatever their strides, and no n×n or n×w array exists: beyond results and gradients each thread holds a
-few blocks of O(head_dim · block) numbers. Results do not depend on the number of threads, bit for bit.
+lie, whatever their strides, and no n×n or n×w array exists: each thread holds a few blocks of
+O(head_dim · block) numbers, and the backward pass one number per row, and for bfloat16 the gradient of q in
+fp32. Results do not depend on the number of threads, bit for bit.
 
 Registered with torch.library, so that compilers see one opaque call.
 """
