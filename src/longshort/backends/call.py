@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -73,8 +73,3 @@ class Output:
     lse: Float[Tensor, "batch heads q_len"] | None = None
     max_logit: Float[Tensor, " heads"] | None = None
     entropy: Float[Tensor, " heads"] | None = None
-
-
-def refuse_second_derivatives(ctx, *gradients) -> NoReturn:
-    """The derivative, for torch.library, of a backward operator that has none."""
-    raise NotImplementedError("this backend has no gradients of gradients; backend='reference' has")

@@ -2,7 +2,7 @@
 
 Scores, sums and statistics are fp32; bfloat16 inputs are converted on the fly. Tensors are read where they
 lie, whatever their strides, and no n×n or n×w array exists: each thread holds a few blocks of
-O(head_dim · block) numbers, and the backward pass one number per row, and for bfloat16 the gradient of q in
+O(head_dim · block) numbers, and the backward pass two numbers per row, and for bfloat16 the gradient of q in
 fp32. Results do not depend on the number of threads, bit for bit.
 
 Registered with torch.library, so that compilers see one opaque call.
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longshort.backends.call import AttentionCall, Output, refuse_second_derivatives
+from longshort.backends import operators
+from longshort.backends.call import AttentionCall, Output
 
 _kernels: Any = None
 _MISSING: str | None = None
@@ -232,16 +233,13 @@ def _gradients(ctx, grad_out, grad_row_max, grad_lse, grad_max_logit, grad_entro
     return *gradients, *(None,) * 10
 
 
-# Defined by hand, since torch.library.custom_op imports the compiler on its first call: seconds and 80 MiB.
-_library = torch.library.Library("longshort", "FRAGMENT")
-for _name, _function, _fake in (
-    ("cpu_attention", _forward, _fake_forward),
-    ("cpu_attention_backward", _backward, _fake_backward),
-):
-    _library.define(_name + torch.library.infer_schema(_function, mutates_args=()))
-    _library.impl(_name, _function, "CPU")
-    torch.library.register_fake(f"longshort::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "longshort::cpu_attention", _gradients, setup_context=_save_for_backward, lib=_library
+operators.register(
+    "cpu_attention",
+    "CPU",
+    forward=_forward,
+    fake_forward=_fake_forward,
+    save_for_backward=_save_for_backward,
+    gradients=_gradients,
+    backward=_backward,
+    fake_backward=_fake_backward,
 )
-torch.library.register_autograd("longshort::cpu_attention_backward", refuse_second_derivatives, lib=_library)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longshort.backends.call import AttentionCall, refuse_second_derivatives
+from longshort.backends import operators
+from longshort.backends.call import AttentionCall
 from longshort.backends.tiles import ALL_BUT_HEADS, Problem, accumulation_dtype
 
 
@@ -218,18 +219,13 @@ def _gradients(ctx, grad_out, grad_row_maxima, grad_lse, grad_max_logit, grad_en
     return grad_q, grad_k, grad_v if has_values else None, *(None,) * 10
 
 
-# Defined by hand, since torch.library.custom_op imports the compiler on its first call: seconds and 80 MiB.
-_library = torch.library.Library("longshort", "FRAGMENT")
-for _name, _function, _fake in (
-    ("tiled_attention", _forward, _fake_forward),
-    ("tiled_attention_backward", _backward, _fake_backward),
-):
-    _library.define(_name + torch.library.infer_schema(_function, mutates_args=()))
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"longshort::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "longshort::tiled_attention", _gradients, setup_context=_save_for_backward, lib=_library
-)
-torch.library.register_autograd(
-    "longshort::tiled_attention_backward", refuse_second_derivatives, lib=_library
+operators.register(
+    "tiled_attention",
+    "CompositeExplicitAutograd",
+    forward=_forward,
+    fake_forward=_fake_forward,
+    save_for_backward=_save_for_backward,
+    gradients=_gradients,
+    backward=_backward,
+    fake_backward=_fake_backward,
 )
