@@ -20,6 +20,12 @@ constexpr int kQueryBlock = 64;
 template <int Stride>
 constexpr int kKeyBlock = Stride <= 64 ? 128 : 8192 / Stride;
 
+// What all blocks of keys need of a row.
+struct RowTerms {
+    float delta;   // Σ_j P·dP, less the gradient of the row's lse; 0 if it sees nothing
+    float factor;  // 1 / Σ exp(score - row maximum); 0 if it sees nothing
+};
+
 template <int Stride>
 class KeyBlock {
 public:
@@ -28,14 +34,14 @@ public:
                                        kQueryBlock * (2 * kStrip + kKeyBlock<Stride> + kStrip);
 
     // `done` counts the blocks of queries that this task has finished, `done_before` those of the one before it.
-    KeyBlock(const Backward& call, const float* delta, int64_t b, int64_t kv_head, int64_t index,
+    KeyBlock(const Backward& call, const RowTerms* terms, int64_t b, int64_t kv_head, int64_t index,
              std::atomic<int64_t>* done_before, std::atomic<int64_t>* done, float* memory)
         : call_(call),
           problem_(call.problem),
-          all_deltas_(delta),
+          terms_(terms),
           b_(b),
           kv_head_(kv_head),
-          keys_{index * kKeys, (index + 1) * kKeys < problem_.kv_len ? (index + 1) * kKeys : problem_.kv_len},
+          keys_(Range{0, problem_.kv_len}.part(index * kKeys, kKeys)),
           done_before_(done_before),
           done_(done),
           visibility_(problem_, b, kv_head),
@@ -72,13 +78,11 @@ public:
             if (positions.empty()) break;
             for (int64_t block = (positions.begin - first) / kQueryBlock; block * kQueryBlock < positions.end - first;
                  ++block) {
-                const Range rows{block * kQueryBlock,
-                                 (block + 1) * kQueryBlock < problem_.q_len ? (block + 1) * kQueryBlock : problem_.q_len};
-                if (visit(head, rows)) {
-                    wait_for(member * blocks + block + 1);
-                    add_grad_queries(head, rows);
-                    done_->store(member * blocks + block + 1, std::memory_order_release);
-                }
+                const Range rows = Range{0, problem_.q_len}.part(block * kQueryBlock, kQueryBlock);
+                if (!visit(head, rows)) continue;
+                wait_for(member * blocks + block + 1);
+                add_grad_queries(head, rows);
+                done_->store(member * blocks + block + 1, std::memory_order_release);
             }
         }
         const int64_t all = problem_.group_size() * blocks;
@@ -121,7 +125,7 @@ private:
         for (int64_t group = 0; group < groups; ++group) seen_[group] = {kKeys, 0};
         bool any = false;
         for (int64_t begin = keys_.begin; begin < keys_.end; begin += kStrip)
-            any |= visit_strip(head, {begin, begin + kStrip < keys_.end ? begin + kStrip : keys_.end}, positions, segments);
+            any |= visit_strip(head, keys_.part(begin, kStrip), positions, segments);
         if (!any) return false;
         std::memset(grad_queries_, 0, sizeof(float) * groups * kRowStep * Stride);
         for (int64_t group = 0; group < groups; ++group) {
@@ -145,10 +149,9 @@ private:
                          .packed<Stride>(rows.begin, count, problem_.q_len, head_dim, grad_out_memory_);
         const int64_t plane = (b_ * problem_.heads + head) * problem_.q_len + rows.begin;
         for (int64_t r = 0; r < count; ++r) {
-            const float log_sum = call_.log_sum[plane + r];
             row_max_[r] = call_.row_max[plane + r];
-            factor_[r] = log_sum == -INFINITY ? 0.0f : std::exp(-log_sum);
-            delta_[r] = all_deltas_[plane + r];
+            factor_[r] = terms_[plane + r].factor;
+            delta_[r] = terms_[plane + r].delta;
         }
         for (int64_t r = count; r < padded; ++r) row_max_[r] = -kHidden, factor_[r] = delta_[r] = 0.0f;
         std::memset(grad_scores_, 0, sizeof(float) * padded * kKeyStride);
@@ -159,14 +162,11 @@ private:
         const SegmentSpan key_segments(visibility_.segments, keys);
         const Range seeing = visibility_.trim_queries(positions, keys, key_segments);
         if (seeing.empty()) return false;
-        const bool whole = keys.size() == kStrip;
-        const bool same = !visibility_.segments || (key_segments.is_one() && query_segments.is_one() &&
-                                                    key_segments.lowest == query_segments.lowest);
         // as rows of the block, in whole groups of kRowStep
         const Range rows{(seeing.begin - positions.begin) / kRowStep * kRowStep,
                          round_up(seeing.end - positions.begin, kRowStep)};
         Range unmasked{rows.end, rows.end};
-        if (whole && same) {
+        if (keys.size() == kStrip && key_segments.is_same(query_segments)) {
             const Range all = visibility_.queries_of_all(keys);
             const Range full = intersection({all.begin - positions.begin, all.end - positions.begin}, rows);
             if (!full.empty()) unmasked = full;
@@ -204,20 +204,14 @@ private:
     LONGSHORT_INLINE void scores_to_gradients(Range rows, int64_t place, int64_t first_position,
                                               const StripLanes& lanes, const float* slopes) {
         for (int64_t r = rows.begin; r < rows.end; ++r) {
-            const int64_t position = first_position + r;
+            // rows past the last query count as it; their P is 0 anyway
+            const int64_t position = first_position + r < problem_.kv_len ? first_position + r : problem_.kv_len - 1;
 #pragma GCC unroll 4
             for (int i = 0; i < kStripVectors; ++i) {
                 float* p_at = probabilities_ + r * kStrip + i * kLanes;
                 float* ds_at = grad_scores_ + r * kKeyStride + place + i * kLanes;
                 Vec x = load(p_at);
-                if constexpr (Masked) {
-                    const IVec distance = int32_t(position) - lanes.position[i];
-                    IVec seen = visibility_.in_band(distance);
-                    if (any_sink_) seen |= lanes.sink[i] & visibility_.not_later(distance);
-                    if (visibility_.segments && position < problem_.kv_len)
-                        seen &= (lanes.segment[i] == visibility_.segments[position]) & (lanes.segment[i] >= 0);
-                    x = seen ? x : splat(kHidden);
-                }
+                if constexpr (Masked) x = lanes.seen_from(position, i, visibility_) ? x : splat(kHidden);
                 const Vec p = exp_of(x - row_max_[r]) * factor_[r];
                 Vec ds = p * (load(ds_at) - delta_[r]);
                 if (slopes) ds *= load(slopes + r * kStrip + i * kLanes);
@@ -235,7 +229,7 @@ private:
 
     const Backward& call_;
     const Problem& problem_;
-    const float* const all_deltas_;
+    const RowTerms* const terms_;
     const int64_t b_, kv_head_;
     const Range keys_;
     std::atomic<int64_t>*const done_before_, *const done_;
@@ -249,10 +243,10 @@ private:
     Range seen_[kQueryBlock / kRowStep];  // by group of rows: the keys of the block that dS may be other than 0 for
 };
 
-// delta = Σ_j P·dP of each row, as dO·out, less the gradient of its lse. Summed like dP, so that dP - delta is exactly 0
-// where a row sees one key alone, whatever the size of the logits.
+// Σ_j P·dP of a row is dO·out: summed like dP, so that dP - delta is exactly 0 where a row sees one key alone, whatever
+// the size of the logits.
 template <int Stride>
-void compute_delta(const Backward& call, float* delta) {
+void compute_terms(const Backward& call, RowTerms* terms) {
     constexpr int kRows = 16;
     const Problem& problem = call.problem;
     const int64_t blocks = (problem.q_len + kQueryBlock - 1) / kQueryBlock;
@@ -276,9 +270,12 @@ void compute_delta(const Backward& call, float* delta) {
             }
             for (int64_t r = 0; r < count; ++r) {
                 const int64_t at = plane * problem.q_len + row + r;
+                const float log_sum = call.log_sum[at], grad_lse = call.grad_lse ? call.grad_lse[at] : 0.0f;
                 // a row that sees nothing passes on nothing, whatever the gradient of its lse
-                const bool sees = call.log_sum[at] > -INFINITY || call.log_sum[at] != call.log_sum[at];
-                delta[at] = sees ? float(total[r]) - (call.grad_lse ? call.grad_lse[at] : 0.0f) : 0.0f;
+                if (log_sum == -INFINITY)
+                    terms[at] = {0.0f, 0.0f};
+                else
+                    terms[at] = {float(total[r]) - grad_lse, std::exp(-log_sum)};
             }
         }
     });
@@ -307,8 +304,8 @@ struct Place {
 template <int Stride>
 void run(const Backward& call) {
     const Problem& problem = call.problem;
-    const std::unique_ptr<float[]> delta(new float[problem.batch * problem.heads * problem.q_len]);
-    compute_delta<Stride>(call, delta.get());
+    const std::unique_ptr<RowTerms[]> terms(new RowTerms[problem.batch * problem.heads * problem.q_len]);
+    compute_terms<Stride>(call, terms.get());
     const int64_t blocks = (problem.kv_len + kKeyBlock<Stride> - 1) / kKeyBlock<Stride>;
     const int64_t planes = problem.batch * problem.kv_heads;
     const std::unique_ptr<int64_t[]> heads = kv_heads_by_reach(problem);
@@ -316,7 +313,7 @@ void run(const Backward& call) {
     for_each_task(planes * blocks, KeyBlock<Stride>::kFloats, [&](int64_t task, float* memory) {
         const Place at(task, problem, heads.get(), blocks);
         std::atomic<int64_t>* counter = &done[(at.b * problem.kv_heads + at.kv_head) * blocks + at.block];
-        KeyBlock<Stride>(call, delta.get(), at.b, at.kv_head, at.block, at.block ? counter - 1 : nullptr, counter, memory)
+        KeyBlock<Stride>(call, terms.get(), at.b, at.kv_head, at.block, at.block ? counter - 1 : nullptr, counter, memory)
             .run();
     });
 }

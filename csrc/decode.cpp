@@ -10,17 +10,12 @@ namespace longshort::LONGSHORT_ISA {
 namespace {
 
 constexpr int kChunk = 512;
-constexpr int kTile = 16;
 
-// Of one chunk of keys.
+// A row's softmax over one chunk of keys; values: Σ exp(x)·v, packed.
+template <int Stride>
 struct Partial {
     Row row;
-    float values[1];  // Stride of them
-
-    template <int Stride>
-    static constexpr int64_t floats() {
-        return round_up(sizeof(Row) / sizeof(float) + Stride, kLanes);
-    }
+    float values[Stride];
 };
 
 // Rows of keys or values in place, or packed into a buffer where their layout or dtype asks for it.
@@ -33,7 +28,7 @@ struct Source {
           in_place(rows.dtype == DType::f32 && rows.dim_stride == 1 && head_dim % kLanes == 0),
           stride(in_place ? rows.stride : Stride) {}
 
-    const float* tile(Range keys) const {
+    const float* strip(Range keys) const {
         if (in_place) return reinterpret_cast<const float*>(rows.data) + keys.begin * rows.stride;
         rows.pack<Stride>(keys.begin, keys.size(), head_dim, buffer);
         return buffer;
@@ -49,7 +44,7 @@ struct Source {
 template <int Stride>
 class Chunk {
 public:
-    Chunk(const Forward& call, int64_t b, int64_t kv_head, float* partials, float* memory)
+    Chunk(const Forward& call, int64_t b, int64_t kv_head, Partial<Stride>* partials, float* memory)
         : problem_(call.problem),
           b_(b),
           kv_head_(kv_head),
@@ -57,7 +52,7 @@ public:
           visibility_(problem_, b, kv_head),
           queries_(memory),
           keys_(problem_.k, b, kv_head, problem_.head_dim, queries_ + rows_ * Stride),
-          values_(problem_.v, b, kv_head, problem_.head_dim, queries_ + (rows_ + kTile) * Stride),
+          values_(problem_.v, b, kv_head, problem_.head_dim, queries_ + (rows_ + kStrip) * Stride),
           partials_(partials) {}
 
     void run(Range keys) {
@@ -65,22 +60,18 @@ public:
         for (int64_t member = 0; member < problem_.group_size(); ++member)
             Rows(problem_.q, b_, kv_head_ * problem_.group_size() + member)
                 .pack<Stride>(0, problem_.q_len, head_dim, queries_ + member * problem_.q_len * Stride);
-        for (int64_t r = 0; r < rows_; ++r) {
-            partial(r).row = {kNoMaximum, 0, 0, 0};
-            std::memset(partial(r).values, 0, sizeof(float) * Stride);
-        }
-        for (int64_t begin = keys.begin; begin < keys.end; begin += kTile) {
-            const Range tile{begin, begin + kTile < keys.end ? begin + kTile : keys.end};
-            if (hidden(tile)) continue;
-            const float* key_rows = keys_.tile(tile);
-            const float* value_rows = values_.tile(tile);
-            for (int64_t r = 0; r < rows_; ++r) attend(r, tile, key_rows, value_rows);
+        for (int64_t r = 0; r < rows_; ++r) partials_[r] = {{kNoMaximum, 0, 0, 0}, {}};
+        for (int64_t begin = keys.begin; begin < keys.end; begin += kStrip) {
+            const Range strip = keys.part(begin, kStrip);
+            if (hidden(strip)) continue;
+            const StripLanes lanes(strip, visibility_);
+            const float* key_rows = keys_.strip(strip);
+            const float* value_rows = values_.strip(strip);
+            for (int64_t r = 0; r < rows_; ++r) attend(r, strip.size(), lanes, key_rows, value_rows);
         }
     }
 
 private:
-    Partial& partial(int64_t r) { return *reinterpret_cast<Partial*>(partials_ + r * Partial::floats<Stride>()); }
-
     Range positions() const { return {problem_.first_position(), problem_.kv_len}; }
 
     bool hidden(Range keys) const {
@@ -89,39 +80,40 @@ private:
                !SegmentSpan(visibility_.segments, positions()).overlaps(SegmentSpan(visibility_.segments, keys));
     }
 
-    void attend(int64_t r, Range keys, const float* key_rows, const float* value_rows) {
-        float scores[kTile];
-        logits(queries_ + r * Stride, key_rows, keys.size(), scores);
+    void attend(int64_t r, int64_t count, const StripLanes& lanes, const float* key_rows, const float* value_rows) {
+        float scores[kStrip];
+        logits(queries_ + r * Stride, key_rows, count, scores);
         const int64_t position = problem_.first_position() + r % problem_.q_len;
-        const Bias bias(problem_, kv_head_ * problem_.group_size() + r / problem_.q_len);
-        Row& row = partial(r).row;
+        Row& row = partials_[r].row;
         Vec maximum = splat(row.maximum), max_logit = splat(row.max_logit);
-        for (int64_t place = 0; place < keys.size(); place += kLanes) {
-            Vec x = load(scores + place);
-            const IVec seen = mask({keys.begin + place, keys.end}, position);
-            max_logit = max_of(seen ? abs_of(x) : Vec{}, max_logit);
-            x = bias.cap(x).value - bias.distance_penalty(int32_t(position) - lane_numbers() - int32_t(keys.begin + place));
-            x = seen ? x : splat(kHidden);
-            store(scores + place, x);
+        for (int i = 0; i < kStripVectors; ++i) {
+            const Vec size = abs_of(load(scores + i * kLanes));
+            max_logit = max_of(lanes.seen_from(position, i, visibility_) ? size : Vec{}, max_logit);
+        }
+        Bias(problem_, kv_head_ * problem_.group_size() + r / problem_.q_len).apply(position, 1, lanes, scores, nullptr);
+        for (int i = 0; i < kStripVectors; ++i) {
+            const Vec score = load(scores + i * kLanes);
+            const Vec x = lanes.seen_from(position, i, visibility_) ? score : splat(kHidden);
+            store(scores + i * kLanes, x);
             maximum = max_of(x, maximum);
         }
         const auto larger = [](float a, float b) { return a > b ? a : b; };
         const float new_maximum = fold(maximum, larger);
         Vec sum{}, weighted{};
-        for (int64_t place = 0; place < keys.size(); place += kLanes) {
-            const Vec x = load(scores + place) - new_maximum;
+        for (int i = 0; i < kStripVectors; ++i) {
+            const Vec x = load(scores + i * kLanes) - new_maximum;
             const Vec e = exp_of(x);
-            store(scores + place, e);
+            store(scores + i * kLanes, e);
             sum += e;
             weighted += x < kSmallestExponent ? Vec{} : e * x;
         }
         const float moved = row.maximum - new_maximum, factor = exp_of(splat(moved))[0];
         const float old_weighted = factor == 0.0f ? 0.0f : factor * (row.weighted + moved * row.sum);
         row = {new_maximum, row.sum * factor + sum_of(sum), old_weighted + sum_of(weighted), fold(max_logit, larger)};
-        add_values(scores, value_rows, keys.size(), factor, partial(r).values);
+        add_values(scores, value_rows, count, factor, partials_[r].values);
     }
 
-    // scale · query · key for each key of a tile.
+    // scale · query · key for each key of a strip.
     LONGSHORT_INLINE void logits(const float* query, const float* key_rows, int64_t count, float* to) const {
         for (int64_t place = 0; place < count; place += kLanes) {
             Vec products[kLanes];
@@ -164,39 +156,12 @@ private:
         }
     }
 
-    static IVec lane_numbers() {
-        int32_t numbers[kLanes];
-        for (int i = 0; i < kLanes; ++i) numbers[i] = i;
-        return load(numbers);
-    }
-
-    // Which of the first kLanes keys a position sees.
-    LONGSHORT_INLINE IVec mask(Range keys, int64_t position) const {
-        const IVec lane = lane_numbers();
-        const IVec distance = int32_t(position) - lane - int32_t(keys.begin);
-        IVec seen = visibility_.in_band(distance);
-        if (visibility_.sinks && keys.begin < visibility_.sinks_end)
-            seen |= (read(visibility_.sinks, keys, 0) != 0) & visibility_.not_later(distance);
-        if (visibility_.segments) {
-            const int32_t segment = visibility_.segments[position];
-            seen &= (read(visibility_.segments, keys, -1) == segment) & isplat(segment >= 0 ? -1 : 0);
-        }
-        return seen & (lane < int32_t(keys.size() < kLanes ? keys.size() : kLanes));
-    }
-
-    template <class T>
-    static IVec read(const T* values, Range keys, int32_t otherwise) {
-        int32_t lanes[kLanes];
-        for (int i = 0; i < kLanes; ++i) lanes[i] = i < keys.size() ? int32_t(values[keys.begin + i]) : otherwise;
-        return load(lanes);
-    }
-
     const Problem& problem_;
     const int64_t b_, kv_head_, rows_;
     const Visibility visibility_;
     float* const queries_;
     const Source<Stride> keys_, values_;
-    float* const partials_;
+    Partial<Stride>* const partials_;
 };
 
 // The keys that the queries of one head may see, cut into chunks.
@@ -211,7 +176,6 @@ template <int Stride>
 void run(const Forward& call) {
     const Problem& problem = call.problem;
     const int64_t planes = problem.batch * problem.kv_heads, rows = problem.group_size() * problem.q_len;
-    const int64_t partial_floats = rows * Partial::floats<Stride>();
     const std::unique_ptr<Cut[]> cuts(new Cut[planes]);
     int64_t tasks = 0;
     for (int64_t plane = 0; plane < planes; ++plane) {
@@ -220,13 +184,13 @@ void run(const Forward& call) {
         cuts[plane] = {visibility.with_sinks(keys, problem.kv_len), tasks};
         tasks += cuts[plane].chunks();
     }
-    const std::unique_ptr<float[]> partials(new float[tasks * partial_floats]);
-    for_each_task(tasks, (rows + 2 * kTile) * Stride, [&](int64_t task, float* memory) {
+    const std::unique_ptr<Partial<Stride>[]> partials(new Partial<Stride>[tasks * rows]);
+    for_each_task(tasks, (rows + 2 * kStrip) * Stride, [&](int64_t task, float* memory) {
         int64_t plane = planes - 1;
         while (cuts[plane].first_chunk > task) --plane;
-        const int64_t begin = cuts[plane].keys.begin + (task - cuts[plane].first_chunk) * kChunk;
-        Chunk<Stride>(call, plane / problem.kv_heads, plane % problem.kv_heads, partials.get() + task * partial_floats, memory)
-            .run({begin, begin + kChunk < cuts[plane].keys.end ? begin + kChunk : cuts[plane].keys.end});
+        const Cut& cut = cuts[plane];
+        Chunk<Stride>(call, plane / problem.kv_heads, plane % problem.kv_heads, partials.get() + task * rows, memory)
+            .run(cut.keys.part(cut.keys.begin + (task - cut.first_chunk) * kChunk, kChunk));
     });
 
     const std::unique_ptr<Statistics[]> statistics(new Statistics[problem.heads * problem.batch]);
@@ -234,9 +198,8 @@ void run(const Forward& call) {
         const int64_t b = plane / problem.kv_heads, kv_head = plane % problem.kv_heads;
         const Visibility visibility(problem, b, kv_head);
         for (int64_t r = 0; r < rows; ++r) {
-            const auto partial = [&](int64_t chunk) -> Partial& {
-                const int64_t at = (cuts[plane].first_chunk + chunk) * partial_floats + r * Partial::floats<Stride>();
-                return *reinterpret_cast<Partial*>(partials.get() + at);
+            const auto partial = [&](int64_t chunk) -> const Partial<Stride>& {
+                return partials[(cuts[plane].first_chunk + chunk) * rows + r];
             };
             Row total{kNoMaximum, 0, 0, 0};
             float values[Stride] = {};
@@ -246,7 +209,7 @@ void run(const Forward& call) {
                 if (row.max_logit > total.max_logit) total.max_logit = row.max_logit;
             }
             for (int64_t chunk = 0; chunk < cuts[plane].chunks(); ++chunk) {
-                const Partial& part = partial(chunk);
+                const Partial<Stride>& part = partial(chunk);
                 const float moved = part.row.maximum - total.maximum, factor = exp_of(splat(moved))[0];
                 total.sum += factor * part.row.sum;  // a NaN passes even where the factor is 0
                 if (factor != 0.0f) total.weighted += factor * (part.row.weighted + moved * part.row.sum);

@@ -66,7 +66,7 @@ public:
         const Range in_band = visibility_.keys_of_some(queries);
         const Range keys = visibility_.with_sinks(in_band, queries.end);
         for (int64_t begin = keys.begin; begin < keys.end; begin += kKeyBlock<Stride>) {
-            const Range block{begin, begin + kKeyBlock<Stride> < keys.end ? begin + kKeyBlock<Stride> : keys.end};
+            const Range block = keys.part(begin, kKeyBlock<Stride>);
             if (intersection(block, in_band).empty() && !visibility_.any_sink(block)) continue;
             if (!query_segments.overlaps(SegmentSpan(visibility_.segments, block))) continue;
             keys_ = k.packed<Stride>(block.begin, block.size(), problem_.kv_len, problem_.head_dim, key_memory_);
@@ -93,14 +93,10 @@ private:
         if (keys.empty()) return;
         const StripLanes lanes(queries, visibility_);
         for (int64_t begin = keys.begin; begin < keys.end; begin += kChunk) {
-            const Range chunk{begin, begin + kChunk < keys.end ? begin + kChunk : keys.end};
+            const Range chunk = keys.part(begin, kChunk);
             Range unmasked = intersection(visibility_.keys_of_all(queries), chunk);
-            if (visibility_.segments) {
-                const SegmentSpan key_segments(visibility_.segments, chunk);
-                const bool same = segments.is_one() && key_segments.is_one() && segments.lowest == key_segments.lowest;
-                if (!same) unmasked.end = unmasked.begin;
-            }
-            if (unmasked.empty()) unmasked = {chunk.end, chunk.end};
+            if (unmasked.empty() || !segments.is_same(SegmentSpan(visibility_.segments, chunk)))
+                unmasked = {chunk.end, chunk.end};
             attend(s, chunk, chunk.begin - block.begin, unmasked, lanes);
         }
     }

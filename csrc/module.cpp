@@ -14,7 +14,6 @@
 #include "torch_threads.h"
 
 namespace nb = nanobind;
-using namespace nb::literals;
 
 namespace longshort {
 namespace {

@@ -28,7 +28,6 @@ typedef uint32_t UVec __attribute__((vector_size(4 * LONGSHORT_LANES)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * LONGSHORT_LANES)));
 
 LONGSHORT_INLINE Vec splat(float x) { return x - Vec{}; }
-LONGSHORT_INLINE IVec isplat(int32_t x) { return x - IVec{}; }
 
 LONGSHORT_INLINE Vec load(const float* p) {
     Vec x;

@@ -11,6 +11,8 @@ struct Range {
     int64_t begin, end;
     bool empty() const { return begin >= end; }
     int64_t size() const { return end - begin; }
+    // Its part from `at`, of at most `count`.
+    Range part(int64_t at, int64_t count) const { return {at, at + count < end ? at + count : end}; }
 };
 LONGSHORT_INLINE Range intersection(Range a, Range b) {
     return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
@@ -33,7 +35,10 @@ struct SegmentSpan {
     bool overlaps(const SegmentSpan& other) const {
         return lowest <= other.highest && other.lowest <= highest && highest >= 0 && other.highest >= 0;
     }
-    bool is_one() const { return lowest == highest && lowest >= 0; }
+    // Whether both are the same one segment: then everything sees everything, as far as segments go.
+    bool is_same(const SegmentSpan& other) const {
+        return lowest == highest && lowest >= 0 && other.lowest == lowest && other.highest == highest;
+    }
     bool contains(int32_t segment) const { return lowest <= segment && segment <= highest; }
 };
 
@@ -97,8 +102,7 @@ struct Visibility {
 
     // The same for queries that see no key of these positions and segments.
     Range trim_queries(Range queries, Range keys, const SegmentSpan& key_segments) const {
-        const bool far = any_sink(keys);
-        if (!far) queries = intersection(queries, queries_of_some(keys));
+        if (!any_sink(keys)) queries = intersection(queries, queries_of_some(keys));
         if (!segments) return queries;
         const auto sees = [&](int64_t i) { return segments[i] >= 0 && key_segments.contains(segments[i]); };
         while (!queries.empty() && !sees(queries.begin)) ++queries.begin;
@@ -135,6 +139,15 @@ struct StripLanes {
             segment[v] = load(segments + v * kLanes);
             sink[v] = load(sinks + v * kLanes);
         }
+    }
+
+    // Which keys in the lanes of vector i the query at a position sees.
+    LONGSHORT_INLINE IVec seen_from(int64_t query, int i, const Visibility& visibility) const {
+        const IVec distance = int32_t(query) - position[i];
+        IVec seen = visibility.in_band(distance);
+        if (visibility.sinks) seen |= sink[i] & visibility.not_later(distance);
+        if (visibility.segments) seen &= (segment[i] == visibility.segments[query]) & (segment[i] >= 0);
+        return seen;
     }
 
 private:
