@@ -12,13 +12,13 @@ from longshort.training import plots
 def drawn(monkeypatch):
     """The figures that were saved, by the stem of their file."""
     figures = {}
-    save = plots._save
+    save = plots.save_figure
 
     def keep(figure, file):
         figures[file.stem] = figure
         save(figure, file)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return figures
 
 

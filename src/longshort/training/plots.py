@@ -6,35 +6,36 @@ is left out of a line, and the first such loss is marked: a run that diverged sh
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from longshort.training.files import replace_file
+from longshort.training.figure_style import (
+    COLOURS,
+    INK,
+    label_log_axis,
+    new_figure,
+    plain_number,
+    save_figure,
+    scale_logarithmically,
+)
 from longshort.training.metrics import has_values, read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
     from longshort.evaluation import Evaluation
 
     Metrics = Sequence[Mapping[str, Any]]
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers, in an order that prints well in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_INK, _FAINT = "#222222", "#c8c8c8"
 _MAPS = {"logit": "viridis", "entropy": "cividis"}
 _CELLS_WITH_NUMBERS = 160
-PIXEL_RATIO = 2  # pictures are twice as fine as they are shown
 
 
 def plot_run(run: str | Path) -> list[Path]:
@@ -94,7 +95,7 @@ def plot_loss_by_position(evaluations: Mapping[str, Evaluation], file: str | Pat
     """
     if not evaluations:
         raise ValueError("evaluations must hold at least one evaluation, got none")
-    figure, axes = _figure("Loss by position in the context", "tokens of context", "loss (nats per token)")
+    figure, axes = new_figure("Loss by position in the context", "tokens of context", "loss (nats per token)")
     for colour, (name, evaluation) in zip(_colours(len(evaluations)), evaluations.items(), strict=True):
         bins = evaluation.loss_by_position
         middles = [(position.first + position.last) / 2 + 1 for position in bins]
@@ -102,15 +103,15 @@ def plot_loss_by_position(evaluations: Mapping[str, Evaluation], file: str | Pat
         axes.axhline(evaluation.loss, color=colour, lw=1, ls=":")
     axes.set_xlim(0.9, 1.1 * max(evaluation.context_length for evaluation in evaluations.values()))
     axes.set_xscale("log", base=2)  # with its own ticks
-    axes.xaxis.set_major_formatter(FuncFormatter(_plain_number))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
     _legend(axes, extra_line=("mean over all tokens", ":"))
     file = Path(file)
-    _save(figure, file)
+    save_figure(figure, file)
     return file
 
 
 def _loss(by_name: Mapping[str, Metrics]) -> Figure:
-    figure, axes = _figure("Loss", "step", "loss (nats per token)")
+    figure, axes = new_figure("Loss", "step", "loss (nats per token)")
     validated = False
     for colour, (name, metrics) in zip(_colours(len(by_name)), by_name.items(), strict=True):
         steps, losses = _series(metrics, "loss")
@@ -121,30 +122,30 @@ def _loss(by_name: Mapping[str, Metrics]) -> Figure:
             validated = True
             axes.plot(steps, losses, "o", color=colour, ms=5, mec="white", mew=0.8)
         _mark_divergence(axes, metrics, colour)
-    _scale_logarithmically(axes)
+    scale_logarithmically(axes)
     _legend(axes, extra_marker="validation" if validated else None)
     return figure
 
 
 def _logits_by_group(metrics: Metrics) -> Figure:
-    figure, axes = _figure("Largest attention logit", "step", "largest |scale · q·k|")
+    figure, axes = new_figure("Largest attention logit", "step", "largest |scale · q·k|")
     groups = (
         ("max_logit_global", "global heads", "-"),
         ("max_logit_global_in_band", "global heads, inside the local window", "--"),
         ("max_logit_local", "local heads", "-"),
     )
-    colours = (_COLOURS[1], _COLOURS[1], _COLOURS[0])
+    colours = (COLOURS[1], COLOURS[1], COLOURS[0])
     for (key, label, style), colour in zip(groups, colours, strict=True):
         steps, values = _series(metrics, key)
         if has_values(metrics, key):
             axes.plot(steps, values, style, color=colour, lw=1.8, label=label)
-    _scale_logarithmically(axes)
+    scale_logarithmically(axes)
     _legend(axes)
     return figure
 
 
 def _logits_by_run(by_name: Mapping[str, Metrics]) -> Figure:
-    figure, axes = _figure("Largest attention logit", "step", "largest |scale · q·k|")
+    figure, axes = new_figure("Largest attention logit", "step", "largest |scale · q·k|")
     banded = False
     for colour, (name, metrics) in zip(_colours(len(by_name)), by_name.items(), strict=True):
         axes.plot(*_series(metrics, "max_logit"), color=colour, lw=1.8, label=name)
@@ -152,7 +153,7 @@ def _logits_by_run(by_name: Mapping[str, Metrics]) -> Figure:
         if has_values(metrics, "max_logit_global_in_band"):
             banded = True
             axes.plot(steps, values, "--", color=colour, lw=1.2)
-    _scale_logarithmically(axes)
+    scale_logarithmically(axes)
     _legend(axes, extra_line=("global heads, inside the local window", "--") if banded else None)
     return figure
 
@@ -161,7 +162,7 @@ def _entropy(metrics: Metrics) -> Figure:
     steps, by_head = _series(metrics, "entropy_by_head")
     layers, heads = by_head.shape[1:]
     rows = by_head.reshape(len(steps), layers * heads).T
-    figure, axes = _figure(
+    figure, axes = new_figure(
         "Entropy of the attention probabilities", "step", "head", height=max(3.6, min(9.0, 0.3 * len(rows)))
     )
     axes.grid(visible=False)
@@ -214,12 +215,12 @@ def _heads(by_name: Mapping[str, Metrics]) -> Figure:
                 dark = norm(value) < 0.55 if np.isfinite(value) else False
                 axes.text(
                     head, layer, _short(value), ha="center", va="center", fontsize=9,
-                    color="white" if dark else _INK,
+                    color="white" if dark else INK,
                 )  # fmt: skip
     assert image is not None
     bar = figure.colorbar(image, ax=list(panels), label="largest |scale · q·k|", pad=0.02)
     if isinstance(norm, LogNorm):
-        _label_log_axis(bar.ax.yaxis)
+        label_log_axis(bar.ax.yaxis)
     return figure
 
 
@@ -265,37 +266,7 @@ def _mark_divergence(axes: Axes, metrics: Metrics, colour: str) -> None:
 
 
 def _colours(count: int) -> list[str]:
-    return [_COLOURS[index % len(_COLOURS)] for index in range(count)]
-
-
-def _figure(title: str, x: str, y: str, height: float = 4.2) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.5, height), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=10)
-    axes.set_xlabel(x)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel(y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(color=_FAINT, labelsize=9)
-    axes.grid(color=_FAINT, lw=0.5, alpha=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _scale_logarithmically(axes: Axes) -> None:
-    if any((np.asarray(line.get_ydata(), dtype=np.float64) > 0).any() for line in axes.get_lines()):
-        axes.set_yscale("log")
-        _label_log_axis(axes.yaxis)
-
-
-def _label_log_axis(axis: Axis) -> None:
-    """Plain numbers, also where the range lies within one power of ten."""
-    low, high = axis.get_view_interval()
-    subs = (1.0, 2.0, 5.0) if high > 30 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-    axis.set_major_locator(LogLocator(base=10, subs=subs))
-    axis.set_major_formatter(FuncFormatter(_plain_number))
-    axis.set_minor_formatter(NullFormatter())
+    return [COLOURS[index % len(COLOURS)] for index in range(count)]
 
 
 def _log_norm(values: np.ndarray) -> Normalize:
@@ -315,10 +286,6 @@ def _legend(axes: Axes, extra_marker: str | None = None, extra_line: tuple[str, 
     axes.legend(frameon=False, fontsize=9)
 
 
-def _plain_number(value: float, _position: int | None = None) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
 def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
 
@@ -327,12 +294,5 @@ def _save_all(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.png" for name in figures]
     for figure, file in zip(figures.values(), files, strict=True):
-        _save(figure, file)
+        save_figure(figure, file)
     return files
-
-
-def _save(figure: Figure, file: Path) -> None:
-    picture = io.BytesIO()
-    figure.set_dpi(100 * PIXEL_RATIO)
-    FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})
-    replace_file(file, picture.getvalue())

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import longshort
+from longshort.training.figure_style import PIXEL_RATIO
 from longshort.training.files import replace_file
 from longshort.training.metrics import has_values, read_metrics
-from longshort.training.plots import PIXEL_RATIO, plot_run
+from longshort.training.plots import plot_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,14 +49,34 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Card:
+    """A statement and what came out for it.
+
+    Attributes:
+        title: names it.
+        badge: the outcome in a word or two.
+        tone: "good", "mixed", "bad" or "neutral"; the colour of the badge.
+        text: the statement.
+        rows: names and what is to be said, such as ("measured", "…").
+    """
+
+    title: str
+    badge: str
+    tone: str
+    text: str
+    rows: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
 class Section:
-    """Paragraphs, then a table, figures and samples, each where there are some."""
+    """Paragraphs, then cards, a table, figures and samples, each where there are some."""
 
     heading: str = ""
     paragraphs: Sequence[str] = ()
     table: Table | None = None
     figures: Sequence[Figure] = ()
     samples: Sequence[Sample] = ()
+    cards: Sequence[Card] = ()
 
 
 @dataclass(frozen=True)
