@@ -43,6 +43,10 @@ def make_layer(layout: HeadLayout = LAYOUT, seed: int = 0, **options: Any) -> Lo
         for norm in (layer.q_norm, layer.k_norm):
             if norm is not None:
                 norm.weight.uniform_(0.5, 1.5)
+        if layer.sink_logits is not None:
+            layer.sink_logits.normal_()
+        if layer.short_convolution is not None:
+            layer.short_convolution.weight.normal_()
     return layer
 
 

@@ -29,6 +29,8 @@ def naive_forward(layer: LongShortAttention, x: Tensor, slopes: list[float] | No
     heads, group = layout.num_heads, layout.group_size
     length = x.shape[1]
     projected = x @ layer.qkv_proj.weight.to(x.dtype).T
+    if layer.short_convolution is not None:
+        projected = naive_convolution(projected, layer.short_convolution.weight)
     per_head = [projected[..., i * dim : (i + 1) * dim] for i in range(heads + 2 * layout.num_kv_heads)]
     outputs = []
     for head, window in enumerate(layout.windows):
@@ -47,8 +49,20 @@ def naive_forward(layer: LongShortAttention, x: Tensor, slopes: list[float] | No
         if slopes is not None:
             scores = scores - slopes[head] * distance.abs()
         hidden = (distance < 0) | (distance >= (window or length))
-        outputs.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ v)
+        scores = scores.masked_fill(hidden, -math.inf)
+        if layer.sink_logits is not None:
+            scores = torch.cat([scores, layer.sink_logits[head].expand(*scores.shape[:-1], 1)], -1)
+        outputs.append(scores.softmax(-1)[..., :length] @ v)
     return torch.cat(outputs, -1) @ layer.o_proj.weight.to(x.dtype).T
+
+
+def naive_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    taps = range(weight.shape[1])
+    tokens = [
+        sum(weight[:, back] * x[:, token - back] for back in taps if back <= token)
+        for token in range(x.shape[1])
+    ]
+    return torch.stack(tokens, 1)  # pyright: ignore[reportArgumentType]
 
 
 def naive_norm(x: Tensor, gain: Tensor) -> Tensor:
@@ -88,6 +102,11 @@ def merged_heads(out: Tensor) -> Tensor:
         pytest.param(LAYOUT, {"rotary": Rotary(skip_heads=tuple(range(6)))}, id="rotary-skips-all"),
         pytest.param(LAYOUT, {"softcap": 0.5}, id="softcap"),
         pytest.param(LAYOUT, {"alibi_slopes": (0.5, 0.25, 0.0, 0.125, 1.0, 0.0)}, id="alibi"),
+        pytest.param(LAYOUT, {"sink_logits": True}, id="sink-logits"),
+        pytest.param(LAYOUT, {"short_convolution": 3}, id="short-convolution"),
+        pytest.param(
+            LAYOUT, {"short_convolution": 20, "qk_norm": True, "rotary": Rotary()}, id="long-convolution"
+        ),
     ],
 )
 def test_forward_and_gradients_equal_plain_maths(layout: HeadLayout, options: dict[str, Any]) -> None:
@@ -358,9 +377,36 @@ def test_parameters_are_made_on_the_device_and_in_the_dtype_asked_for() -> None:
     ]  # fmt: skip
 
 
+def test_sinks_and_convolution_start_without_random_numbers() -> None:
+    torch.manual_seed(0)
+    plain = LongShortAttention(20, LAYOUT, 8)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    convolved = LongShortAttention(20, LAYOUT, 8, short_convolution=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(convolved(make_input()), plain(make_input()))
+    layer = LongShortAttention(20, LAYOUT, 8, sink_logits=True, dtype=torch.bfloat16)
+    assert layer.sink_logits is not None
+    assert layer.sink_logits.tolist() == [0.0] * 6 and layer.sink_logits.dtype == torch.bfloat16
+
+
+def test_a_sink_takes_attention_and_learns() -> None:
+    layer, plain = make_layer(sink_logits=True), make_layer()
+    with torch.no_grad():
+        layer.load_state_dict(plain.state_dict() | {"sink_logits": torch.full((6,), -60.0)})
+    torch.testing.assert_close(layer(make_input()), plain(make_input()))
+    with torch.no_grad():
+        layer.get_parameter("sink_logits").fill_(60.0)
+    assert layer(make_input()).abs().max() < 1e-6
+    seen: list[Observation] = []
+    layer.observer = seen.append
+    layer(make_input())
+    assert seen[0].options["sink_logits"] is layer.sink_logits
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (1, 1)], ids=str)
 def test_small_inputs(shape: tuple[int, int]) -> None:
-    layer = make_layer(rotary=Rotary(), qk_norm=True)
+    layer = make_layer(rotary=Rotary(), qk_norm=True, sink_logits=True, short_convolution=3)
     assert layer(make_input(*shape)).shape == (*shape, 20)
 
 
@@ -371,6 +417,11 @@ def test_a_named_backend_is_used() -> None:
 
 
 def test_repr_shows_the_layout_and_what_is_special() -> None:
-    text = repr(make_layer(rotary=Rotary(), attention_precision="bf16", softcap=5.0))
+    text = repr(
+        make_layer(
+            rotary=Rotary(), attention_precision="bf16", softcap=5.0, sink_logits=True, short_convolution=3
+        )
+    )
     assert repr(LAYOUT) in text
     assert "Rotary" in text and "bf16" in text and "softcap=5.0" in text
+    assert "sink_logits=True" in text and "kernel_size=3" in text

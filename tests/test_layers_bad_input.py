@@ -19,6 +19,9 @@ from longshort.layers import LongShortAttention, Rotary
         ({"head_dim": True}, "head_dim must be an integer"),
         ({"qk_norm": 1}, "qk_norm must be True or False, got 1"),
         ({"attention_precision": "fp8"}, "attention_precision must be one of .*got 'fp8'"),
+        ({"sink_logits": 1}, "sink_logits must be True or False, got 1"),
+        ({"short_convolution": 1}, "short_convolution must be an integer >= 2, got 1"),
+        ({"short_convolution": 3.0}, "short_convolution must be an integer >= 2, got 3.0"),
         ({"softcap": 0.0}, "softcap must be a finite number > 0, got 0.0"),
         ({"softcap": math.inf}, "softcap must be a finite number"),
         ({"alibi_slopes": [1.0]}, "alibi_slopes must be 6 finite numbers"),
@@ -95,4 +98,12 @@ def test_bad_forward_arguments_are_named_before_the_cache_grows(
     cache = GrowingCache()
     with pytest.raises(error, match=message):
         make_layer(rotary=Rotary())(**{"hidden_states": X, "cache": cache, **call})
+    assert cache.length == 0
+
+
+def test_a_short_convolution_takes_no_cache() -> None:
+    cache = GrowingCache()
+    message = "cache must be None: short_convolution keeps no state for decoding, got GrowingCache"
+    with pytest.raises(ValueError, match=message):
+        make_layer(short_convolution=3)(X, cache=cache)
     assert cache.length == 0

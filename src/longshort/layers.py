@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longshort.attention import BACKENDS, AttentionStats, attention, autocast_is_on, require_tensor
+from longshort.convolution import ShortConvolution
 from longshort.layout import HeadLayout, require_integer
 
 if TYPE_CHECKING:
@@ -94,6 +95,10 @@ class LongShortAttention(nn.Module):
             attention too; with the others it does not.
         softcap: > 0, bounds the scores smoothly.
         alibi_slopes: one finite number per query head; a buffer in fp32 that stays so in a bf16 module.
+        sink_logits: a learned logit per query head, (heads,), joins the softmax's denominator and takes up
+            attention that no key should get, as in gpt-oss; 0 at the start.
+        short_convolution: kernel size >= 2 of a `ShortConvolution` on queries, keys and values, before norm
+            and rotation; it keeps no state for decoding, so no cache goes with it. None: off.
         backend: "auto" or a name of `longshort.attention.BACKENDS`.
         device, dtype: of the parameters.
 
@@ -119,6 +124,8 @@ class LongShortAttention(nn.Module):
         attention_precision: str = "input",
         softcap: float | None = None,
         alibi_slopes: Iterable[float] | None = None,
+        sink_logits: bool = False,
+        short_convolution: int | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -135,14 +142,17 @@ class LongShortAttention(nn.Module):
                 )
             head_dim = embed_dim // heads
         require_integer("head_dim", head_dim, minimum=1)
-        if not isinstance(qk_norm, bool):
-            raise ValueError(f"qk_norm must be True or False, got {qk_norm!r}")
+        for name, value in (("qk_norm", qk_norm), ("sink_logits", sink_logits)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         if attention_precision not in ATTENTION_PRECISIONS:
             raise ValueError(
                 f"attention_precision must be one of {ATTENTION_PRECISIONS}, got {attention_precision!r}"
             )
         if softcap is not None:
             require_positive("softcap", softcap)
+        if short_convolution is not None:
+            require_integer("short_convolution", short_convolution, minimum=2)
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
 
@@ -158,10 +168,15 @@ class LongShortAttention(nn.Module):
         self._slopes = _checked_slopes(alibi_slopes, heads)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.qkv_proj = nn.Linear(embed_dim, (heads + 2 * kv_heads) * head_dim, bias=False, **factory)
+        channels = (heads + 2 * kv_heads) * head_dim
+        self.qkv_proj = nn.Linear(embed_dim, channels, bias=False, **factory)
         self.o_proj = nn.Linear(heads * head_dim, embed_dim, bias=False, **factory)
         self.q_norm = nn.LayerNorm(head_dim, eps=1e-5, bias=False, **factory) if qk_norm else None
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-5, bias=False, **factory) if qk_norm else None
+        self.sink_logits = nn.Parameter(torch.zeros(heads, **factory)) if sink_logits else None
+        self.short_convolution = (
+            None if short_convolution is None else ShortConvolution(channels, short_convolution, **factory)
+        )
         self.register_buffer("alibi_slopes", self._slopes_on(device), persistent=False)
 
     def forward(
@@ -179,18 +194,21 @@ class LongShortAttention(nn.Module):
                 see each other, negative is padding.
             position_ids: integers, (batch, q_len) or (1, q_len), for rotary positions only; None counts on
                 from the cache's length.
-            cache: gets the new keys and values, after norm and rotation.
+            cache: gets the new keys and values, after norm and rotation; None with a short convolution.
 
         Raises:
             TypeError: an argument is no tensor.
-            ValueError: a shape or dtype is not allowed, or rotary positions cannot be told: the cache has no
-                `length` and position_ids are not given.
+            ValueError: a shape or dtype is not allowed, a cache comes to a short convolution, or rotary
+                positions cannot be told: the cache has no `length` and position_ids are not given.
         """
         past = self._check_input(hidden_states, segment_ids, position_ids, cache)
         batch, q_len, _ = hidden_states.shape
         heads, kv_heads = self.layout.num_heads, self.layout.num_kv_heads
-        qkv = self.qkv_proj(hidden_states).view(batch, q_len, heads + 2 * kv_heads, self.head_dim)
-        q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
+        qkv = self.qkv_proj(hidden_states)
+        if self.short_convolution is not None:
+            qkv = self.short_convolution(qkv, segment_ids)
+        by_head = qkv.view(batch, q_len, heads + 2 * kv_heads, self.head_dim).transpose(1, 2)
+        q, k, v = by_head.split([heads, kv_heads, kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
@@ -208,6 +226,7 @@ class LongShortAttention(nn.Module):
         options: dict[str, Any] = {
             "softcap": self.softcap,
             "alibi_slopes": self.alibi_slopes,
+            "sink_logits": self.sink_logits,
             "segment_ids": segment_ids,
             "round_probabilities": self.attention_precision == "bf16-flash",
         }
@@ -256,6 +275,11 @@ class LongShortAttention(nn.Module):
             )
         if cache is not None and not callable(getattr(cache, "update", None)):
             raise TypeError(f"cache must have an update(keys, values), got {type(cache).__name__}")
+        if cache is not None and self.short_convolution is not None:
+            raise ValueError(
+                "cache must be None: short_convolution keeps no state for decoding, got "
+                f"{type(cache).__name__}"
+            )
         batch, q_len, _ = hidden_states.shape
         length = 0 if cache is None else getattr(cache, "length", None)
         if segment_ids is not None:
@@ -295,6 +319,8 @@ class LongShortAttention(nn.Module):
             parts.append(f"attention_precision={self.attention_precision!r}")
         if self.softcap is not None:
             parts.append(f"softcap={self.softcap}")
+        if self.sink_logits is not None:
+            parts.append("sink_logits=True")
         return ", ".join(parts)
 
 

@@ -68,6 +68,49 @@ def test_flags_become_settings(data, tmp_path, capsys):
     assert own == twin
 
 
+def test_a_preset_may_be_a_file(fails, data, tmp_path, capsys):
+    file, out = tmp_path / "mine.json", tmp_path / "run"
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8, "max_position_embeddings": 32}
+    fields = {"layouts": [[4, None], [9, 4]], "qk_norm": True, **shape}
+    file.write_text(json.dumps(fields))
+    call = ["train", str(file), "--data", str(data), "--out", str(out), "--steps", "2", "--batch-size", "2"]
+    assert main(call) == 0
+    run = read_run(out)
+    assert {name: run.model[name] for name in fields} == fields
+    assert run.band == 9
+    assert f"{file} with LS-attention: " in capsys.readouterr().out.replace("\n", "")
+    file.unlink()
+    assert main(["train", "--resume", str(out), "--steps", "3"]) == 0
+    assert read_metrics(out)[-1]["step"] == 3
+    assert "there is no file" in fails(1, "train", file, "--data", data, "--out", tmp_path / "other")
+    file.write_text('{"windows": 3}')
+    assert "got ['windows']" in fails(2, "train", file, "--data", data, "--out", tmp_path / "other")
+
+
+def test_a_run_that_spikes_ends_with_its_own_code(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--steps", "4", "--learning-rate", "1e30", "--grad-clip", "0", "--z-loss", "1e-4"]
+    flags += [
+        "--on-spike",
+        "rollback",
+        "--max-rollbacks",
+        "1",
+        "--rollback-steps",
+        "2",
+        "--skip-batches",
+        "3",
+    ]
+    flags += ["--sink-logits", "--short-convolution", "3", "--qk-clip", "100", "--log-every", "1"]
+    capsys.readouterr()
+    assert main(["train", "tiny", "--data", str(data), "--out", str(out), *SHAPE, *flags]) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines if line.startswith("spike")] == ["spike at step 2"] * 2
+    assert [line["step"] for line in read_metrics(out, abandoned=True)] == [1, 2, 1, 2]
+    assert "2 steps" in (out / "report.html").read_text()
+    settings = read_run(out).training
+    assert (settings.sink_logits, settings.short_convolution, settings.qk_clip) == (True, 3, 100.0)
+
+
 def test_progress_elsewhere_than_on_a_terminal_is_lines(data, tmp_path, capsys):
     capsys.readouterr()
     assert (

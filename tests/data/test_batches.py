@@ -121,6 +121,92 @@ def test_validation_windows_span_the_file_evenly(token_file: TokenFile, count: i
         assert int(gaps.max() - gaps.min()) <= 1
 
 
+def text_order(batch: Batch) -> torch.Tensor:
+    """All tokens of each window, the last label among them."""
+    return torch.cat([batch.input_ids, batch.labels[:, -1:]], dim=1)
+
+
+@quick
+@given(length=st.integers(1, 300), step=st.integers(0, 1000), seed=st.integers(0, 1000))
+def test_permuted_windows_are_those_of_the_text_in_one_order(
+    token_file: TokenFile, length: int, step: int, seed: int
+) -> None:
+    text = Batches(token_file, length, 3, seed).batch(step)
+    permuted = Batches(token_file, length, 3, seed, token_order="permuted").batch(step)
+    validation = validation_windows(token_file, length, 4, token_order="permuted")
+    windows, others = text_order(permuted), text_order(validation)
+    order = windows[0] - windows[0].min()  # ids are positions in these files
+    assert sorted(order.tolist()) == list(range(length + 1))
+    assert torch.equal(windows, text_order(text)[:, order])
+    assert torch.equal(others, text_order(validation_windows(token_file, length, 4))[:, order])
+    for batch in (permuted, validation):
+        assert torch.equal(batch.labels[:, :-1], batch.input_ids[:, 1:])
+        assert not batch.segment_ids.any()
+
+
+def test_a_permutation_leaves_no_neighbours(token_file: TokenFile) -> None:
+    window = text_order(Batches(token_file, 400, 1, 0, token_order="permuted").batch(0))[0]
+    assert int((window.diff() == 1).sum()) <= 5  # 1 is expected of a random order
+    assert window.diff().abs().double().mean() == pytest.approx(401 / 3, rel=0.1)
+
+
+def test_the_permutation_is_this_forever(write_tokens: WriteTokens) -> None:
+    batch = Batches(write_tokens([8]), 7, 1, 0, token_order="permuted").batch(0)
+    assert text_order(batch).tolist() == [[7, 2, 3, 1, 6, 4, 5, 0]]
+
+
+@quick
+@given(
+    length=st.integers(2, 300), pieces=st.integers(1, 20), step=st.integers(0, 1000), seed=st.integers(0, 99)
+)
+def test_interleaved_windows_are_woven_of_pieces_of_text(
+    token_file: TokenFile, length: int, pieces: int, step: int, seed: int
+) -> None:
+    pieces = min(pieces, length)
+    order: dict[str, Any] = {"token_order": "interleaved", "interleave": pieces}
+    batches = Batches(token_file, length, 4, seed, **order)
+    for batch in (batches.batch(step), validation_windows(token_file, length, 4, **order)):
+        windows = text_order(batch)
+        assert windows.shape == (4, length + 1)
+        # ids are positions: `pieces` tokens on, the text goes on by one token
+        assert torch.equal(windows[:, pieces:], windows[:, :-pieces] + 1)
+        assert torch.equal(batch.labels[:, :-1], batch.input_ids[:, 1:])
+        assert not batch.segment_ids.any()
+        assert all(tensor.is_contiguous() and tensor.dtype == torch.int64 for tensor in batch)
+    halves = [batches.batch(step, rank, 2) for rank in range(2)]
+    whole = Batch(*(torch.cat(tensors) for tensors in zip(*halves, strict=True)))
+    assert all(torch.equal(a, b) for a, b in zip(whole, batches.batch(step), strict=True))
+
+
+def test_interleaved_pieces_come_from_independent_places(write_tokens: WriteTokens) -> None:
+    token_file = write_tokens([20])
+    batches = Batches(token_file, 10, 1000, seed=0, token_order="interleaved", interleave=2)
+    first = torch.cat([batches.batch(step).input_ids[:, :2] for step in range(20)])
+    pairs = torch.bincount(first[:, 0] * 15 + first[:, 1], minlength=225).double()
+    assert len(pairs) == 225  # pieces of 6 tokens begin at 15 places
+    # χ² with 224 degrees of freedom: 295 is passed by chance once in a thousand.
+    assert float(((pairs - 20_000 / 225) ** 2 / (20_000 / 225)).sum()) < 295
+
+
+def test_interleaved_validation_pieces_span_the_file_evenly(token_file: TokenFile) -> None:
+    windows = validation_windows(token_file, 20, 5, token_order="interleaved", interleave=4)
+    starts = windows.input_ids[:, :4]
+    in_order = starts.T.flatten()
+    assert int(in_order[0]) == 0
+    assert int(in_order[-1]) == len(token_file) - 6  # pieces of 6 tokens
+    gaps = in_order.diff()
+    assert int(gaps.max() - gaps.min()) <= 1
+    assert (
+        int(starts.diff(dim=1).min()) >= (len(token_file) - 6) // 4 - 1
+    )  # those of one window are far apart
+
+
+def test_one_piece_is_the_text(token_file: TokenFile) -> None:
+    text = Batches(token_file, 30, 4, 1).batch(2)
+    woven = Batches(token_file, 30, 4, 1, token_order="interleaved", interleave=1).batch(2)
+    assert torch.equal(text_order(woven), text_order(text))
+
+
 def test_a_file_of_one_window(write_tokens: WriteTokens) -> None:
     token_file = write_tokens([5, 4])
     assert Batches(token_file, 8, 2, seed=0).batch(0).input_ids.tolist() == [list(range(8))] * 2
@@ -139,6 +225,14 @@ def test_a_file_of_one_window(write_tokens: WriteTokens) -> None:
         ({"batch_size": True}, "batch_size must be an integer in 1 …"),
         ({"seed": -1}, "seed must be an integer in 0 …"),
         ({"seed": 2**64}, "seed must be an integer in 0 …"),
+        ({"token_order": "random"}, "token_order must be one of text, permuted, interleaved, got 'random'"),
+        ({"token_order": None}, "token_order must be one of text, permuted, interleaved, got None"),
+        ({"token_order": "interleaved"}, "interleave must be an integer in 1 … 4, got 16"),
+        ({"token_order": "interleaved", "interleave": 0}, "interleave must be an integer in 1 … 4, got 0"),
+        (
+            {"sequence_length": 2000, "token_order": "interleaved", "interleave": 2},
+            "has 501 tokens; sequence_length 2000 needs pieces of 1001",
+        ),
     ],
 )
 def test_bad_batches_are_refused(token_file: TokenFile, arguments: dict[str, Any], message: str) -> None:
@@ -168,4 +262,4 @@ def test_a_bad_part_is_refused(token_file: TokenFile, arguments: dict[str, Any],
 )
 def test_bad_validation_windows_are_refused(token_file: TokenFile, arguments: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be an integer in 1 …"):
-        validation_windows(token_file, **arguments)
+        validation_windows(token_file, **arguments)  # pyright: ignore[reportArgumentType]

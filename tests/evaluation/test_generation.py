@@ -161,3 +161,19 @@ def test_a_diverged_model_is_named():
     model = Fake(lambda _seen: torch.full((300,), torch.nan))
     with pytest.raises(ValueError, match="diverged"):
         pieces(model)
+
+
+def test_a_model_without_a_cache_reads_all_tokens_again():
+    calls = []
+    model = script([*b"xy", END])
+    model.config.use_cache = False
+    answer = model.function
+
+    def logits(_seen):
+        calls.append(list(model.seen))
+        model.seen.clear()
+        return answer(_seen)
+
+    model.function = logits
+    assert pieces(model, "a") == ["x", "y"]
+    assert calls == [[END, *b"a"], [END, *b"ax"], [END, *b"axy"]]

@@ -23,8 +23,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "by-layer": {"num_global_heads": [0, 2], "local_window": [2, 5]},
     "own-layouts": {"layouts": [[None, 3, 1, 3], [2, 4, None, None]], "sink_tokens": 2},
     "tied": {"tie_word_embeddings": True},
+    "sink-logits": {"sink_logits": True},
+    "short-convolution": {"short_convolution": 3, "num_key_value_heads": 2, "position_embedding": "rope"},
 }
 """Fields of the config by what they try."""
+
+CACHED_SHAPES = {name: fields for name, fields in SHAPES.items() if "short_convolution" not in fields}
 
 
 def make_config(**fields: Any) -> LongShortConfig:
@@ -38,14 +42,16 @@ def make_config(**fields: Any) -> LongShortConfig:
 
 
 def make_model(seed: int = 0, **fields: Any) -> Any:
-    """A `LongShortForCausalLM` whose norms are not all ones, in evaluation mode. Type checkers cannot follow
-    `generate()` of transformers, hence Any."""
+    """A `LongShortForCausalLM` whose norms, sinks and convolutions are not as they start, in evaluation mode.
+    Type checkers cannot follow `generate()` of transformers, hence Any."""
     torch.manual_seed(seed)
     model = LongShortForCausalLM(make_config(**fields)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith(("sink_logits", "short_convolution.weight")):
+                parameter.add_(torch.randn_like(parameter))
     return model
 
 

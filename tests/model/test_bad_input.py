@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tests.model.models import VOCAB, make_config, make_ids, make_model
+from transformers.cache_utils import DynamicCache
 
 from longshort.model import LongShortForCausalLM, LongShortModel
 
@@ -51,6 +52,12 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
 def test_bad_input_is_named(error: type[Exception], call: dict[str, Any], message: str) -> None:
     with pytest.raises(error, match=message):
         make_model()(**{"input_ids": IDS, **call})
+
+
+@pytest.mark.parametrize("call", [{"use_cache": True}, {"past_key_values": DynamicCache()}], ids="-".join)
+def test_a_short_convolution_takes_no_cache(call: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="do not go with short_convolution, which keeps no state"):
+        make_model(short_convolution=2)(IDS, **call)
 
 
 def test_a_config_that_was_broken_later_is_refused() -> None:

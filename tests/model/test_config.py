@@ -25,7 +25,9 @@ def test_what_is_left_out_is_resolved() -> None:
     assert config.num_global_heads == 1
     assert config.local_window == 100
     assert config.layouts is None
+    assert config.use_cache is True
     assert make_config(num_key_value_heads=2).num_global_heads == 2
+    assert make_config(short_convolution=2).use_cache is False
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,7 @@ def test_layouts_of_ones_own() -> None:
         {"attention_precision": "bf16-flash", "softcap": 30.0, "qk_norm": True, "tie_word_embeddings": True},
         {"num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 10, "initializer_range": 0.1},
         {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": [2, 3], "use_cache": False},
+        {"sink_logits": True, "short_convolution": 4},
     ],
     ids=lambda fields: "-".join(fields) or "defaults",
 )
@@ -149,7 +152,11 @@ def test_learned_positions_mix_with_no_other_kind(local_kind: str, global_kind: 
         ({"softcap": -1.0}, "softcap must be a finite number > 0, got -1.0"),
         ({"qk_norm": 1}, "qk_norm must be true or false, got 1"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, got 'no'"),
-        ({"use_cache": None}, "use_cache must be true or false, got None"),
+        ({"use_cache": 1}, "use_cache must be true or false, got 1"),
+        ({"sink_logits": 1}, "sink_logits must be true or false, got 1"),
+        ({"short_convolution": 1}, "short_convolution must be an integer >= 2, got 1"),
+        ({"short_convolution": True}, "short_convolution must be an integer >= 2, got True"),
+        ({"short_convolution": 3, "use_cache": True}, "use_cache must be false with short_convolution"),
         ({"initializer_range": math.nan}, "initializer_range must be a finite number > 0, got nan"),
         ({"pad_token_id": 50}, "pad_token_id must be below vocab_size = 50, got 50"),
         ({"bos_token_id": [1]}, r"bos_token_id must be an integer >= 0, got \[1\]"),

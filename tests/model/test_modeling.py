@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model.models import SHAPES, VOCAB, make_config, make_ids, make_model
+from tests.model.models import CACHED_SHAPES, SHAPES, VOCAB, make_config, make_ids, make_model
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -33,7 +33,12 @@ def plain_logits(weights: dict[str, Tensor], config: LongShortConfig, ids: Tenso
     for layer, layout in enumerate(config.head_layouts()):
         prefix = f"model.layers.{layer}."
         normed = norm(x, prefix + "attention_norm.weight")
-        qkv = (normed @ w[prefix + "attention.qkv_proj.weight"].T).unflatten(-1, (heads + 2 * kv_heads, dim))
+        qkv = normed @ w[prefix + "attention.qkv_proj.weight"].T
+        if config.short_convolution is not None:
+            taps = w[prefix + "attention.short_convolution.weight"].flip(-1)[:, None]
+            padded = torch.nn.functional.pad(qkv.mT, (config.short_convolution - 1, 0))
+            qkv = torch.nn.functional.conv1d(padded, taps, groups=len(taps)).mT
+        qkv = qkv.unflatten(-1, (heads + 2 * kv_heads, dim))
         outputs = []
         for head, window in enumerate(layout.windows):
             kv_head = head * kv_heads // heads
@@ -55,7 +60,11 @@ def plain_logits(weights: dict[str, Tensor], config: LongShortConfig, ids: Tenso
             seen = distance >= 0
             if window is not None:
                 seen = seen & ((distance < window) | (torch.arange(length) < config.sink_tokens))
-            outputs.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v)
+            scores = scores.masked_fill(~seen, -math.inf)
+            if config.sink_logits:
+                sink = w[prefix + "attention.sink_logits"][head].expand(*scores.shape[:-1], 1)
+                scores = torch.cat([scores, sink], -1)
+            outputs.append(scores.softmax(-1)[..., :length] @ v)
         x = x + torch.cat(outputs, -1) @ w[prefix + "attention.o_proj.weight"].T
         up = norm(x, prefix + "mlp_norm.weight") @ w[prefix + "mlp.up_proj.weight"].T
         x = x + (up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))) @ w[prefix + "mlp.down_proj.weight"].T
@@ -91,23 +100,75 @@ def test_names_of_the_weights() -> None:
     for kind in ("rope", "alibi", "none"):
         model = make_model(qk_norm=True, position_embedding=kind)
         assert sorted(model.state_dict()) == expected((*plain, *qk_norm), ends)
+    both = make_model(sink_logits=True, short_convolution=2)
+    assert both.state_dict().keys() - make_model().state_dict().keys() == {
+        f"model.layers.{layer}.attention.{name}"
+        for layer in (0, 1)
+        for name in ("sink_logits", "short_convolution.weight")
+    }
 
 
-def test_initial_weights() -> None:
+@pytest.mark.parametrize("drawn", [False, True], ids=["new", "drawn"])
+def test_initial_weights(drawn: bool) -> None:
     torch.manual_seed(0)
     model = LongShortForCausalLM(
         LongShortConfig(
             vocab_size=500, hidden_size=128, num_hidden_layers=8, num_attention_heads=4, qk_norm=True,
-            max_position_embeddings=300,
+            max_position_embeddings=300, sink_logits=True, short_convolution=4,
         )
     )  # fmt: skip
+    if drawn:
+        model.draw_weights(0)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
+        if name.endswith("sink_logits"):
+            assert torch.equal(parameter, torch.zeros(4)), name
+        elif name.endswith("short_convolution.weight"):
+            assert torch.equal(parameter, torch.tensor([1.0, 0, 0, 0]).expand(3 * 128, -1)), name
+        elif parameter.ndim == 1:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
-            continue
-        std = 0.02 / math.sqrt(2 * 8) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-        assert parameter.std().item() == pytest.approx(std, rel=0.03), name
-        assert abs(parameter.mean().item()) < 4 * std / math.sqrt(parameter.numel()), name
+        else:
+            std = 0.02 / math.sqrt(2 * 8) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(parameter.mean().item()) < 4 * std / math.sqrt(parameter.numel()), name
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    **{name: SHAPES[name] for name in ("mhsa", "rope", "alibi", "no-positions", "softcap", "tied")},
+    "qk-norm": {"qk_norm": True},
+    "sink-logits": {"sink_logits": True},
+    "short-convolution": {"short_convolution": 3},
+    "all": {"qk_norm": True, "sink_logits": True, "short_convolution": 2, "position_embedding": "rope"},
+}
+
+
+@pytest.mark.parametrize("fields", ARMS.values(), ids=ARMS)
+def test_drawn_weights_are_shared_by_all_models_that_have_them(fields: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    models = [LongShortForCausalLM(make_config(**arm)) for arm in ({}, fields)]
+    torch.set_rng_state(before)
+    for model in models:
+        model.draw_weights(7)
+    assert torch.equal(torch.get_rng_state(), before)
+    plain, other = (dict(model.named_parameters()) for model in models)
+    absent = {"model.embed_positions.weight"} if "position_embedding" in fields else set()
+    absent |= {"lm_head.weight"} if "tie_word_embeddings" in fields else set()
+    assert plain.keys() - other.keys() == absent
+    for name in plain.keys() & other.keys():
+        assert torch.equal(plain[name], other[name]), name
+
+
+def test_drawn_weights_differ_by_seed_and_module() -> None:
+    model = LongShortForCausalLM(make_config())
+    drawn = []
+    for seed in (0, 1, 0):
+        model.draw_weights(seed)
+        drawn.append({name: weight.clone() for name, weight in model.named_parameters() if weight.ndim == 2})
+    assert all(torch.equal(drawn[0][name], drawn[2][name]) for name in drawn[0])
+    firsts = {weight.flatten()[0].item() for weights in drawn[:2] for weight in weights.values()}
+    assert len(firsts) == 2 * len(drawn[0])
+    with pytest.raises(ValueError, match="seed must be an integer >= 0, got -1"):
+        model.draw_weights(-1)
 
 
 @pytest.mark.parametrize("fields", [{}, {"num_key_value_heads": 2, "position_embedding": "rope"}], ids=str)
@@ -266,9 +327,10 @@ def test_a_cache_is_kept_in_evaluation_only_unless_asked_for() -> None:
     model.train()
     assert model(make_ids()).past_key_values is None
     assert model(make_ids(), use_cache=True).past_key_values.get_seq_length() == 13
+    assert make_model(short_convolution=2)(make_ids()).past_key_values is None
 
 
-@pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("fields", CACHED_SHAPES.values(), ids=CACHED_SHAPES)
 def test_cached_and_uncached_passes_agree(fields: dict[str, Any]) -> None:
     model = make_model(**fields)
     ids = make_ids()

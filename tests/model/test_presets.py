@@ -1,5 +1,8 @@
-"""The named model shapes: the paper's numbers, and baselines of equal size."""
+"""The named model shapes: the paper's numbers, baselines of equal size, and shapes from files."""
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,7 +80,7 @@ def test_mhsa_keeps_an_overridden_window_for_reference() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("huge", {}, r"preset must be one of \['paper-base', .*'tiny'\], got 'huge'"),
+        ("huge", {}, r"preset must be one of tiny, .*paper-large, or the path of a JSON .*, got 'huge'"),
         ("tiny", {"windows": 3, "heads": 2}, r"overrides must be fields of .*got \['heads', 'windows'\]"),
         ("tiny", {"transformers_version": "1"}, "overrides must be fields"),
         ("tiny", {"mhsa": True, "num_global_heads": 2}, "mhsa .* does not go with num_global_heads=2"),
@@ -89,3 +92,68 @@ def test_mhsa_keeps_an_overridden_window_for_reference() -> None:
 def test_bad_presets_are_named(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         preset(name, **options)
+
+
+def write_preset(folder: Path, content: Any) -> str:
+    path = folder / "mine.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_a_file_changes_the_preset_that_it_names(tmp_path: Path) -> None:
+    fields = {"num_global_heads": [0, 4], "local_window": [3, 7], "qk_norm": True}
+    assert preset(write_preset(tmp_path, fields)) == preset("tiny", **fields)
+    fields = {"num_hidden_layers": 2, "softcap": 9.0}
+    name = write_preset(tmp_path, {"preset": "paper-small", **fields})
+    assert preset(name) == preset("paper-small", **fields)
+
+
+def test_overrides_come_after_the_file(tmp_path: Path) -> None:
+    name = write_preset(tmp_path, {"num_global_heads": [0, 4], "local_window": 3})
+    config = preset(name, num_global_heads=2, local_window=5)
+    assert (config.num_global_heads, config.local_window) == (2, 5)
+    with pytest.raises(ValueError, match="num_global_heads must have one entry for each of 3 layers, got 2"):
+        preset(name, num_hidden_layers=3)
+
+
+def test_layouts_of_a_file_replace_the_window_of_the_preset(tmp_path: Path) -> None:
+    windows = [[16, 16, 64, None], [2, None, None, 4]]
+    name = write_preset(tmp_path, {"layouts": windows})
+    config = preset(name)
+    assert config.layouts == windows and config.local_window is None
+    with pytest.raises(ValueError, match="layouts replaces num_global_heads and local_window"):
+        preset(name, local_window=8)
+
+
+def test_mhsa_of_a_file_is_all_global(tmp_path: Path) -> None:
+    name = write_preset(tmp_path, {"num_global_heads": [0, 4], "local_window": [3, 7]})
+    config = preset(name, mhsa=True)
+    assert (config.num_global_heads, config.local_window) == (4, [3, 7])
+    with pytest.raises(ValueError, match=r"mhsa .* does not go with layouts=\[\[1, 1, 1, 1\]"):
+        preset(write_preset(tmp_path, {"layouts": [[1] * 4] * 2}), mhsa=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "mine.json is not JSON: "),
+        ([], "mine.json must hold a JSON object, got list"),
+        (
+            {"preset": "huge"},
+            "mine.json must be one of tiny, paper-small, paper-base, paper-large, got 'huge'",
+        ),
+        ({"preset": []}, "got []"),
+        ({"window": 3}, "mine.json must be fields of LongShortConfig"),
+        ({"local_window": "3"}, "local_window must be an integer >= 1, got '3'"),
+        ({"num_global_heads": [1]}, "num_global_heads must have one entry for each of 2 layers, got 1"),
+    ],
+    ids=str,
+)
+def test_bad_files_are_named(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        preset(write_preset(tmp_path, content))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"preset: there is no file '.*none\.json'"):
+        preset(str(tmp_path / "none.json"))

@@ -4,14 +4,17 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor, nn
 
+from longshort.attention import attention
 from longshort.layers import LongShortAttention, Observation, Rotary
 from longshort.layout import HeadLayout
 from longshort.model import LongShortConfig, LongShortForCausalLM
-from longshort.stability import MAX_LOGITS, AttentionMonitor, Reading
+from longshort.stability import MAX_LOGITS, ROW_RANGES, AttentionMonitor, Reading
 
 MIXED = HeadLayout((5, 5, None, None, 12, 12), num_kv_heads=3, sink_tokens=2)
 
@@ -54,27 +57,46 @@ def exact(
     observation: Observation, layout: HeadLayout, segment_ids: Tensor | None, band: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Per head the largest visible |logit| and the mean entropy, in float64; global heads within the band."""
+    max_logits, entropies = [], []
+    for logits, visible in visible_logits(observation, layout, segment_ids, band):
+        max_logits.append(logits.abs()[visible].amax())
+        p = logits.masked_fill(~visible, -math.inf)[visible.any(-1)].softmax(-1)
+        entropies.append(torch.special.entr(p).sum(-1).mean())
+    return torch.stack(max_logits), torch.stack(entropies)
+
+
+def exact_row_ranges(
+    observation: Observation, layout: HeadLayout, segment_ids: Tensor | None, band: int | None = None
+) -> Tensor:
+    """Per head the largest range of a row, in float64; global heads within the band."""
+    ranges = []
+    for logits, visible in visible_logits(observation, layout, segment_ids, band):
+        rows = visible.any(-1)
+        largest = logits.masked_fill(~visible, -math.inf)[rows].amax(-1)
+        smallest = logits.masked_fill(~visible, math.inf)[rows].amin(-1)
+        ranges.append((largest - smallest).amax() if rows.any() else torch.zeros((), dtype=torch.float64))
+    return torch.stack(ranges)
+
+
+def visible_logits(
+    observation: Observation, layout: HeadLayout, segment_ids: Tensor | None, band: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per head all logits in float64, and which of them are visible (global heads: and in the band)."""
     q, k = observation.q.double(), observation.k.double().repeat_interleave(layout.group_size, dim=1)
     logits = q @ k.mT / math.sqrt(q.shape[-1])
-    length = q.shape[2]
-    query, key = torch.arange(length)[:, None], torch.arange(length)
-    max_logits, entropies = [], []
+    q_len, kv_len = q.shape[2], k.shape[2]
+    query, key = torch.arange(kv_len - q_len, kv_len)[:, None], torch.arange(kv_len)
     for head, window in enumerate(layout.windows):
         visible = (key <= query).expand(len(q), -1, -1).clone()
         if segment_ids is not None:
-            same = segment_ids[:, :, None] == segment_ids[:, None]
-            visible &= same & (segment_ids >= 0)[:, None]
+            queries = segment_ids[:, kv_len - q_len :, None]
+            visible &= (queries == segment_ids[:, None]) & (queries >= 0)
         if window is not None:
             sinks = _first_of_segments(visible, layout.sink_tokens)
             visible &= (query - key < window) | sinks
         elif band is not None:
             visible &= query - key < band
-        scores = logits[:, head].masked_fill(~visible, -math.inf)
-        max_logits.append(logits[:, head].abs()[visible].amax())
-        rows = visible.any(-1)
-        p = scores[rows].softmax(-1)
-        entropies.append(torch.special.entr(p).sum(-1).mean())
-    return torch.stack(max_logits), torch.stack(entropies)
+        yield logits[:, head], visible
 
 
 def assert_close(values: list[float], truth: Tensor) -> None:
@@ -157,6 +179,69 @@ def test_pairs_outside_the_band_do_not_count() -> None:
     assert values[38] > values[37]
 
 
+@settings(max_examples=60)
+@given(data=st.data())
+def test_row_ranges_equal_the_logits_in_float64(data: st.DataObject) -> None:
+    group_size = data.draw(st.integers(1, 3), "group size")
+    windows = data.draw(st.lists(st.sampled_from([None, None, 1, 3, 64, 90]), min_size=1, max_size=3))
+    heads = tuple(window for window in windows for _ in range(group_size))
+    layout = HeadLayout(heads, len(windows), data.draw(st.sampled_from([0, 0, 2, 70]), "sinks"))
+    kv_len = data.draw(st.sampled_from([1, 2, 30, 200, 700]), "kv_len")
+    past = data.draw(st.integers(0, kv_len - 1), "past")
+    band = data.draw(st.sampled_from([None, 1, 5, 100]), "band")
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000), "seed"))
+    batch, head_dim = 2, 4
+    q = torch.randn(batch, len(heads), kv_len - past, head_dim, generator=generator)
+    k = torch.randn(batch, len(windows), kv_len, head_dim, generator=generator)
+    segment_ids = None
+    if data.draw(st.booleans(), "packed"):  # an id may come in several runs, and nobody sees what is negative
+        runs = torch.randint(-1, 3, (batch, kv_len), generator=generator)
+        borders = torch.rand(batch, kv_len, generator=generator) < 0.03
+        first_of_run = (torch.arange(kv_len) * borders).cummax(-1).values
+        segment_ids = runs.gather(1, first_of_run)
+
+    layer = LongShortAttention(8, layout, head_dim)
+    monitor = AttentionMonitor(Stack(layer), band, row_range=True)
+    with monitor.observing():
+        assert layer.observer is not None
+        _, stats = attention(q, k, k, layout, segment_ids=segment_ids, return_stats=True)
+        observation = Observation(q, k, k, stats, {"segment_ids": segment_ids})
+        layer.observer(observation)
+    reading = monitor.reading()
+
+    is_global = torch.tensor([window is None for window in heads])
+    truth = exact_row_ranges(observation, layout, segment_ids)
+    in_band = exact_row_ranges(observation, layout, segment_ids, band)[is_global]
+    expected = {
+        "row_range": truth,
+        "row_range_local": truth[~is_global],
+        "row_range_global": truth[is_global],
+        "row_range_global_in_band": in_band if band is not None else in_band[:0],
+    }
+    for name, ranges in expected.items():
+        largest = ranges.amax().item() if len(ranges) else None
+        assert getattr(reading, name) == (pytest.approx(largest, rel=1e-5, abs=1e-6) if len(ranges) else None)
+    assert list(reading.as_metrics())[:8] == [*MAX_LOGITS, *ROW_RANGES]
+
+
+def test_row_range_is_that_of_one_row() -> None:
+    """Neither a row's common shift nor the difference between rows counts."""
+    layout = HeadLayout((None,))
+    layer = LongShortAttention(8, layout, head_dim=1)
+    monitor = AttentionMonitor(Stack(layer), 1, row_range=True)
+    q = torch.tensor([1.0, 1.0, -1.0]).view(1, 1, 3, 1)
+    k = torch.tensor([100.0, 103.0, 99.0]).view(1, 1, 3, 1)
+    with monitor.observing():
+        _, stats = attention(q, k, k, layout, return_stats=True)
+        assert layer.observer is not None
+        layer.observer(Observation(q, k, k, stats, {}))
+    reading = monitor.reading()
+    assert reading.max_logit == 103
+    assert reading.row_range == reading.row_range_global == 4
+    assert reading.row_range_global_in_band == 0  # each row sees one key
+    assert reading.row_range_local is None
+
+
 @pytest.mark.parametrize("precision", ["input", "fp32", "bf16", "bf16-flash"])
 def test_under_autocast_logits_are_those_of_the_attention(precision: str) -> None:
     layout = HeadLayout.split(6, 2, 4)
@@ -204,7 +289,7 @@ def test_outputs_and_gradients_are_bit_identical_with_and_without(options: dict)
     model = language_model(**options)
     batches = list(torch.randint(50, (2, 3, 64)))
     plain = loss_and_gradients(model, batches)
-    monitor = AttentionMonitor(model, 6)
+    monitor = AttentionMonitor(model, 6, row_range=True)
     with monitor.observing():
         watched = loss_and_gradients(model, batches)
     after = loss_and_gradients(model, batches)
@@ -254,7 +339,7 @@ def test_what_is_not_finite_shows(bad: float, seen: Callable[[float], bool]) -> 
     model = stack_of(HeadLayout.split(2, 1, 4), HeadLayout.split(2, 1, 4))
     with torch.no_grad():
         weights_of_first_layer(model)[8, 0] = bad  # a query of the global head
-    monitor = AttentionMonitor(model, 4)
+    monitor = AttentionMonitor(model, 4, row_range=True)
     with monitor.observing():
         model(torch.randn(1, 20, 48))
     reading = monitor.reading()
@@ -265,6 +350,10 @@ def test_what_is_not_finite_shows(bad: float, seen: Callable[[float], bool]) -> 
     assert seen(reading.max_logit_global)
     assert seen(reading.max_logit_global_in_band)
     assert seen(reading.max_logit)
+    assert reading.row_range_global is not None
+    assert reading.row_range_local is not None
+    assert seen(reading.row_range_global)
+    assert seen(reading.row_range_local)  # in the second layer, which reads what the first one wrote
 
 
 def test_infinite_logit_is_infinite() -> None:
@@ -300,13 +389,14 @@ def test_groups_that_a_model_lacks_are_none() -> None:
     assert everywhere.max_logit == everywhere.max_logit_global
     assert no_band.max_logit_global_in_band is None
     assert list(local.as_metrics()) == [*MAX_LOGITS, "max_logit_by_head", "entropy_by_head"]
+    assert (local.row_range, local.row_range_local) == (None, None)  # nobody asked
     assert local.as_metrics()["max_logit_global"] is None
     assert local.as_metrics()["max_logit_by_head"] == local.max_logit_by_head
 
 
 def test_reductions_join_the_numbers_of_all_processes() -> None:
     model = stack_of(HeadLayout.split(3, 1, 4), HeadLayout.split(3, 1, 4))
-    monitor = AttentionMonitor(model, 4)
+    monitor = AttentionMonitor(model, 4, row_range=True)
     hidden_states = torch.randn(1, 20, 48)
 
     def observed() -> None:
@@ -324,6 +414,8 @@ def test_reductions_join_the_numbers_of_all_processes() -> None:
     assert alone.max_logit_global_in_band is not None
     assert joint.max_logit_global_in_band == alone.max_logit_global_in_band + 100
     assert joint.max_logit == alone.max_logit + 100
+    for name in ROW_RANGES:
+        assert getattr(joint, name) == getattr(alone, name) + 100
 
 
 def test_observers_are_gone_after_an_error() -> None:
@@ -350,6 +442,11 @@ def test_reading_of_nothing_is_refused() -> None:
 def test_wrong_band_is_refused(band: object) -> None:
     with pytest.raises(ValueError, match="band must be an integer >= 1"):
         AttentionMonitor(stack_of(MIXED), band)  # pyright: ignore[reportArgumentType]
+
+
+def test_wrong_row_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="row_range must be True or False, got 1"):
+        AttentionMonitor(stack_of(MIXED), 4, row_range=1)  # pyright: ignore[reportArgumentType]
 
 
 def test_model_without_layers_is_refused() -> None:

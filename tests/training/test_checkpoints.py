@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from longshort.training.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     remove_partial_checkpoints,
+    rewind,
     save_checkpoint,
 )
 from longshort.training.config import TrainConfig
@@ -47,6 +49,14 @@ def save(run: Path, step: int, keep: int | None = None) -> Path:
     return save_checkpoint(run, *trained_model(), TrainState(step, 10 * step, 3), keep)
 
 
+def fresh_model() -> tuple[LongShortForCausalLM, torch.optim.AdamW]:
+    torch.manual_seed(2)
+    model = LongShortForCausalLM(
+        preset("tiny", hidden_size=16, num_attention_heads=2, head_dim=8, qk_norm=True)
+    )
+    return model, make_optimizer(model, SETTINGS)
+
+
 def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
@@ -69,13 +79,48 @@ def test_training_goes_on_bit_by_bit(tmp_path: Path, options: dict) -> None:
             assert theirs.data_ptr() % 64 == 0
 
 
+def test_the_state_before_the_first_step_comes_back(tmp_path: Path) -> None:
+    model, optimizer = fresh_model()
+    state = TrainState(0, 0, 3, spikes={"losses": []})
+    folder = save_checkpoint(tmp_path, model, optimizer, state)
+    other, other_optimizer = trained_model()
+    assert load_checkpoint(folder, other, other_optimizer) == state
+    assert not other_optimizer.state
+    for trained, its_optimizer in ((model, optimizer), (other, other_optimizer)):
+        take_steps(trained, its_optimizer, 2)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name
+
+
+def test_rewinding_makes_an_earlier_checkpoint_the_start_of_another_attempt(tmp_path: Path) -> None:
+    model, optimizer = trained_model()
+    for step in (2, 4, 6, 8):
+        save_checkpoint(tmp_path, model, optimizer, TrainState(step, 10 * step, 3, spikes={"calm": {}}))
+    rewind(tmp_path, 4, attempt=2, batches_skipped=30)
+    assert names(tmp_path) == ["step-2", "step-4"]
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    expected = TrainState(4, 40, 3, attempt=2, batches_skipped=30, spikes={"calm": {}})
+    assert load_checkpoint(latest, model, optimizer) == expected
+    save_checkpoint(tmp_path, model, optimizer, replace(expected, step=6))
+    assert names(tmp_path) == ["step-2", "step-4", "step-6"]
+
+
+def test_checkpoints_that_are_needed_stay(tmp_path: Path) -> None:
+    model, optimizer = trained_model()
+    for step, needed_from in ((2, None), (4, 2), (6, 2), (8, 4)):
+        save_checkpoint(tmp_path, model, optimizer, TrainState(step, step, 3), 1, needed_from)
+    assert names(tmp_path) == ["step-4", "step-6", "step-8"]
+
+
 def test_folder_is_a_pretrained_model_and_plain_data(tmp_path: Path) -> None:
     model, optimizer = trained_model()
     folder = save_checkpoint(tmp_path, model, optimizer, TrainState(7, 70, 0))
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     tokens = torch.arange(20)[None]
     assert torch.equal(loaded(tokens).logits, model.eval()(tokens).logits)
-    assert json.loads((folder / "state.json").read_text()) == {"step": 7, "tokens": 70, "seed": 0}
+    expected = {"step": 7, "tokens": 70, "seed": 0, "attempt": 0, "batches_skipped": 0, "spikes": None}
+    assert json.loads((folder / "state.json").read_text()) == expected
     with safe_open(folder / "optimizer.safetensors", "pt") as file:
         assert "model.layers.0.attention.qkv_proj.weight.exp_avg_sq" in file.keys()  # noqa: SIM118
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}

@@ -44,11 +44,23 @@ def settings(**changes: Any) -> TrainConfig:
         ("weight_decay", -0.1, "--weight-decay must be a number >= 0, got -0.1"),
         ("grad_clip", float("inf"), "--grad-clip must be a number >= 0, got inf"),
         ("softcap", 0.0, "--softcap must be a number > 0, got 0.0"),
+        ("z_loss", -1.0, "--z-loss must be a number >= 0, got -1.0"),
+        ("z_loss", None, "--z-loss must be a number >= 0, got None"),
+        ("qk_clip", 0, "--qk-clip must be a number > 0, got 0"),
+        ("short_convolution", 1, "--short-convolution must be an integer >= 2, got 1"),
+        ("sink_logits", 1, "--sink-logits must be True or False, got 1"),
+        ("on_spike", "ignore", "--on-spike must be one of report, stop, rollback, got 'ignore'"),
+        ("rollback_steps", 0, "--rollback-steps must be an integer >= 1, got 0"),
+        ("skip_batches", -1, "--skip-batches must be an integer >= 0, got -1"),
+        ("max_rollbacks", -1, "--max-rollbacks must be an integer >= 0, got -1"),
         ("schedule", "linear", "--schedule must be one of cosine, constant, got 'linear'"),
         ("precision", "fp16", "--precision must be one of fp32, bf16, got 'fp16'"),
         ("device", "tpu", "--device must be one of auto, cpu, cuda, got 'tpu'"),
         ("position_embedding", "sin", "--position-embedding must be one of learned, rope, alibi, none"),
         ("attention_precision", "fp8", "--attention-precision must be one of input, fp32, bf16, bf16-flash"),
+        ("token_order", "random", "--token-order must be one of text, permuted, interleaved, got 'random'"),
+        ("interleave", 0, "--interleave must be an integer >= 1, got 0"),
+        ("monitor_row_range", 1, "--monitor-row-range must be True or False, got 1"),
         ("compile", "yes", "--compile must be True or False, got 'yes'"),
         ("qk_norm", 1, "--qk-norm must be True or False, got 1"),
         ("warmup_steps", 1000, "--warmup-steps must be below the end of the cosine (1000: --schedule-steps"),
@@ -62,6 +74,20 @@ def test_wrong_value_is_refused_by_name(name: str, value: object, message: str) 
 def test_all_heads_global_excludes_a_number_of_global_heads() -> None:
     with pytest.raises(ValueError, match="--global-heads does not go with --mhsa"):
         settings(mhsa=True, global_heads=1)
+
+
+@pytest.mark.parametrize("token_order", ["permuted", "interleaved"])
+def test_documents_are_not_separate_where_their_tokens_are_mixed(token_order: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"--separate-documents does not go with --token-order {token_order}"
+    ):
+        settings(separate_documents=True, token_order=token_order)
+    assert settings(separate_documents=True).token_order == "text"
+
+
+def test_qk_clip_excludes_qk_norm() -> None:
+    with pytest.raises(ValueError, match="--qk-clip does not go with --qk-norm"):
+        settings(qk_clip=100.0, qk_norm=True)
 
 
 def test_warmup_may_outlast_a_constant_schedule_and_the_run() -> None:

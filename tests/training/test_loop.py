@@ -11,11 +11,14 @@ import pytest
 import torch
 from tests.training.runs import Recorder, SettingsFor, assert_close_metrics, losses
 
-from longshort.data import prepare
+from longshort.data import DataFolder, prepare, validation_windows
+from longshort.evaluation import generate_text
+from longshort.stability import ROW_RANGES
 from longshort.training.checkpoints import latest_checkpoint
 from longshort.training.loop import resume, train
 from longshort.training.metrics import TENSORBOARD_FOLDER, read_metrics
 from longshort.training.run import read_run
+from longshort.training.trained import open_trained
 
 EVERY_LINE = ["step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"]
 GROUPS = ["max_logit", "max_logit_local", "max_logit_global", "max_logit_global_in_band"]
@@ -67,6 +70,79 @@ def test_monitor_and_validation_can_be_off(settings_for: SettingsFor) -> None:
     settings = settings_for(steps=3, monitor_every=0, evaluate_every=0)
     train(settings)
     assert all(list(record) == EVERY_LINE for record in read_metrics(settings.out))
+
+
+def test_row_ranges_are_measured_where_asked_for(settings_for: SettingsFor) -> None:
+    settings = settings_for(monitor_row_range=True, steps=5)
+    train(settings)
+    for record in read_metrics(settings.out):
+        is_monitored = record["step"] in (1, 4, 5)
+        assert [name for name in record if name in ROW_RANGES] == list(ROW_RANGES if is_monitored else ())
+        if is_monitored:
+            assert 0 < record["row_range_global_in_band"] <= record["row_range"] <= 2 * record["max_logit"]
+
+
+@pytest.mark.parametrize("token_order", ["permuted", "interleaved"])
+def test_token_order_reaches_training_and_validation(settings_for: SettingsFor, token_order: str) -> None:
+    settings = settings_for("ordered", token_order=token_order, interleave=3, steps=2, evaluate_every=2)
+    text = settings_for("text", steps=2, evaluate_every=2)
+    train(settings)
+    train(text)
+    assert losses(settings.out)[0] != losses(text.out)[0]  # the weights are equal still
+    trained, data = open_trained(settings.out), DataFolder.open(settings.data)
+    windows = validation_windows(
+        data.validation, 48, settings.validation_windows, token_order=settings.token_order, interleave=3
+    )
+    with torch.no_grad():
+        loss = trained.model(windows.input_ids, shift_labels=windows.labels).loss.item()
+    assert read_metrics(settings.out)[-1]["validation_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_other_token_orders_need_whole_validation_windows(settings_for: SettingsFor) -> None:
+    validation = DataFolder.open(settings_for().data).validation
+    changes = {"token_order": "permuted", "sequence_length": len(validation)}
+    with pytest.raises(ValueError, match=f"validation.bin has {len(validation)} tokens; sequence_length"):
+        train(settings_for(**changes))
+    train(settings_for(**changes, evaluate_every=0, steps=1, batch_size=1))
+
+
+@pytest.mark.parametrize("monitor_every", [0, 3])
+def test_qk_clip_keeps_the_logits_down(settings_for: SettingsFor, monitor_every: int) -> None:
+    free = settings_for("free", steps=10, monitor_every=1, learning_rate=3e-2)
+    clipped = settings_for("clipped", steps=10, monitor_every=monitor_every, learning_rate=3e-2, qk_clip=0.5)
+    for settings in (free, clipped):
+        train(settings)
+    lines, free_lines = read_metrics(clipped.out), read_metrics(free.out)
+    assert free_lines[-1]["max_logit"] > 2
+    assert "qk_clipped" not in free_lines[0]
+    first = next(line["step"] for line in lines if line["qk_clipped"])
+    over = [line["step"] for line in free_lines if line["max_logit"] > 0.5]
+    assert first == over[0]  # every step is measured, whatever monitor_every says
+    assert losses(clipped.out)[:first] == losses(free.out)[:first]
+    assert losses(clipped.out)[-1] != losses(free.out)[-1]
+    by_head = [line["step"] for line in lines if "max_logit_by_head" in line]
+    assert by_head == ([1, 3, 6, 9, 10] if monitor_every else [])
+    if monitor_every:
+        assert lines[-1]["max_logit"] < free_lines[-1]["max_logit"] / 2
+
+
+def test_qk_clip_needs_a_model_without_qk_norm(settings_for: SettingsFor, tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text('{"qk_norm": true}')
+    with pytest.raises(ValueError, match="--qk-clip does not go with --qk-norm"):
+        train(settings_for(preset=str(tmp_path / "model.json"), qk_clip=1.0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_sinks_and_convolutions_train_and_generate(settings_for: SettingsFor) -> None:
+    settings = settings_for(sink_logits=True, short_convolution=3, separate_documents=True)
+    train(settings)
+    trained = open_trained(settings.out)
+    assert losses(settings.out)[-1] < losses(settings.out)[0] - 0.5
+    text = generate_text(trained.model, trained.tokenizer, "the", max_new_tokens=5, temperature=0)
+    assert "".join(text)
+    weights = trained.model.state_dict()
+    assert weights["model.layers.0.attention.sink_logits"].abs().max() > 0
+    assert weights["model.layers.0.attention.short_convolution.weight"][:, 1:].abs().max() > 0
 
 
 def test_mhsa_has_global_heads_alone_and_the_bands_logit(settings_for: SettingsFor) -> None:

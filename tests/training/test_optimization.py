@@ -88,6 +88,32 @@ def test_only_matrices_decay() -> None:
     }
 
 
+def test_sinks_and_convolutions_do_not_decay() -> None:
+    trained = LongShortForCausalLM(preset("tiny", sink_logits=True, short_convolution=3))
+    decayed, others = make_optimizer(trained, settings()).param_groups
+    names = {id(parameter): name for name, parameter in trained.named_parameters()}
+    kept = {names[id(parameter)] for parameter in others["params"]}
+    assert {name for name in names.values() if "sink" in name or "convolution" in name} <= kept
+    assert len(kept) == 2 * 4 + 1  # two norms, sinks and a convolution per layer, and the last norm
+    assert len(decayed["params"]) == len(names) - len(kept)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
+def test_z_loss_is_differentiated_and_not_reported(micro_batch_size: int | None) -> None:
+    chosen = settings(z_loss=0.1, grad_clip=0, micro_batch_size=micro_batch_size)
+    trained, expected = model(), model()
+    loss, norm, gradients = step(chosen, trained)
+    plain_loss, plain_norm, _ = step(settings(grad_clip=0), model())
+    given = batch()
+    output = expected(given.input_ids, shift_labels=given.labels)
+    (output.loss + 0.1 * output.logits.logsumexp(-1).square().mean()).backward()
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+    assert norm != pytest.approx(plain_norm, rel=0.1)
+    for mine, parameter in zip(gradients, expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
+    assert validation_loss(expected, given, chosen, ALONE) == pytest.approx(output.loss.item(), rel=1e-6)
+
+
 def test_step_is_adamw_with_the_given_rate() -> None:
     chosen = settings(grad_clip=0, weight_decay=0.5)
     trained, expected = model(), model()

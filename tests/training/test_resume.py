@@ -313,6 +313,6 @@ def test_settings_are_those_of_the_run(settings_for: SettingsFor) -> None:
 
 
 _RESOLVED = (
-    "data", "global_heads", "layers", "kv_heads", "position_embedding", "qk_norm", "sink_tokens",
-    "attention_precision", "warmup_steps", "schedule_steps", "min_learning_rate",
+    "data", "global_heads", "layers", "kv_heads", "position_embedding", "qk_norm", "sink_logits",
+    "sink_tokens", "attention_precision", "warmup_steps", "schedule_steps", "min_learning_rate",
 )  # fmt: skip

@@ -22,7 +22,10 @@ def test_config_is_resolved_and_comes_back(settings_for: SettingsFor) -> None:
     assert read_run(out) == planned
     training = json.loads((out / "config.json").read_text())["training"]
     unresolved = {name for name, value in training.items() if value is None}
-    assert unresolved == {"micro_batch_size", "global_position_embedding", "keep_checkpoints"}
+    assert unresolved == {
+        "micro_batch_size", "global_position_embedding", "keep_checkpoints", "short_convolution", "qk_clip",
+        "on_spike",
+    }  # fmt: skip
     assert (training["warmup_steps"], training["schedule_steps"], training["threads"]) == (4, 40, 1)
     assert (training["kv_heads"], training["global_heads"], training["window"]) == (2, 2, 8)
     assert Path(training["data"]).is_absolute()
@@ -60,9 +63,46 @@ def test_weights_come_from_the_seed_and_leave_the_global_generator_alone(setting
 
 
 @pytest.mark.parametrize(
+    ("fields", "changes", "band"),
+    [
+        ({"num_global_heads": [0, 4], "local_window": [3, 7]}, {}, 3),  # the second layer has no local head
+        ({"num_global_heads": [0, 2], "local_window": [3, 7]}, {}, 7),
+        ({"num_global_heads": [4, 4], "local_window": [3, 7]}, {}, 7),
+        ({"num_global_heads": [0, 4]}, {"window": 5}, 5),
+        ({"layouts": [[3, 9, 5, None], [None] * 4]}, {}, 9),
+        ({"layouts": [[None] * 4] * 2}, {}, None),
+        ({"local_window": [3, 7]}, {"mhsa": True}, 7),
+    ],
+    ids=str,
+)
+def test_model_of_a_file_is_resolved_and_comes_back(
+    settings_for: SettingsFor, tmp_path: Path, fields: dict, changes: dict, band: int | None
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(fields))
+    planned, data = plan_run(settings_for(**{"preset": str(file), "window": None, **changes}))
+    create_run(planned, data)
+    file.unlink()  # the run does not need it again
+    assert read_run(planned.training.out) == planned
+    assert planned.band == band
+    model = LongShortConfig.from_dict(planned.model)
+    expected = {
+        name: value for name, value in fields.items() if name != "num_global_heads" or "mhsa" not in changes
+    }
+    assert {name: getattr(model, name) for name in expected} == expected
+    assert planned.build_model().config.head_layouts() == model.head_layouts()
+
+
+def test_missing_file_is_named_before_any_file(settings_for: SettingsFor, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"preset: there is no file '.*none\.json'"):
+        plan_run(settings_for(preset=str(tmp_path / "none.json")))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preset": "huge"}, "preset must be one of tiny, paper-small, paper-base, paper-large, got 'huge'"),
+        ({"preset": "huge"}, "preset must be one of tiny, paper-small, paper-base, paper-large, or the path"),
         ({"kv_heads": 3}, "num_key_value_heads must divide num_attention_heads"),
         ({"global_heads": 5}, "num_global_heads must be"),
         ({"position_embedding": "rope", "head_dim": 7}, "head_dim must be even"),

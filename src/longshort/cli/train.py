@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-import torch
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -16,8 +15,8 @@ from rich.progress import Progress as Bar
 from longshort.cli.console import SECONDS_BETWEEN_LINES, console, discard_output
 from longshort.cli.errors import UsageError
 from longshort.cli.flags import parse
-from longshort.model import LongShortConfig, LongShortForCausalLM, preset
-from longshort.training.config import TrainConfig
+from longshort.model import LongShortConfig, parameter_count, preset
+from longshort.training.config import MODEL_SETTINGS, TrainConfig
 from longshort.training.loop import Progress, resume, train
 from longshort.training.metrics import read_metrics
 from longshort.training.report import write_report
@@ -35,10 +34,14 @@ _RESUME_DESCRIPTION = "Go on with a run from its latest checkpoint, with its own
 @dataclass(frozen=True)
 class TrainFlags(TrainConfig):
     preset: Annotated[str, tyro.conf.Positional]
-    """Model to start from: tiny, paper-small, paper-base or paper-large."""
+    """Model to start from: tiny, paper-small, paper-base, paper-large, or a JSON file (*.json) with fields of
+    LongShortConfig, such as {"preset": "tiny", "num_global_heads": [0, 4]}."""
 
     qk_norm: bool = False
     """Normalize queries and keys per head."""
+
+    sink_logits: bool = False
+    """Learn a logit per head that joins the softmax's denominator, as in gpt-oss."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,10 @@ def run(arguments: list[str]) -> int:
 
 def _parse_settings(arguments: list[str]) -> TrainConfig:
     flags = parse(TrainFlags, "train", arguments, _DESCRIPTION)
-    settings = TrainConfig(**{field.name: getattr(flags, field.name) for field in fields(TrainConfig)})
+    values = {field.name: getattr(flags, field.name) for field in fields(TrainConfig)}
+    # A switch of the model that is not given is the preset's.
+    values |= {name: None for name in MODEL_SETTINGS if values[name] is False}
+    settings = TrainConfig(**values)
     try:
         preset(settings.preset, mhsa=settings.mhsa, **settings.model_overrides())
     except ValueError as error:
@@ -106,6 +112,7 @@ class TrainingDisplay(Progress):
     def on_start(self, run: RunConfig, step: int) -> None:
         self.is_main = True
         self._steps, self._first, self._began = run.training.steps, step, time.monotonic()
+        self._step = step
         self.on_message(describe_model(run))
         if step:
             self.on_message(f"going on after step {step}")
@@ -119,6 +126,9 @@ class TrainingDisplay(Progress):
 
     def on_step(self, step: int, record: dict[str, Any] | None) -> None:
         self._newest |= record or {}
+        if step <= self._step:  # after a rollback
+            self._first, self._began = step - 1, time.monotonic()
+        self._step = step
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=describe_progress(self._newest))
         elif record and (time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or step == self._steps):
@@ -137,21 +147,16 @@ class TrainingDisplay(Progress):
 
 def describe_model(run: RunConfig) -> str:
     """One line: the parameters of the model and of its twin, which has the other kind of attention."""
-    settings = run.training
-    overrides = {**settings.model_overrides(), "vocab_size": run.model["vocab_size"]}
-    overrides.pop("num_global_heads", None)
-    twin = preset(settings.preset, mhsa=not settings.mhsa, **overrides)
-    kinds = ("MHSA", "LS-attention") if settings.mhsa else ("LS-attention", "MHSA")
-    own_count = _count_parameters(LongShortConfig.from_dict(run.model))
+    config = LongShortConfig.from_dict(run.model)
+    heads = config.num_attention_heads
+    is_mhsa = not any(layout.local_heads for layout in config.head_layouts())
+    twin_heads = {"num_global_heads": None if is_mhsa else heads, "local_window": None, "layouts": None}
+    twin = LongShortConfig.from_dict({**run.model, **twin_heads})
+    kinds = ("MHSA", "LS-attention") if is_mhsa else ("LS-attention", "MHSA")
     return (
-        f"{settings.preset} with {kinds[0]}: {own_count:,} parameters "
-        f"(with {kinds[1]}: {_count_parameters(twin):,})"
+        f"{run.training.preset} with {kinds[0]}: {parameter_count(config):,} parameters "
+        f"(with {kinds[1]}: {parameter_count(twin):,})"
     )
-
-
-def _count_parameters(config: LongShortConfig) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in LongShortForCausalLM(config).parameters())
 
 
 def describe_progress(record: dict[str, Any]) -> str:

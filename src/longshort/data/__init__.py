@@ -1,6 +1,6 @@
 """Text corpora, tokenizers, token files and batches."""
 
-from longshort.data.batches import Batch, Batches, validation_windows
+from longshort.data.batches import Batch, Batches, TokenOrder, validation_windows
 from longshort.data.corpora import Corpus, Document, Skipped, open_corpus
 from longshort.data.prepare import Prepared, PreparedSplit, Progress, prepare
 from longshort.data.token_files import DataFolder, TokenFile, TokenFileWriter
@@ -18,6 +18,7 @@ __all__ = [
     "Skipped",
     "TokenFile",
     "TokenFileWriter",
+    "TokenOrder",
     "byte_tokenizer",
     "load_tokenizer",
     "open_corpus",

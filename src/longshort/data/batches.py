@@ -1,8 +1,15 @@
-"""Batches as a pure function of the seed and the step, so that resuming a run needs no loader state."""
+"""Batches as a pure function of the seed and the step, so that resuming a run needs no loader state.
+
+Two orders of the tokens other than the text's are for control experiments: the tokens depend on one another
+as in the text, but not on their neighbours.
+
+- "permuted": the tokens of each window are put into one random order, the same for all windows of a length.
+- "interleaved": a window is woven of pieces of text from independent places, token t from piece t mod pieces.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -15,6 +22,12 @@ if TYPE_CHECKING:
     from jaxtyping import Int64
 
 
+TokenOrder = Literal["text", "permuted", "interleaved"]
+"""How the tokens of a window follow each other."""
+
+_PERMUTATION_SEED = 20_240
+
+
 class Batch(NamedTuple):
     """Windows of a token file, cut anywhere: one may hold the end of a document and the start of the next."""
 
@@ -22,7 +35,8 @@ class Batch(NamedTuple):
     labels: Int64[Tensor, "batch sequence"]
     """Already shifted: `labels[:, t]` is the token after `input_ids[:, t]`."""
     segment_ids: Int64[Tensor, "batch sequence"]
-    """The documents inside each window, numbered 0, 1, 2 … in the order in which they come."""
+    """The documents inside each window, numbered 0, 1, 2 … in the order in which they come; all 0 where the
+    tokens are not in the text's order."""
 
 
 class Batches:
@@ -33,17 +47,27 @@ class Batches:
         sequence_length: tokens of one window.
         batch_size: windows of one step, of all ranks together.
         seed: 0 … 2⁶⁴ - 1; each names another sequence of batches.
+        token_order: "text", or one of the other orders that this module's description explains.
+        interleave: pieces per window, 1 … sequence_length, where they are interleaved; their places are drawn
+            one by one.
 
     Raises:
-        ValueError: a number is out of its range, or the file is shorter than one window.
+        ValueError: a value is out of its range, or the file is shorter than one window (one piece).
     """
 
-    def __init__(self, token_file: TokenFile, sequence_length: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        token_file: TokenFile,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        *,
+        token_order: TokenOrder = "text",
+        interleave: int = 16,
+    ) -> None:
         _check_integer("batch_size", batch_size, 1)
         _check_integer("seed", seed, 0)
-        self._number_of_starts = _number_of_starts(token_file, sequence_length)
-        self._token_file = token_file
-        self._sequence_length = sequence_length
+        self._windows = _Windows(token_file, sequence_length, token_order, interleave)
         self._batch_size = batch_size
         self._seed = seed
 
@@ -60,44 +84,84 @@ class Batches:
             raise ValueError(f"batch_size {self._batch_size} must be a multiple of world_size {world_size}")
         # Counter-based and from raw bits: numpy promises the same stream in every version.
         generator = np.random.Philox(key=np.array([self._seed, step], dtype=np.uint64))
-        draws = generator.random_raw(self._batch_size) % np.uint64(self._number_of_starts)
+        windows = self._windows
+        draws = generator.random_raw(self._batch_size * windows.pieces) % np.uint64(windows.number_of_starts)
         part = self._batch_size // world_size
-        starts = draws[rank * part : (rank + 1) * part].astype(np.int64)
-        return _windows(self._token_file, starts, self._sequence_length)
+        starts = draws.astype(np.int64).reshape(self._batch_size, windows.pieces)
+        return windows.cut(starts[rank * part : (rank + 1) * part])
 
 
-def validation_windows(token_file: TokenFile, sequence_length: int, count: int) -> Batch:
+def validation_windows(
+    token_file: TokenFile,
+    sequence_length: int,
+    count: int,
+    *,
+    token_order: TokenOrder = "text",
+    interleave: int = 16,
+) -> Batch:
     """Returns `count` windows, evenly spaced from the file's first token to its last.
 
-    In a short file they overlap.
+    In a short file they overlap. Interleaved pieces are evenly spaced too, those of one window far apart. The
+    tokens are ordered as `Batches` of the same sequence_length does.
 
     Raises:
-        ValueError: `count` or `sequence_length` < 1, or the file is shorter than one window.
+        ValueError: `count` < 1, or as `Batches`.
     """
     _check_integer("count", count, 1)
-    last = _number_of_starts(token_file, sequence_length) - 1
-    starts = np.arange(count, dtype=np.int64) * last // max(count - 1, 1)
-    return _windows(token_file, starts, sequence_length)
+    windows = _Windows(token_file, sequence_length, token_order, interleave)
+    pieces = count * windows.pieces
+    starts = np.arange(pieces, dtype=np.int64) * (windows.number_of_starts - 1) // max(pieces - 1, 1)
+    return windows.cut(starts.reshape(windows.pieces, count).T)
 
 
-def _windows(token_file: TokenFile, starts: NDArray[np.int64], sequence_length: int) -> Batch:
-    every_window = np.lib.stride_tricks.sliding_window_view(token_file.tokens, sequence_length + 1)
-    windows = torch.from_numpy(every_window[starts].astype(np.int64))
-    positions = starts[:, None] + np.arange(sequence_length)
-    documents = np.searchsorted(token_file.document_offsets, positions, side="right")
-    segment_ids = torch.from_numpy(documents - documents[:, :1])
-    return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), segment_ids)
+class _Windows:
+    """Cuts windows out of a token file, each of `pieces` pieces, and puts their tokens in order."""
+
+    def __init__(
+        self, token_file: TokenFile, sequence_length: int, token_order: TokenOrder, interleave: int
+    ) -> None:
+        _check_integer("sequence_length", sequence_length, 1)
+        if token_order not in get_args(TokenOrder):
+            raise ValueError(
+                f"token_order must be one of {', '.join(get_args(TokenOrder))}, got {token_order!r}"
+            )
+        if token_order == "interleaved":
+            _check_integer("interleave", interleave, 1, sequence_length)
+        self.pieces = interleave if token_order == "interleaved" else 1
+        self._token_file = token_file
+        self._sequence_length = sequence_length
+        self._token_order = token_order
+        self._piece_length = -(-(sequence_length + 1) // self.pieces)
+        self.number_of_starts = len(token_file) - self._piece_length + 1
+        if self.number_of_starts < 1:
+            raise ValueError(
+                f"{token_file.path}.bin has {len(token_file)} tokens; sequence_length {sequence_length} "
+                f"needs {'windows' if self.pieces == 1 else 'pieces'} of {self._piece_length}: shorten it or "
+                "take more text"
+            )
+
+    def cut(self, starts: NDArray[np.int64]) -> Batch:
+        """The windows whose pieces start there: (windows, pieces)."""
+        length = self._sequence_length
+        every_piece = np.lib.stride_tricks.sliding_window_view(self._token_file.tokens, self._piece_length)
+        woven = every_piece[starts].astype(np.int64).swapaxes(1, 2).reshape(len(starts), -1)[:, : length + 1]
+        if self._token_order == "permuted":
+            woven = woven[:, _permutation(length + 1)]
+        windows = torch.from_numpy(woven)
+        if self._token_order == "text":
+            documents = np.searchsorted(
+                self._token_file.document_offsets, starts + np.arange(length), side="right"
+            )
+            segment_ids = torch.from_numpy(documents - documents[:, :1])
+        else:
+            segment_ids = torch.zeros(len(starts), length, dtype=torch.int64)
+        return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), segment_ids)
 
 
-def _number_of_starts(token_file: TokenFile, sequence_length: int) -> int:
-    _check_integer("sequence_length", sequence_length, 1)
-    starts = len(token_file) - sequence_length
-    if starts < 1:
-        raise ValueError(
-            f"{token_file.path}.bin has {len(token_file)} tokens; sequence_length {sequence_length} needs "
-            f"windows of {sequence_length + 1}: shorten it or take more text"
-        )
-    return starts
+def _permutation(size: int) -> NDArray[np.int64]:
+    """One random order of 0 … size - 1; from raw bits, as the batches are."""
+    bits = np.random.Philox(key=np.array([_PERMUTATION_SEED, size], dtype=np.uint64)).random_raw(size)
+    return np.argsort(bits, kind="stable")
 
 
 def _check_integer(name: str, value: int, smallest: int, largest: int = 2**64 - 1) -> None:

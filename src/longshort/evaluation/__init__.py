@@ -1,6 +1,15 @@
-"""What a language model is worth: perplexity over whole documents, and the text that it writes."""
+"""What a language model is worth: perplexity over whole documents, needles found, and the text it writes."""
 
 from longshort.evaluation.generation import generate_text
+from longshort.evaluation.needle import NeedleCell, NeedleResult, measure_needle
 from longshort.evaluation.perplexity import Evaluation, PositionLoss, evaluate_documents
 
-__all__ = ["Evaluation", "PositionLoss", "evaluate_documents", "generate_text"]
+__all__ = [
+    "Evaluation",
+    "NeedleCell",
+    "NeedleResult",
+    "PositionLoss",
+    "evaluate_documents",
+    "generate_text",
+    "measure_needle",
+]

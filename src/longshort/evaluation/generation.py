@@ -94,13 +94,15 @@ def _generate_tokens(
 
     model.eval()
     generator = torch.Generator(model.device).manual_seed(seed)
-    cache = DynamicCache()
+    has_cache = getattr(model.config, "use_cache", True)  # without one every token is computed again
+    cache = DynamicCache() if has_cache else None
     inputs = torch.tensor([ids], device=model.device)
     for _ in range(max_new_tokens):
-        logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits = model(inputs, past_key_values=cache, use_cache=has_cache, logits_to_keep=1).logits[0, -1]
         token = _choose(logits.float(), temperature, top_k, generator)
         yield token
-        inputs = torch.tensor([[token]], device=model.device)
+        new = torch.tensor([[token]], device=model.device)
+        inputs = new if has_cache else torch.cat([inputs, new], dim=1)
 
 
 def _choose(

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from longshort.model.config import POSITION_EMBEDDINGS, LongShortConfig
+from longshort.model.costs import Flops, forward_flops, kv_bytes, parameter_count, training_flops
 from longshort.model.modeling import LongShortForCausalLM, LongShortModel, LongShortPreTrainedModel
 from longshort.model.presets import PRESETS, preset
 
@@ -13,9 +14,14 @@ AutoModelForCausalLM.register(LongShortConfig, LongShortForCausalLM)
 __all__ = [
     "POSITION_EMBEDDINGS",
     "PRESETS",
+    "Flops",
     "LongShortConfig",
     "LongShortForCausalLM",
     "LongShortModel",
     "LongShortPreTrainedModel",
+    "forward_flops",
+    "kv_bytes",
+    "parameter_count",
     "preset",
+    "training_flops",
 ]

@@ -44,10 +44,16 @@ class LongShortConfig(PreTrainedConfig):
         attention_precision: see `longshort.layers.ATTENTION_PRECISIONS`.
         softcap: c in z <- c·tanh(z/c) on the attention logits; None: off.
         qk_norm: LayerNorm on queries and keys, per head.
+        sink_logits: a learned logit per query head in the softmax's denominator, as in gpt-oss; adds
+            num_attention_heads parameters per block.
+        short_convolution: kernel size >= 2 of a causal depthwise convolution on queries, keys and values
+            (Primer, So et al. 2021); adds short_convolution·(num_attention_heads + 2·num_key_value_heads)·
+            head_dim parameters per block. It keeps no state for decoding: no cache goes with it. None: off.
         initializer_range: standard deviation of the initial weights; those of the projections back into
             the residual stream are divided by sqrt(2·num_hidden_layers).
         tie_word_embeddings: one matrix for embed_tokens and lm_head.
-        use_cache: whether a forward pass outside training returns keys and values by default.
+        use_cache: whether a forward pass outside training returns keys and values by default; None: yes,
+            unless there is a short_convolution.
         pad_token_id, bos_token_id, eos_token_id: token ids for `generate()`.
 
     Raises:
@@ -75,9 +81,11 @@ class LongShortConfig(PreTrainedConfig):
     attention_precision: str = "input"
     softcap: float | None = None
     qk_norm: bool = False
+    sink_logits: bool = False
+    short_convolution: int | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
-    use_cache: bool = True
+    use_cache: bool = None  # type: ignore[assignment]  # resolved on construction
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -101,6 +109,8 @@ class LongShortConfig(PreTrainedConfig):
                 self.num_global_heads = self.num_attention_heads // self.num_key_value_heads
             if self.local_window is None:
                 self.local_window = 100
+        if self.use_cache is None:
+            self.use_cache = self.short_convolution is None
         for name in ("num_global_heads", "local_window", "layouts"):
             setattr(self, name, _as_lists(getattr(self, name)))
         self.check()
@@ -123,13 +133,20 @@ class LongShortConfig(PreTrainedConfig):
             raise ValueError(
                 f"attention_precision must be one of {ATTENTION_PRECISIONS}, got {self.attention_precision!r}"
             )
-        for name in ("qk_norm", "tie_word_embeddings", "use_cache"):
+        for name in ("qk_norm", "sink_logits", "tie_word_embeddings", "use_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         require_positive("rope_theta", self.rope_theta)
         require_positive("initializer_range", self.initializer_range)
         if self.softcap is not None:
             require_positive("softcap", self.softcap)
+        if self.short_convolution is not None:
+            require_integer("short_convolution", self.short_convolution, minimum=2)
+            if self.use_cache:
+                raise ValueError(
+                    "use_cache must be false with short_convolution, which keeps no state for decoding, got "
+                    f"true with short_convolution={self.short_convolution}"
+                )
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             self._check_token_ids(name, getattr(self, name))
         kinds = {kind for layer in self.head_position_embeddings() for kind in layer}

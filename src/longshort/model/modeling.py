@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,10 +16,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from longshort.attention import require_tensor
-from longshort.huggingface import LayerCache, segment_ids_from
+from longshort.convolution import ShortConvolution
+from longshort.huggingface import LayerCache
 from longshort.layers import LongShortAttention, Rotary, require_position_ids
-from longshort.layout import HeadLayout
+from longshort.layout import HeadLayout, require_integer
 from longshort.model.config import LongShortConfig
+from longshort.model.inputs import check_labels, check_range, kept, segments_and_positions
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -79,17 +82,24 @@ class LongShortPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range); projections that end a residual branch divided by sqrt(2·layers), so that
         the stream's variance does not grow with depth (GPT-2)."""
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            if getattr(module, _ENDS_BRANCH, False):
-                std /= (2 * self.config.num_hidden_layers) ** 0.5
-            init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=std)
+        std = self._initial_std(module)
+        if std is not None:
+            init.normal_(module.weight, mean=0.0, std=std)  # pyright: ignore[reportArgumentType]
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
+        elif isinstance(module, ShortConvolution):
+            init.copy_(module.weight, module.identity())
         elif isinstance(module, LongShortAttention):
             module.reset_buffers()
+            if module.sink_logits is not None:
+                init.zeros_(module.sink_logits)
+
+    def _initial_std(self, module: nn.Module) -> float | None:
+        """Standard deviation of a module's initial weights; None where they are not random."""
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            return None
+        std = self.config.initializer_range
+        return std / (2 * self.config.num_hidden_layers) ** 0.5 if hasattr(module, _ENDS_BRANCH) else std
 
 
 class LongShortModel(LongShortPreTrainedModel):
@@ -141,7 +151,7 @@ class LongShortModel(LongShortPreTrainedModel):
         past_key_values = self._cache_to_use(past_key_values, use_cache)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         self._check_positions(position_ids, past, inputs_embeds)
-        segment_ids, position_ids = _segments_and_positions(
+        segment_ids, position_ids = segments_and_positions(
             attention_mask, position_ids, segment_ids, past, inputs_embeds
         )
         hidden_states = inputs_embeds
@@ -181,13 +191,18 @@ class LongShortModel(LongShortPreTrainedModel):
                 f"got shape {tuple(input_ids.shape)} of {input_ids.dtype}"
             )
         if input_ids.device.type == "cpu":  # elsewhere looking at the values would wait for the device
-            _check_range("input_ids", input_ids, "vocab_size", self.embed_tokens.num_embeddings)
+            check_range("input_ids", input_ids, "vocab_size", self.embed_tokens.num_embeddings)
         return self.embed_tokens(input_ids)
 
     def _cache_to_use(self, past_key_values: Any, use_cache: bool | None) -> Cache | None:
         if past_key_values is not None and not isinstance(past_key_values, Cache):
             raise TypeError(
                 f"past_key_values must be a transformers Cache, got {type(past_key_values).__name__}"
+            )
+        if self.config.short_convolution is not None and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "use_cache and past_key_values do not go with short_convolution, which keeps no state for "
+                "decoding"
             )
         if self.training and self.gradient_checkpointing and (use_cache or past_key_values is not None):
             raise ValueError(
@@ -206,7 +221,7 @@ class LongShortModel(LongShortPreTrainedModel):
         if self.embed_positions is None:
             return
         if position_ids is not None:  # restarting ones may serve more tokens than there are positions
-            _check_range("position_ids", position_ids, "max_position_embeddings", limit)
+            check_range("position_ids", position_ids, "max_position_embeddings", limit)
         elif past + q_len > limit:
             raise ValueError(
                 f"a sequence may have max_position_embeddings = {limit} tokens, got {past + q_len}"
@@ -227,6 +242,33 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
         self.model = LongShortModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @torch.no_grad()
+    def draw_weights(self, seed: int) -> None:
+        """Draw all matrices and tables anew, those of each module from a random stream of its own.
+
+        The stream is a function of seed and the module's name alone, so that models of which one has modules
+        that the other lacks agree bit for bit in all others of equal shape. The distributions are those of a
+        new model, drawn on the CPU in fp32; torch's own generators are neither read nor moved. What is not
+        random in a new model (gains, sink logits, convolutions) stays as it is.
+
+        Args:
+            seed: an integer >= 0.
+
+        Raises:
+            ValueError: seed is no such integer.
+        """
+        require_integer("seed", seed, minimum=0)
+        tied = {id(self.lm_head)} if self.config.tie_word_embeddings else set()
+        for name, module in self.named_modules():
+            std = None if id(module) in tied else self._initial_std(module)
+            if std is None:
+                continue
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(torch.normal(0.0, std, weight.shape, generator=generator))
 
     @can_return_tuple
     def forward(
@@ -294,8 +336,8 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         assert hidden_states is not None
         for name, value in (("labels", labels), ("shift_labels", shift_labels)):
-            _check_labels(name, value, hidden_states)
-        logits = self.lm_head(_kept(hidden_states, logits_to_keep))
+            check_labels(name, value, hidden_states)
+        logits = self.lm_head(kept(hidden_states, logits_to_keep))
         loss = None
         if has_labels:
             loss = self.loss_function(
@@ -336,63 +378,6 @@ def _attention(config: LongShortConfig, layout: HeadLayout, positions: list[str]
         attention_precision=config.attention_precision,
         softcap=config.softcap,
         alibi_slopes=slopes,
+        sink_logits=config.sink_logits,
+        short_convolution=config.short_convolution,
     )
-
-
-def _segments_and_positions(
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    segment_ids: Tensor | None,
-    past: int,
-    inputs_embeds: Tensor,
-) -> tuple[Tensor | None, Tensor]:
-    """Segment ids of all keys, None where nothing is padded or packed, and positions of the new tokens."""
-    batch, q_len, _ = inputs_embeds.shape
-    kv_len, device = past + q_len, inputs_embeds.device
-    told_by_positions = None if segment_ids is not None else position_ids
-    from_mask = segment_ids_from(attention_mask, told_by_positions, batch, q_len, kv_len, device)
-    if segment_ids is None:
-        segment_ids = from_mask
-    else:
-        require_tensor("segment_ids", segment_ids)
-        if tuple(segment_ids.shape) != (batch, kv_len):
-            raise ValueError(
-                f"segment_ids must be (batch, kv_len) = {(batch, kv_len)}, got {tuple(segment_ids.shape)}"
-            )
-        if from_mask is not None:
-            segment_ids = segment_ids.masked_fill(from_mask < 0, -1)
-    if position_ids is None and from_mask is not None:
-        position_ids = ((from_mask >= 0).cumsum(-1) - 1).clamp_min(0)[:, past:]
-    elif position_ids is None:
-        position_ids = torch.arange(past, kv_len, device=device)[None]
-    return segment_ids, position_ids
-
-
-def _kept(hidden_states: Tensor, logits_to_keep: Any) -> Tensor:
-    if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 1:
-        return hidden_states[:, logits_to_keep]
-    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep must be an integer >= 0 or a 1-D tensor, got {logits_to_keep!r}")
-    return hidden_states[:, -logits_to_keep:]
-
-
-def _check_labels(name: str, labels: Any, hidden_states: Tensor) -> None:
-    if labels is None:
-        return
-    require_tensor(name, labels)
-    if labels.shape != hidden_states.shape[:2] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"{name} must be (batch, sequence) = {tuple(hidden_states.shape[:2])} of int64, "
-            f"got shape {tuple(labels.shape)} of {labels.dtype}"
-        )
-
-
-def _check_range(name: str, ids: Tensor, limit_name: str, limit: int) -> None:
-    """Refuse ids outside 0 ... limit - 1; a compiled forward pass cannot look."""
-    if torch.compiler.is_compiling() or ids.numel() == 0:
-        return
-    low, high = torch.stack(ids.aminmax()).tolist()
-    if low < 0 or high >= limit:
-        raise ValueError(
-            f"{name} must be at least 0 and below {limit_name} = {limit}, got {low if low < 0 else high}"
-        )

@@ -1,8 +1,10 @@
-"""Model shapes by name: the paper's, and one for a laptop."""
+"""Model shapes by name: the paper's, and one for a laptop; or from a JSON file."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -56,30 +58,58 @@ _FIELDS = {field.name for field in fields(LongShortConfig)} - {
 
 
 def preset(name: str, mhsa: bool = False, **overrides: Any) -> LongShortConfig:
-    """The config of a model by name.
+    """The config of a model by name, or from a file.
 
     Args:
-        name: a key of `PRESETS`.
-        mhsa: all heads global, the baseline: the same weights in number, names and shapes.
-        **overrides: fields of `LongShortConfig` to set.
+        name: a key of `PRESETS`; or the path of a JSON file (`*.json`), an object with fields of
+            `LongShortConfig` over those of the preset that its key "preset" names, `tiny` without it.
+        mhsa: all heads global, the baseline: the same weights in number, names and shapes. A file's
+            num_global_heads gives way to it.
+        **overrides: fields of `LongShortConfig` to set, over the file's.
 
     Raises:
-        ValueError: the name or a field is not known, mhsa and overrides contradict each other, or the config
-            refuses the fields; the message names what is wrong.
+        ValueError: the name or a field is not known, the file is no JSON object, mhsa contradicts the fields,
+            or the config refuses them; the message names what is wrong.
+        FileNotFoundError: there is no such file.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
-    unknown = sorted(overrides.keys() - _FIELDS)
-    if unknown:
-        raise ValueError(f"overrides must be fields of LongShortConfig {sorted(_FIELDS)}, got {unknown}")
-    values = {**PRESETS[name], **overrides}
-    if overrides.get("layouts") is not None and "local_window" not in overrides:
+    base, in_file = _read_file(Path(name)) if name.endswith(".json") else (name, {})
+    if base not in PRESETS:
+        raise ValueError(
+            f"preset must be one of {', '.join(PRESETS)}, or the path of a JSON file (*.json), got {base!r}"
+        )
+    _require_fields("overrides", overrides)
+    changes = {**in_file, **overrides}
+    values = {**PRESETS[base], **changes}
+    if changes.get("layouts") is not None and "local_window" not in changes:
         del values["local_window"]
     if mhsa:
-        given = [field for field in ("num_global_heads", "layouts") if overrides.get(field) is not None]
-        if given:
-            raise ValueError(
-                f"mhsa makes all heads global and does not go with {given[0]}={overrides[given[0]]!r}"
-            )
+        for field, source in (("num_global_heads", overrides), ("layouts", changes)):
+            if source.get(field) is not None:
+                raise ValueError(
+                    f"mhsa makes all heads global and does not go with {field}={source[field]!r}"
+                )
         values["num_global_heads"] = values["num_attention_heads"]
     return LongShortConfig(**values)
+
+
+def _read_file(path: Path) -> tuple[str, dict[str, Any]]:
+    """The preset that a file names, and its fields of `LongShortConfig`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"preset: there is no file {str(path)!r}")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"preset: {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"preset: {path} must hold a JSON object, got {type(content).__name__}")
+    base = content.pop("preset", "tiny")
+    if not isinstance(base, str) or base not in PRESETS:
+        raise ValueError(f"preset in {path} must be one of {', '.join(PRESETS)}, got {base!r}")
+    _require_fields(f"keys of {path}", content)
+    return base, content
+
+
+def _require_fields(name: str, values: dict[str, Any]) -> None:
+    unknown = sorted(values.keys() - _FIELDS)
+    if unknown:
+        raise ValueError(f"{name} must be fields of LongShortConfig {sorted(_FIELDS)}, got {unknown}")

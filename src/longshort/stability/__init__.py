@@ -1,5 +1,17 @@
-"""Watching attention while a model trains."""
+"""Watching attention while a model trains, and what helps where its logits explode."""
 
-from longshort.stability.monitor import MAX_LOGITS, AttentionMonitor, Reading
+from longshort.stability.monitor import MAX_LOGITS, ROW_RANGES, AttentionMonitor, Reading
+from longshort.stability.remedies import QKClip, z_loss
+from longshort.stability.spikes import Spike, SpikeDetector, divergence_step
 
-__all__ = ["MAX_LOGITS", "AttentionMonitor", "Reading"]
+__all__ = [
+    "MAX_LOGITS",
+    "ROW_RANGES",
+    "AttentionMonitor",
+    "QKClip",
+    "Reading",
+    "Spike",
+    "SpikeDetector",
+    "divergence_step",
+    "z_loss",
+]

@@ -1,10 +1,11 @@
-"""How large the attention logits of a model are, head by head, while it trains."""
+"""How large, and how far apart in a row, a model's attention logits are, head by head, while it trains."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from longshort.layers import LongShortAttention, Observation
-from longshort.layout import HeadLayout, require_integer
+from longshort.layout import HeadGroup, require_integer
 
 Reduction = Callable[[Tensor], Tensor]
 
 MAX_LOGITS = ("max_logit", "max_logit_local", "max_logit_global", "max_logit_global_in_band")
-"""The attributes of a `Reading` that are one number each."""
+"""The attributes of a `Reading` that are one number each and always measured."""
+
+ROW_RANGES = ("row_range", "row_range_local", "row_range_global", "row_range_global_in_band")
+"""The attributes of a `Reading` that are measured only where `AttentionMonitor` is asked to."""
+
+_ROWS, _COLUMNS = 256, 1024  # of a tile of scores, at most
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Reading:
     """What one or more observed passes of a model showed.
 
     A max logit is the largest |scale·q·k| over the visible pairs, before softcap and ALiBi; it is NaN where a
-    logit was NaN.
+    logit was NaN. The range of a row is the largest minus the smallest scale·q·k over the keys that one query
+    sees, 0 where it sees none: softmax does not see what is common to a row, so only ranges sharpen it.
 
     Attributes:
         max_logit_by_head: for each attention layer one number per query head.
@@ -35,6 +42,11 @@ class Reading:
         max_logit_global: the largest of the global heads; None if there are none.
         max_logit_global_in_band: the largest of the global heads over pairs inside the band alone; None if
             there are none, or no band was given.
+        row_range: the largest range of a row; None if it was not asked for, as are the following.
+        row_range_local: the largest of the local heads; None if there are none.
+        row_range_global: the largest of the global heads; None if there are none.
+        row_range_global_in_band: the largest of the global heads over the keys inside the band alone; None if
+            there are none, or no band was given.
     """
 
     max_logit_by_head: list[list[float]]
@@ -43,11 +55,16 @@ class Reading:
     max_logit_local: float | None
     max_logit_global: float | None
     max_logit_global_in_band: float | None
+    row_range: float | None = None
+    row_range_local: float | None = None
+    row_range_global: float | None = None
+    row_range_global_in_band: float | None = None
 
     def as_metrics(self) -> dict[str, Any]:
-        """The attributes by name: `MAX_LOGITS` first, then the lists by head."""
+        """The attributes by name: `MAX_LOGITS`, `ROW_RANGES` if they were measured, the lists by head."""
+        names = MAX_LOGITS if self.row_range is None else MAX_LOGITS + ROW_RANGES
         return {
-            **{name: getattr(self, name) for name in MAX_LOGITS},
+            **{name: getattr(self, name) for name in names},
             "max_logit_by_head": self.max_logit_by_head,
             "entropy_by_head": self.entropy_by_head,
         }
@@ -69,26 +86,33 @@ class AttentionMonitor:
         model: holds `LongShortAttention` layers; layers are counted in the order of `model.modules()`.
         band: the global heads' logits are also measured over the band of so many keys, the query's own
             included, so that they can be compared with local heads of that window; None: not.
+        row_range: also measure `ROW_RANGES`; of a global head that takes all its logits a second time, in
+            tiles, so in linear memory.
 
     Raises:
-        ValueError: the model has no such layer, or band is no integer >= 1.
+        ValueError: the model has no such layer, band is no integer >= 1, or row_range no bool.
     """
 
-    def __init__(self, model: nn.Module, band: int | None):
+    def __init__(self, model: nn.Module, band: int | None, *, row_range: bool = False):
         if band is not None:
             require_integer("band", band, minimum=1)
+        if not isinstance(row_range, bool):
+            raise ValueError(f"row_range must be True or False, got {row_range!r}")
         self._layers = [module for module in model.modules() if isinstance(module, LongShortAttention)]
         if not self._layers:
             raise ValueError(f"model must have LongShortAttention layers, got {type(model).__name__} without")
         self._band = band
+        self._measures_ranges = row_range
         observe: Any = torch.compiler.disable(self._observe)
         self._observers = [partial(observe, index) for index in range(len(self._layers))]
         self._clear()
 
     def _clear(self) -> None:
         self._max_logits: list[list[Tensor]] = [[] for _ in self._layers]
-        self._in_band: list[list[Tensor]] = [[] for _ in self._layers]
         self._entropies: list[list[Tensor]] = [[] for _ in self._layers]
+        self._row_ranges: list[list[Tensor]] = [[] for _ in self._layers]
+        # Of the global heads: the largest logit and the largest range of a row.
+        self._in_band: list[list[Tensor]] = [[] for _ in self._layers]
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -106,8 +130,18 @@ class AttentionMonitor:
         self._max_logits[index].append(observation.stats.max_logit.detach())
         self._entropies[index].append(observation.stats.entropy.detach())
         layout = self._layers[index].layout
+        if self._measures_ranges:
+            ranges = torch.empty_like(observation.stats.max_logit)
+            is_sink = _sinks(observation, layout.sink_tokens)
+            for group in layout.groups:
+                largest, smallest = _row_extremes(observation, group, group.window, is_sink)
+                ranges[list(group.heads)] = (largest - smallest).amax((0, 2)).to(ranges.dtype)
+            self._row_ranges[index].append(ranges)
         if self._band is not None and layout.global_heads:
-            self._in_band[index].append(_max_logit_in_band(observation, layout, self._band))
+            group = next(group for group in layout.groups if group.window is None)
+            largest, smallest = _row_extremes(observation, group, self._band)
+            max_logit = torch.maximum(largest.abs(), smallest.abs()).amax()
+            self._in_band[index].append(torch.stack([max_logit, (largest - smallest).amax()]))
 
     def reading(self, reduce_max: Reduction | None = None, reduce_mean: Reduction | None = None) -> Reading:
         """What was observed since the last reading; clears it.
@@ -120,27 +154,39 @@ class AttentionMonitor:
         """
         if not all(self._max_logits):
             raise RuntimeError("no pass of the model was observed since the last reading")
-        max_logits = torch.cat([torch.stack(passes).amax(0) for passes in self._max_logits]).double()
         entropies = torch.cat([torch.stack(passes).double().mean(0) for passes in self._entropies])
-        in_band = [torch.stack(passes).amax() for passes in self._in_band if passes]
-        numbers = torch.cat([max_logits, torch.stack(in_band).double()]) if in_band else max_logits
+        parts = [
+            [torch.stack(passes).amax(0).double() for passes in by_layer if passes]
+            for by_layer in (self._max_logits, self._row_ranges, self._in_band)
+        ]
+        numbers = torch.cat([layer for part in parts for layer in part])
         if reduce_max is not None:
             numbers = reduce_max(numbers)
         if reduce_mean is not None:
             entropies = reduce_mean(entropies)
         self._clear()
-        numbers = numbers.cpu()
-        max_logits, in_band_by_layer = numbers[: len(entropies)], numbers[len(entropies) :]
+        sizes = [sum(len(layer) for layer in part) for part in parts]
+        max_logits, row_ranges, in_band = numbers.cpu().split(sizes)
+        logits_in_band, ranges_in_band = in_band.view(-1, 2).T
         layouts = [layer.layout for layer in self._layers]
         is_global = torch.tensor([window is None for layout in layouts for window in layout.windows])
-        sizes = [layout.num_heads for layout in layouts]
-        return Reading(
-            max_logit_by_head=[heads.tolist() for heads in max_logits.split(sizes)],
-            entropy_by_head=[heads.tolist() for heads in entropies.cpu().split(sizes)],
+        heads = [layout.num_heads for layout in layouts]
+        reading = Reading(
+            max_logit_by_head=[layer.tolist() for layer in max_logits.split(heads)],
+            entropy_by_head=[layer.tolist() for layer in entropies.cpu().split(heads)],
             max_logit=max_logits.amax().item(),
             max_logit_local=_largest(max_logits[~is_global]),
             max_logit_global=_largest(max_logits[is_global]),
-            max_logit_global_in_band=_largest(in_band_by_layer),
+            max_logit_global_in_band=_largest(logits_in_band),
+        )
+        if not self._measures_ranges:
+            return reading
+        return replace(
+            reading,
+            row_range=_largest(row_ranges),
+            row_range_local=_largest(row_ranges[~is_global]),
+            row_range_global=_largest(row_ranges[is_global]),
+            row_range_global_in_band=_largest(ranges_in_band),
         )
 
 
@@ -148,34 +194,76 @@ def _largest(values: Tensor) -> float | None:
     return values.amax().item() if values.numel() else None
 
 
-def _max_logit_in_band(observation: Observation, layout: HeadLayout, band: int) -> Tensor:
-    """The largest |scale·q·k| of the global heads over visible pairs less than `band` apart, as a scalar.
+def _row_extremes(
+    observation: Observation, group: HeadGroup, window: int | None, is_sink: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The largest and the smallest scale·q·k that each query of a group's heads sees: (batch, heads, q_len).
 
-    In tiles of queries and their keys: neither n×n nor, unlike attention's own statistics, an exponential.
+    They are 0 for a query that sees nothing. Computed in tiles of queries and keys: neither n×n nor, unlike
+    attention's own statistics, an exponential.
+
+    Args:
+        window: so many last keys are seen, the query's own included; None: all.
+        is_sink: (batch or 1, kv_len), keys that are seen beyond the window; None: there are none.
     """
-    group = next(group for group in layout.groups if group.window is None)
     q, k = observation.q[:, group.heads], observation.k[:, group.kv_heads]
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
     past = kv_len - q_len
-    segment_ids = observation.options.get("segment_ids")
     score_dtype = torch.promote_types(q.dtype, torch.float32)
-    largest = torch.zeros((), dtype=score_dtype, device=q.device)
     if q.numel() == 0:
-        return largest
-    rows = min(max(band, 64), 256)
+        nothing = torch.zeros(1, heads, 1, dtype=score_dtype, device=q.device)
+        return nothing, nothing
+    rows = _ROWS if window is None else min(max(window, 64), _ROWS)
+    positions = torch.arange(kv_len, device=q.device)
+    sinks = () if window is None or is_sink is None else positions[is_sink.any(0)].split(_COLUMNS)
+    largest = torch.full((batch, heads, q_len), -math.inf, dtype=score_dtype, device=q.device)
+    smallest = torch.full_like(largest, math.inf)
     with torch.autocast(q.device.type, enabled=False):  # q and k have the attention's precision already
         for start in range(0, q_len, rows):
             stop = min(start + rows, q_len)
-            first, last = max(0, past + start - band + 1), past + stop
+            first = 0 if window is None else max(0, past + start - window + 1)
             q_tile = q[:, :, start:stop].to(score_dtype).reshape(batch, kv_heads, -1, head_dim)
-            scores = q_tile @ k[:, :, first:last].to(score_dtype).mT
-            scores = scores.view(batch, heads, stop - start, last - first)
-            q_positions = torch.arange(past + start, last, device=q.device)[:, None]
-            distances = q_positions - torch.arange(first, last, device=q.device)
-            visible = (distances >= 0) & (distances < band)
-            if segment_ids is not None:
-                q_ids = segment_ids[:, None, past + start : last, None]
-                visible = visible & (q_ids == segment_ids[:, None, None, first:last]) & (q_ids >= 0)
-            largest = torch.maximum(largest, scores.masked_fill_(~visible, 0.0).abs_().amax())
-    return largest * head_dim**-0.5
+            row_largest, row_smallest = largest[:, :, start:stop], smallest[:, :, start:stop]
+            for keys in (*sinks, *positions[first : past + stop].split(_COLUMNS)):
+                scores = (q_tile @ k[:, :, keys].to(score_dtype).mT).view(batch, heads, stop - start, -1)
+                queries = positions[past + start : past + stop]
+                hidden = ~_visible(observation, queries, keys, window, is_sink)
+                tile_largest = scores.masked_fill_(hidden, -math.inf).amax(-1)
+                tile_smallest = scores.masked_fill_(hidden, math.inf).amin(-1)
+                torch.maximum(row_largest, tile_largest, out=row_largest)
+                torch.minimum(row_smallest, tile_smallest, out=row_smallest)
+    sees_nothing = largest < smallest
+    scale = head_dim**-0.5
+    return largest.masked_fill_(sees_nothing, 0.0) * scale, smallest.masked_fill_(sees_nothing, 0.0) * scale
+
+
+def _visible(
+    observation: Observation, queries: Tensor, keys: Tensor, window: int | None, is_sink: Tensor | None
+) -> Tensor:
+    """Which queries see which keys, both given by their positions: (batch or 1, 1, queries, keys)."""
+    distances = queries[:, None] - keys
+    visible = (distances >= 0)[None]
+    if window is not None:
+        near = distances < window
+        visible = visible & (near if is_sink is None else near | is_sink[:, None, keys])
+    segment_ids = observation.options.get("segment_ids")
+    if segment_ids is not None:
+        query_ids = segment_ids[:, queries, None]
+        visible = visible & (query_ids == segment_ids[:, None, keys]) & (query_ids >= 0)
+    return visible[:, None]
+
+
+def _sinks(observation: Observation, sink_tokens: int) -> Tensor | None:
+    """Which keys are among the first of their segment: (batch or 1, kv_len); None if no sink is asked for."""
+    if sink_tokens == 0:
+        return None
+    positions = torch.arange(observation.k.shape[2], device=observation.k.device)[None]
+    segment_ids = observation.options.get("segment_ids")
+    if segment_ids is None:
+        return positions < sink_tokens
+    ids, order = segment_ids.sort(dim=-1, stable=True)  # an id may come in several runs
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    places = positions - (positions * begins).cummax(-1).values
+    return torch.empty_like(begins).scatter_(1, order, places < sink_tokens)

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from longshort.data.files import sync_folder, sync_tree
+from longshort.training.files import replace_file
 
 FOLDER = "checkpoints"
 _WEIGHTS = "model.safetensors"
@@ -40,24 +41,36 @@ class TrainState:
         step: optimizer steps done.
         tokens: training tokens seen.
         seed: of the initial weights and of the batches.
+        attempt: rollbacks so far.
+        batches_skipped: by them; the next step takes batch number `step + batches_skipped`.
+        spikes: the state of the `SpikeDetector`; None where there is none.
     """
 
     step: int
     tokens: int
     seed: int
+    attempt: int = 0
+    batches_skipped: int = 0
+    spikes: dict[str, Any] | None = None
 
 
 def save_checkpoint(
-    run: Path, model: Any, optimizer: torch.optim.Optimizer, state: TrainState, keep: int | None = None
+    run: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    keep: int | None = None,
+    needed_from: int | None = None,
 ) -> Path:
     """Write `run/checkpoints/step-N`, then remove all but the latest `keep` checkpoints.
 
     Args:
         run: the run's folder.
         model: a PreTrainedModel.
-        optimizer: AdamW over all parameters of the model.
+        optimizer: AdamW over all parameters of the model; it may have done no step yet.
         state: its `step` names the folder.
         keep: how many checkpoints to keep; None: all.
+        needed_from: checkpoints from this step on stay too.
 
     Raises:
         FileExistsError: there is a checkpoint of this step.
@@ -75,7 +88,7 @@ def save_checkpoint(
         with _without_progress_bars():
             model.save_pretrained(partial, max_shard_size="1TB")  # one file of weights
         save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER)
-        (partial / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        (partial / _STATE).write_text(_as_json(state))
         sync_tree(partial)
         if final.exists():  # one that lacks files, and so was not resumed from
             _remove(final)
@@ -89,8 +102,35 @@ def save_checkpoint(
         ) from error
     if keep is not None:
         for step in _steps(folder)[:-keep]:
-            _remove(folder / f"step-{step}")
+            if needed_from is None or step < needed_from:
+                _remove(folder / f"step-{step}")
     return final
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """The steps of the complete checkpoints, in ascending order."""
+    folder = run / FOLDER
+    return [step for step in _steps(folder) if _is_complete(folder / f"step-{step}")]
+
+
+def rewind(run: Path, step: int, attempt: int, batches_skipped: int) -> None:
+    """Make the checkpoint of `step` the latest: the start of another attempt with other batches.
+
+    It first becomes that start, then the later ones go. A process killed in between leaves the latest one of
+    the old attempt, from which the run comes to the same rollback again.
+
+    Raises:
+        OSError: a file could not be written or removed.
+    """
+    folder = run / FOLDER
+    path = folder / f"step-{step}" / _STATE
+    state = replace(_read_state(path), attempt=attempt, batches_skipped=batches_skipped)
+    replace_file(path, _as_json(state).encode())
+    sync_folder(path.parent)
+    for later in _steps(folder):
+        if later > step:
+            _remove(folder / f"step-{later}")
+    sync_folder(folder)
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -103,9 +143,12 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     load_weights(checkpoint, model)
     try:
         moments = load_file(checkpoint / _OPTIMIZER)
-        state = TrainState(**json.loads((checkpoint / _STATE).read_text()))
-    except (SafetensorError, ValueError, TypeError) as error:
+    except SafetensorError as error:
         raise OSError(f"{checkpoint} is damaged: {error}") from error
+    state = _read_state(checkpoint / _STATE)
+    optimizer.state.clear()
+    if state.step == 0:  # AdamW has nothing yet
+        return state
     for name, parameter in model.named_parameters():
         missing = [f"{name}.{moment}" for moment in _MOMENTS if f"{name}.{moment}" not in moments]
         if missing:
@@ -134,11 +177,8 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 def latest_checkpoint(run: Path | str) -> Path | None:
     """The complete checkpoint of the highest step; None if there is none."""
-    folder = Path(run) / FOLDER
-    for step in reversed(_steps(folder)):
-        if _is_complete(folder / f"step-{step}"):
-            return folder / f"step-{step}"
-    return None
+    steps = checkpoint_steps(Path(run))
+    return Path(run) / FOLDER / f"step-{steps[-1]}" if steps else None
 
 
 def remove_partial_checkpoints(run: Path) -> None:
@@ -163,8 +203,20 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return {
         f"{name}.{moment}": optimizer.state[parameter][moment].detach().contiguous()
         for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
         for moment in _MOMENTS
     }
+
+
+def _as_json(state: TrainState) -> str:
+    return json.dumps(asdict(state), indent=2, allow_nan=False) + "\n"
+
+
+def _read_state(path: Path) -> TrainState:
+    try:
+        return TrainState(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise OSError(f"{path.parent} is damaged: {error}") from error
 
 
 def _steps(folder: Path) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from longshort.data import TokenOrder
 from longshort.layout import require_integer
 
 PositionEmbedding = Literal["learned", "rope", "alibi", "none"]
@@ -14,6 +15,7 @@ AttentionPrecision = Literal["input", "fp32", "bf16", "bf16-flash"]
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
+OnSpike = Literal["report", "stop", "rollback"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class TrainConfig:
     """
 
     preset: str
-    """Model to start from: tiny, paper-small, paper-base or paper-large."""
+    """Model to start from: tiny, paper-small, paper-base, paper-large, or a JSON file (*.json) with fields of
+    LongShortConfig."""
 
     data: Path
     """Folder that `longshort data` wrote."""
@@ -72,6 +75,12 @@ class TrainConfig:
     softcap: float | None = None
     """Bound of the attention scores: softcap * tanh(score / softcap)."""
 
+    sink_logits: bool | None = None
+    """Learn a logit per head that joins the softmax's denominator, as in gpt-oss."""
+
+    short_convolution: int | None = None
+    """Kernel size of a causal depthwise convolution on queries, keys and values, as in Primer; at least 2."""
+
     sink_tokens: int | None = None
     """First tokens of each document that local heads always see."""
 
@@ -114,6 +123,13 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient. 0: no clipping."""
 
+    z_loss: float = 0.0
+    """Weight of the z-loss (PaLM: 1e-4) in what is differentiated; the reported loss has none of it."""
+
+    qk_clip: float | None = None
+    """After each step, scale queries and keys of heads whose largest logit was above this (Kimi K2: 100).
+    Every step is measured then, which takes some time."""
+
     seed: int = 0
     """Seed of the initial weights and of the batches."""
 
@@ -129,24 +145,50 @@ class TrainConfig:
     separate_documents: bool = False
     """Cut attention where a new document begins."""
 
+    token_order: TokenOrder = "text"
+    """Control experiments: permuted puts the tokens of every sequence into one random order, interleaved
+    weaves each sequence of pieces of text from independent places."""
+
+    interleave: int = 16
+    """Pieces per interleaved sequence: tokens of one piece are so many tokens apart."""
+
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
 
     monitor_every: int = 10
     """Steps between measurements of the attention logits. 0: none."""
 
+    monitor_row_range: bool = False
+    """Measure the row range too, the largest difference between two logits of one query; slow where heads are
+    global."""
+
     evaluate_every: int = 200
     """Steps between validation losses. 0: none."""
 
     validation_windows: int = 64
     """Sequences of the validation split that such a loss is measured on, at most; they are shorter where the
-    split is."""
+    split is, but not in another token order than text."""
 
     checkpoint_every: int = 200
     """Steps between checkpoints; there is one at the end too."""
 
     keep_checkpoints: int | None = None
-    """How many checkpoints to keep, the latest ones. None: all."""
+    """How many checkpoints to keep, the latest ones; with --on-spike rollback also those that it may need.
+    None: all."""
+
+    on_spike: OnSpike | None = None
+    """What to do when loss, gradient norm or largest logit spikes. report: say so. stop: write a checkpoint
+    and end. rollback: go back to a checkpoint and leave out batches. Each of them makes every step wait for
+    the GPU. None: do not look."""
+
+    rollback_steps: int = 100
+    """Rollback: to the latest checkpoint at least so many steps before the spike began, else to the first."""
+
+    skip_batches: int = 200
+    """Rollback: so many batches are left out from there on, and at least those up to the spike."""
+
+    max_rollbacks: int = 5
+    """Rollback: the next spike after so many ends the run as with stop."""
 
     threads: int | None = None
     """CPU threads of each process. None: torch's default."""
@@ -180,6 +222,15 @@ class TrainConfig:
         if self.mhsa and self.global_heads is not None:
             raise ValueError(
                 f"--global-heads does not go with --mhsa, where all heads are global, got {self.global_heads}"
+            )
+        if self.separate_documents and self.token_order != "text":
+            raise ValueError(
+                "--separate-documents does not go with --token-order "
+                f"{self.token_order}, which mixes the documents of a sequence"
+            )
+        if self.qk_clip is not None and self.qk_norm:
+            raise ValueError(
+                f"--qk-clip does not go with --qk-norm, which undoes any scaling, got {self.qk_clip}"
             )
         warmup_steps, schedule_steps, min_learning_rate = self.schedule_or_defaults()
         if min_learning_rate > self.learning_rate:
@@ -223,6 +274,8 @@ MODEL_SETTINGS = {
     "global_position_embedding": "global_position_embedding",
     "qk_norm": "qk_norm",
     "softcap": "softcap",
+    "sink_logits": "sink_logits",
+    "short_convolution": "short_convolution",
     "sink_tokens": "sink_tokens",
     "attention_precision": "attention_precision",
 }
@@ -250,18 +303,23 @@ _INTEGERS = {
     "head_dim": 1,
     "kv_heads": 1,
     "sequence_length": 1,
+    "short_convolution": 2,
     "sink_tokens": 0,
     "steps": 1,
     "batch_size": 1,
     "micro_batch_size": 1,
     "warmup_steps": 0,
     "schedule_steps": 1,
+    "interleave": 1,
     "log_every": 1,
     "monitor_every": 0,
     "evaluate_every": 0,
     "validation_windows": 1,
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
+    "rollback_steps": 1,
+    "skip_batches": 0,
+    "max_rollbacks": 0,
     "threads": 1,
 }
 """Smallest value of each."""
@@ -277,14 +335,27 @@ _REALS = {
     "beta2": _DECAY,
     "weight_decay": _NOT_NEGATIVE,
     "grad_clip": _NOT_NEGATIVE,
+    "z_loss": _NOT_NEGATIVE,
+    "qk_clip": _POSITIVE,
 }
 _CHOICES = {
     "position_embedding": get_args(PositionEmbedding),
     "global_position_embedding": get_args(PositionEmbedding),
     "attention_precision": get_args(AttentionPrecision),
     "schedule": get_args(Schedule),
+    "token_order": get_args(TokenOrder),
     "precision": get_args(Precision),
     "device": get_args(Device),
+    "on_spike": get_args(OnSpike),
 }
-_SWITCHES = ("mhsa", "qk_norm", "gradient_checkpointing", "compile", "separate_documents", "tensorboard")
+_SWITCHES = (
+    "mhsa",
+    "qk_norm",
+    "sink_logits",
+    "gradient_checkpointing",
+    "compile",
+    "separate_documents",
+    "tensorboard",
+    "monitor_row_range",
+)
 _MAY_BE_NONE = {field.name for field in fields(TrainConfig) if field.default is None}

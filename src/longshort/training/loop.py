@@ -3,6 +3,8 @@
 All randomness comes from the seed: the initial weights, and each batch together with the number of its step.
 So a run that goes on from a checkpoint computes bit for bit what it would have computed without the break
 (same machine, threads and versions, fp32); one killed before its first checkpoint starts again from step 0.
+After a rollback the run starts once more from a checkpoint, with batches further on, as the state in it says:
+step s takes batch s - 1 + `batches_skipped`.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ import torch
 
 from longshort.data import Batch, Batches, DataFolder, validation_windows
 from longshort.model import LongShortForCausalLM
-from longshort.stability import MAX_LOGITS, AttentionMonitor
+from longshort.stability import MAX_LOGITS, AttentionMonitor, QKClip, Reading, SpikeDetector
 from longshort.training.checkpoints import (
     TrainState,
     latest_checkpoint,
     load_checkpoint,
     remove_partial_checkpoints,
+    rewind,
     save_checkpoint,
 )
 from longshort.training.config import TrainConfig
@@ -34,6 +37,7 @@ from longshort.training.interrupts import Interrupts
 from longshort.training.metrics import MetricsLog
 from longshort.training.optimization import learning_rate_at, make_optimizer, optimizer_step, validation_loss
 from longshort.training.parallel import Ranks, connect
+from longshort.training.rollback import describe, good_checkpoint, respond
 from longshort.training.run import (
     RunConfig,
     create_run,
@@ -66,17 +70,21 @@ class Outcome:
         run: the run's folder.
         step: optimizer steps done; a checkpoint of this step is there.
         steps: how many the run is to have.
-        signal: number of the signal that stopped it early; None: it is finished.
+        signal: number of the signal that stopped it early; None: none did.
+        stopped_by_spike: whether a spike ended it.
     """
 
     run: Path
     step: int
     steps: int
     signal: int | None
+    stopped_by_spike: bool = False
 
     @property
     def exit_code(self) -> int:
-        """For the shell: 0, or 128 + the signal's number (130 after Ctrl-C)."""
+        """For the shell: 0; 128 + the signal's number (130 after Ctrl-C); 3 after a spike."""
+        if self.stopped_by_spike:
+            return 3
         return 0 if self.signal is None else 128 + self.signal
 
 
@@ -84,7 +92,8 @@ def train(settings: TrainConfig, progress: Progress | None = None) -> Outcome:
     """Start a run in the folder `settings.out`.
 
     Ctrl-C and SIGTERM let the current step end, write a checkpoint and return; a second Ctrl-C raises
-    KeyboardInterrupt at once. A loss that is not finite does not stop the run: divergence is a result.
+    KeyboardInterrupt at once. A loss that is not finite does not stop the run, unless `on_spike` says so:
+    divergence is a result.
 
     Raises:
         ValueError: a setting does not fit the preset, the data or the machine; no file was touched.
@@ -164,11 +173,14 @@ def _prepare(run: RunConfig, data: DataFolder, ranks: Ranks) -> _Job:
         raise ValueError(
             f"--batch-size must be a multiple of the {ranks.world_size} processes, got {settings.batch_size}"
         )
+    order: dict[str, Any] = {"token_order": settings.token_order, "interleave": settings.interleave}
     windows = None
     validation_length = min(length, len(data.validation.tokens) - 1)
+    if settings.token_order != "text":
+        validation_length = length  # a shorter window has its tokens in another order
     if settings.evaluate_every and validation_length > 0:
-        windows = validation_windows(data.validation, validation_length, settings.validation_windows)
-    batches = Batches(data.train, length, settings.batch_size, settings.seed)
+        windows = validation_windows(data.validation, validation_length, settings.validation_windows, **order)
+    batches = Batches(data.train, length, settings.batch_size, settings.seed, **order)
     return _Job(run, run.build_model(), batches, windows)
 
 
@@ -184,34 +196,76 @@ def _run_steps(job: _Job, ranks: Ranks, progress: Progress) -> Outcome:
 
 
 def _go_on(job: _Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) -> Outcome:
-    """Train from the latest checkpoint on. Only the main process has a log; only it writes."""
-    run, settings, folder = job.run, job.run.training, job.run.training.out
-    model = job.model.to(ranks.device).train()  # pyright: ignore[reportArgumentType]
-    optimizer = make_optimizer(model, settings)
-    checkpoint = latest_checkpoint(folder)
-    state = TrainState(step=0, tokens=0, seed=settings.seed)
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizer)
+    """Train from the latest checkpoint on, and once more from there whenever a rollback has set it back."""
+    settings = job.run.training
+    training = _Training(job, ranks, progress, log)
+    state = training.load()
     if settings.steps < state.step:
         raise ValueError(f"--steps must be at least {state.step}, the steps done, got {settings.steps}")
-    if settings.gradient_checkpointing:
-        _checkpoint_activations(model)
-    if settings.compile:
-        model.compile()
-    trained = ranks.wrap(model)
-    monitor = AttentionMonitor(model, run.band)
-    max_logits: dict[str, Any] = {}  # as last measured
+    training.prepare()
     if log is not None:
-        remove_partial_checkpoints(folder)
-        write_config(folder, run)
-        last_line = log.begin(state.step, settings.tensorboard) or {}
-        max_logits = {name: last_line[name] for name in MAX_LOGITS if name in last_line}
-        progress.on_start(run, state.step)
+        remove_partial_checkpoints(settings.out)
+        write_config(settings.out, job.run)
+    training.begin(state)
+    if log is not None:
+        progress.on_start(job.run, state.step)
         if state.step == settings.steps:
             progress.on_message(f"all {state.step} steps are done; --steps goes further")
-
-    busy_seconds, busy_tokens, was_finite = 0.0, 0, True
     with Interrupts(is_patient=ranks.world_size > 1) as interrupts:
+        while (outcome := training.run(state, interrupts)) is None:
+            state = training.load()
+            training.begin(state)
+    ranks.barrier()  # the last checkpoint is there
+    return outcome
+
+
+class _Training:
+    """What the steps of a run share. Only the main process has a log; only it writes."""
+
+    def __init__(self, job: _Job, ranks: Ranks, progress: Progress, log: MetricsLog | None):
+        self._job, self._ranks, self._progress, self._log = job, ranks, progress, log
+        self._settings = settings = job.run.training
+        self._model = job.model.to(ranks.device).train()  # pyright: ignore[reportArgumentType]
+        self._optimizer = make_optimizer(self._model, settings)
+        self._detector = None if settings.on_spike is None else SpikeDetector()
+        self._monitor = AttentionMonitor(self._model, job.run.band, row_range=settings.monitor_row_range)
+        self._clip = self._clip_monitor = None
+        if settings.qk_clip is not None:
+            self._clip = QKClip(self._model, settings.qk_clip)
+            self._clip_monitor = AttentionMonitor(self._model, None)  # what the clip needs and no more
+        self._max_logits: dict[str, Any] = {}  # as last measured
+
+    def load(self) -> TrainState:
+        """Go back to the latest checkpoint, if there is one."""
+        checkpoint = latest_checkpoint(self._settings.out)
+        if checkpoint is None:
+            return TrainState(step=0, tokens=0, seed=self._settings.seed)
+        state = load_checkpoint(checkpoint, self._model, self._optimizer)
+        if self._detector is not None and state.spikes is not None:
+            self._detector.restore(state.spikes)
+        return state
+
+    def prepare(self) -> None:
+        """Make the loaded model ready for its passes."""
+        if self._settings.gradient_checkpointing:
+            _checkpoint_activations(self._model)
+        if self._settings.compile:
+            self._model.compile()
+        self._trained = self._ranks.wrap(self._model)
+
+    def begin(self, state: TrainState) -> None:
+        """Let the metrics go on after the steps that are done."""
+        if self._log is None:
+            return
+        last_line = self._log.begin(state.step, self._settings.tensorboard, state.attempt) or {}
+        self._max_logits = {name: last_line[name] for name in MAX_LOGITS if name in last_line}
+        if self._settings.on_spike == "rollback" and latest_checkpoint(self._settings.out) is None:
+            self._save(state)  # what the first rollbacks go back to
+
+    def run(self, state: TrainState, interrupts: Interrupts) -> Outcome | None:
+        """Do the steps after `state`; None: a rollback has made another checkpoint the latest."""
+        settings, ranks, log, progress = self._settings, self._ranks, self._log, self._progress
+        busy_seconds, busy_tokens, was_finite = 0.0, 0, True
         while state.step < settings.steps:
             step = state.step + 1
             is_monitored = _is_due(step, settings.monitor_every, settings.steps)
@@ -220,17 +274,26 @@ def _go_on(job: _Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) 
             has_line = _is_due(step, settings.log_every, settings.steps) or is_monitored or is_evaluated
             record: dict[str, Any] | None = None
             learning_rate = learning_rate_at(settings, state.step)
+            monitor = self._monitor if is_monitored else self._clip_monitor
             started = time.perf_counter()
-            batch = job.batches.batch(state.step, ranks.rank, ranks.world_size)
-            with monitor.observing() if is_monitored else nullcontext():
-                loss, norm = optimizer_step(trained, optimizer, batch, learning_rate, settings, ranks)
+            batch = self._job.batches.batch(state.step + state.batches_skipped, ranks.rank, ranks.world_size)
+            with nullcontext() if monitor is None else monitor.observing():
+                loss, norm = optimizer_step(
+                    self._trained, self._optimizer, batch, learning_rate, settings, ranks
+                )
+            reading = None if monitor is None else monitor.reading(ranks.reduce_max, ranks.reduce_mean)
+            clipped = 0
+            if self._clip is not None and reading is not None:
+                clipped = self._clip.apply(reading.max_logit_by_head)
             tokens = settings.batch_size * batch.input_ids.shape[1]
             state = replace(state, step=step, tokens=state.tokens + tokens)
             busy_tokens += tokens
-            if has_line:
+            spike: dict[str, Any] | None = None
+            if has_line or self._detector is not None:
                 loss, norm = ranks.reduce_mean(torch.stack([loss, norm])).tolist()  # waits for a GPU
+                spike = self._respond_to_spike(loss, norm, reading, state)
             busy_seconds += time.perf_counter() - started
-            if has_line:
+            if has_line or spike is not None:
                 record = {
                     "step": step,
                     "tokens": state.tokens,
@@ -240,35 +303,75 @@ def _go_on(job: _Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) 
                     "tokens_per_second": busy_tokens / busy_seconds,
                 }
                 busy_seconds, busy_tokens = 0.0, 0
-                reading: dict[str, Any] = {}
-                if is_monitored:
-                    reading = monitor.reading(ranks.reduce_max, ranks.reduce_mean).as_metrics()
-                    max_logits = {name: reading[name] for name in MAX_LOGITS}
-                record |= max_logits | reading
-                if is_evaluated and job.windows is not None:
-                    record["validation_loss"] = validation_loss(model, job.windows, settings, ranks)
+                measured: dict[str, Any] = {}
+                if is_monitored and reading is not None:
+                    measured = reading.as_metrics()
+                    self._max_logits = {name: measured[name] for name in MAX_LOGITS}
+                record |= self._max_logits | measured
+                if is_evaluated and self._job.windows is not None:
+                    record["validation_loss"] = validation_loss(
+                        self._model, self._job.windows, settings, ranks
+                    )
+                if self._clip is not None:
+                    record["qk_clipped"] = clipped
+                if state.attempt:
+                    record["attempt"] = state.attempt
+                if spike is not None:
+                    record["spike"] = spike
                 if log is not None:
                     log.write(record)
-                    if was_finite and not math.isfinite(record["loss"]):
+                    if self._detector is None and was_finite and not math.isfinite(record["loss"]):
                         progress.on_message(f"the loss is not finite at step {step}; the run goes on")
                     was_finite = math.isfinite(record["loss"])
             if log is not None:
                 progress.on_step(step, record)
+                if spike is not None:
+                    progress.on_message(describe(spike, settings, state))
+            action = None if spike is None else spike["action"]
+            if spike is not None and action == "rollback":
+                self._roll_back(spike, state)
+                return None
             is_interrupted = ranks.any(interrupts.signal is not None)
-            is_saved = is_interrupted or _is_due(step, settings.checkpoint_every, settings.steps)
-            if log is not None and is_saved:
+            is_stopped = is_interrupted or action == "stop"
+            if log is not None and (is_stopped or _is_due(step, settings.checkpoint_every, settings.steps)):
                 if is_interrupted:
                     progress.on_message("stopping; a checkpoint is written first, Ctrl-C again stops at once")
                 log.sync()
-                save_checkpoint(folder, model, optimizer, state, settings.keep_checkpoints)
+                self._save(state)
+            if log is not None and is_stopped and step < settings.steps:
+                command = resume_command(settings.out, ranks)
+                progress.on_message(f"stopped after step {step}; to go on: {command}")
+            if action == "stop":
+                return Outcome(settings.out, step, settings.steps, None, stopped_by_spike=True)
             if is_interrupted and step < settings.steps:
-                ranks.barrier()
-                if log is not None:
-                    command = resume_command(folder, ranks)
-                    progress.on_message(f"stopped after step {step}; to go on: {command}")
-                return Outcome(folder, step, settings.steps, interrupts.signal or signal.SIGTERM)
-    ranks.barrier()  # the last checkpoint is there
-    return Outcome(folder, state.step, settings.steps, None)
+                return Outcome(settings.out, step, settings.steps, interrupts.signal or signal.SIGTERM)
+        return Outcome(settings.out, state.step, settings.steps, None)
+
+    def _respond_to_spike(
+        self, loss: float, norm: float, reading: Reading | None, state: TrainState
+    ) -> dict[str, Any] | None:
+        """The entry of metrics.jsonl for a spike, if the step that was just done shows one."""
+        if self._detector is None:
+            return None
+        spike = self._detector.observe(state.step, loss, norm, None if reading is None else reading.max_logit)
+        return None if spike is None else respond(spike, self._settings, state)
+
+    def _roll_back(self, spike: dict[str, Any], state: TrainState) -> None:
+        self._ranks.barrier()  # nobody reads checkpoints any more
+        if self._log is not None:
+            self._log.sync()
+            rewind(self._settings.out, spike["to_step"], state.attempt + 1, spike["batches_skipped"])
+        self._ranks.barrier()
+
+    def _save(self, state: TrainState) -> None:
+        settings, needed_from = self._settings, None
+        if self._detector is not None:
+            state = replace(state, spikes=self._detector.state())
+            if settings.on_spike == "rollback":  # a spike that begins now may be seen `rise_steps` later
+                needed_from = good_checkpoint(settings, state.step + 1 - self._detector.rise_steps)
+        save_checkpoint(
+            settings.out, self._model, self._optimizer, state, settings.keep_checkpoints, needed_from
+        )
 
 
 def _checkpoint_activations(model: LongShortForCausalLM) -> None:

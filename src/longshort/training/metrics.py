@@ -8,8 +8,16 @@ A line is one strict JSON object. Its keys:
   not counted.
 - if the run is monitored `max_logit`, and of it `max_logit_local`, `max_logit_global`,
   `max_logit_global_in_band`, as last measured; null where the model has no such heads.
-- on the steps that measure them `max_logit_by_head` and `entropy_by_head` (nats), for each layer a list.
+- on the steps that measure them `max_logit_by_head` and `entropy_by_head` (nats), for each layer a list; with
+  `monitor_row_range` also `row_range`, and of it `row_range_local`, `row_range_global` and
+  `row_range_global_in_band`: the largest difference between two logits of one query, null as above.
 - `validation_loss` (nats per token) after the step, on evaluated steps.
+- `qk_clipped`: with QK-clip, the heads that were scaled after the step.
+- `spike`, on a step that showed one: `reasons`, `onset` (the step at which it began) and `action`; with the
+  action "rollback" also `to_step`, the steps that stay done, and `batches_skipped`, batches left out so far.
+- `attempt`: how many rollbacks came before; absent where there were none.
+
+After a rollback the lines of the abandoned steps stay; the steps of the next attempt follow them.
 
 JSON has no NaN and no infinity: a measured value that is not finite is null.
 """
@@ -54,35 +62,39 @@ class MetricsLog:
             self._file.close()
             raise BlockingIOError(f"{run} is being trained by another process") from None
 
-    def begin(self, step: int, tensorboard: bool = False) -> dict[str, Any] | None:
-        """Cut off what comes after `step`, the half line of a killed process included.
+    def begin(self, step: int, tensorboard: bool = False, attempt: int = 0) -> dict[str, Any] | None:
+        """Cut off what comes after `step` of `attempt`, the half line of a killed process included.
 
         Args:
             step: optimizer steps that the run goes on from.
             tensorboard: write TensorBoard's files too.
+            attempt: how many rollbacks came before; lines of earlier attempts stay.
 
         Returns:
-            The last line that stays, if there is one.
+            The last line that counts, if there is one.
 
         Raises:
             ValueError: a line is not a JSON object with a step.
         """
-        kept, last = 0, None
+        kept, lines = 0, []
         self._file.seek(0)
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
                 break
             record = _parse(line, self._run / METRICS_FILE, number)
-            if record["step"] > step:
+            if (record.get("attempt", 0), record["step"]) > (attempt, step):
                 break
             kept += len(line)
-            last = record
+            lines.append(record)
         self._file.truncate(kept)
+        if self._board is not None:
+            self._board.close()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self._run / TENSORBOARD_FOLDER), purge_step=step + 1)
-        return last
+        counted = _without_abandoned(lines)
+        return counted[-1] if counted else None
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line; it has reached the operating system when this returns.
@@ -114,10 +126,15 @@ class MetricsLog:
             self._board.close()
 
 
-def read_metrics(run: Path | str) -> list[dict[str, Any]]:
+def read_metrics(run: Path | str, *, abandoned: bool = False) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; values that were not finite are None.
 
     A last line without its end, as a killed process leaves it, is not read.
+
+    Args:
+        run: the run's folder.
+        abandoned: also give the lines of steps that a rollback undid, in the order in which they were
+            written. Without them steps only grow.
 
     Raises:
         FileNotFoundError: the folder has no metrics.jsonl.
@@ -131,12 +148,22 @@ def read_metrics(run: Path | str) -> list[dict[str, Any]]:
         if not line.endswith(b"\n"):
             break
         records.append(_parse(line, path, number))
-    return records
+    return records if abandoned else _without_abandoned(records)
 
 
 def has_values(metrics: Sequence[Mapping[str, Any]], key: str) -> bool:
     """Whether at least one line holds a value of `key` that is not null."""
     return any(line.get(key) is not None for line in metrics)
+
+
+def _without_abandoned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    counted: list[dict[str, Any]] = []
+    for record in records:
+        counted.append(record)
+        spike = record.get("spike", {})
+        if spike.get("action") == "rollback":
+            counted = [earlier for earlier in counted if earlier["step"] <= spike["to_step"]]
+    return counted
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -158,6 +185,6 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
                 for layer, heads in enumerate(value)
                 for head, entry in enumerate(heads)
             ]
-        elif name != "step" and value is not None:
+        elif isinstance(value, int | float) and name != "step":
             scalars.append((name, value))
     return scalars

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from longshort.convolution import ShortConvolution
 from longshort.data import Batch
+from longshort.stability import z_loss
 from longshort.training.config import TrainConfig
 from longshort.training.parallel import Ranks
 
@@ -28,11 +31,15 @@ def learning_rate_at(settings: TrainConfig, step: int) -> float:
 
 
 def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices, embeddings among them, and leaves gains alone."""
-    parameters = list(model.parameters())
+    """AdamW that decays matrices, embeddings among them, and leaves gains alone, sink logits and convolutions
+    too: these start as the identity, and decay would shrink the attention logits."""
+    kept = {id(module.weight) for module in model.modules() if isinstance(module, ShortConvolution)}
+    decayed, others = [], []
+    for parameter in model.parameters():
+        (decayed if parameter.ndim >= 2 and id(parameter) not in kept else others).append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True
@@ -50,7 +57,8 @@ def optimizer_step(
     """One step on this rank's part of a batch.
 
     Returns:
-        The mean loss over that part and the norm of the gradient over all ranks, before clipping; scalars.
+        The mean cross-entropy over that part, and the norm of the gradient of what is differentiated (with
+        the z-loss, if there is one) over all ranks, before clipping; scalars.
     """
     size = len(batch.input_ids)
     parts = _micro_batches(batch, settings, ranks)
@@ -58,9 +66,10 @@ def optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     for index, part in enumerate(parts):
         with ranks.accumulating(model, is_last=index == len(parts) - 1):
-            loss = batch_loss(model, part, settings, ranks) * (len(part.input_ids) / size)
-            loss.backward()
-        total += loss.detach()
+            loss, objective = _loss_and_objective(model, part, settings, ranks)
+            share = len(part.input_ids) / size
+            (objective * share).backward()
+        total += loss.detach() * share
     parameters = list(model.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if settings.grad_clip:
@@ -73,6 +82,21 @@ def optimizer_step(
 
 def batch_loss(model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks) -> Tensor:
     """Mean cross-entropy of a batch's labels, nats per token; a scalar."""
+    return _forward(model, batch, settings, ranks).loss
+
+
+def _loss_and_objective(
+    model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy, and what is differentiated."""
+    output = _forward(model, batch, settings, ranks)
+    if not settings.z_loss:
+        return output.loss, output.loss
+    return output.loss, output.loss + settings.z_loss * z_loss(output.logits, batch.labels.to(ranks.device))
+
+
+def _forward(model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks) -> Any:
+    """The model's output: `loss`, a scalar, and `logits` (batch, sequence, vocab)."""
     on_device = Batch(*(tensor.to(ranks.device) for tensor in batch))
     with torch.autocast(ranks.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         return model(
@@ -80,7 +104,7 @@ def batch_loss(model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ran
             shift_labels=on_device.labels,
             segment_ids=on_device.segment_ids if settings.separate_documents else None,
             use_cache=False,
-        ).loss
+        )
 
 
 @torch.no_grad()

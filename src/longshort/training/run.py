@@ -19,7 +19,7 @@ import torch
 from longshort import __version__
 from longshort.data import DataFolder, load_tokenizer
 from longshort.data.files import sync_folder, sync_tree
-from longshort.model import PRESETS, LongShortConfig, LongShortForCausalLM, preset
+from longshort.model import LongShortConfig, LongShortForCausalLM, preset
 from longshort.training.config import MODEL_SETTINGS, TrainConfig
 from longshort.training.files import replace_file
 
@@ -53,22 +53,24 @@ class RunConfig:
     Attributes:
         training: the settings, defaults filled in, paths absolute.
         model: `LongShortConfig` as a dictionary.
-        band: window over which the global heads' logits are compared with local heads.
+        band: window over which the global heads' logits are compared with local heads; None: not compared,
+            the model has no local head and its config no window.
         data: what the run was started on.
         versions: of longshort and torch.
     """
 
     training: TrainConfig
     model: dict[str, Any]
-    band: int
+    band: int | None
     data: DataIdentity
     versions: dict[str, str]
 
     def build_model(self) -> LongShortForCausalLM:
         """The model with the initial weights of the run's seed, on the CPU in fp32."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.training.seed)
-            return LongShortForCausalLM(LongShortConfig.from_dict(self.model))
+        with torch.random.fork_rng(devices=[]):  # the weights that a new model draws are not the run's
+            model = LongShortForCausalLM(LongShortConfig.from_dict(self.model))
+        model.draw_weights(self.training.seed)
+        return model
 
 
 def plan_run(settings: TrainConfig) -> tuple[RunConfig, DataFolder]:
@@ -76,11 +78,9 @@ def plan_run(settings: TrainConfig) -> tuple[RunConfig, DataFolder]:
 
     Raises:
         ValueError: a setting does not fit the preset or the data.
-        FileNotFoundError: there is no such data folder.
+        FileNotFoundError: there is no such data folder, or no such file to read the preset from.
         FileExistsError: the run's folder is in use.
     """
-    if settings.preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {settings.preset!r}")
     _require_new(settings.out)
     data = DataFolder.open(settings.data)
     model = preset(
@@ -90,9 +90,11 @@ def plan_run(settings: TrainConfig) -> tuple[RunConfig, DataFolder]:
         eos_token_id=load_tokenizer(data.tokenizer_dir).eos_token_id,
         **settings.model_overrides(),
     )
-    chosen = {ours: getattr(model, theirs) for ours, theirs in MODEL_SETTINGS.items()}
+    resolved = {ours: getattr(model, theirs) for ours, theirs in MODEL_SETTINGS.items()}
+    # What differs by layer is no flag's value; `RunConfig.model` has it.
+    chosen = {name: value for name, value in resolved.items() if not isinstance(value, list)}
     if settings.mhsa:
-        del chosen["global_heads"]
+        chosen.pop("global_heads", None)
     warmup_steps, schedule_steps, min_learning_rate = settings.schedule_or_defaults()
     training = replace(
         settings,
@@ -104,15 +106,21 @@ def plan_run(settings: TrainConfig) -> tuple[RunConfig, DataFolder]:
         out=settings.out.resolve(),
         threads=torch.get_num_threads(),
     )
-    assert isinstance(model.local_window, int)  # presets have one window for all layers
     run = RunConfig(
         training=training,
         model=json.loads(model.to_json_string(use_diff=False)),
-        band=model.local_window,
+        band=_band(model),
         data=DataIdentity.of(data),
         versions=current_versions(),
     )
     return run, data
+
+
+def _band(model: LongShortConfig) -> int | None:
+    """The largest window of a local head; without local heads the one that the config names all the same."""
+    windows = [window for layout in model.head_layouts() for window in layout.windows if window is not None]
+    named = model.local_window if isinstance(model.local_window, list) else [model.local_window]
+    return max(windows or [window for window in named if window is not None], default=None)
 
 
 def create_run(run: RunConfig, data: DataFolder) -> None:

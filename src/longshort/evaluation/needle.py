@@ -1,0 +1,262 @@
+"""Retrieval from a distance, by models that were never trained on it: a needle in a window of text.
+
+Somewhere in a window of text stands a line with a random key and value, the needle, and the window ends with
+the same line once more, of which the last letters of the value are scored:
+
+    text … KUDQXE = "mfkwcjhtbnpa" … text … KUDQXE = "mfkwcjhtbnpa
+                                                          ────────
+
+Those letters are scored a second time in a window that differs by the needle's value alone. So what else
+helps is in both, and the gain from one to the other is what the model looks up. A model that has learnt to go
+on as a text went on before (induction) can do that without having seen the task, as far back as it sees.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from string import ascii_lowercase, ascii_uppercase
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from longshort.data.tokenization import Encoder, vocabulary_size
+from longshort.evaluation.positions import position_limit
+from longshort.layout import require_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import nn
+    from transformers import PreTrainedTokenizerFast
+
+    from longshort.data import TokenFile
+
+_KEY_LETTERS, _VALUE_LETTERS, _SHOWN_LETTERS = 6, 12, 4
+_TOKENS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class NeedleCell:
+    """Needles at one depth in windows of one length.
+
+    Attributes:
+        length: tokens of a window.
+        depth: of the text around the needle, the share that comes before it.
+        distance: tokens from a scored token back to its copy in the needle, mean over the samples. A head
+            whose window is at least so long sees the copy when the token is predicted.
+        gain: how much more likely the needle makes a scored token, nats per token, mean over the samples.
+        gain_error: standard error of `gain` over the samples.
+        accuracy: share of the scored tokens that the model takes for the likeliest, with the needle.
+        samples: pairs of windows.
+    """
+
+    length: int
+    depth: float
+    distance: float
+    gain: float
+    gain_error: float
+    accuracy: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class NeedleResult:
+    """What `measure_needle` found.
+
+    Attributes:
+        cells: for each length, in the order given, one for each depth.
+    """
+
+    cells: list[NeedleCell]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Token ids of one sample. The pieces of a line are encoded one by one, so that they are the same ids in
+    needle and question."""
+
+    opening: NDArray[np.int64]  # a line break, the key and the quotation mark
+    shown: NDArray[np.int64]  # the value's first letters
+    scored: NDArray[np.int64]  # and its last ones
+    other_value: NDArray[np.int64]  # of as many tokens as the value
+    closing: NDArray[np.int64]
+    text: NDArray[np.int64]  # of so many tokens that all together are length + 1
+
+    def window(self, depth: float, has_needle: bool) -> NDArray[np.int64]:
+        """The window with the needle, or with the other one, and behind it the last label: (length + 1,)."""
+        value = [self.shown, self.scored] if has_needle else [self.other_value]
+        before, after = np.split(self.text, [self.place(depth)])
+        needle = [self.opening, *value, self.closing]
+        return np.concatenate([before, *needle, after, self.opening, self.shown, self.scored])
+
+    def place(self, depth: float) -> int:
+        """Tokens of text before the needle."""
+        return round(depth * len(self.text))
+
+    def distance(self, depth: float) -> int:
+        """From a scored token to its copy."""
+        after = len(self.text) - self.place(depth)
+        return len(self.scored) + len(self.closing) + after + len(self.opening) + len(self.shown)
+
+
+@dataclass(frozen=True)
+class _Score:
+    log_probability: float  # mean over the scored tokens, nats
+    hits: int  # scored tokens that the model takes for the likeliest
+
+
+def measure_needle(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    token_file: TokenFile,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> NeedleResult:
+    """Looks for needles in windows of a text, as this module's description says.
+
+    Keys, values and text are drawn for each length and sample; the depths share them, and so do models that
+    are measured with one seed. The text of a window is cut anywhere and may span documents.
+
+    Args:
+        model: a causal language model, `model(input_ids, logits_to_keep=…).logits`, on any device; it is left
+            in the mode it was in. Its precision is the caller's choice (`torch.autocast`).
+        tokenizer: the model's; every text must have an encoding.
+        token_file: the text, best of the validation split.
+        lengths: tokens per window, question and all but the last scored token included.
+        depths: 0 … 1, where the needle is: 0 before all of the text, 1 right before the question.
+        samples: pairs of windows per length and depth, at least 2.
+        seed: of keys, values and text.
+        batch_size: windows per forward pass; None: about 8192 tokens.
+
+    Raises:
+        ValueError: a value is out of range, a length exceeds the model's learned positions or has no room for
+            needle, question and text, or vocabulary or file are too large or small for it.
+    """
+    _check(model, tokenizer, token_file, lengths, depths, batch_size)
+    require_integer("samples", samples, minimum=2)
+    require_integer("seed", seed, minimum=0)
+    encoder = Encoder(tokenizer)
+    drawn = {
+        length: [
+            _draw(encoder, token_file, length, np.random.default_rng([seed, length, index]))
+            for index in range(samples)
+        ]
+        for length in dict.fromkeys(lengths)
+    }
+    was_training = model.training
+    model.eval()
+    try:
+        return NeedleResult(
+            [
+                _measure(model, drawn[length], length, float(depth), batch_size)
+                for length in lengths
+                for depth in depths
+            ]
+        )
+    finally:
+        model.train(was_training)
+
+
+def _check(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    token_file: TokenFile,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    batch_size: int | None,
+) -> None:
+    limit = position_limit(model)
+    for name, values in (("lengths", lengths), ("depths", depths)):
+        if not isinstance(values, list | tuple) or not values:
+            raise ValueError(f"{name} must be a list or tuple with at least one entry, got {values!r}")
+    for length in lengths:
+        require_integer("every entry of lengths", length, minimum=1)
+        if limit is not None and length > limit:
+            raise ValueError(f"lengths must be at most {limit}, the model's learned positions, got {length}")
+    for depth in depths:
+        if isinstance(depth, bool) or not isinstance(depth, int | float) or not 0 <= depth <= 1:
+            raise ValueError(f"every entry of depths must be a number in 0 … 1, got {depth!r}")
+    if batch_size is not None:
+        require_integer("batch_size", batch_size, minimum=1)
+    config: Any = model.config
+    sizes = {"tokenizer": vocabulary_size(tokenizer), "token_file": token_file.vocab_size}
+    for name, size in sizes.items():
+        if size > config.vocab_size:
+            raise ValueError(f"{name} has a vocabulary of {size}, but the model one of {config.vocab_size}")
+
+
+def _draw(encoder: Encoder, token_file: TokenFile, length: int, generator: np.random.Generator) -> _Sample:
+    def letters(alphabet: str, count: int) -> str:
+        return "".join(alphabet[index] for index in generator.integers(len(alphabet), size=count))
+
+    def encode(*texts: str) -> list[NDArray[np.int64]]:
+        return [ids.astype(np.int64) for ids in encoder.encode(texts)]
+
+    def encode_value() -> list[NDArray[np.int64]]:
+        value = letters(ascii_lowercase, _VALUE_LETTERS)
+        return encode(value[:_SHOWN_LETTERS], value[_SHOWN_LETTERS:])
+
+    opening, closing = encode(f'\n{letters(ascii_uppercase, _KEY_LETTERS)} = "', '"\n')
+    shown, scored = encode_value()
+    other_value = np.concatenate(encode_value())
+    while len(other_value) != len(shown) + len(scored):
+        other_value = np.concatenate(encode_value())
+    taken = 2 * (len(opening) + len(shown) + len(scored)) + len(closing)
+    size = length + 1 - taken
+    if size < 1:
+        raise ValueError(f"lengths must be at least {taken}, the tokens of needle and question, got {length}")
+    if size > len(token_file):
+        raise ValueError(
+            f"token_file must hold at least {size} tokens for windows of {length}, got {len(token_file)}"
+        )
+    start = int(generator.integers(len(token_file) - size + 1))
+    text = token_file.tokens[start : start + size].astype(np.int64)
+    return _Sample(opening, shown, scored, other_value, closing, text)
+
+
+def _measure(
+    model: nn.Module, samples: Sequence[_Sample], length: int, depth: float, batch_size: int | None
+) -> NeedleCell:
+    windows = [(sample, has_needle) for sample in samples for has_needle in (True, False)]
+    size = batch_size or max(1, _TOKENS_PER_BATCH // length)
+    scores = [
+        score
+        for first in range(0, len(windows), size)
+        for score in _score(model, depth, windows[first : first + size])
+    ]
+    with_needle, without = scores[0::2], scores[1::2]
+    gains = np.array(
+        [a.log_probability - b.log_probability for a, b in zip(with_needle, without, strict=True)]
+    )
+    return NeedleCell(
+        length=length,
+        depth=depth,
+        distance=float(np.mean([sample.distance(depth) for sample in samples])),
+        gain=float(gains.mean()),
+        gain_error=float(gains.std(ddof=1)) / math.sqrt(len(gains)),
+        accuracy=sum(score.hits for score in with_needle) / sum(len(sample.scored) for sample in samples),
+        samples=len(samples),
+    )
+
+
+@torch.no_grad()
+def _score(model: nn.Module, depth: float, windows: Sequence[tuple[_Sample, bool]]) -> list[_Score]:
+    """One forward pass."""
+    tokens = np.stack([sample.window(depth, has_needle) for sample, has_needle in windows])
+    on_device = torch.from_numpy(tokens).to(next(model.parameters()).device)
+    counts = [len(sample.scored) for sample, _ in windows]
+    logits = model(on_device[:, :-1], use_cache=False, logits_to_keep=max(counts)).logits.float()
+    labels = on_device[:, -max(counts) :]
+    log_probabilities = logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1).cpu()
+    hits = (logits.argmax(-1) == labels).cpu()
+    return [
+        _Score(log_probabilities[row, -count:].mean().item(), int(hits[row, -count:].sum()))
+        for row, count in enumerate(counts)
+    ]

@@ -1,0 +1,80 @@
+"""What a model costs: operations, parameters and cached bytes, counted from its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from longshort.layout import require_integer
+from longshort.model.config import LongShortConfig
+from longshort.model.modeling import LongShortForCausalLM
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations; one multiply-add counts as two.
+
+    Norms, softmax, activations, positions, short convolutions and residual sums are not counted, nor is
+    whatever a backend computes of pairs that are not visible.
+
+    Attributes:
+        matrices: of the blocks' projections and MLPs: 2 · weights · tokens.
+        attention: q·k and p·v, 4 · head_dim for each visible pair of a query and a key.
+        lm_head: 2 · hidden_size · vocab_size · tokens.
+    """
+
+    matrices: int
+    attention: int
+    lm_head: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.matrices + self.attention + self.lm_head
+
+
+def forward_flops(config: LongShortConfig, length: int) -> Flops:
+    """Of the forward pass of one sequence of `length` tokens, one segment, logits for every token.
+
+    Raises:
+        ValueError: length is no integer >= 0.
+    """
+    require_integer("length", length, minimum=0)
+    layouts = config.head_layouts()
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    attention_weights = (2 * heads + 2 * kv_heads) * config.head_dim * config.hidden_size
+    mlp_weights = 2 * config.hidden_size * config.intermediate_size
+    return Flops(
+        matrices=2 * len(layouts) * (attention_weights + mlp_weights) * length,
+        attention=4 * config.head_dim * sum(layout.score_count(length, length) for layout in layouts),
+        lm_head=2 * config.hidden_size * config.vocab_size * length,
+    )
+
+
+def training_flops(config: LongShortConfig, length: int) -> Flops:
+    """Of one sequence, forward and backward: three times the forward pass, since the gradient of a product is
+    two products of its size. What a backend or gradient checkpointing computes again is not counted.
+
+    Raises:
+        ValueError: length is no integer >= 0.
+    """
+    forward = forward_flops(config, length)
+    return Flops(3 * forward.matrices, 3 * forward.attention, 3 * forward.lm_head)
+
+
+def parameter_count(config: LongShortConfig) -> int:
+    """Parameters of `LongShortForCausalLM`, embeddings among them, a tied matrix once; no memory is taken."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in LongShortForCausalLM(config).parameters())
+
+
+def kv_bytes(config: LongShortConfig, length: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values, all layers together, that must be kept to decode after `length` tokens of one
+    sequence: a local head's last `window` and its sink tokens, a global head's all.
+
+    Raises:
+        ValueError: length is no integer >= 0.
+        TypeError: dtype is not a torch.dtype.
+    """
+    return sum(layout.kv_bytes(length, config.head_dim, dtype) for layout in config.head_layouts())

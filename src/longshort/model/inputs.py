@@ -1,0 +1,77 @@
+"""What a model's forward pass is given: checks, and the defaults of what is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longshort.attention import require_tensor
+from longshort.huggingface import segment_ids_from
+
+
+def segments_and_positions(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    segment_ids: Tensor | None,
+    past: int,
+    inputs_embeds: Tensor,
+) -> tuple[Tensor | None, Tensor]:
+    """Segment ids of all keys, None where nothing is padded or packed, and positions of the new tokens."""
+    batch, q_len, _ = inputs_embeds.shape
+    kv_len, device = past + q_len, inputs_embeds.device
+    told_by_positions = None if segment_ids is not None else position_ids
+    from_mask = segment_ids_from(attention_mask, told_by_positions, batch, q_len, kv_len, device)
+    if segment_ids is None:
+        segment_ids = from_mask
+    else:
+        require_tensor("segment_ids", segment_ids)
+        if tuple(segment_ids.shape) != (batch, kv_len):
+            raise ValueError(
+                f"segment_ids must be (batch, kv_len) = {(batch, kv_len)}, got {tuple(segment_ids.shape)}"
+            )
+        if from_mask is not None:
+            segment_ids = segment_ids.masked_fill(from_mask < 0, -1)
+    if position_ids is None and from_mask is not None:
+        position_ids = ((from_mask >= 0).cumsum(-1) - 1).clamp_min(0)[:, past:]
+    elif position_ids is None:
+        position_ids = torch.arange(past, kv_len, device=device)[None]
+    return segment_ids, position_ids
+
+
+def kept(hidden_states: Tensor, logits_to_keep: Any) -> Tensor:
+    """The hidden states that get logits: the last so many, 0 for all, or those at a 1-D tensor's positions.
+
+    Raises:
+        ValueError: logits_to_keep is neither.
+    """
+    if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep must be an integer >= 0 or a 1-D tensor, got {logits_to_keep!r}")
+    return hidden_states[:, -logits_to_keep:]
+
+
+def check_labels(name: str, labels: Any, hidden_states: Tensor) -> None:
+    """Raise a TypeError or ValueError that names the argument unless labels are None or (batch, sequence) of
+    int64."""
+    if labels is None:
+        return
+    require_tensor(name, labels)
+    if labels.shape != hidden_states.shape[:2] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"{name} must be (batch, sequence) = {tuple(hidden_states.shape[:2])} of int64, "
+            f"got shape {tuple(labels.shape)} of {labels.dtype}"
+        )
+
+
+def check_range(name: str, ids: Tensor, limit_name: str, limit: int) -> None:
+    """Raise a ValueError for ids outside 0 ... limit - 1; a compiled forward pass cannot look."""
+    if torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    low, high = torch.stack(ids.aminmax()).tolist()
+    if low < 0 or high >= limit:
+        raise ValueError(
+            f"{name} must be at least 0 and below {limit_name} = {limit}, got {low if low < 0 else high}"
+        )

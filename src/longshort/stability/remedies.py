@@ -1,0 +1,122 @@
+"""Remedies against large logits that act on the training, not on the architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from longshort.attention import require_tensor
+from longshort.layers import LongShortAttention, require_positive
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_IGNORED = -100  # torch's label of a position that nothing is predicted for
+
+
+def z_loss(
+    logits: Float[Tensor, "*positions vocab"], labels: Int[Tensor, "*positions"] | None = None
+) -> Float[Tensor, ""]:
+    """Mean over the predicted tokens of logsumexp(logits)², which keeps the softmax's normaliser near 1.
+
+    PaLM (Chowdhery et al. 2022) adds 1e-4 of it to the cross-entropy. It acts on the logits over the
+    vocabulary, not on those of the attention.
+
+    Args:
+        logits: any floating dtype; computed in fp32.
+        labels: what each position predicts; -100: nothing, it does not count. None: all count.
+
+    Returns:
+        A scalar in fp32; 0 where nothing is predicted.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: the shapes do not fit.
+    """
+    require_tensor("logits", logits)
+    squares = logits.float().logsumexp(-1).square()
+    if labels is None:
+        return squares.sum() / max(1, squares.numel())
+    require_tensor("labels", labels)
+    if labels.shape != squares.shape:
+        raise ValueError(
+            f"labels must have the shape of logits without its last dimension, {tuple(squares.shape)}, "
+            f"got {tuple(labels.shape)}"
+        )
+    counts = labels != _IGNORED
+    return squares.masked_fill(~counts, 0.0).sum() / counts.sum().clamp_min(1)
+
+
+class QKClip:
+    """QK-clip of Kimi K2 (Moonshot AI 2025, arXiv 2507.20534): after an optimizer step, a head whose largest
+    logit m was above the threshold τ gets smaller weights, so that the same input would give it τ.
+
+    A head with a key head of its own has its query and key rows of qkv_proj scaled by sqrt(τ/m) each. Where
+    query heads share a key head, the query rows alone are scaled, by τ/m: the shared keys, and with them the
+    other heads, stay as they are, as K2 leaves its shared rotary keys. Weights of heads at or below the
+    threshold keep every bit, as do all of a head whose logit is not finite.
+
+    A logit is linear in these rows with rotation or a short convolution too; it is measured before softcap
+    and ALiBi.
+
+        clip = QKClip(model, 100.0)
+        with monitor.observing():
+            loss.backward()
+        optimizer.step()
+        clip.apply(monitor.reading().max_logit_by_head)
+
+    Args:
+        model: holds `LongShortAttention` layers; layers are counted in the order of `model.modules()`.
+        threshold: τ, > 0; K2 has 100.
+
+    Raises:
+        ValueError: threshold is not finite and > 0; the model has no such layer, or one with QK-norm, which
+            undoes any scaling.
+    """
+
+    def __init__(self, model: nn.Module, threshold: float):
+        require_positive("threshold", threshold)
+        self._threshold = threshold
+        self._layers = [module for module in model.modules() if isinstance(module, LongShortAttention)]
+        if not self._layers:
+            raise ValueError(f"model must have LongShortAttention layers, got {type(model).__name__} without")
+        if any(layer.q_norm is not None for layer in self._layers):
+            raise ValueError(
+                "model must have no QK-norm, which undoes scaling of queries and keys, got a layer with it"
+            )
+
+    @torch.no_grad()
+    def apply(self, max_logit_by_head: Sequence[Sequence[float]]) -> int:
+        """Scale the weights in place.
+
+        Args:
+            max_logit_by_head: for each layer one number per query head, as `Reading` has it, of the passes
+                that led to the step.
+
+        Returns:
+            How many query heads were scaled.
+
+        Raises:
+            ValueError: the numbers are not those of the model's heads.
+        """
+        wanted = [layer.layout.num_heads for layer in self._layers]
+        found = [len(layer) for layer in max_logit_by_head]
+        if found != wanted:
+            raise ValueError(f"max_logit_by_head must have {wanted} heads by layer, got {found}")
+        clipped = 0
+        for layer, max_logits in zip(self._layers, max_logit_by_head, strict=True):
+            rows = layer.qkv_proj.weight.unflatten(0, (-1, layer.head_dim))  # a view: heads, dim, embed
+            for head, max_logit in enumerate(max_logits):
+                if not self._threshold < max_logit < float("inf"):  # false for NaN too
+                    continue
+                factor = self._threshold / max_logit
+                if layer.layout.group_size == 1:
+                    rows[head] *= factor**0.5
+                    rows[layer.layout.num_heads + head] *= factor**0.5
+                else:
+                    rows[head] *= factor
+                clipped += 1
+        return clipped
