@@ -26,6 +26,7 @@ OPTIONAL_PACKAGES = {
     "numpy": "train",
     "tyro": "train",
     "rich": "train",
+    "scipy": "train",
     "tensorboard": "train",
     "matplotlib": "train",
     "jinja2": "train",

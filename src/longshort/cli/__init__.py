@@ -22,6 +22,7 @@ _COMMANDS = {
     "evaluate": "Measure a trained model on whole validation documents.",
     "generate": "Let a trained model write.",
     "bench": "Measure the speed of attention on this machine.",
+    "study": "Run the paper's experiments: trials, figures, verdicts, one report.",
     "doctor": "Show versions, hardware, and which attention backends work here.",
     "demo": "See LS-attention and full attention trained side by side.",
 }

@@ -12,10 +12,8 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from longshort.data import DataFolder, open_corpus, prepare
 from longshort.evaluation import Evaluation, evaluate_documents, generate_text
 from longshort.layout import require_integer
+from longshort.studies.processes import ended_by_signals
 from longshort.training.config import require_seed
 from longshort.training.files import replace_file, strict_json
 from longshort.training.metrics import METRICS_FILE, MetricsLog, has_values, read_metrics
@@ -157,7 +156,7 @@ def run_demo(settings: DemoSettings, display: Display | None = None) -> dict[str
     out = settings.out
     open_corpus(settings.source)  # complains of a wrong source before an earlier demo is removed
     _clear(out, settings.overwrite)
-    with _ended_by_signals():
+    with ended_by_signals():
         display.on_stage(f"preparing data from {settings.source}")
         prepare(settings.source, out / "data")
         display.on_stage(
@@ -223,24 +222,6 @@ def _clear(out: Path, overwrite: bool) -> None:
 def _is_own(name: str) -> bool:
     """Whether a demo writes an entry of this name, a killed one's half-written files included."""
     return name in _OWN_ENTRIES or any(name.startswith(f".{own}.") for own in _OWN_ENTRIES)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM, and SIGHUP when the terminal closes, end the block in good order, as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _train_side_by_side(settings: DemoSettings, display: Display) -> None:

@@ -1,0 +1,83 @@
+"""The files of a study: OUT/NAME/results.jsonl, a line per finished trial, and timing.jsonl beside it.
+
+results.jsonl holds what is a pure function of settings, corpus and machine, in the order of the plan, so that
+it is the same file whether the study was stopped on its way or not. What depends on the machine's day
+(speeds) lies in timing.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from longshort.studies.study import Trial
+from longshort.training.files import finite_or_none, replace_file
+
+RESULTS_FILE = "results.jsonl"
+TIMING_FILE = "timing.jsonl"
+
+
+class ResultsFile:
+    """Finished trials of one study; every `add` leaves whole files behind.
+
+    Args:
+        folder: of the study; it may not exist yet.
+
+    Raises:
+        ValueError: a file there is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._records = {line["key"]: line for line in _read(folder / RESULTS_FILE)}
+        self._timings = {line["key"]: line for line in _read(folder / TIMING_FILE)}
+        self._plan: Sequence[Trial] = ()
+
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """By key, with what was timed under "timing"."""
+        return {
+            key: {**record["result"], "timing": self._timings.get(key, {}).get("timing", {})}
+            for key, record in self._records.items()
+        }
+
+    def order(self, plan: Sequence[Trial]) -> None:
+        """The order of the lines from now on. Results of trials outside the plan are kept, after the
+        others."""
+        self._plan = plan
+        if self._records:
+            self._write()
+
+    def add(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Write the result of a trial down; its key "timing" goes to the other file."""
+        result = finite_or_none(result)
+        name = {"key": trial.key, "arm": trial.arm, "seed": trial.seed}
+        self._timings[trial.key] = {**name, "timing": result.pop("timing", {})}
+        self._records[trial.key] = {**name, "settings": dict(trial.settings), "result": result}
+        self._write()
+
+    def _write(self) -> None:
+        keys = dict.fromkeys([*(trial.key for trial in self._plan), *sorted(self._records)])
+        for file, records in ((TIMING_FILE, self._timings), (RESULTS_FILE, self._records)):
+            lines = (json.dumps(records[key], allow_nan=False) for key in keys if key in records)
+            replace_file(self._folder / file, "".join(f"{line}\n" for line in lines).encode())
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Results of a study's folder by key; empty if there are none."""
+    return ResultsFile(folder).results
+
+
+def _read(path: Path) -> Iterable[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict) or "key" not in record:
+            raise ValueError(f"{path}, line {number}: not an object with a key")
+        yield record

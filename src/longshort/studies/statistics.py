@@ -1,0 +1,115 @@
+"""Intervals over seeds. Seeds are few, so intervals are Student's, and wide.
+
+A value that is missing or not finite (a run that diverged) makes an interval unknown: from −∞ to ∞.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from scipy.stats import t as student
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval.
+
+    Attributes:
+        mean: NaN if a value was missing.
+        low, high: −∞ and ∞ for fewer than two values.
+        count: how many values it rests on.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def is_known(self) -> bool:
+        """Whether both ends are finite."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    def times(self, factor: float) -> Interval:
+        """The interval of a multiple; the factor is > 0."""
+        return Interval(factor * self.mean, factor * self.low, factor * self.high, self.count)
+
+    def exp(self) -> Interval:
+        """The interval of a ratio from that of its logarithm."""
+        return Interval(_exp(self.mean), _exp(self.low), _exp(self.high), self.count)
+
+
+def confidence_interval(values: Iterable[float | None]) -> Interval:
+    """95 % confidence interval of the mean: mean ± t·s/√n, with n − 1 degrees of freedom."""
+    return _student(values, lambda count: 1 / count)
+
+
+def prediction_interval(values: Iterable[float | None]) -> Interval:
+    """95 % prediction interval of one more value, such as another seed's: mean ± t·s·√(1 + 1/n)."""
+    return _student(values, lambda count: 1 + 1 / count)
+
+
+def paired_difference(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> Interval:
+    """Confidence interval of first − second over the seeds that both have."""
+    seeds = sorted(first.keys() & second.keys())
+    return confidence_interval(_difference(first[seed], second[seed]) for seed in seeds)
+
+
+def paired_log_ratio(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> Interval:
+    """Confidence interval of log(first / second) over the seeds that both have."""
+    return paired_difference(
+        {seed: log_or_none(value) for seed, value in first.items()},
+        {seed: log_or_none(value) for seed, value in second.items()},
+    )
+
+
+def slope_interval(curves: Sequence[Sequence[tuple[float, float | None]]]) -> Interval:
+    """Confidence interval of the least-squares slope of y over x, from one curve of (x, y) per seed."""
+    return confidence_interval(slope(curve) for curve in curves)
+
+
+def slope(points: Sequence[tuple[float, float | None]]) -> float | None:
+    """Least-squares slope of y over x; None if a y is missing or there are fewer than two x."""
+    if any(not _is_finite(y) for _, y in points) or len({x for x, _ in points}) < 2:
+        return None
+    x_mean, y_mean = fmean(x for x, _ in points), fmean(y for _, y in points if y is not None)
+    covariance = sum((x - x_mean) * (y - y_mean) for x, y in points if y is not None)
+    return covariance / sum((x - x_mean) ** 2 for x, _ in points)
+
+
+def log_or_none(value: float | None) -> float | None:
+    """Natural logarithm; None where there is none."""
+    return math.log(value) if value is not None and _is_finite(value) and value > 0 else None
+
+
+def _student(values: Iterable[float | None], variance_factor: Callable[[int], float]) -> Interval:
+    known = list(values)
+    numbers = [value for value in known if value is not None and _is_finite(value)]
+    if not numbers or len(numbers) < len(known):
+        return Interval(math.nan, -math.inf, math.inf, len(known))
+    mean = fmean(numbers)
+    if len(numbers) == 1:
+        return Interval(mean, -math.inf, math.inf, 1)
+    quantile = float(student.ppf((1 + LEVEL) / 2, len(numbers) - 1))
+    half = quantile * stdev(numbers) * math.sqrt(variance_factor(len(numbers)))
+    return Interval(mean, mean - half, mean + half, len(numbers))
+
+
+def _difference(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first - second
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

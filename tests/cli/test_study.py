@@ -1,0 +1,70 @@
+import subprocess
+import sys
+
+import pytest
+
+from longshort.cli import main
+from longshort.cli.study import StudyDisplay, describe_time
+from longshort.studies.runner import Running, State
+from longshort.studies.study import Trial
+
+
+def test_a_study_ends_with_its_verdicts_and_report(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["study", "latency", "--scale", "smoke", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "latency: n = 64, seed 0 done in" in shown
+    assert "F6, T1: " in shown
+    assert str(out / "report.html") in shown.replace("\n", "")
+    assert (out / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explosions"], "NAME must be one of"),
+        (["all", "--seeds", "0"], "--seeds must be an integer >= 1, got 0"),
+        ([], "name"),
+    ],
+)
+def test_bad_arguments_touch_nothing(tmp_path, arguments, message):
+    command = [sys.executable, "-m", "longshort", "study", *arguments]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert message.lower() in ended.stderr.lower()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_wrong_scale_is_refused(tmp_path):
+    command = [sys.executable, "-m", "longshort", "study", "all", "--scale", "desktop"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "smoke" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "time left not known yet"),
+        (-3.0, "about 0 s left"),
+        (40.0, "about 40 s left"),
+        (600.0, "about 10 minutes left"),
+    ],
+)
+def test_time_left(seconds, text):
+    assert describe_time(seconds) == text
+
+
+def test_the_live_table_shows_what_runs():
+    from rich.console import Console
+
+    output = Console(force_terminal=True, width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    trial = Trial("MHSA", 2, {"train": {"learning_rate": 3e-3}})
+    with StudyDisplay(output) as display:
+        display.on_state(
+            State({"explosion": 3}, {"explosion": 9}, [Running("explosion", trial, 0.25)], 120.0)
+        )
+    shown = output.export_text()
+    for part in ("3 of 9 trials", "MHSA, seed 2, rate 0.003", "25%", "about 2 minutes left"):
+        assert part in shown
+    output.file.close()

@@ -1,0 +1,58 @@
+"""Made-up results of the study `dense-local`, with a planted effect or none, and a loop over its plan."""
+
+import math
+import random
+
+from longshort.studies.dense_local import DenseLocal
+from longshort.studies.dense_local_arms import rate_of
+from longshort.studies.dense_local_task import Fit, curve_steps, windows_of_grid
+
+STUDY = DenseLocal()
+
+
+def run_all(run, seeds=3, first=0, results=None):
+    """Results of all that the plan of the smoke scale ever names, each made by run(trial)."""
+    results = {} if results is None else dict(results)
+    while True:
+        new = [
+            trial
+            for trial in STUDY.plan("smoke", range(first, first + seeds), results).trials
+            if trial.key not in results
+        ]
+        if not new:
+            return results
+        results |= {trial.key: run(trial) for trial in new}
+
+
+def make(effect, noise=0.05, best_rung=-2):
+    """Runs a trial by a formula: local losses and logits are `effect`(fit) times global ones, both with noise
+    of their own; the rate 10^(best_rung/2) is the best."""
+
+    def run(trial):
+        fit = Fit(**trial.settings)
+        rng = random.Random(trial.key)
+        factor = 1.0 if fit.window is None else effect(fit)
+        off = 1 + abs(math.log(fit.learning_rate / rate_of(best_rung)))
+        loss = 0.01 * factor * off * rng.lognormvariate(0, noise)
+        return result(fit, loss, 20 * factor * rng.lognormvariate(0, noise))
+
+    return run
+
+
+def result(fit, loss, max_logit):
+    steps = curve_steps(fit.steps)
+    made = {
+        "loss": loss,
+        "max_logit": max_logit,
+        "max_logit_in_band": [[window, max_logit] for window in windows_of_grid(fit.span)],
+        "row_range": None if max_logit is None else 2 * max_logit,
+        "least_loss": 0.0,
+        "steps": steps,
+        "losses": [loss] * len(steps),
+        "max_logits": [max_logit] * len(steps),
+    }
+    if fit.start_window is not None:
+        made["start"] = {"loss": loss, "max_logit": max_logit}
+    if fit.crop:
+        made |= {name: [[0.5] * fit.crop] * fit.crop for name in ("target", "fit")}
+    return made

@@ -1,0 +1,92 @@
+"""Results that nobody trained: what a study says of them is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longshort.model import training_flops
+from longshort.studies.language import model_config
+from longshort.studies.study import Findings, Scale, Study, Trial
+
+
+def fill(
+    study: Study, scale: Scale, seeds: Sequence[int], result_of: Callable[[Trial], Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """Results for the whole plan, also for trials that are known only when others are done."""
+    results: dict[str, Mapping[str, Any]] = {}
+    while True:
+        left = [trial for trial in study.plan(scale, seeds, results).trials if trial.key not in results]
+        if not left:
+            return results
+        for trial in left:
+            results[trial.key] = result_of(trial)
+
+
+def outcomes(findings: Findings) -> dict[str, str]:
+    return {verdict.claim.id: verdict.outcome.value for verdict in findings.verdicts}
+
+
+def judge(
+    study: Study,
+    scale: Scale,
+    result_of: Callable[[Trial], Mapping[str, Any]],
+    folder: Path,
+    seeds: Sequence[int] = range(3),
+) -> dict[str, str]:
+    """Outcomes by claim for planted results; every figure is drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = study.findings(scale, seeds, fill(study, scale, seeds, result_of), folder)
+    for section in found.sections:
+        assert all(figure.file.is_file() for figure in section.figures)
+    return outcomes(found)
+
+
+def noise(trial: Trial) -> float:
+    """Between -1 and 1, another for each arm and seed; the same for equal settings."""
+    return int(trial.key, 16) % 2001 / 1000 - 1
+
+
+def language_result(
+    trial: Trial, *, loss: float, max_logit: float, diverged_at: int | None = None, growth: float = 1.5
+) -> dict[str, Any]:
+    """As `summarize` would give it; the logits' growth over the second half rises with `growth`."""
+    training = trial.settings["train"]
+    steps = training["steps"]
+    config = model_config(trial.settings["model"], training)
+    marks = [max(1, round(steps * share / 20)) for share in range(1, 21)]
+    logits = [[step, max_logit * (step / steps) ** (growth - 1)] for step in marks]
+    result = {
+        "flops_per_step": training_flops(config, training["sequence_length"]).total * training["batch_size"],
+        "tokens_per_step": training["sequence_length"] * training["batch_size"],
+        "loss": loss,
+        "validation_loss": loss,
+        "diverged_at": diverged_at,
+        "max_logit": max_logit,
+        "max_logit_local": max_logit,
+        "max_logit_global": max_logit,
+        "max_logit_global_in_band": max_logit,
+        "row_range": 2 * max_logit,
+        "max_logit_by_head": [[max_logit] * config.num_attention_heads] * config.num_hidden_layers,
+        "validation_curve": [[step, loss + 2 * (1 - step / steps)] for step in marks],
+        "loss_curve": [[step, loss + 2 * (1 - step / steps)] for step in marks],
+        "logit_curves": dict.fromkeys(
+            ("max_logit", "max_logit_local", "max_logit_global_in_band", "row_range"), logits
+        ),
+        "timing": {"tokens_per_second": 40_000.0},
+    }
+    needle = trial.settings.get("measure", {}).get("needle")
+    if needle is not None:
+        result["needle"] = [
+            {"length": length, "depth": depth, "gain": 0.1, "accuracy": 0.2}
+            for length in needle["lengths"]
+            for depth in needle["depths"]
+        ]
+    return result
+
+
+def swept(trial: Trial, best: float = 3e-3) -> float:
+    """What a rate other than the best costs, in nats."""
+    rate = trial.settings["train"]["learning_rate"]
+    return 0.0 if rate == best else 0.3
