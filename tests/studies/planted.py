@@ -58,21 +58,26 @@ def language_result(
     marks = [max(1, round(steps * share / 20)) for share in range(1, 21)]
     logits = [[step, max_logit * (step / steps) ** (growth - 1)] for step in marks]
     result = {
+        "parameters": 1000,
         "flops_per_step": training_flops(config, training["sequence_length"]).total * training["batch_size"],
         "tokens_per_step": training["sequence_length"] * training["batch_size"],
         "loss": loss,
         "validation_loss": loss,
         "diverged_at": diverged_at,
+        "spikes": 0,
         "max_logit": max_logit,
         "max_logit_local": max_logit,
         "max_logit_global": max_logit,
-        "max_logit_global_in_band": max_logit,
+        "max_logit_in_band": max_logit,
         "row_range": 2 * max_logit,
-        "max_logit_by_head": [[max_logit] * config.num_attention_heads] * config.num_hidden_layers,
+        "max_logit_by_head": [
+            [step, [[value] * config.num_attention_heads] * config.num_hidden_layers]
+            for step, value in logits
+        ],
         "validation_curve": [[step, loss + 2 * (1 - step / steps)] for step in marks],
         "loss_curve": [[step, loss + 2 * (1 - step / steps)] for step in marks],
         "logit_curves": dict.fromkeys(
-            ("max_logit", "max_logit_local", "max_logit_global_in_band", "row_range"), logits
+            ("max_logit", "max_logit_local", "max_logit_in_band", "row_range"), logits
         ),
         "timing": {"tokens_per_second": 40_000.0},
     }

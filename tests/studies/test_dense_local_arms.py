@@ -83,7 +83,7 @@ def test_the_grid_is_whole_and_arms_of_a_pair_differ_in_their_window_alone(scale
 @pytest.mark.parametrize("scale", SCALES)
 def test_names_tell_arms_apart(scale):
     arms = {arm for pair in pairs(scale) for arm in (pair.local, pair.other)}
-    arms |= {replace(Fit(**trial.settings), learning_rate=1.0) for trial in frontier_trials(scale)}
+    arms |= {replace(Fit(**trial.settings), learning_rate=1.0) for trial in frontier_trials(scale, 0)}
     assert len({name_of(arm) for arm in arms}) == len(arms)
 
 

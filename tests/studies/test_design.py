@@ -37,5 +37,18 @@ def test_the_recommendation_is_the_smallest_cache_of_the_good_layouts(tmp_path):
         return {"MHSA": 2.0, "LS": 2.01, "window 64": 2.012}.get(arm, 2.5)
 
     results = fill(STUDY, "laptop", range(3), planted(losses))
-    _, text = STUDY.findings("laptop", range(3), results, tmp_path).sections[0].paragraphs
+    _, text, late = STUDY.findings("laptop", range(3), results, tmp_path).sections[0].paragraphs
     assert "LS keeps the fewest keys: 25% of MHSA's" in text
+    assert late.endswith("LS does not fall behind here.")
+
+
+def test_a_layout_that_keeps_up_with_mhsa_late_in_training_is_named(tmp_path):
+    def result_of(trial):
+        result = language_result(trial, loss=2.0 + swept(trial), max_logit=20.0)
+        fall = 1.0 if trial.arm in ("MHSA", "window 64") else 0.5
+        curve = [[step, 2.0 + fall * (loss - 2.0)] for step, loss in result["validation_curve"]]
+        return {**result, "validation_curve": curve}
+
+    results = fill(STUDY, "laptop", range(3), result_of)
+    *_, late = STUDY.findings("laptop", range(3), results, tmp_path).sections[0].paragraphs
+    assert late.endswith("MHSA is catching up with LS, but not with window 64.")

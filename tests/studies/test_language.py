@@ -3,16 +3,8 @@ from __future__ import annotations
 import pytest
 from tests.studies.planted import language_result
 
-from longshort.studies.language import (
-    Arm,
-    Setting,
-    cost_to_reach,
-    language_trial,
-    loss_at_flops,
-    main_trials,
-    sweep,
-    train_language_model,
-)
+from longshort.studies.language import Arm, Setting, language_trial, main_trials, sweep
+from longshort.studies.language_run import cost_to_reach, loss_at_flops, train_language_model
 from longshort.studies.settings import LS, MHSA, paper_base, tiny
 from longshort.studies.study import Trial, Workplace
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from longshort.studies.language import Arm, Setting, Sweep, language_trial, loss_at_flops, main_trials, sweep
+from longshort.studies.language import Arm, Setting, Sweep, language_trial, main_trials, sweep
+from longshort.studies.language_run import loss_at_flops
 from longshort.studies.statistics import (
     Interval,
-    confidence_interval,
+    log_prediction_interval,
     paired_difference,
     paired_log_ratio,
     prediction_interval,
@@ -19,7 +20,8 @@ from longshort.training.report import Table, number
 
 Rate = Literal["best", "lower"]
 RATES: tuple[Rate, ...] = ("best", "lower")
-PREDICTED = ("validation_loss", "max_logit", "row_range")
+PREDICTED = ("validation_loss", "max_logit", "max_logit_in_band", "row_range")
+"""What the tables show of an arm."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,10 @@ def plan_arms(
     for arm in arms:
         found = sweep(setting, arm, results, seeds[0])
         trials += found.trials
-        following = [
-            trial
-            for trial in main_trials(setting, arm, found, seeds, at_lower=at_lower)
-            if trial.seed != seeds[0] or found.is_done
-        ]
         if found.is_done:
-            trials += following
+            trials += main_trials(setting, arm, found, seeds, at_lower=at_lower)
         else:
-            later += sum(trial.work for trial in following)
+            later += found.trials[0].work * (len(seeds) - 1) * (2 if at_lower else 1)
     return Plan(without_doubles(trials), later)
 
 
@@ -120,7 +117,14 @@ def loss_difference(first: Trained, second: Trained, rate: Rate = "best") -> Int
     return paired_difference(first.values("validation_loss", rate), second.values("validation_loss", rate))
 
 
-def loss_difference_at_equal_flops(first: Trained, second: Trained, rate: Rate = "best") -> Interval:
+class HasResults(Protocol):
+    """Results by rate and seed, as `Trained` has them."""
+
+    @property
+    def results(self) -> Mapping[Rate, Mapping[int, Mapping[str, Any]]]: ...
+
+
+def loss_difference_at_equal_flops(first: HasResults, second: HasResults, rate: Rate = "best") -> Interval:
     """The same when both had spent what the cheaper one spends in all."""
     losses = []
     for trained, other in ((first, second), (second, first)):
@@ -130,6 +134,17 @@ def loss_difference_at_equal_flops(first: Trained, second: Trained, rate: Rate =
             by_seed[seed] = loss_at_flops(result, budget)
         losses.append(by_seed)
     return paired_difference(*losses)
+
+
+def in_band_log_ratio(first: Trained, second: Trained, rate: Rate = "best") -> Interval:
+    """Paired log-ratio of the largest logits over the pairs inside the window: equal sets of pairs."""
+    return log_ratio(first, second, "max_logit_in_band", rate)
+
+
+def edge_text(arms: Iterable[Trained]) -> str:
+    """A warning for each arm whose best rate lies at the edge of its sweep; empty if none does."""
+    names = [f"{arm.arm.name} ({rate_text(arm.sweep.best)})" for arm in arms if arm.sweep.is_at_edge]
+    return f" Best rate at the edge of the sweep: {', '.join(names)}." if names else ""
 
 
 def judge_below(interval: Interval, shown: float, partly: float) -> Outcome:
@@ -151,22 +166,25 @@ def arm_table(trained: Mapping[str, Trained]) -> Table:
         rows.append(
             (
                 name,
+                f"{results[0]['parameters'] / 1000:,.0f}k",
                 rate_text(arm.sweep.best) + (" (edge)" if arm.sweep.is_at_edge else ""),
-                spread_text(arm.values("validation_loss")),
-                spread_text(arm.values("max_logit")),
-                spread_text(arm.values("row_range")),
+                *(spread_text(quantity, arm.values(quantity)) for quantity in PREDICTED),
                 f"{diverged} of {len(results)}",
+                f"{sum(result['spikes'] for result in results)}",
                 number(_flops(results[0]) / 1e12),
             )
         )
-    header = ("", "rate", "validation loss", "largest logit", "row range", "diverged", "TFLOPs")
+    header = (
+        "", "parameters", "rate", "validation loss", "largest logit", "in window", "row range", "diverged",
+        "spikes", "TFLOPs",
+    )  # fmt: skip
     return Table(header, rows)
 
 
 def predictions(trained: Mapping[str, Trained]) -> dict[str, dict[str, Interval]]:
     """Where another seed's values will lie, by arm, at its best rate."""
     return {
-        name: {quantity: prediction_interval(arm.values(quantity).values()) for quantity in PREDICTED}
+        name: {quantity: predict(quantity, arm.values(quantity)) for quantity in PREDICTED}
         for name, arm in trained.items()
     }
 
@@ -184,10 +202,15 @@ def sweep_table(trained: Mapping[str, Trained]) -> Table:
     return Table(("validation loss by learning rate, first seed", *map(rate_text, rates)), rows)
 
 
-def spread_text(values: Mapping[int, float | None]) -> str:
-    """The mean, and where another seed's value will lie with 95 % confidence."""
-    interval = prediction_interval(values.values())
-    return interval_text(interval) if interval.is_known else _short(_mean(values))
+def predict(name: str, values: Mapping[int, float | None]) -> Interval:
+    """Where another seed's value of a quantity will lie: losses by differences, logits by factors."""
+    rule = prediction_interval if name.endswith("loss") else log_prediction_interval
+    return rule(values.values())
+
+
+def spread_text(name: str, values: Mapping[int, float | None]) -> str:
+    """The mean of a quantity over seeds (of logits the geometric one), and its prediction interval."""
+    return interval_text(predict(name, values))
 
 
 def interval_text(interval: Interval) -> str:
@@ -216,7 +239,3 @@ def _short(value: float) -> str:
 
 def _flops(result: Mapping[str, Any]) -> float:
     return result["validation_curve"][-1][0] * result["flops_per_step"]
-
-
-def _mean(values: Mapping[int, float | None]) -> float:
-    return confidence_interval(values.values()).mean

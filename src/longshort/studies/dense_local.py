@@ -33,7 +33,7 @@ class DenseLocal(Study):
     """A dense random band, fitted by global and by local attention (figure 2)."""
 
     name = "dense-local"
-    title = "Dense local dependencies, fitted by global and by local attention"
+    title = "Dense local dependencies (figure 2)"
     claims = CLAIMS
 
     def default_seeds(self, scale: Scale) -> int:
@@ -58,9 +58,9 @@ class DenseLocal(Study):
             if best is None:
                 later_work += trial_of(arm, 0, 0).work
             else:
-                drawn = trial_of(illustration(arm), best, 0)
+                drawn = trial_of(illustration(arm), best, seeds[0])
                 found[drawn.key] = drawn
-        found |= {trial.key: trial for trial in frontier_trials(scale)}
+        found |= {trial.key: trial for trial in frontier_trials(scale, seeds[0])}
         return Plan(list(found.values()), later_work)
 
     def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:

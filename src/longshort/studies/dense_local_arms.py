@@ -37,7 +37,7 @@ class Pair:
     Attributes:
         topic: what the comparison is for; "grid" decides the verdicts.
         label: names it in tables.
-        local, other: seed 0 and any rate.
+        local, other: any seed and rate.
         other_name: names the other arm in legends.
     """
 
@@ -254,12 +254,12 @@ def _first_rungs(arm: Fit) -> list[int]:
     return [-3, -2, -1] if arm.form == "free" else [-5, -4, -3]
 
 
-def frontier_trials(scale: Scale) -> list[Trial]:
+def frontier_trials(scale: Scale, seed: int) -> list[Trial]:
     """Searches for the least loss of global attention within each limit, at two rates."""
     sizes = SIZES[scale]
     whole = replace(_base(sizes, sizes.length), window=None)
     return [
-        trial_of(replace(whole, logit_limit=limit), rung, 0)
+        trial_of(replace(whole, logit_limit=limit), rung, seed)
         for limit in sizes.logit_limits
         for rung in (-3, -2)
     ]

@@ -38,7 +38,7 @@ from longshort.studies.dense_local_verdicts import (
     verdicts,
 )
 from longshort.studies.figures import Panel, draw_curves
-from longshort.studies.statistics import Interval, confidence_interval, prediction_interval
+from longshort.studies.statistics import Interval, confidence_interval, log_prediction_interval
 from longshort.studies.study import Findings, Results, Scale
 from longshort.training.report import Figure, Section, Table, number
 
@@ -78,7 +78,7 @@ def _predictions(scale: Scale, seeds: Sequence[int], results: Results) -> dict[s
     for comparison in (compare(pair, seeds, results) for pair in pairs(scale)):
         for side in () if comparison is None else (comparison.local, comparison.other):
             found[name_of(side.arm)] = {
-                quantity: prediction_interval(side.values(quantity).values())
+                quantity: log_prediction_interval(side.values(quantity).values())
                 for quantity in ("loss", "max_logit")
             }
     return found
@@ -99,7 +99,7 @@ def _drawn(scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -
     for name, arm in (("global", pair.other), ("local", fit)):
         best = sweep(arm, results, seeds[0]).best
         if best is not None:
-            crops[name] = results.get(trial_of(illustration(arm), best, 0).key)
+            crops[name] = results.get(trial_of(illustration(arm), best, seeds[0]).key)
     figures = []
     if all(crops.get(name) for name in scores):
         matrices = {"Target": crops["global"]["target"]}
@@ -109,7 +109,7 @@ def _drawn(scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -
         figures.append(
             Figure(
                 file,
-                "The last queries and keys of the target and of both fits at the end (seed 0). What global "
+                "The last queries and keys of the target and of both fits (first seed). What global "
                 "attention leaves outside the band is its error; local attention cannot put anything outside "
                 "its window.",
             )

@@ -162,12 +162,13 @@ def theory_section(scale: Scale, seeds: Sequence[int], results: Results, folder:
     """Rank of the target, and how large logits must be for a loss."""
     pair = illustrated_pair(scale)
     fit = pair.other
-    target = make_target(fit, torch.Generator().manual_seed(0))
+    target = make_target(fit, torch.Generator().manual_seed(seeds[0]))
     ranks = ", ".join(f"{numerical_rank(target, tolerance)} at {tolerance:g}" for tolerance in _TOLERANCES)
     text = (
-        f"The target (n = {fit.length}, l' = {fit.span}, seed 0) has numerical rank {ranks} (singular values "
-        f"above that share of the largest), where the logits of global attention have rank {fit.head_dim}. "
-        "That is no proof that it cannot be drawn: softmax is not linear, and large logits buy rank."
+        f"The target (n = {fit.length}, l' = {fit.span}, seed {seeds[0]}) has numerical rank {ranks} "
+        "(singular values above that share of the largest), where the logits of global attention have rank "
+        f"{fit.head_dim}. That is no proof that it cannot be drawn: softmax is not linear, and large logits "
+        "buy rank."
     )
     derived = (
         "How large must they be? If all logits are within ± M, some probability falls outside the band "
@@ -179,7 +180,7 @@ def theory_section(scale: Scale, seeds: Sequence[int], results: Results, folder:
     )
     limits = SIZES[scale].logit_limits
     best: dict[float, float] = {}
-    for trial in frontier_trials(scale):
+    for trial in frontier_trials(scale, seeds[0]):
         loss = results.get(trial.key, {}).get("loss")
         if loss is not None:
             limit = trial.settings["logit_limit"]

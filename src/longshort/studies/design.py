@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -13,20 +13,25 @@ import torch
 
 from longshort.model import kv_bytes
 from longshort.studies.comparison import (
+    RATES,
     Trained,
     arm_table,
     difference_text,
+    edge_text,
     loss_difference,
+    loss_difference_at_equal_flops,
     plan_arms,
     predictions,
     sweep_table,
     trained_arms,
+    without_doubles,
 )
 from longshort.studies.figures import draw_intervals, draw_points
-from longshort.studies.language import Arm, LanguageStudy, Setting, model_config
+from longshort.studies.language import Arm, Setting, model_config
+from longshort.studies.language_run import LanguageStudy
 from longshort.studies.settings import LS, MHSA, PAPER_SMALL, tiny, with_model
-from longshort.studies.statistics import Interval, confidence_interval, paired_difference, slope
-from longshort.studies.study import Claim, Findings, Outcome, Plan, Results, Scale, Verdict
+from longshort.studies.statistics import Interval, confidence_interval, slope
+from longshort.studies.study import Claim, Findings, Outcome, Plan, Results, Scale, Verdict, weaker
 from longshort.training.report import Figure, Section, Table, number
 
 TOLERANCE = 0.02
@@ -37,10 +42,10 @@ _CACHE_LENGTH = 32_768
 ENOUGH = Claim(
     "design: one global head",
     "One global head per layer is enough: more of them do not lower the loss.",
-    f"With all heads global the loss is lower by more than {TOLERANCE} nats per byte.",
-    "The 95 % interval of the validation loss, one global head minus all heads global, paired over seeds, "
-    f"each at its best rate. Shown: upper end below {TOLERANCE}. Contradicted: lower end above {TOLERANCE}. "
-    "Otherwise not shown.",
+    f"With all heads global the loss is lower by more than {TOLERANCE} nats per token.",
+    "The 95 % interval of the validation loss, all heads global minus one global head, paired over seeds, "
+    f"each at its own rate. Shown: lower end above −{TOLERANCE}. Contradicted: upper end below −{TOLERANCE}. "
+    "Otherwise not shown. It must hold at the best rates and at the next lower ones.",
 )
 NEEDED = Claim(
     "design: a global head",
@@ -54,8 +59,8 @@ SPREAD = Claim(
     "The same number of global heads does better spread over every layer than gathered in one.",
     "Gathered in one layer they do as well or better.",
     "95 % intervals of the validation loss, gathered minus spread, paired over seeds, for each place. Shown: "
-    "lower ends above 0 for all. Partly: for one. Contradicted: upper ends below 0 for all. Otherwise not "
-    "shown.",
+    "lower ends above 0 for all. Partly: for at least one, and below 0 for none. Contradicted: below 0 for "
+    "all. Otherwise not shown.",
 )
 
 
@@ -145,57 +150,72 @@ class Design(LanguageStudy):
 
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
         chosen = _SCALES[scale]
-        return plan_arms(chosen.setting, _arms(chosen), seeds, results, at_lower=False)
+        deciding = plan_arms(chosen.setting, _deciding(chosen), seeds, results)
+        others = plan_arms(chosen.setting, _arms(chosen), seeds, results, at_lower=False)
+        trials = without_doubles([*deciding.trials, *others.trials])
+        return Plan(trials, deciding.later_work + others.later_work)
 
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
         chosen = _SCALES[scale]
         found = trained_arms(chosen.setting, _arms(chosen), seeds, results, at_lower=False)
+        deciding = trained_arms(chosen.setting, _deciding(chosen), seeds, results)
+        gathered = [arm.name for arm in chosen.gathered]
         verdicts = [
-            _judge_enough(found),
-            _judge_needed(found),
-            _judge_spread(found, chosen.spread.name, [arm.name for arm in chosen.gathered]),
+            _judge(ENOUGH, deciding, LS.name, [MHSA.name], _below_tolerance),
+            _judge(NEEDED, deciding, LS.name, [_counts(0)[0].name], _sign),
+            _judge(SPREAD, deciding, chosen.spread.name, gathered, _sign),
         ]
         return Findings(verdicts, _sections(chosen, found, folder), predictions(found))
 
 
+def _deciding(chosen: _Scale) -> list[Arm]:
+    """The arms that verdicts rest on."""
+    return _measured(chosen, (LS, MHSA, chosen.spread, *_counts(0), *chosen.gathered))
+
+
 def _arms(chosen: _Scale) -> list[Arm]:
-    arms = (LS, MHSA, chosen.spread, *chosen.counts, *chosen.windows, *chosen.gathered, *chosen.positions)
+    return [
+        *_deciding(chosen),
+        *_measured(chosen, (*chosen.counts, *chosen.windows, *chosen.positions)),
+    ]
+
+
+def _measured(chosen: _Scale, arms: Sequence[Arm]) -> list[Arm]:
     by_name = {arm.name: replace(arm, measure={"needle": chosen.needle}) for arm in arms}
     return list(by_name.values())
 
 
-def _judge_enough(found: Mapping[str, Trained]) -> Verdict:
-    if LS.name not in found or MHSA.name not in found:
-        return Verdict(ENOUGH, Outcome.NOT_MEASURED, "The trials are not done.")
-    difference = loss_difference(found[LS.name], found[MHSA.name])
-    outcome = Outcome.NOT_SHOWN
-    if difference.high < TOLERANCE:
-        outcome = Outcome.SHOWN
-    elif difference.low > TOLERANCE:
-        outcome = Outcome.CONTRADICTED
-    return Verdict(
-        ENOUGH, outcome, f"One global head minus all: {difference_text(difference)} nats per byte."
-    )
+def _judge(
+    claim: Claim,
+    found: Mapping[str, Trained],
+    reference: str,
+    names: Sequence[str],
+    rule: Callable[[Sequence[Interval]], Outcome],
+) -> Verdict:
+    """Losses of some layouts minus that of a reference, judged at the best rates and at the next lower
+    ones."""
+    if any(name not in found for name in (reference, *names)):
+        return Verdict(claim, Outcome.NOT_MEASURED, "The trials are not done.")
+    by_rate = {
+        rate: [loss_difference(found[name], found[reference], rate) for name in names] for rate in RATES
+    }
+    at_flops = [loss_difference_at_equal_flops(found[name], found[reference]) for name in names]
+    texts = [
+        f"{name}: {difference_text(best)} at the best rates, {difference_text(lower)} at the next lower "
+        f"ones, {difference_text(equal)} at equal FLOPs"
+        for name, best, lower, equal in zip(names, by_rate["best"], by_rate["lower"], at_flops, strict=True)
+    ]
+    edges = edge_text(found[name] for name in (reference, *names))
+    evidence = f"Validation loss minus that of {reference}, nats per token. {'; '.join(texts)}.{edges}"
+    return Verdict(claim, weaker(*map(rule, by_rate.values())), evidence)
 
 
-def _judge_needed(found: Mapping[str, Trained]) -> Verdict:
-    none = _counts(0)[0].name
-    if LS.name not in found or none not in found:
-        return Verdict(NEEDED, Outcome.NOT_MEASURED, "The trials are not done.")
-    difference = loss_difference(found[none], found[LS.name])
-    return Verdict(
-        NEEDED, _sign([difference]), f"No global head minus one: {difference_text(difference)} nats per byte."
-    )
-
-
-def _judge_spread(found: Mapping[str, Trained], spread: str, gathered: Sequence[str]) -> Verdict:
-    if any(name not in found for name in (spread, *gathered)):
-        return Verdict(SPREAD, Outcome.NOT_MEASURED, "The trials are not done.")
-    differences = {name: loss_difference(found[name], found[spread]) for name in gathered}
-    texts = [f"{name}: {difference_text(interval)}" for name, interval in differences.items()]
-    return Verdict(
-        SPREAD, _sign(list(differences.values())), f"Minus {spread}, nats per byte: {'; '.join(texts)}."
-    )
+def _below_tolerance(intervals: Sequence[Interval]) -> Outcome:
+    """Of all global heads minus one per layer."""
+    (interval,) = intervals
+    if interval.low > -TOLERANCE:
+        return Outcome.SHOWN
+    return Outcome.CONTRADICTED if interval.high < -TOLERANCE else Outcome.NOT_SHOWN
 
 
 def _sign(intervals: Sequence[Interval]) -> Outcome:
@@ -204,7 +224,8 @@ def _sign(intervals: Sequence[Interval]) -> Outcome:
         return Outcome.SHOWN
     if all(interval.high < 0 for interval in intervals):
         return Outcome.CONTRADICTED
-    return Outcome.PARTLY if any(above) else Outcome.NOT_SHOWN
+    is_mixed = any(interval.high < 0 for interval in intervals)
+    return Outcome.PARTLY if any(above) and not is_mixed else Outcome.NOT_SHOWN
 
 
 def recommend(found: Mapping[str, Trained]) -> str:
@@ -217,15 +238,37 @@ def recommend(found: Mapping[str, Trained]) -> str:
     near = [name for name, loss in known.items() if loss <= known[best] + TOLERANCE]
     cheapest = min(near, key=lambda name: _cache_share(found[name]))
     return (
-        f"The lowest loss has {best} ({known[best]:.3f} nats per byte). Of the layouts within {TOLERANCE} of "
-        f"it ({', '.join(near)}), {cheapest} keeps the fewest keys: {_cache_share(found[cheapest]):.0%} of "
-        f"MHSA's at {_CACHE_LENGTH:,} tokens."
+        f"The lowest loss has {best} ({known[best]:.3f} nats per token). Of the layouts within {TOLERANCE} "
+        f"of it ({', '.join(near)}), {cheapest} keeps the fewest keys: {_cache_share(found[cheapest]):.0%} "
+        f"of MHSA's at {_CACHE_LENGTH:,} tokens."
     )
+
+
+def describe_late(found: Mapping[str, Trained]) -> str:
+    """Who is still catching up at the end, LS among them."""
+    slopes = {name: _late_slope(arm) for name, arm in found.items()}
+    known = {name: value for name, value in slopes.items() if value is not None}
+    if LS.name not in known or MHSA.name not in known:
+        return ""
+    steepest = min(known, key=known.__getitem__)
+    text = (
+        "Over the second half of the training, per doubling of the steps, the loss of LS changes by "
+        f"{known[LS.name]:+.3f} and MHSA's by {known[MHSA.name]:+.3f} nats per token; {steepest} falls "
+        f"fastest ({known[steepest]:+.3f}). "
+    )
+    if known[LS.name] <= known[MHSA.name]:
+        return text + "LS does not fall behind here."
+    keeping_up = [name for name, value in known.items() if value <= known[MHSA.name] and name != MHSA.name]
+    if not keeping_up:
+        return text + "MHSA is catching up with every other layout."
+    return text + f"MHSA is catching up with LS, but not with {', '.join(keeping_up)}."
 
 
 def _sections(chosen: _Scale, found: Mapping[str, Trained], folder: Path) -> list[Section]:
     if not found:
         return []
+    deep = {name: arm for name, arm in found.items() if "num_hidden_layers" in arm.arm.model}
+    found = {name: arm for name, arm in found.items() if name not in deep}
     rows = [
         (
             name,
@@ -251,13 +294,15 @@ def _sections(chosen: _Scale, found: Mapping[str, Trained], folder: Path) -> lis
             intervals,
             folder / "design.png",
             "Validation loss relative to LS",
-            "nats per byte",
+            "nats per token",
             references={0.0: "LS"},
         )
         figures.insert(0, Figure(file, "Paired differences over seeds, means and 95 % intervals."))
     return [
         Section(
-            "Layouts side by side", [chosen.setting.description, recommend(found)], table=arm_table(found)
+            "Layouts side by side",
+            [chosen.setting.description, recommend(found), describe_late(found)],
+            table=arm_table(found),
         ),
         Section(
             "What they can do, and what they cost",
@@ -265,7 +310,7 @@ def _sections(chosen: _Scale, found: Mapping[str, Trained], folder: Path) -> lis
                 (
                     "Late slope: change of the validation loss per doubling of the steps, over the second "
                     "half of the training; where it is more negative, the layout is still catching up. "
-                    "Needle: how much more likely, in nats per byte, a random string becomes when it stood "
+                    "Needle: how much more likely, in nats per token, a random string becomes when it stood "
                     "earlier in the text; models are not trained on that task. Cache: keys and values kept "
                     "at 32,768 tokens, relative to MHSA."
                 )
@@ -273,7 +318,8 @@ def _sections(chosen: _Scale, found: Mapping[str, Trained], folder: Path) -> lis
             table=Table(header, rows),
             figures=figures,
         ),
-        Section("Learning rates", table=sweep_table(found)),
+        *([Section("Layouts of four layers", table=arm_table(deep))] if deep else []),
+        Section("Learning rates", table=sweep_table({**found, **deep})),
     ]
 
 
@@ -288,7 +334,7 @@ def _needle_figure(chosen: _Scale, found: Mapping[str, Trained], folder: Path) -
             for name, arm in found.items()
         }
     return draw_points(
-        panels, folder / "needle.png", "depth of the needle (0: beginning)", "nats per byte gained",
+        panels, folder / "needle.png", "depth of the needle (0: beginning)", "nats per token gained",
         log_y=False, log_x_base=0,
     )  # fmt: skip
 
@@ -332,8 +378,7 @@ def _cache_share(arm: Trained) -> float:
 def _loss_to_ls(found: Mapping[str, Trained], name: str) -> str:
     if name == LS.name or LS.name not in found:
         return ""
-    values = found[name].values("validation_loss")
-    return difference_text(paired_difference(values, found[LS.name].values("validation_loss")))
+    return difference_text(loss_difference(found[name], found[LS.name]))
 
 
 def _mean(values: Mapping[int, float | None]) -> float:

@@ -31,9 +31,10 @@ from longshort.studies.explosion_claims import (
     judge_ratio,
 )
 from longshort.studies.figures import Panel, draw_curves, draw_intervals
-from longshort.studies.language import Arm, LanguageStudy, Setting, language_trial
+from longshort.studies.language import Arm, Setting, language_trial, model_config
+from longshort.studies.language_run import LanguageStudy
 from longshort.studies.settings import LS, MHSA, PAPER_SMALL, tiny, with_model, with_train
-from longshort.studies.statistics import Interval, confidence_interval
+from longshort.studies.statistics import Interval
 from longshort.studies.study import Findings, Plan, Results, Scale, Trial
 from longshort.training.report import Figure, Section, Table
 
@@ -177,9 +178,8 @@ def _all_rates(chosen: _Scale, seeds: Sequence[int], results: Results) -> list[T
 
 def _sections(chosen: _Scale, arms: Mapping[str, Trained], folder: Path) -> list[Section]:
     main = {name: arm for name, arm in arms.items() if name in (MHSA.name, LS.name)}
-    tests = {
-        name: arm for name, arm in arms.items() if name in {MHSA.name, *(a.name for a in _other_arms(chosen))}
-    }
+    deep = {name: arm for name, arm in arms.items() if "num_hidden_layers" in arm.arm.model}
+    tests = {name: arm for name, arm in arms.items() if name != LS.name and name not in deep}
     sections = []
     if len(main) == 2:
         sections.append(
@@ -194,7 +194,10 @@ def _sections(chosen: _Scale, arms: Mapping[str, Trained], folder: Path) -> list
                         "largest |scale · q·k| over all visible pairs; inside the window both are measured "
                         "over the same pairs.",
                     ),
-                    *_head_figure(main, folder),
+                    Figure(
+                        draw_curves(_head_panels(main), folder / "heads.png"),
+                        "Largest logits by layer, local and global heads apart.",
+                    ),
                 ],
             )
         )
@@ -206,7 +209,7 @@ def _sections(chosen: _Scale, arms: Mapping[str, Trained], folder: Path) -> list
         ]
         panels = [
             Panel(
-                "Training loss", "step", "nats per byte",
+                "Training loss", "step", "nats per token",
                 {n: a.curves("loss_curve") for n, a in tests.items()},
             ),
             Panel(
@@ -219,7 +222,9 @@ def _sections(chosen: _Scale, arms: Mapping[str, Trained], folder: Path) -> list
                 "Why do they grow?",
                 [("RoPE, ALiBi and a short convolution on q, k and v give full attention a sense of what "
                     "is near; permuted text has as many dependencies, none of them local. Losses of permuted "
-                    "and interleaved text do not compare with the others.")],
+                    "and interleaved text do not compare with the others. RoPE and ALiBi have no position "
+                    "table, so fewer "
+                    "parameters; all weights that two arms share start alike.")],
                 table=arm_table(tests),
                 figures=[
                     Figure(draw_curves(panels, folder / "mechanism.png"), "As above."),
@@ -233,6 +238,9 @@ def _sections(chosen: _Scale, arms: Mapping[str, Trained], folder: Path) -> list
                 ],
             )
         )  # fmt: skip
+    if deep:
+        text = "Four layers and four global heads: one in each layer, or all in the last, as in Gemma 3."
+        sections.append(Section("The hybrid by layers", [text], table=arm_table(deep)))
     if arms:
         sections.append(
             Section("Learning rates", ["The best rate of each arm is marked."], table=sweep_table(arms))
@@ -241,37 +249,36 @@ def _sections(chosen: _Scale, arms: Mapping[str, Trained], folder: Path) -> list
 
 
 def _main_panels(main: Mapping[str, Trained]) -> list[Panel]:
-    def curves(**names: str) -> dict[str, Any]:
-        return {arm: main[arm].curves(name) for arm, name in zip(main, names.values(), strict=True)}
-
     def both(name: str) -> dict[str, Any]:
         return {arm: trained.curves(name) for arm, trained in main.items()}
 
     return [
-        Panel("Training loss", "step", "nats per byte", both("loss_curve")),
+        Panel("Training loss", "step", "nats per token", both("loss_curve")),
         Panel("Largest logit, all visible pairs", "step", "largest |scale · q·k|", both("max_logit")),
-        Panel(
-            "Largest logit inside the window", "step", "largest |scale · q·k|",
-            curves(mhsa="max_logit_global_in_band", ls="max_logit_local"),
-        ),
+        Panel("Largest logit inside the window", "step", "largest |scale · q·k|", both("max_logit_in_band")),
         Panel("Row range (max − min of a query)", "step", "logits", both("row_range")),
-    ]  # fmt: skip
+    ]
 
 
-def _head_figure(main: Mapping[str, Trained], folder: Path) -> list[Figure]:
-    rows = []
+def _head_panels(main: Mapping[str, Trained]) -> list[Panel]:
+    """Per arm the largest logit of each layer and kind of head, a line per seed and their mean."""
+    panels = []
     for name, arm in main.items():
-        for layer, heads in enumerate(next(iter(arm.results["best"].values()))["max_logit_by_head"]):
-            for head in range(len(heads)):
-                values = [r["max_logit_by_head"][layer][head] for r in arm.results["best"].values()]
-                kind = "global" if name == MHSA.name or head >= len(heads) - 1 else "local"
-                rows.append((f"{name}, layer {layer}, head {head} ({kind})", confidence_interval(values)))
-    if len(rows) > 32:
-        return []
-    file = draw_intervals(
-        rows, folder / "heads.png", "Largest logit of each head", "largest |scale · q·k|", log=True
-    )
-    return [Figure(file, "At the last step; means and 95 % intervals over seeds.")]
+        lines: dict[str, list[Any]] = {}
+        for layer, layout in enumerate(model_config(arm.model, arm.training).head_layouts()):
+            for kind, heads in (("global", layout.global_heads), ("local", layout.local_heads)):
+                if heads:
+                    lines[f"layer {layer}, {kind}"] = [
+                        [(step, _largest(rows[layer], heads)) for step, rows in result["max_logit_by_head"]]
+                        for result in arm.results["best"].values()
+                    ]
+        panels.append(Panel(f"{name}, by layer and kind of head", "step", "largest |scale · q·k|", lines))
+    return panels
+
+
+def _largest(values: Sequence[float | None], heads: Sequence[int]) -> float | None:
+    chosen = [values[head] for head in heads]
+    return None if None in chosen else max(value for value in chosen if value is not None)
 
 
 def _divergence_section(diverged: Divergences) -> Section:

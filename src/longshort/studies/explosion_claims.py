@@ -9,6 +9,8 @@ from longshort.studies.comparison import (
     Rate,
     Trained,
     difference_text,
+    edge_text,
+    in_band_log_ratio,
     interval_text,
     judge_below,
     log_ratio,
@@ -16,7 +18,7 @@ from longshort.studies.comparison import (
     loss_difference_at_equal_flops,
 )
 from longshort.studies.settings import LS, MHSA, with_model, with_train
-from longshort.studies.statistics import Interval, confidence_interval, paired_log_ratio
+from longshort.studies.statistics import Interval, confidence_interval
 from longshort.studies.study import Claim, Outcome, Verdict, weaker
 
 ROPE = with_model(MHSA, "MHSA + RoPE", position_embedding="rope")
@@ -72,27 +74,27 @@ def judge_divergence(diverged: Divergences) -> Verdict:
         return [
             setting
             for setting, rows in diverged.items()
-            if sum(step is not None for step in rows[first]) * 3 >= 2 * len(rows[first])
-            and all(step is None for step in rows[second])
+            if _count(rows[first]) >= max(2, 2 * len(rows[first]) / 3) and _count(rows[second]) == 0
         ]
 
     as_claimed, reverse = alone(MHSA.name, LS.name), alone(LS.name, MHSA.name)
-    counts = {
-        arm.name: sum(step is not None for rows in diverged.values() for step in rows[arm.name])
-        for arm in (MHSA, LS)
-    }
+    counts = {arm.name: sum(_count(rows[arm.name]) for rows in diverged.values()) for arm in (MHSA, LS)}
     runs = sum(len(rows[MHSA.name]) for rows in diverged.values())
     evidence = (
         f"{counts[MHSA.name]} of {runs} runs of MHSA and {counts[LS.name]} of {runs} of LS diverged, over "
         f"{len(diverged)} settings."
     )
-    if not diverged:
-        return Verdict(DIVERGENCE, Outcome.NOT_MEASURED, "No setting was run on all seeds.")
+    if all(len(rows[MHSA.name]) < 2 for rows in diverged.values()):
+        return Verdict(DIVERGENCE, Outcome.NOT_MEASURED, "No setting was run on at least two seeds.")
     if as_claimed:
         return Verdict(DIVERGENCE, Outcome.SHOWN, f"{evidence} MHSA alone: {'; '.join(as_claimed)}.")
     if reverse:
         return Verdict(DIVERGENCE, Outcome.CONTRADICTED, f"{evidence} LS alone: {'; '.join(reverse)}.")
     return Verdict(DIVERGENCE, Outcome.NOT_SHOWN, evidence)
+
+
+def _count(steps: Sequence[int | None]) -> int:
+    return sum(step is not None for step in steps)
 
 
 def judge_ratio(arms: Mapping[str, Trained]) -> Verdict:
@@ -102,7 +104,7 @@ def judge_ratio(arms: Mapping[str, Trained]) -> Verdict:
     ls, mhsa = arms[LS.name], arms[MHSA.name]
     ratios = {rate: log_ratio(ls, mhsa, "max_logit", rate).exp() for rate in RATES}
     outcome = weaker(*(judge_below(ratio, 1 / 20, 1.0) for ratio in ratios.values()))
-    in_band = _in_band_ratio(ls, mhsa)
+    in_band = in_band_log_ratio(ls, mhsa).exp()
     row_range = log_ratio(ls, mhsa, "row_range").exp()
     losses = loss_difference(ls, mhsa), loss_difference_at_equal_flops(ls, mhsa)
     return Verdict(
@@ -111,14 +113,9 @@ def judge_ratio(arms: Mapping[str, Trained]) -> Verdict:
         f"LS/MHSA is {interval_text(ratios['best'])} at the best rates and {interval_text(ratios['lower'])} "
         f"at the next lower ones. Inside the window, over equal sets of pairs: {interval_text(in_band)}; of "
         f"the row ranges: {interval_text(row_range)}. Validation loss, LS − MHSA: "
-        f"{difference_text(losses[0])} nats per byte at equal steps, {difference_text(losses[1])} at equal "
-        "FLOPs.",
+        f"{difference_text(losses[0])} nats per token at equal steps, {difference_text(losses[1])} at equal "
+        f"FLOPs.{edge_text((ls, mhsa))}",
     )
-
-
-def _in_band_ratio(ls: Trained, mhsa: Trained) -> Interval:
-    """Local heads against MHSA's heads inside the window: equal sets of pairs."""
-    return paired_log_ratio(ls.values("max_logit_local"), mhsa.values("max_logit_global_in_band")).exp()
 
 
 def judge_mechanism(arms: Mapping[str, Trained]) -> Verdict:
@@ -140,7 +137,8 @@ def judge_mechanism(arms: Mapping[str, Trained]) -> Verdict:
             f"positions: {numbers}. MHSA + RoPE's largest logit grows {growth.mean:.2f} times over the "
             "second half."
         )
-    return Verdict(MECHANISM, weaker(*outcomes), " ".join(texts))
+    edges = edge_text(arms[arm.name] for arm in needed)
+    return Verdict(MECHANISM, weaker(*outcomes), " ".join(texts) + edges)
 
 
 def mechanism_outcome(ratios: Mapping[str, Interval], rope_growth: float) -> Outcome:

@@ -119,17 +119,27 @@ def draw_points(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, Interval]]]],
     file: Path,
     x: str,
-    y: str,
+    y: str | Sequence[str],
     *,
     log_y: bool = True,
     log_x_base: int = 2,
 ) -> Path:
-    """A panel per title, a line per arm through means with their 95 % intervals; `log_x_base` 0: linear."""
+    """A panel per title, a line per arm through means with their 95 % intervals.
+
+    Args:
+        panels: by title, then arm: points (x, interval).
+        file: the PNG; an old one is replaced.
+        x: label of the x axis.
+        y: label of the y axes, or one for each.
+        log_y: logarithmic y axes.
+        log_x_base: of logarithmic x axes; 0: linear.
+    """
     figure = Figure(figsize=(4.1 * len(panels) + 0.4, 4.0), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     arms = list(dict.fromkeys(arm for lines in panels.values() for arm in lines))
-    for axes, (title, lines) in zip(grid, panels.items(), strict=True):
-        style_axes(axes, title, x, y)
+    labels = [y] * len(panels) if isinstance(y, str) else y
+    for axes, label, (title, lines) in zip(grid, labels, panels.items(), strict=True):
+        style_axes(axes, title, x, label)
         axes.title.set_fontsize(10)
         means = [row.mean for line in lines.values() for _, row in line if math.isfinite(row.mean)]
         for arm, line in lines.items():

@@ -117,59 +117,62 @@ def run_studies(settings: StudySettings, display: Display | None = None) -> Repo
     """
     open_corpus(settings.source)  # complains of a wrong source before anything is made
     folder = settings.folder
-    manifest = {"scale": settings.scale, "source": settings.source}
+    is_paper = settings.scale == "paper"
+    device = settings.device or ("auto" if is_paper else "cpu")
+    manifest = {"scale": settings.scale, "source": settings.source, "device": device}
     _check_folder(folder, manifest)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         seeds = {study.name: settings.seeds_of(study) for study in settings.studies}
-        _write_manifest(folder, settings, seeds)
+        _write_manifest(folder, manifest, seeds)
         work = {study.name: (study, ResultsFile(folder / study.name)) for study in settings.studies}
-        is_paper = settings.scale == "paper"
         workplace = Workplace(
             folder=folder.absolute(),
             source=settings.source,
             tokenizer="bpe" if is_paper else "bytes",
-            device=settings.device or ("auto" if is_paper else "cpu"),
+            device=device,
         )
         jobs = settings.jobs or (1 if is_paper else len(os.sched_getaffinity(0)))
         run_trials(work, settings.scale, seeds, workplace, jobs, display)
-        verdicts = {name: _judge(name, settings.scale, folder) for name in work}
-        return Report(_write_report(settings.scale, folder), verdicts)
+        found = _judge_all(settings.scale, folder)
+        page = write_study_report(
+            folder,
+            _read_manifest(folder),
+            {STUDIES[name].title: findings for name, findings in found.items()},
+        )
+        return Report(page, {name: found[name].verdicts for name in work})
 
 
-def _judge(name: str, scale: Scale, folder: Path) -> Sequence[Verdict]:
-    """Draw the figures of a study and write its verdicts down."""
-    findings = _findings(name, scale, folder)
-    content = [
-        {"claim": asdict(verdict.claim), "outcome": verdict.outcome.value, "evidence": verdict.evidence}
-        for verdict in findings.verdicts
-    ]
-    predictions = {
-        arm: {name: [interval.low, interval.high] for name, interval in quantities.items()}
-        for arm, quantities in findings.predictions.items()
-    }
-    found = {"verdicts": content, "prediction_intervals": predictions}
-    replace_file(folder / name / _FINDINGS, strict_json(found).encode())
-    return findings.verdicts
-
-
-def _findings(name: str, scale: Scale, folder: Path) -> Findings:
-    seeds = json.loads((folder / _MANIFEST).read_text())["seeds"][name]
-    return STUDIES[name].findings(scale, seeds, ResultsFile(folder / name).results, folder / name)
-
-
-def _write_report(scale: Scale, folder: Path) -> Path:
-    """The page of all studies that have results in the folder."""
-    present = [name for name in STUDIES if (folder / name / RESULTS_FILE).is_file()]
-    found = {name: _findings(name, scale, folder) for name in present}
-    manifest = json.loads((folder / _MANIFEST).read_text())
-    return write_study_report(folder, manifest, {STUDIES[name].title: found[name] for name in present})
+def _judge_all(scale: Scale, folder: Path) -> dict[str, Findings]:
+    """Of all studies that have results in the folder: draw their figures and write their findings down."""
+    seeds = _read_manifest(folder)["seeds"]
+    found = {}
+    for name, study in STUDIES.items():
+        if not (folder / name / RESULTS_FILE).is_file():
+            continue
+        found[name] = study.findings(scale, seeds[name], ResultsFile(folder / name).results, folder / name)
+        content = {
+            "verdicts": [
+                {
+                    "claim": asdict(verdict.claim),
+                    "outcome": verdict.outcome.value,
+                    "evidence": verdict.evidence,
+                }
+                for verdict in found[name].verdicts
+            ],
+            "prediction_intervals": {
+                arm: {quantity: [interval.low, interval.high] for quantity, interval in row.items()}
+                for arm, row in found[name].predictions.items()
+            },
+        }
+        replace_file(folder / name / _FINDINGS, strict_json(content).encode())
+    return found
 
 
 def _check_folder(folder: Path, manifest: Mapping[str, str]) -> None:
     path = folder / _MANIFEST
     if path.is_file():
-        content = json.loads(path.read_text())
+        content = _read_manifest(folder)
         found = {name: content.get(name) for name in manifest}
         if found != manifest:
             raise ValueError(
@@ -179,17 +182,22 @@ def _check_folder(folder: Path, manifest: Mapping[str, str]) -> None:
         raise FileExistsError(f"--out: {folder} exists and holds no study; it stays as it is")
 
 
-def _write_manifest(folder: Path, settings: StudySettings, seeds: Mapping[str, list[int]]) -> None:
+def _write_manifest(folder: Path, manifest: Mapping[str, str], seeds: Mapping[str, list[int]]) -> None:
+    """Add the seeds, and the machine and versions of this call to those that worked here before."""
     path = folder / _MANIFEST
-    before: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    before: dict[str, Any] = _read_manifest(folder) if path.is_file() else {}
+    versions = ", ".join(f"{name} {version}" for name, version in current_versions().items())
+    here = f"{versions}, CPU with {torch.backends.cpu.get_cpu_capability()}"
     content = {
-        "scale": settings.scale,
-        "source": settings.source,
+        **manifest,
         "seeds": {**before.get("seeds", {}), **seeds},
-        "versions": current_versions(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "made_with": list(dict.fromkeys([*before.get("made_with", []), here])),
     }
     replace_file(path, strict_json(content).encode())
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / _MANIFEST).read_text())
 
 
 @contextmanager

@@ -34,9 +34,10 @@ SAVING = Claim(
     "On long sequences inference latency is up to 36 % below a state-of-the-art MHSA implementation of equal "
     "size.",
     "At no length up to 32,768 is the latency lower by 36 %.",
-    "Median time of a forward pass over the prompt, logits of the last position, LS relative to MHSA, in "
-    "turns in one process. Shown: lower by at least 36 % at some n up to 32,768 on this hardware. Partly: "
-    "lower at all. Contradicted: higher at every length.",
+    "Time of a forward pass over the prompt, logits of the last position; LS and MHSA take turns in one "
+    "process. Shown: at some n up to 32,768 the slowest pass of LS takes at most 64 % of the fastest of "
+    "MHSA, on this hardware. Partly: at some n it is faster than the fastest of MHSA. Contradicted: at every "
+    "n the fastest of LS is slower than the slowest of MHSA.",
 )
 
 
@@ -48,8 +49,8 @@ class _Scale:
 
 
 _SCALES: Mapping[Scale, _Scale] = {
-    "smoke": _Scale("tiny", (64, 128), 2),
-    "laptop": _Scale("paper-base", (512, 2048, 8192), 3),
+    "smoke": _Scale("tiny", (64, 128), 5),
+    "laptop": _Scale("paper-base", (512, 2048, 8192), 5),
     "overnight": _Scale("paper-base", (512, 1024, 2048, 4096, 8192, 16_384, 32_768), 5),
     "paper": _Scale("paper-base", (512, 1024, 2048, 4096, 8192, 16_384, 32_768), 20),
 }
@@ -79,7 +80,8 @@ class Latency(Study):
         tokens = torch.randint(0, 256, (1, settings["length"]), generator=generator).to(device)
         seconds: dict[str, list[float]] = {name: [] for name in models}
         for turn in range(settings["repeats"] + 1):
-            for name, model in models.items():
+            order = list(models.items())
+            for name, model in order if turn % 2 else reversed(order):
                 taken = _seconds(model, tokens)
                 if turn > 0:  # the first is a warm-up
                     seconds[name].append(taken)
@@ -90,25 +92,29 @@ class Latency(Study):
         return {"flops": flops, "timing": {"seconds": seconds}}
 
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
-        rows = [(trial, results[trial.key]) for trial in _trials(scale) if trial.key in results]
-        if not rows:
+        trials = _trials(scale)
+        rows = [(trial, results[trial.key]) for trial in trials if results.get(trial.key, {}).get("timing")]
+        if len(rows) < len(trials):
             return Findings([Verdict(SAVING, Outcome.NOT_MEASURED, "The trials are not done.")], [])
+        seconds = {trial.settings["length"]: result["timing"]["seconds"] for trial, result in rows}
         savings = {
-            trial.settings["length"]: 1 - _median(result, LS.name) / _median(result, MHSA.name)
-            for trial, result in rows
+            length: 1 - median(times[LS.name]) / median(times[MHSA.name]) for length, times in seconds.items()
         }
         texts = [f"n = {length:,}: {saving:.0%}" for length, saving in savings.items()]
-        verdict = Verdict(SAVING, saving_outcome(savings), f"Latency lower by: {', '.join(texts)}.")
+        evidence = f"Medians of LS lower than MHSA's by: {', '.join(texts)}."
+        verdict = Verdict(SAVING, saving_outcome(seconds), evidence)
         return Findings([verdict], [_section(scale, rows, savings, folder)])
 
 
-def saving_outcome(savings: Mapping[int, float]) -> Outcome:
-    """By the rule of the claim, from 1 − LS/MHSA by length."""
-    if any(saving >= 0.36 for length, saving in savings.items() if length <= 32_768):
+def saving_outcome(seconds: Mapping[int, Mapping[str, Sequence[float]]]) -> Outcome:
+    """By the rule of the claim, from the times of all passes by length and model."""
+    ratios = {n: max(times[LS.name]) / min(times[MHSA.name]) for n, times in seconds.items()}
+    if any(ratio <= 0.64 for n, ratio in ratios.items() if n <= 32_768):
         return Outcome.SHOWN
-    if all(saving < 0 for saving in savings.values()):
-        return Outcome.CONTRADICTED
-    return Outcome.PARTLY if any(saving > 0 for saving in savings.values()) else Outcome.NOT_SHOWN
+    if any(ratio < 1 for ratio in ratios.values()):
+        return Outcome.PARTLY
+    is_slower = all(min(times[LS.name]) > max(times[MHSA.name]) for times in seconds.values())
+    return Outcome.CONTRADICTED if is_slower else Outcome.NOT_SHOWN
 
 
 def _trials(scale: Scale) -> list[Trial]:
@@ -176,7 +182,7 @@ def _section(
     file = draw_points({"Prefill": lines}, folder / "latency.png", "prompt (tokens)", "seconds")
     text = (
         f"The preset {_SCALES[scale].preset} with untrained weights, fp32, one thread, batch 1, without a "
-        "key-value cache. Other trials may run beside; the two models take turns, so the ratio is fair."
+        "key-value cache. Other trials may run beside; the two models take turns."
     )
     return Section(
         "Time of a forward pass", [text], table=table, figures=[Figure(file, "Medians, with the range.")]

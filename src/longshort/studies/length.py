@@ -16,12 +16,15 @@ from longshort.studies.comparison import (
     difference_text,
     interval_text,
     judge_below,
+    loss_difference_at_equal_flops,
+    predict,
     rate_text,
     spread_text,
     without_doubles,
 )
 from longshort.studies.figures import Panel, draw_curves, draw_points
-from longshort.studies.language import Arm, LanguageStudy, Setting, Sweep, language_trial, sweep
+from longshort.studies.language import Arm, Setting, Sweep, language_trial, sweep
+from longshort.studies.language_run import LanguageStudy
 from longshort.studies.settings import LS, MHSA, paper_base, tiny, with_model
 from longshort.studies.statistics import (
     Interval,
@@ -29,7 +32,6 @@ from longshort.studies.statistics import (
     log_or_none,
     paired_difference,
     paired_log_ratio,
-    prediction_interval,
     slope_interval,
 )
 from longshort.studies.study import Claim, Findings, Outcome, Plan, Results, Scale, Trial, Verdict, weaker
@@ -74,7 +76,7 @@ class _Scale:
 
 _SCALES: Mapping[Scale, _Scale] = {
     "smoke": _Scale(replace(tiny(64, batch=2, steps=12), rates=(1e-2,)), (32, 64), seeds=2, sequences=1),
-    "laptop": _Scale(tiny(512, batch=4, steps=2000), (256, 512, 1024, 2048), seeds=3, sequences=1),
+    "laptop": _Scale(tiny(512, batch=4, steps=2000), (256, 512, 1024), seeds=3, sequences=1),
     "overnight": _Scale(
         tiny(512, batch=8, steps=4000),
         (256, 512, 1024, 2048, 4096),
@@ -108,16 +110,20 @@ class Length(LanguageStudy):
             if found.is_done:
                 trials += following
             else:
-                later += sum(trial.work for trial in following)
+                later += sum(trial.work for trial in following if trial.seed != seeds[0])
         return Plan(without_doubles(trials), later)
 
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
         chosen = _SCALES[scale]
         found = _found(chosen, seeds, results)
-        verdicts = [_judge_growth(found), _judge_mitigation(found)]
+        is_done = len(found) == len(_cells(chosen))
+        verdicts = [
+            judge(found) if is_done else Verdict(claim, Outcome.NOT_MEASURED, "The trials are not done.")
+            for claim, judge in ((GROWTH, _judge_growth), (MITIGATION, _judge_mitigation))
+        ]
         predictions = {
             f"{row.cell.arm.name}, {row.cell.budget}, n = {row.cell.length}": {
-                name: prediction_interval(row.values(name).values()) for name in PREDICTED
+                name: predict(name, row.values(name)) for name in PREDICTED
             }
             for row in found
         }
@@ -199,8 +205,6 @@ def _series(found: Sequence[_Found], arm: str, budget: str) -> list[_Found]:
 
 def _slope(rows: Sequence[_Found], name: str, rate: Rate) -> Interval:
     """Of log value over log length, over seeds."""
-    if len(rows) < 2:
-        return confidence_interval([])
     curves = [
         [(math.log(row.cell.length), log_or_none(row.values(name, rate)[seed])) for row in rows]
         for seed in rows[0].results[rate]
@@ -214,8 +218,6 @@ def _judge_growth(found: Sequence[_Found]) -> Verdict:
         for budget in (TOKENS, SEQUENCES)
         for rate in RATES
     }
-    if any(interval.count == 0 for interval in slopes.values()):
-        return Verdict(GROWTH, Outcome.NOT_MEASURED, "The trials are not done.")
 
     def outcome(rate: Rate) -> Outcome:
         both = [slopes[budget, rate] for budget in (TOKENS, SEQUENCES)]
@@ -230,6 +232,11 @@ def _judge_growth(found: Sequence[_Found]) -> Verdict:
         for budget in (TOKENS, SEQUENCES)
     ]
     ls = _slope(_series(found, LS.name, TOKENS), "max_logit", "best")
+    in_band = [
+        f"{difference_text(_slope(_series(found, MHSA.name, budget), 'max_logit_in_band', 'best'))} "
+        f"({budget})"
+        for budget in (TOKENS, SEQUENCES)
+    ]
     losses = [
         f"{row.cell.length}: {confidence_interval(row.values('validation_loss').values()).mean:.2f}"
         for row in _series(found, MHSA.name, TOKENS)
@@ -237,15 +244,14 @@ def _judge_growth(found: Sequence[_Found]) -> Verdict:
     return Verdict(
         GROWTH,
         weaker(outcome("best"), outcome("lower")),
-        f"Slope of MHSA's log largest logit over log n, {'; '.join(texts)}. LS, {TOKENS}: "
-        f"{difference_text(ls)}. MHSA's validation loss by n, {TOKENS}: {', '.join(losses)} nats per byte.",
+        f"Slope of MHSA's log largest logit over log n, {'; '.join(texts)}. Inside the window alone, over "
+        f"the same number of pairs per query, at the best rate: {'; '.join(in_band)}. LS, {TOKENS}: "
+        f"{difference_text(ls)}. MHSA's validation loss by n, {TOKENS}: {', '.join(losses)} nats per token.",
     )
 
 
 def _judge_mitigation(found: Sequence[_Found]) -> Verdict:
-    pairs = list(zip(_series(found, MHSA.name, TOKENS), _series(found, LS.name, TOKENS), strict=False))
-    if not pairs:
-        return Verdict(MITIGATION, Outcome.NOT_MEASURED, "The trials are not done.")
+    pairs = list(zip(_series(found, MHSA.name, TOKENS), _series(found, LS.name, TOKENS), strict=True))
     outcomes = [_mitigation_outcome(pairs, rate) for rate in RATES]
     ratios = [
         f"n = {mhsa.cell.length}: {interval_text(_logit_ratio(ls, mhsa, 'best'))}" for mhsa, ls in pairs
@@ -253,11 +259,13 @@ def _judge_mitigation(found: Sequence[_Found]) -> Verdict:
     losses = [
         paired_difference(ls.values("validation_loss"), mhsa.values("validation_loss")) for mhsa, ls in pairs
     ]
+    at_flops = [loss_difference_at_equal_flops(ls, mhsa) for mhsa, ls in pairs]
     return Verdict(
         MITIGATION,
         weaker(*outcomes),
         f"LS/MHSA of the largest logit at the best rates: {'; '.join(ratios)}. Validation loss, LS − MHSA: "
-        f"{'; '.join(map(difference_text, losses))} nats per byte.",
+        f"{'; '.join(map(difference_text, losses))} nats per token at equal steps, "
+        f"{'; '.join(map(difference_text, at_flops))} at equal FLOPs.",
     )
 
 
@@ -298,16 +306,15 @@ def _sections(chosen: _Scale, found: Sequence[_Found], folder: Path) -> list[Sec
         )
         for arm in (MHSA, LS)
     ]  # fmt: skip
+    header = ("arm and budget", "n", "rate", "validation loss", "largest logit", "in window", "row range")
     table = Table(
-        ("arm and budget", "n", "rate", "validation loss", "largest logit", "row range", "diverged"),
+        (*header, "diverged"),
         [
             (
                 f"{row.cell.arm.name}, {row.cell.budget}",
                 f"{row.cell.length:,}",
-                rate_text(row.sweep.best),
-                spread_text(row.values("validation_loss")),
-                spread_text(row.values("max_logit")),
-                spread_text(row.values("row_range")),
+                rate_text(row.sweep.best) + (" (edge)" if row.sweep.is_at_edge else ""),
+                *(spread_text(name, row.values(name)) for name in PREDICTED),
                 f"{row.diverged('best')} of {len(row.results['best'])}",
             )
             for row in found
@@ -317,6 +324,7 @@ def _sections(chosen: _Scale, found: Sequence[_Found], folder: Path) -> list[Sec
         f"rates are swept at n = {chosen.setting.train['sequence_length']} and used at every length"
     )  # fmt: skip
     text = f"{chosen.setting.description} Here n varies; {swept}."
+    labels = ("largest |scale · q·k|", "nats per token")
     return [
         Section(
             "By sequence length",
@@ -324,9 +332,14 @@ def _sections(chosen: _Scale, found: Sequence[_Found], folder: Path) -> list[Sec
             table=table,
             figures=[
                 Figure(
-                    draw_points(lines, folder / "length.png", "sequence length (tokens)", ""),
+                    draw_points(
+                        lines,
+                        folder / "length.png",
+                        "sequence length (tokens)",
+                        labels,
+                    ),
                     "Left: the largest attention logit of the last tenth of the training. Right: validation "
-                    "loss in nats per byte. Means and 95 % confidence intervals over seeds, at the best "
+                    "loss in nats per token. Means and 95 % confidence intervals over seeds, at the best "
                     "rates.",
                 ),
                 Figure(

@@ -14,6 +14,7 @@ from longshort.studies.comparison import (
     Rate,
     Trained,
     arm_table,
+    edge_text,
     interval_text,
     loss_difference,
     plan_arms,
@@ -22,7 +23,8 @@ from longshort.studies.comparison import (
     trained_arms,
 )
 from longshort.studies.figures import Panel, draw_curves, draw_points
-from longshort.studies.language import Arm, LanguageStudy, Setting, cost_to_reach, train_language_model
+from longshort.studies.language import Arm, Setting
+from longshort.studies.language_run import LanguageStudy, cost_to_reach, train_language_model
 from longshort.studies.settings import LS, MHSA, paper_base, tiny, with_model, with_train
 from longshort.studies.statistics import Interval, paired_log_ratio
 from longshort.studies.study import (
@@ -39,7 +41,7 @@ from longshort.studies.study import (
 )
 from longshort.training.report import Figure, Section, Table, number
 
-FP32 = with_model(MHSA, "MHSA, fp32", attention_precision="fp32")
+FP32 = with_train(with_model(MHSA, "MHSA, fp32", attention_precision="fp32"), "MHSA, fp32", precision="fp32")
 QK_NORM = with_model(MHSA, "MHSA + QK-norm", qk_norm=True)
 PAPER_ARMS = (LS, MHSA, FP32, QK_NORM)
 """The paper's four; LS and MHSA in bf16."""
@@ -153,7 +155,9 @@ def _judge(arms: Mapping[str, Trained], bytes_per_piece: float) -> Verdict:
             f"Against {name}: perplexity ratio {interval_text(ratio)}; to reach its final loss LS needs "
             f"{_cost_text(flops)} of its FLOPs and {_cost_text(tokens)} of its tokens"
         )
-    return Verdict(FIGURE_5, weaker(*outcomes), f"{'. '.join(texts)}. (At the best rates.)")
+    return Verdict(
+        FIGURE_5, weaker(*outcomes), f"{'. '.join(texts)}. (At the best rates.){edge_text(arms.values())}"
+    )
 
 
 def figure_5_outcome(perplexity: Mapping[str, Interval], cost: Mapping[str, Interval]) -> Outcome:
@@ -197,6 +201,8 @@ def _sections(
 ) -> list[Section]:
     if LS.name not in arms:
         return []
+    deep = {name: arm for name, arm in arms.items() if "num_hidden_layers" in arm.arm.model}
+    arms = {name: arm for name, arm in arms.items() if name not in deep}
     rows = []
     for name, arm in arms.items():
         flops = _cost_ratio(arms[LS.name], arm, "flops")
@@ -222,7 +228,7 @@ def _sections(
         rows,
     )  # fmt: skip
     by_rate = {
-        "Validation loss, seed 0": {
+        "Validation loss, first seed": {
             name: [
                 (rate, Interval(math.nan if loss is None else loss, -math.inf, math.inf, 1))
                 for rate, loss in sorted(arm.sweep.losses.items())
@@ -253,7 +259,7 @@ def _sections(
                         by_rate,
                         folder / "rates.png",
                         "learning rate",
-                        "nats per byte",
+                        "nats per token",
                         log_y=False,
                         log_x_base=10,
                     ),
@@ -261,7 +267,8 @@ def _sections(
                 ),
             ],
         ),
-        Section("Learning rates", table=sweep_table(arms)),
+        *([Section("The hybrid by layers, of four layers", table=arm_table(deep))] if deep else []),
+        Section("Learning rates", table=sweep_table({**arms, **deep})),
     ]
 
 
@@ -284,11 +291,11 @@ def _cost_panels(arms: Mapping[str, Trained]) -> list[Panel]:
         return [[(step * seconds, loss) for step, loss in curve] for curve in arm.curves("validation_curve")]
 
     return [
-        Panel("By tokens", "million tokens", "validation loss (nats per byte)",
+        Panel("By tokens", "million tokens", "validation loss (nats per token)",
               {name: scaled(arm, "tokens", 1e-6) for name, arm in arms.items()}),
-        Panel("By FLOPs", "TFLOPs", "validation loss (nats per byte)",
+        Panel("By FLOPs", "TFLOPs", "validation loss (nats per token)",
               {name: scaled(arm, "flops", 1e-12) for name, arm in arms.items()}),
-        Panel("By time on this machine", "seconds of training, one core", "validation loss (nats per byte)",
+        Panel("By time on this machine", "seconds of training, one core", "validation loss (nats per token)",
               {name: timed(arm) for name, arm in arms.items()}),
         Panel("Largest logit", "step", "largest |scale · q·k|",
               {name: arm.curves("max_logit") for name, arm in arms.items()}),

@@ -46,8 +46,9 @@ class ResultsFile:
     def order(self, plan: Sequence[Trial]) -> None:
         """The order of the lines from now on. Results of trials outside the plan are kept, after the
         others."""
+        is_new = [trial.key for trial in plan] != [trial.key for trial in self._plan]
         self._plan = plan
-        if self._records:
+        if self._records and is_new:
             self._write()
 
     def add(self, trial: Trial, result: dict[str, Any]) -> None:
@@ -63,11 +64,6 @@ class ResultsFile:
         for file, records in ((TIMING_FILE, self._timings), (RESULTS_FILE, self._records)):
             lines = (json.dumps(records[key], allow_nan=False) for key in keys if key in records)
             replace_file(self._folder / file, "".join(f"{line}\n" for line in lines).encode())
-
-
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Results of a study's folder by key; empty if there are none."""
-    return ResultsFile(folder).results
 
 
 def _read(path: Path) -> Iterable[dict[str, Any]]:

@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -19,6 +20,7 @@ from longshort.studies.results import ResultsFile
 from longshort.studies.study import Scale, Study, Trial, Workplace
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_RECENT = 8  # finished trials that tell how long the others take; some only read what is there
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ def run_trials(
         OSError: results could not be written.
     """
     queue = _Queue(studies, scale, seeds)
-    if queue.has_trials:
-        for study, _ in studies.values():
-            study.prepare(workplace)
+    if not queue.has_trials:
+        return
+    for study, _ in studies.values():
+        study.prepare(workplace)
     display = display or Display()
     with ended_by_signals(), _workers(jobs) as workers:
         while True:
@@ -110,7 +113,7 @@ class _Queue:
         self._scale: Scale = scale
         self._results = {name: file.results for name, (_, file) in studies.items()}
         self._started: dict[str, Trial] = {}
-        self._work_done = self._seconds_spent = 0.0
+        self._finished: deque[tuple[float, float]] = deque(maxlen=_RECENT)  # work and seconds
         self._plans = {name: self._plan(name) for name in studies}
 
     def _plan(self, name: str) -> Any:
@@ -141,8 +144,7 @@ class _Queue:
         self._studies[name][1].add(trial, result)
         self._results[name] = self._studies[name][1].results
         self._plans[name] = self._plan(name)
-        self._work_done += trial.work
-        self._seconds_spent += seconds
+        self._finished.append((trial.work, seconds))
 
     def state(self, running: Sequence[Running], jobs: int) -> State:
         done, known, work_left = {}, {}, 0.0
@@ -153,8 +155,9 @@ class _Queue:
             work_left += sum(trial.work for trial in left) + plan.later_work
         work_left -= sum(worker.trial.work * worker.share for worker in running)
         seconds_left = None
-        if self._work_done:
-            seconds_left = work_left / jobs * self._seconds_spent / self._work_done
+        if self._finished:
+            work_done, seconds = map(sum, zip(*self._finished, strict=True))
+            seconds_left = work_left / jobs * seconds / work_done
         return State(done, known, running, seconds_left)
 
 
@@ -165,8 +168,11 @@ class _Worker:
     running: Running | None = field(default=None)
 
     def start(self, study: Study, name: str, trial: Trial, workplace: Workplace) -> None:
-        self.connection.send((study, trial, workplace))
         self.running = Running(name, trial, 0.0)
+        try:
+            self.connection.send((study, trial, workplace))
+        except OSError:
+            raise self._killed() from None
 
     def listen(self) -> tuple[Running, dict[str, Any], float] | None:
         """What the worker says; its result and seconds once the trial is done."""
@@ -182,9 +188,13 @@ class _Worker:
                 else:
                     self.running = None
                     return running, content, seconds
-        except EOFError:
-            raise ChildProcessError(f"the process of {_describe(running)} was killed") from None
+        except (EOFError, ConnectionError):
+            raise self._killed() from None
         return None
+
+    def _killed(self) -> ChildProcessError:
+        assert self.running is not None
+        return ChildProcessError(f"the process of {_describe(self.running)} was killed")
 
 
 def _describe(running: Running) -> str:
@@ -214,9 +224,11 @@ def _workers(count: int) -> Iterator[list[_Worker]]:
         for worker in workers:
             if worker.running is not None:
                 worker.process.terminate()  # a training writes its checkpoint
-            worker.connection.close()
+            else:
+                worker.connection.close()  # it waits for a trial, and ends
         for worker in workers:
             worker.process.join()
+            worker.connection.close()
 
 
 def _work(connection: Connection) -> None:
@@ -230,11 +242,13 @@ def _work(connection: Connection) -> None:
         started = time.perf_counter()
 
         def report(share: float) -> None:
-            connection.send(("progress", share, 0.0))
+            with suppress(OSError):  # nobody listens any more; the trial's own end comes
+                connection.send(("progress", share, 0.0))
 
         try:
             result = study.run(trial, replace(workplace, report_progress=report))
             message = ("done", result, time.perf_counter() - started)
         except Exception:
             message = ("failed", traceback.format_exc(), 0.0)
-        connection.send(message)
+        with suppress(OSError):
+            connection.send(message)

@@ -54,6 +54,11 @@ def prediction_interval(values: Iterable[float | None]) -> Interval:
     return _student(values, lambda count: 1 + 1 / count)
 
 
+def log_prediction_interval(values: Iterable[float | None]) -> Interval:
+    """The same for a positive quantity that varies by factors, from its logarithm."""
+    return prediction_interval(log_or_none(value) for value in values).exp()
+
+
 def paired_difference(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> Interval:
     """Confidence interval of first − second over the seeds that both have."""
     seeds = sorted(first.keys() & second.keys())

@@ -30,10 +30,10 @@ def write_study_report(folder: Path, manifest: Mapping[str, Any], found: Mapping
     for title, findings in found.items():
         sections.append(Section(title, cards=[_card(verdict) for verdict in findings.verdicts]))
         sections += findings.sections
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    made_with = "; ".join(manifest["made_with"])
     report = Report(
         title="LS-attention: the paper's claims, measured",
-        subtitle=f"Scale {manifest['scale']}, corpus {manifest['source']}; {versions}; {manifest['cpu']}",
+        subtitle=f"Scale {manifest['scale']}, corpus {manifest['source']}; {made_with}",
         sections=sections,
     )
     file = folder / REPORT_FILE
