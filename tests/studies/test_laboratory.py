@@ -101,19 +101,24 @@ def test_bad_settings_are_named(change, message):
 
 @pytest.mark.slow
 def test_an_interrupted_study_comes_to_the_same_results(all_studies, texts, tmp_path):
-    """Ctrl-C to the whole group, as a terminal sends it, in the middle of trainings."""
+    """Ctrl-C to the whole group, as a terminal sends it, while trainings are at work; twice."""
     settings, _ = all_studies
+    out = tmp_path / "out"
     command = [sys.executable, "-m", "longshort", "study", "explosion", "--scale", "smoke"]
-    command += ["--source", str(texts), "--out", str(tmp_path / "out")]
-    codes = []
-    for seconds in (12, 9):
-        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
-        time.sleep(seconds)
+    command += ["--source", str(texts), "--out", str(out)]
+    for runs in (1, 8):
+        process = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("runs/*/metrics.jsonl"))) < runs:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=60)
-        codes.append(process.returncode)
+        assert process.returncode == 130
         assert b"Traceback" not in output
+        assert b"the same command goes on" in output
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert codes[0] == 130
-    ours = (tmp_path / "out" / "explosion" / RESULTS_FILE).read_bytes()
+    ours = (out / "explosion" / RESULTS_FILE).read_bytes()
     assert ours == (settings.folder / "explosion" / RESULTS_FILE).read_bytes()

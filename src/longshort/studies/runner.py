@@ -224,11 +224,9 @@ def _workers(count: int) -> Iterator[list[_Worker]]:
         for worker in workers:
             if worker.running is not None:
                 worker.process.terminate()  # a training writes its checkpoint
-            else:
-                worker.connection.close()  # it waits for a trial, and ends
+            worker.connection.close()  # who waits for a trial ends
         for worker in workers:
             worker.process.join()
-            worker.connection.close()
 
 
 def _work(connection: Connection) -> None:
@@ -236,7 +234,7 @@ def _work(connection: Connection) -> None:
     while True:
         try:
             study, trial, workplace = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         torch.set_num_threads(workplace.threads)
         started = time.perf_counter()
