@@ -89,11 +89,12 @@ class LongShortAttention(nn.Module):
         embed_dim: width of the hidden states.
         layout: window of each head; all heads global is ordinary multi-head attention.
         head_dim: width of a head, independent of embed_dim; None is embed_dim / heads.
-        qk_norm: LayerNorm over head_dim on queries and keys, one gain for each, before the rotation.
+        qk_norm: LayerNorm over head_dim on queries and keys, one gain for each, before the rotation (ViT-22B,
+            Dehghani et al. 2023): a logit is at most sqrt(head_dim)·max|q_gain|·max|k_gain| in size.
         rotary: rotary positions, or None.
         attention_precision: one of `ATTENTION_PRECISIONS`. With "input", `torch.autocast` applies to the
             attention too; with the others it does not.
-        softcap: > 0, bounds the scores smoothly.
+        softcap: > 0, bounds the scores: softcap·tanh(score/softcap) (Bello et al. 2016; Gemma 2).
         alibi_slopes: one finite number per query head; a buffer in fp32 that stays so in a bf16 module.
         sink_logits: a learned logit per query head, (heads,), joins the softmax's denominator and takes up
             attention that no key should get, as in gpt-oss; 0 at the start.

@@ -27,6 +27,18 @@ def test_table_json_and_plot(run, data, capsys):
     assert (run / "evaluation" / "step-12-context-32.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("token_order", ["text", "permuted"])
+def test_a_run_of_another_token_order_is_measured_on_text_and_says_so(run, capsys, token_order):
+    config = json.loads((run / "config.json").read_text())
+    config["training"]["token_order"] = token_order
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", str(run)]) == 0
+    note = "trained with --token-order permuted, but measured here on plain text"
+    assert (note in capsys.readouterr().out.splitlines()) == (token_order == "permuted")
+    content = json.loads((run / "evaluation" / "step-12-context-32.json").read_text())
+    assert content["note"] == (note if token_order == "permuted" else None)
+
+
 def test_settings_arrive(run, data, tmp_path, capsys):
     other = shutil.copytree(data, tmp_path / "moved")
     numbers, plot = tmp_path / "numbers.json", tmp_path / "plot.png"

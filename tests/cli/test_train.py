@@ -150,6 +150,17 @@ def test_resume_goes_on(run, capsys):
         (["tiny", "--global-heads", "5"], "num_global_heads"),
         (["tiny", "--kv-heads", "3"], "num_key_value_heads"),
         (["tiny", "extra"], "extra"),
+        (["tiny", "--monitor-row-range", "--monitor-every", "0"], "--monitor-row-range needs"),
+        (
+            ["tiny", "--interleave", "4"],
+            "--interleave goes only with --token-order interleaved, got text",
+        ),
+        (
+            ["tiny", "--on-spike", "stop", "--rollback_steps=100"],
+            "--rollback-steps goes only with --on-spike rollback, got stop",
+        ),
+        (["tiny", "--skip-batches", "1"], "--skip-batches goes only with --on-spike rollback, got None"),
+        (["tiny", "--max-rollbacks", "1"], "--max-rollbacks goes only with --on-spike rollback"),
     ],
     ids=str,
 )

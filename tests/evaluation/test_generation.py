@@ -166,7 +166,7 @@ def test_a_diverged_model_is_named():
 def test_a_model_without_a_cache_reads_all_tokens_again():
     calls = []
     model = script([*b"xy", END])
-    model.config.use_cache = False
+    model.config.short_convolution = 3
     answer = model.function
 
     def logits(_seen):
@@ -177,3 +177,10 @@ def test_a_model_without_a_cache_reads_all_tokens_again():
     model.function = logits
     assert pieces(model, "a") == ["x", "y"]
     assert calls == [[END, *b"a"], [END, *b"ax"], [END, *b"axy"]]
+
+
+def test_a_model_saved_without_use_cache_has_a_cache_all_the_same():
+    model = script([*b"xy", END])
+    model.config.use_cache = False
+    assert pieces(model, "a") == ["x", "y"]
+    assert model.seen == [END, *b"a", *b"xy"]

@@ -158,6 +158,23 @@ def test_drawn_weights_are_shared_by_all_models_that_have_them(fields: dict[str,
         assert torch.equal(plain[name], other[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_drawn_weights_do_not_hang_on_what_torch_has_for_default(dtype: torch.dtype) -> None:
+    model = LongShortForCausalLM(make_config())
+    model.draw_weights(7)
+    expected = {name: weight.clone() for name, weight in model.named_parameters()}
+    model.draw_weights(8)
+    usual = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            model.draw_weights(7)
+    finally:
+        torch.set_default_dtype(usual)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, expected[name]), name
+
+
 def test_drawn_weights_differ_by_seed_and_module() -> None:
     model = LongShortForCausalLM(make_config())
     drawn = []

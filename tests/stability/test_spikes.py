@@ -98,6 +98,13 @@ def test_a_spike_that_comes_back_after_a_calm_is_another() -> None:
     assert [spike.step for spike in spikes(series)] == [700, 800]
 
 
+def test_a_calm_is_counted_in_steps_where_few_of_them_measure_logits() -> None:
+    series = healthy(900)
+    for step in (701, 731, 791):
+        series = changed(series, step, logit=lambda _: 1001.0)
+    assert [spike.step for spike in spikes(series)] == [701, 791]
+
+
 def test_a_diverged_run_is_told_and_then_left_alone() -> None:
     series = changed(healthy(900), 701, 900, loss=lambda _: math.nan, norm=lambda _: math.nan)
     assert [spike.step for spike in spikes(series)] == [701]

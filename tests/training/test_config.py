@@ -85,6 +85,20 @@ def test_documents_are_not_separate_where_their_tokens_are_mixed(token_order: st
     assert settings(separate_documents=True).token_order == "text"
 
 
+def test_a_sequence_has_as_many_tokens_as_pieces() -> None:
+    with pytest.raises(
+        ValueError, match=re.escape("--interleave must be at most --sequence-length (8), got 9")
+    ):
+        settings(token_order="interleaved", interleave=9, sequence_length=8)
+    assert settings(token_order="interleaved", interleave=8, sequence_length=8).interleave == 8
+    assert settings(sequence_length=8).interleave > 8
+
+
+def test_the_row_range_needs_measurements() -> None:
+    with pytest.raises(ValueError, match="--monitor-row-range needs --monitor-every >= 1, got 0"):
+        settings(monitor_row_range=True, monitor_every=0)
+
+
 def test_qk_clip_excludes_qk_norm() -> None:
     with pytest.raises(ValueError, match="--qk-clip does not go with --qk-norm"):
         settings(qk_clip=100.0, qk_norm=True)

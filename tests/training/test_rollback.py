@@ -27,7 +27,7 @@ from longshort.training.loop import resume, train
 from longshort.training.metrics import MetricsLog, read_metrics
 from longshort.training.plots import plot_run
 from longshort.training.report import write_report
-from longshort.training.rollback import describe, good_checkpoint, respond
+from longshort.training.rollback import checkpoints_to_keep, describe, good_checkpoint, respond
 
 BAD = 15
 """The batch of step 16 predicts one rare byte everywhere."""
@@ -180,7 +180,7 @@ def test_spikes_again_and_again_stop_the_run(
     outcome = train(settings, recorder)
     assert outcome.stopped_by_spike
     assert [spike["action"] for _, spike in spikes(settings.out)] == ["rollback", "stop"]
-    assert "; stopping (rollbacks so far: 1); a checkpoint" in recorder.messages[1]
+    assert "; stopping, --max-rollbacks 1 is reached; a checkpoint" in recorder.messages[1]
 
 
 class Breaker(Recorder):
@@ -199,11 +199,18 @@ class Breaker(Recorder):
 
 @pytest.mark.parametrize("signals", [1, 2], ids=["stopped", "killed"])
 @pytest.mark.parametrize("count", [3, 14, 16, 17, 27])
+@pytest.mark.parametrize(("keep", "rollback_steps"), [(None, 3), (1, 10), (3, 10)])
 def test_an_interrupt_changes_no_decision(
-    settings_for: SettingsFor, plant: Callable[..., list[int]], count: int, signals: int
+    settings_for: SettingsFor,
+    plant: Callable[..., list[int]],
+    keep: int | None,
+    rollback_steps: int,
+    count: int,
+    signals: int,
 ) -> None:
     plant(BAD, 24)
-    whole, broken = (spiky(settings_for, name) for name in ("whole", "broken"))
+    whole = spiky(settings_for, "whole", rollback_steps=rollback_steps)  # keeps all checkpoints
+    broken = spiky(settings_for, "broken", rollback_steps=rollback_steps, keep_checkpoints=keep)
     train(whole)
     assert len(spikes(whole.out)) == 2
     if signals == 1:
@@ -244,18 +251,27 @@ def test_killed_in_a_rollback(
     assert checkpoint_steps(broken.out) == checkpoint_steps(whole.out)
 
 
+@pytest.mark.parametrize(
+    ("rise_steps", "kept"), [(20, [0, 4, 8, 12, 16, 20, 24]), (2, [20, 24])], ids=["early", "late"]
+)
+@pytest.mark.parametrize("rollback_steps", [3, 100])
 def test_checkpoints_to_go_back_to_are_kept(
-    settings_for: SettingsFor, plant: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+    settings_for: SettingsFor,
+    plant: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    rise_steps: int,
+    kept: list[int],
+    rollback_steps: int,
 ) -> None:
-    quick = partial(SpikeDetector, window=10, loss_score=2.0, rise_steps=2)
+    quick = partial(SpikeDetector, window=10, loss_score=2.0, rise_steps=rise_steps)
     monkeypatch.setattr("longshort.training.loop.SpikeDetector", quick)
     plant(BAD)
-    every = spiky(settings_for, "every")
-    few = spiky(settings_for, "few", keep_checkpoints=1)
+    every = spiky(settings_for, "every", rollback_steps=rollback_steps)
+    few = spiky(settings_for, "few", rollback_steps=rollback_steps, keep_checkpoints=1)
     train(every)
     train(few)
     assert without_speed(few.out) == without_speed(every.out)
-    assert checkpoint_steps(few.out) == [20, 24]
+    assert checkpoint_steps(few.out) == (kept if rollback_steps == 3 else checkpoint_steps(every.out))
 
 
 def test_plots_and_report_show_the_run_that_counts(
@@ -268,14 +284,45 @@ def test_plots_and_report_show_the_run_that_counts(
     assert "24 steps" in write_report(settings.out).read_text()
 
 
+def put_checkpoint(run: Path, step: int) -> None:
+    """An empty one."""
+    folder = run / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "optimizer.safetensors", "state.json"):
+        (folder / name).touch()
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([0], [0]),
+        ([0, 5], [0, 5]),
+        ([0, 5, 100], [0, 100]),
+        ([0, 100, 200], [0, 100, 200]),
+        ([0, 100, 200, 300], [100, 200, 300]),
+        ([0, 100, 200, 300, 350, 360], [100, 200, 300, 350, 360]),
+        ([0, 100, 200, 300, 350, 360, 400], [200, 300, 400]),
+    ],
+    ids=lambda steps: "-".join(map(str, steps)),
+)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_irregular_checkpoints_take_no_place(
+    settings_for: SettingsFor, steps: list[int], expected: list[int], count: int
+) -> None:
+    settings = settings_for(
+        checkpoint_every=100, keep_checkpoints=count, on_spike="rollback", rollback_steps=100
+    )
+    for step in steps:
+        put_checkpoint(settings.out, step)
+        checkpoints.keep_checkpoints(settings.out, checkpoints_to_keep(settings, step + 1 - 20))
+    assert checkpoint_steps(settings.out) == expected
+
+
 def test_good_checkpoints_are_regular_and_old_enough(settings_for: SettingsFor) -> None:
     settings = settings_for(checkpoint_every=10, rollback_steps=15)
     assert good_checkpoint(settings, 50) is None
     for step in (0, 10, 20, 26, 30, 40):
-        folder = settings.out / "checkpoints" / f"step-{step}"
-        folder.mkdir(parents=True)
-        for name in ("config.json", "model.safetensors", "optimizer.safetensors", "state.json"):
-            (folder / name).touch()
+        put_checkpoint(settings.out, step)
     found = [good_checkpoint(settings, onset) for onset in (0, 1, 14, 25, 41, 44, 45, 1000)]
     assert found == [None, 0, 0, 10, 20, 20, 30, 40]
 
@@ -289,7 +336,14 @@ def test_what_is_decided_is_described(settings_for: SettingsFor) -> None:
     nowhere = replace(settings, on_spike="rollback")
     entry = respond(spike, nowhere, state)
     assert entry["action"] == "stop"
-    assert "; stopping (rollbacks so far: 1); " in describe(entry, nowhere, state)
+    told = describe(entry, nowhere, state)
+    assert "; stopping, no checkpoint from before step 38 to go back to; a checkpoint is" in told
+    put_checkpoint(settings.out, 0)
+    assert respond(spike, nowhere, state)["action"] == "rollback"
+    tired = replace(nowhere, max_rollbacks=1)
+    entry = respond(spike, tired, state)
+    assert entry["action"] == "stop"
+    assert "; stopping, --max-rollbacks 1 is reached; a checkpoint is" in describe(entry, tired, state)
 
 
 def test_a_run_whose_first_step_is_its_undoing_ends(settings_for: SettingsFor) -> None:

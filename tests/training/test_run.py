@@ -107,6 +107,10 @@ def test_missing_file_is_named_before_any_file(settings_for: SettingsFor, tmp_pa
         ({"global_heads": 5}, "num_global_heads must be"),
         ({"position_embedding": "rope", "head_dim": 7}, "head_dim must be even"),
         ({"global_position_embedding": "none"}, "global_position_embedding and position_embedding"),
+        (
+            {"token_order": "interleaved", "interleave": 1000, "sequence_length": None},
+            r"--interleave must be at most --sequence-length \(512\), got 1000",
+        ),
     ],
 )
 def test_setting_that_does_not_fit_is_refused_before_any_file(

@@ -99,13 +99,23 @@ def run(arguments: list[str]) -> int:
         )
     output = console()
     _print_table(output, evaluation, trained.step, data.validation.documents)
+    note = _note(settings.token_order)
+    if note is not None:
+        output.print(note, markup=False)
     stem = flags.run / "evaluation" / _stem(flags, trained.step, context)
     json_file = flags.json or stem.with_suffix(".json")
     plot_file = flags.plot or stem.with_suffix(".png")
-    replace_file(json_file, strict_json(_content(evaluation, flags, trained, data)).encode())
+    replace_file(json_file, strict_json(_content(evaluation, flags, trained, data) | {"note": note}).encode())
     plot_loss_by_position({flags.run.resolve().name: evaluation}, plot_file)
     output.print(f"numbers: {json_file}\nplot:    {plot_file}", markup=False)
     return 0
+
+
+def _note(token_order: str) -> str | None:
+    """What a reader of the numbers must know."""
+    if token_order == "text":
+        return None
+    return f"trained with --token-order {token_order}, but measured here on plain text"
 
 
 def _stem(flags: EvaluateFlags, step: int, context: int) -> str:

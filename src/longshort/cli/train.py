@@ -16,7 +16,7 @@ from longshort.cli.console import SECONDS_BETWEEN_LINES, console, discard_output
 from longshort.cli.errors import UsageError
 from longshort.cli.flags import parse
 from longshort.model import LongShortConfig, parameter_count, preset
-from longshort.training.config import MODEL_SETTINGS, TrainConfig
+from longshort.training.config import MODEL_SETTINGS, TrainConfig, flag
 from longshort.training.loop import Progress, resume, train
 from longshort.training.metrics import read_metrics
 from longshort.training.report import write_report
@@ -29,6 +29,13 @@ _DESCRIPTION = """Train a model on a folder that `longshort data` made.
 Settings of the model that are left out are the preset's. `longshort train --resume RUN` goes on with a run
 from its latest checkpoint; `longshort train --resume --help` explains it."""
 _RESUME_DESCRIPTION = "Go on with a run from its latest checkpoint, with its own settings."
+_GO_ONLY_WITH = {
+    "rollback_steps": ("on_spike", "rollback"),
+    "skip_batches": ("on_spike", "rollback"),
+    "max_rollbacks": ("on_spike", "rollback"),
+    "interleave": ("token_order", "interleaved"),
+}
+"""Settings that do nothing unless another one has this value."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,11 @@ def run(arguments: list[str]) -> int:
 
 def _parse_settings(arguments: list[str]) -> TrainConfig:
     flags = parse(TrainFlags, "train", arguments, _DESCRIPTION)
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    for name, (other, value) in _GO_ONLY_WITH.items():
+        found = getattr(flags, other)
+        if flag(name) in given and found != value:
+            raise UsageError(f"{flag(name)} goes only with {flag(other)} {value}, got {found}")
     values = {field.name: getattr(flags, field.name) for field in fields(TrainConfig)}
     # A switch of the model that is not given is the preset's.
     values |= {name: None for name in MODEL_SETTINGS if values[name] is False}

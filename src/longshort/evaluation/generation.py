@@ -94,7 +94,9 @@ def _generate_tokens(
 
     model.eval()
     generator = torch.Generator(model.device).manual_seed(seed)
-    has_cache = getattr(model.config, "use_cache", True)  # without one every token is computed again
+    # A short convolution keeps no state: without a cache every token is computed again. `config.use_cache` is
+    # no answer, models are saved with false after training with gradient checkpointing.
+    has_cache = getattr(model.config, "short_convolution", None) is None
     cache = DynamicCache() if has_cache else None
     inputs = torch.tensor([ids], device=model.device)
     for _ in range(max_new_tokens):

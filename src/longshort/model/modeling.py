@@ -265,10 +265,13 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
             if std is None:
                 continue
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
             weight = module.weight
             assert isinstance(weight, Tensor)
-            weight.copy_(torch.normal(0.0, std, weight.shape, generator=generator))
+            drawn = torch.normal(
+                0.0, std, weight.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
+            weight.copy_(drawn)
 
     @can_return_tuple
     def forward(

@@ -56,8 +56,9 @@ class QKClip:
 
     A head with a key head of its own has its query and key rows of qkv_proj scaled by sqrt(τ/m) each. Where
     query heads share a key head, the query rows alone are scaled, by τ/m: the shared keys, and with them the
-    other heads, stay as they are, as K2 leaves its shared rotary keys. Weights of heads at or below the
-    threshold keep every bit, as do all of a head whose logit is not finite.
+    other heads, stay as they are, as K2 leaves its shared rotary keys. This replaces a rule by group, one
+    factor for all that share the keys: that would shrink healthy heads for the sake of one. Weights of heads
+    at or below the threshold keep every bit, as do all of a head whose logit is not finite.
 
     A logit is linear in these rows with rotation or a short convolution too; it is measured before softcap
     and ALiBi.

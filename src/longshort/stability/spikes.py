@@ -88,7 +88,7 @@ class SpikeDetector:
         self._norms: deque[float] = deque(maxlen=self.window)
         self._logits: deque[float] = deque(maxlen=self.window)
         self._rise = _Rise(self.rise_window, self.rise)
-        self._calm: dict[str, int] = {}
+        self._last_steps: dict[str, int] = {}  # of each sign
 
     def observe(
         self, step: int, loss: float, grad_norm: float, max_logit: float | None = None
@@ -121,9 +121,8 @@ class SpikeDetector:
         if max_logit is not None and math.isfinite(max_logit):
             signs["logit"] = self._logit_sign(max_logit)
             self._logits.append(max_logit)
-        new = {name: text for name, text in signs.items() if text is not None and self._is_new(name)}
-        for name, text in signs.items():
-            self._calm[name] = self._calm.get(name, self.calm_steps) + 1 if text is None else 0
+        new = {name: text for name, text in signs.items() if text is not None and self._is_new(name, step)}
+        self._last_steps |= {name: step for name, text in signs.items() if text is not None}
         if not new:
             return None
         if "rise" in new:
@@ -137,7 +136,7 @@ class SpikeDetector:
             "norms": list(self._norms),
             "logits": list(self._logits),
             "rise": self._rise.state(),
-            "calm": dict(self._calm),
+            "last_steps": dict(self._last_steps),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -146,10 +145,11 @@ class SpikeDetector:
             values.clear()
             values.extend(state[name])
         self._rise = _Rise(self.rise_window, self.rise, **state["rise"])
-        self._calm = dict(state["calm"])
+        self._last_steps = dict(state["last_steps"])
 
-    def _is_new(self, sign: str) -> bool:
-        return self._calm.get(sign, self.calm_steps) >= self.calm_steps
+    def _is_new(self, sign: str, step: int) -> bool:
+        last = self._last_steps.get(sign)
+        return last is None or step - last > self.calm_steps
 
     def _loss_sign(self, loss: float) -> str | None:
         if 2 * len(self._losses) < self.window:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,18 +59,14 @@ def save_checkpoint(
     model: Any,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
-    keep: int | None = None,
-    needed_from: int | None = None,
 ) -> Path:
-    """Write `run/checkpoints/step-N`, then remove all but the latest `keep` checkpoints.
+    """Write `run/checkpoints/step-N`.
 
     Args:
         run: the run's folder.
         model: a PreTrainedModel.
         optimizer: AdamW over all parameters of the model; it may have done no step yet.
         state: its `step` names the folder.
-        keep: how many checkpoints to keep; None: all.
-        needed_from: checkpoints from this step on stay too.
 
     Raises:
         FileExistsError: there is a checkpoint of this step.
@@ -100,11 +96,18 @@ def save_checkpoint(
             f"the checkpoint of step {state.step} could not be written to {folder}: {error}; "
             "the checkpoints before it are whole"
         ) from error
-    if keep is not None:
-        for step in _steps(folder)[:-keep]:
-            if needed_from is None or step < needed_from:
-                _remove(folder / f"step-{step}")
     return final
+
+
+def keep_checkpoints(run: Path, steps: Collection[int]) -> None:
+    """Remove the complete checkpoints of all other steps.
+
+    Raises:
+        OSError: one could not be removed.
+    """
+    for step in checkpoint_steps(run):
+        if step not in steps:
+            _remove(run / FOLDER / f"step-{step}")
 
 
 def checkpoint_steps(run: Path) -> list[int]:

@@ -228,6 +228,17 @@ class TrainConfig:
                 "--separate-documents does not go with --token-order "
                 f"{self.token_order}, which mixes the documents of a sequence"
             )
+        if (
+            self.token_order == "interleaved"
+            and self.sequence_length is not None
+            and self.interleave > self.sequence_length
+        ):
+            raise ValueError(
+                f"--interleave must be at most --sequence-length ({self.sequence_length}), "
+                f"got {self.interleave}"
+            )
+        if self.monitor_row_range and not self.monitor_every:
+            raise ValueError(f"--monitor-row-range needs --monitor-every >= 1, got {self.monitor_every}")
         if self.qk_clip is not None and self.qk_norm:
             raise ValueError(
                 f"--qk-clip does not go with --qk-norm, which undoes any scaling, got {self.qk_clip}"

@@ -26,6 +26,7 @@ from longshort.model import LongShortForCausalLM
 from longshort.stability import MAX_LOGITS, AttentionMonitor, QKClip, Reading, SpikeDetector
 from longshort.training.checkpoints import (
     TrainState,
+    keep_checkpoints,
     latest_checkpoint,
     load_checkpoint,
     remove_partial_checkpoints,
@@ -37,7 +38,7 @@ from longshort.training.interrupts import Interrupts
 from longshort.training.metrics import MetricsLog
 from longshort.training.optimization import learning_rate_at, make_optimizer, optimizer_step, validation_loss
 from longshort.training.parallel import Ranks, connect
-from longshort.training.rollback import describe, good_checkpoint, respond
+from longshort.training.rollback import checkpoints_to_keep, describe, respond
 from longshort.training.run import (
     RunConfig,
     create_run,
@@ -364,14 +365,12 @@ class _Training:
         self._ranks.barrier()
 
     def _save(self, state: TrainState) -> None:
-        settings, needed_from = self._settings, None
+        run, onset = self._settings.out, state.step + 1
         if self._detector is not None:
             state = replace(state, spikes=self._detector.state())
-            if settings.on_spike == "rollback":  # a spike that begins now may be seen `rise_steps` later
-                needed_from = good_checkpoint(settings, state.step + 1 - self._detector.rise_steps)
-        save_checkpoint(
-            settings.out, self._model, self._optimizer, state, settings.keep_checkpoints, needed_from
-        )
+            onset -= self._detector.rise_steps  # a slow rise is seen as late
+        save_checkpoint(run, self._model, self._optimizer, state)
+        keep_checkpoints(run, checkpoints_to_keep(self._settings, onset))
 
 
 def _checkpoint_activations(model: LongShortForCausalLM) -> None:

@@ -5,8 +5,8 @@ about 100 steps before the spike and leave out a few hundred batches, those that
 
 Only a checkpoint at least `rollback_steps` older than the spike's first sign counts as good: one taken
 shortly before may hold what led to it. The weights before the first step are a checkpoint too, always good.
-Checkpoints that an interrupt left between the regular ones do not count, so that a run that was interrupted
-goes back as far as one that was not.
+Checkpoints that an interrupt left between the regular ones do not count, and take no other one's place among
+those that are kept, so that a run that was interrupted goes back as far as one that was not.
 """
 
 from __future__ import annotations
@@ -21,13 +21,30 @@ from longshort.training.config import TrainConfig
 def good_checkpoint(settings: TrainConfig, onset: int) -> int | None:
     """Step of the latest regular checkpoint at least `rollback_steps` before a spike that began at step
     `onset`; else of the first that is older than it; None: there is none."""
-    older = [
-        step
-        for step in checkpoint_steps(settings.out)
-        if step < onset and step % settings.checkpoint_every == 0
-    ]
+    older = [step for step in _regular(settings, checkpoint_steps(settings.out)) if step < onset]
     good = [step for step in older if step <= onset - settings.rollback_steps]
     return good[-1] if good else min(older, default=None)
+
+
+def checkpoints_to_keep(settings: TrainConfig, onset: int) -> list[int]:
+    """Steps of the checkpoints that `keep_checkpoints` leaves once the latest one is written.
+
+    Those that a rollback may need stay too. For rollbacks regular checkpoints alone are counted; one that an
+    interrupt has left goes when the next regular one is there.
+
+    Args:
+        onset: the first step at which a spike that was not seen yet may have begun.
+    """
+    steps, count = checkpoint_steps(settings.out), settings.keep_checkpoints
+    if count is None or settings.on_spike != "rollback":
+        return steps if count is None else steps[-count:]
+    regular = _regular(settings, steps)
+    if steps[-1] not in regular:
+        return steps
+    needed_from = good_checkpoint(settings, onset)
+    if needed_from is None:  # the first spikes go back to the first
+        return regular
+    return [step for step in regular if step >= needed_from or step in regular[-count:]]
 
 
 def respond(spike: Spike, settings: TrainConfig, state: TrainState) -> dict[str, Any]:
@@ -67,5 +84,13 @@ def describe(entry: dict[str, Any], settings: TrainConfig, state: TrainState) ->
             f"back to step {entry['to_step']}, {skipped} batches are left out "
             f"(rollback {state.attempt + 1} of at most {settings.max_rollbacks})"
         )
-    tried = f" (rollbacks so far: {state.attempt})" if settings.on_spike == "rollback" else ""
-    return f"{text}stopping{tried}; a checkpoint is written first"
+    cause = ""
+    if settings.on_spike == "rollback" and state.attempt < settings.max_rollbacks:
+        cause = f", no checkpoint from before step {entry['onset']} to go back to"
+    elif settings.on_spike == "rollback":
+        cause = f", --max-rollbacks {settings.max_rollbacks} is reached"
+    return f"{text}stopping{cause}; a checkpoint is written first"
+
+
+def _regular(settings: TrainConfig, steps: list[int]) -> list[int]:
+    return [step for step in steps if step % settings.checkpoint_every == 0]
