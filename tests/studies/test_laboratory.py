@@ -12,6 +12,7 @@ import pytest
 
 from longshort.studies.laboratory import STUDIES, StudySettings, run_studies
 from longshort.studies.results import RESULTS_FILE
+from longshort.studies.study import SCALES
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,17 @@ def test_a_missing_corpus_is_an_error_before_anything_is_made(tmp_path):
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         StudySettings(**{"name": "all", **change})
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_every_study_has_a_plan_at_every_scale(study, scale):
+    seeds = range(study.default_seeds(scale))
+    trials = study.plan(scale, seeds, {}).trials
+    assert trials
+    assert len({trial.key for trial in trials}) == len(trials)
+    assert all(trial.work > 0 for trial in trials)
+    assert all(json.loads(json.dumps(trial.settings)) == trial.settings for trial in trials)
 
 
 @pytest.mark.slow

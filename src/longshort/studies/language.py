@@ -17,7 +17,7 @@ from longshort.model import LongShortConfig, preset, training_flops
 from longshort.studies.study import Results, Trial
 
 _EXTENSIONS = 2  # rates that a sweep may add at an edge
-_FLOPS_PER_SECOND = 1.2e10  # of a laptop's core, overhead included: for the time that is left
+_FLOPS_PER_SECOND = 4e10  # of a laptop's core, overhead included: for the time that is left
 
 
 @dataclass(frozen=True)
