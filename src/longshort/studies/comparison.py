@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from statistics import median
+from typing import Any, Literal
 
 from longshort.studies.language import Arm, Setting, Sweep, language_trial, main_trials, sweep
 from longshort.studies.language_run import loss_at_flops
@@ -45,6 +46,10 @@ class Trained:
         """A number of the results by seed; None where it was not finite."""
         return {seed: result.get(name) for seed, result in self.results[rate].items()}
 
+    def diverged(self, rate: Rate = "best") -> int:
+        """How many seeds diverged."""
+        return sum(result["diverged_at"] is not None for result in self.results[rate].values())
+
     def curves(self, name: str, rate: Rate = "best") -> list[list[tuple[float, float | None]]]:
         """A curve per seed: "loss_curve", "validation_curve" or one of the logit curves."""
         found = []
@@ -55,12 +60,12 @@ class Trained:
 
     def seconds_per_step(self) -> float | None:
         """Median over its trials; None where it was not measured."""
-        speeds = sorted(
+        seconds = [
             result["tokens_per_step"] / result["timing"]["tokens_per_second"]
             for result in self.results["best"].values()
             if result.get("timing", {}).get("tokens_per_second")
-        )
-        return speeds[len(speeds) // 2] if speeds else None
+        ]
+        return median(seconds) if seconds else None
 
 
 def plan_arms(
@@ -91,20 +96,41 @@ def trained_arms(
     found = {}
     for arm in arms:
         rates = sweep(setting, arm, results, seeds[0])
-        trials = main_trials(setting, arm, rates, seeds, at_lower=at_lower)
-        if not rates.is_done or any(trial.key not in results for trial in trials):
-            continue
-        by_rate: dict[Rate, dict[int, Mapping[str, Any]]] = {
-            name: {
-                seed: results[language_trial(setting, arm, rate, seed).key]
-                for seed in seeds
-                if name == "best" or at_lower
-            }
-            for name, rate in zip(RATES, (rates.best, rates.lower), strict=True)
-        }
-        settings = trials[0].settings
-        found[arm.name] = Trained(arm, rates, settings["model"], settings["train"], by_rate)
+        trained = trained_arm(setting, arm, rates, seeds, results, at_lower=at_lower)
+        if trained is not None:
+            found[arm.name] = trained
     return found
+
+
+def trained_arm(
+    setting: Setting,
+    arm: Arm,
+    rates: Sweep,
+    seeds: Sequence[int],
+    results: Results,
+    *,
+    at_lower: bool = True,
+) -> Trained | None:
+    """The main trials of an arm at the rates of a sweep; None until all are done."""
+    trials = main_trials(setting, arm, rates, seeds, at_lower=at_lower)
+    if not rates.is_done or any(trial.key not in results for trial in trials):
+        return None
+    by_rate: dict[Rate, dict[int, Mapping[str, Any]]] = {
+        name: {
+            seed: results[language_trial(setting, arm, rate, seed).key]
+            for seed in seeds
+            if name == "best" or at_lower
+        }
+        for name, rate in zip(RATES, (rates.best, rates.lower), strict=True)
+    }
+    settings = trials[0].settings
+    return Trained(arm, rates, settings["model"], settings["train"], by_rate)
+
+
+def split_by_depth(trained: Mapping[str, Trained]) -> tuple[dict[str, Trained], dict[str, Trained]]:
+    """The arms of the setting's depth, and those with one of their own, which do not compare with them."""
+    deep = {name: arm for name, arm in trained.items() if "num_hidden_layers" in arm.arm.model}
+    return {name: arm for name, arm in trained.items() if name not in deep}, deep
 
 
 def log_ratio(first: Trained, second: Trained, name: str, rate: Rate = "best") -> Interval:
@@ -117,14 +143,7 @@ def loss_difference(first: Trained, second: Trained, rate: Rate = "best") -> Int
     return paired_difference(first.values("validation_loss", rate), second.values("validation_loss", rate))
 
 
-class HasResults(Protocol):
-    """Results by rate and seed, as `Trained` has them."""
-
-    @property
-    def results(self) -> Mapping[Rate, Mapping[int, Mapping[str, Any]]]: ...
-
-
-def loss_difference_at_equal_flops(first: HasResults, second: HasResults, rate: Rate = "best") -> Interval:
+def loss_difference_at_equal_flops(first: Trained, second: Trained, rate: Rate = "best") -> Interval:
     """The same when both had spent what the cheaper one spends in all."""
     losses = []
     for trained, other in ((first, second), (second, first)):
@@ -162,14 +181,13 @@ def arm_table(trained: Mapping[str, Trained]) -> Table:
     rows = []
     for name, arm in trained.items():
         results = list(arm.results["best"].values())
-        diverged = sum(result["diverged_at"] is not None for result in results)
         rows.append(
             (
                 name,
                 f"{results[0]['parameters'] / 1000:,.0f}k",
-                rate_text(arm.sweep.best) + (" (edge)" if arm.sweep.is_at_edge else ""),
+                rate_cell(arm.sweep),
                 *(spread_text(quantity, arm.values(quantity)) for quantity in PREDICTED),
-                f"{diverged} of {len(results)}",
+                f"{arm.diverged()} of {len(results)}",
                 f"{sum(result['spikes'] for result in results)}",
                 number(_flops(results[0]) / 1e12),
             )
@@ -231,6 +249,11 @@ def rate_text(rate: float) -> str:
     """A learning rate as it is written in the settings: 3e-3."""
     mantissa, exponent = f"{rate:.0e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def rate_cell(rates: Sweep) -> str:
+    """The best rate of a sweep, and whether it lies at its edge."""
+    return rate_text(rates.best) + (" (edge)" if rates.is_at_edge else "")
 
 
 def _short(value: float) -> str:

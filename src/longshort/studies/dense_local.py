@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longshort.studies.dense_local_arms import (
     frontier_trials,
     illustrated_pair,
@@ -65,11 +63,8 @@ class DenseLocal(Study):
 
     def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
         fit = Fit(**trial.settings)
-        device = workplace.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         run = run_fit if fit.form == "free" else run_layer_fit
-        return run(fit, device, workplace.report_progress)
+        return run(fit, str(workplace.torch_device), workplace.report_progress)
 
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
         return find(scale, seeds, results, folder)

@@ -22,6 +22,7 @@ from longshort.studies.comparison import (
     loss_difference_at_equal_flops,
     plan_arms,
     predictions,
+    split_by_depth,
     sweep_table,
     trained_arms,
     without_doubles,
@@ -29,13 +30,13 @@ from longshort.studies.comparison import (
 from longshort.studies.figures import draw_intervals, draw_points
 from longshort.studies.language import Arm, Setting, model_config
 from longshort.studies.language_run import LanguageStudy
-from longshort.studies.settings import LS, MHSA, PAPER_SMALL, tiny, with_model
+from longshort.studies.settings import LS, LS_ROPE, MHSA, PAPER_SMALL, tiny, with_model
 from longshort.studies.statistics import Interval, confidence_interval, slope
 from longshort.studies.study import Claim, Findings, Outcome, Plan, Results, Scale, Verdict, weaker
 from longshort.training.report import Figure, Section, Table, number
 
 TOLERANCE = 0.02
-"""Nats per byte: losses nearer than this are called alike."""
+"""Nats per token: losses nearer than this are called alike."""
 
 _CACHE_LENGTH = 32_768
 
@@ -52,7 +53,8 @@ NEEDED = Claim(
     "A global head is needed: with local heads alone the loss is higher.",
     "Without global heads the loss is as low.",
     "The 95 % interval of the validation loss, no global head minus one, paired over seeds. Shown: lower end "
-    "above 0. Contradicted: upper end below 0. Otherwise not shown.",
+    "above 0. Contradicted: upper end below 0. Otherwise not shown. It must hold at the best rates and at "
+    "the next lower ones.",
 )
 SPREAD = Claim(
     "design: spread",
@@ -60,7 +62,7 @@ SPREAD = Claim(
     "Gathered in one layer they do as well or better.",
     "95 % intervals of the validation loss, gathered minus spread, paired over seeds, for each place. Shown: "
     "lower ends above 0 for all. Partly: for at least one, and below 0 for none. Contradicted: below 0 for "
-    "all. Otherwise not shown.",
+    "all. Otherwise not shown. It must hold at the best rates and at the next lower ones.",
 )
 
 
@@ -90,7 +92,6 @@ def _windows(*sizes: int) -> tuple[Arm, ...]:
 
 
 MIXED = with_model(LS, "windows 8, 16, 64", layouts=[[8, 16, 64, None]] * 2)
-LS_ROPE = with_model(LS, "LS + RoPE", position_embedding="rope")
 NO_POSITIONS = with_model(
     LS, "LS + RoPE, none on global heads", position_embedding="rope", global_position_embedding="none"
 )
@@ -267,8 +268,7 @@ def describe_late(found: Mapping[str, Trained]) -> str:
 def _sections(chosen: _Scale, found: Mapping[str, Trained], folder: Path) -> list[Section]:
     if not found:
         return []
-    deep = {name: arm for name, arm in found.items() if "num_hidden_layers" in arm.arm.model}
-    found = {name: arm for name, arm in found.items() if name not in deep}
+    found, deep = split_by_depth(found)
     rows = [
         (
             name,

@@ -15,6 +15,7 @@ from longshort.studies.comparison import (
     plan_arms,
     predictions,
     rate_text,
+    split_by_depth,
     sweep_table,
     trained_arms,
     without_doubles,
@@ -33,7 +34,7 @@ from longshort.studies.explosion_claims import (
 from longshort.studies.figures import Panel, draw_curves, draw_intervals
 from longshort.studies.language import Arm, Setting, language_trial, model_config
 from longshort.studies.language_run import LanguageStudy
-from longshort.studies.settings import LS, MHSA, PAPER_SMALL, tiny, with_model, with_train
+from longshort.studies.settings import DEEP_LS, HYBRID, LS, MHSA, PAPER_SMALL, tiny, with_model, with_train
 from longshort.studies.statistics import Interval
 from longshort.studies.study import Findings, Plan, Results, Scale, Trial
 from longshort.training.report import Figure, Section, Table
@@ -46,8 +47,6 @@ PRECISIONS = tuple(
     for precision in ("fp32", "bf16-flash")
     for arm in (MHSA, LS)
 )
-DEEP_LS = with_model(LS, "LS, 4 layers", num_hidden_layers=4)
-HYBRID = with_model(LS, "hybrid by layers, 4 layers", num_hidden_layers=4, num_global_heads=[0, 0, 0, 4])
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,8 @@ def _all_rates(chosen: _Scale, seeds: Sequence[int], results: Results) -> list[T
 
 def _sections(chosen: _Scale, arms: Mapping[str, Trained], folder: Path) -> list[Section]:
     main = {name: arm for name, arm in arms.items() if name in (MHSA.name, LS.name)}
-    deep = {name: arm for name, arm in arms.items() if "num_hidden_layers" in arm.arm.model}
-    tests = {name: arm for name, arm in arms.items() if name != LS.name and name not in deep}
+    plain, deep = split_by_depth(arms)
+    tests = {name: arm for name, arm in plain.items() if name != LS.name}
     sections = []
     if len(main) == 2:
         sections.append(

@@ -17,15 +17,14 @@ from longshort.studies.comparison import (
     loss_difference,
     loss_difference_at_equal_flops,
 )
-from longshort.studies.settings import LS, MHSA, with_model, with_train
+from longshort.studies.settings import LS, MHSA, MHSA_ROPE, with_model, with_train
 from longshort.studies.statistics import Interval, confidence_interval
 from longshort.studies.study import Claim, Outcome, Verdict, weaker
 
-ROPE = with_model(MHSA, "MHSA + RoPE", position_embedding="rope")
 ALIBI = with_model(MHSA, "MHSA + ALiBi", position_embedding="alibi")
 CONVOLUTION = with_model(MHSA, "MHSA + convolution", short_convolution=4)
 PERMUTED = with_train(MHSA, "MHSA, permuted text", token_order="permuted")
-EXPLANATIONS = (ROPE, ALIBI, CONVOLUTION)
+EXPLANATIONS = (MHSA_ROPE, ALIBI, CONVOLUTION)
 
 FLAT = 1.1
 """Logits that grow by less over the second half of the training are called flat."""
@@ -129,7 +128,7 @@ def judge_mechanism(arms: Mapping[str, Trained]) -> Verdict:
             arm.name: log_ratio(arms[arm.name], arms[MHSA.name], "max_logit", rate).exp()
             for arm in needed[1:]
         }
-        growth = _late_growth(arms[ROPE.name], rate)
+        growth = _late_growth(arms[MHSA_ROPE.name], rate)
         outcomes.append(mechanism_outcome(ratios, growth.mean))
         numbers = "; ".join(f"{name} {interval_text(ratio)}" for name, ratio in ratios.items())
         texts.append(

@@ -71,7 +71,7 @@ class Latency(Study):
 
     def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
         settings = trial.settings
-        device = torch.device(_device(workplace))
+        device = workplace.torch_device
         models = {
             name: _model(settings["preset"], settings["length"], name == MHSA.name, device)
             for name in (LS.name, MHSA.name)
@@ -128,12 +128,6 @@ def _trials(scale: Scale) -> list[Trial]:
         )
         for length in chosen.lengths
     ]
-
-
-def _device(workplace: Workplace) -> str:
-    if workplace.device != "auto":
-        return workplace.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _model(name: str, length: int, mhsa: bool, device: torch.device) -> LongShortForCausalLM:

@@ -13,25 +13,27 @@ from longshort.studies.comparison import (
     PREDICTED,
     RATES,
     Rate,
+    Trained,
     difference_text,
     interval_text,
     judge_below,
+    log_ratio,
+    loss_difference,
     loss_difference_at_equal_flops,
     predict,
-    rate_text,
+    rate_cell,
     spread_text,
+    trained_arm,
     without_doubles,
 )
 from longshort.studies.figures import Panel, draw_curves, draw_points
-from longshort.studies.language import Arm, Setting, Sweep, language_trial, sweep
+from longshort.studies.language import Arm, Setting, Sweep, main_trials, sweep
 from longshort.studies.language_run import LanguageStudy
-from longshort.studies.settings import LS, MHSA, paper_base, tiny, with_model
+from longshort.studies.settings import LS, LS_ROPE, MHSA, MHSA_ROPE, paper_base, tiny
 from longshort.studies.statistics import (
     Interval,
     confidence_interval,
     log_or_none,
-    paired_difference,
-    paired_log_ratio,
     slope_interval,
 )
 from longshort.studies.study import Claim, Findings, Outcome, Plan, Results, Scale, Trial, Verdict, weaker
@@ -39,9 +41,6 @@ from longshort.training.report import Figure, Section, Table
 
 TOKENS, SEQUENCES = "equal tokens a step", "equal sequences a step"
 """Budgets: with equal sequences every learned position is trained as often, whatever the length."""
-
-ROPE_MHSA = with_model(MHSA, "MHSA + RoPE", position_embedding="rope")
-ROPE_LS = with_model(LS, "LS + RoPE", position_embedding="rope")
 
 GROWTH = Claim(
     "F3",
@@ -83,7 +82,7 @@ _SCALES: Mapping[Scale, _Scale] = {
         seeds=5,
         sequences=2,
         own_sweeps=True,
-        controls=(ROPE_MHSA, ROPE_LS),
+        controls=(MHSA_ROPE, LS_ROPE),
     ),
     "paper": _Scale(paper_base(2048), (512, 1024, 2048, 4096, 8192), seeds=3, sequences=64),
 }
@@ -106,7 +105,7 @@ class Length(LanguageStudy):
         for cell in _cells(chosen):
             found = _sweep(chosen, cell, results, seeds[0])
             trials += found.trials
-            following = [trial for rate in RATES for trial in _trials(cell, found, rate, seeds)]
+            following = main_trials(cell.setting, cell.arm, found, seeds)
             if found.is_done:
                 trials += following
             else:
@@ -123,7 +122,7 @@ class Length(LanguageStudy):
         ]
         predictions = {
             f"{row.cell.arm.name}, {row.cell.budget}, n = {row.cell.length}": {
-                name: predict(name, row.values(name)) for name in PREDICTED
+                name: predict(name, row.trained.values(name)) for name in PREDICTED
             }
             for row in found
         }
@@ -165,24 +164,10 @@ def _sweep(chosen: _Scale, cell: _Cell, results: Results, seed: int) -> Sweep:
     return sweep(cell.setting if chosen.own_sweeps else chosen.setting, cell.arm, results, seed)
 
 
-def _trials(cell: _Cell, found: Sweep, rate: Rate, seeds: Sequence[int]) -> list[Trial]:
-    value = found.best if rate == "best" else found.lower
-    return [language_trial(cell.setting, cell.arm, value, seed) for seed in seeds]
-
-
 @dataclass(frozen=True)
 class _Found:
-    """Results of a cell by rate and seed."""
-
     cell: _Cell
-    sweep: Sweep
-    results: Mapping[Rate, Mapping[int, Mapping[str, Any]]]
-
-    def values(self, name: str, rate: Rate = "best") -> dict[int, float | None]:
-        return {seed: result.get(name) for seed, result in self.results[rate].items()}
-
-    def diverged(self, rate: Rate) -> int:
-        return sum(result["diverged_at"] is not None for result in self.results[rate].values())
+    trained: Trained
 
 
 def _found(chosen: _Scale, seeds: Sequence[int], results: Results) -> list[_Found]:
@@ -190,12 +175,9 @@ def _found(chosen: _Scale, seeds: Sequence[int], results: Results) -> list[_Foun
     found = []
     for cell in _cells(chosen):
         rates = _sweep(chosen, cell, results, seeds[0])
-        by_rate: dict[Rate, dict[int, Mapping[str, Any]]] = {}
-        for rate in RATES:
-            trials = _trials(cell, rates, rate, seeds)
-            by_rate[rate] = {trial.seed: results[trial.key] for trial in trials if trial.key in results}
-        if rates.is_done and all(len(row) == len(seeds) for row in by_rate.values()):
-            found.append(_Found(cell, rates, by_rate))
+        trained = trained_arm(cell.setting, cell.arm, rates, seeds, results)
+        if trained is not None:
+            found.append(_Found(cell, trained))
     return found
 
 
@@ -206,8 +188,8 @@ def _series(found: Sequence[_Found], arm: str, budget: str) -> list[_Found]:
 def _slope(rows: Sequence[_Found], name: str, rate: Rate) -> Interval:
     """Of log value over log length, over seeds."""
     curves = [
-        [(math.log(row.cell.length), log_or_none(row.values(name, rate)[seed])) for row in rows]
-        for seed in rows[0].results[rate]
+        [(math.log(row.cell.length), log_or_none(row.trained.values(name, rate)[seed])) for row in rows]
+        for seed in rows[0].trained.results[rate]
     ]
     return slope_interval(curves)
 
@@ -238,7 +220,7 @@ def _judge_growth(found: Sequence[_Found]) -> Verdict:
         for budget in (TOKENS, SEQUENCES)
     ]
     losses = [
-        f"{row.cell.length}: {confidence_interval(row.values('validation_loss').values()).mean:.2f}"
+        f"{row.cell.length}: {confidence_interval(row.trained.values('validation_loss').values()).mean:.2f}"
         for row in _series(found, MHSA.name, TOKENS)
     ]
     return Verdict(
@@ -252,14 +234,14 @@ def _judge_growth(found: Sequence[_Found]) -> Verdict:
 
 def _judge_mitigation(found: Sequence[_Found]) -> Verdict:
     pairs = list(zip(_series(found, MHSA.name, TOKENS), _series(found, LS.name, TOKENS), strict=True))
-    outcomes = [_mitigation_outcome(pairs, rate) for rate in RATES]
+    arms = [(mhsa.trained, ls.trained) for mhsa, ls in pairs]
+    outcomes = [_mitigation_outcome(arms, rate) for rate in RATES]
     ratios = [
-        f"n = {mhsa.cell.length}: {interval_text(_logit_ratio(ls, mhsa, 'best'))}" for mhsa, ls in pairs
+        f"n = {mhsa.cell.length}: {interval_text(log_ratio(ls.trained, mhsa.trained, 'max_logit').exp())}"
+        for mhsa, ls in pairs
     ]
-    losses = [
-        paired_difference(ls.values("validation_loss"), mhsa.values("validation_loss")) for mhsa, ls in pairs
-    ]
-    at_flops = [loss_difference_at_equal_flops(ls, mhsa) for mhsa, ls in pairs]
+    losses = [loss_difference(ls.trained, mhsa.trained) for mhsa, ls in pairs]
+    at_flops = [loss_difference_at_equal_flops(ls.trained, mhsa.trained) for mhsa, ls in pairs]
     return Verdict(
         MITIGATION,
         weaker(*outcomes),
@@ -269,18 +251,14 @@ def _judge_mitigation(found: Sequence[_Found]) -> Verdict:
     )
 
 
-def _mitigation_outcome(pairs: Sequence[tuple[_Found, _Found]], rate: Rate) -> Outcome:
-    outcomes = [judge_below(_logit_ratio(ls, mhsa, rate), 1.0, 1.0) for mhsa, ls in pairs]
+def _mitigation_outcome(pairs: Sequence[tuple[Trained, Trained]], rate: Rate) -> Outcome:
+    outcomes = [judge_below(log_ratio(ls, mhsa, "max_logit", rate).exp(), 1.0, 1.0) for mhsa, ls in pairs]
     shown, contradicted = outcomes.count(Outcome.SHOWN), outcomes.count(Outcome.CONTRADICTED)
     if shown == len(pairs) and all(ls.diverged(rate) <= mhsa.diverged(rate) for mhsa, ls in pairs):
         return Outcome.SHOWN
     if 2 * shown > len(pairs):
         return Outcome.PARTLY
     return Outcome.CONTRADICTED if 2 * contradicted > len(pairs) else Outcome.NOT_SHOWN
-
-
-def _logit_ratio(ls: _Found, mhsa: _Found, rate: Rate) -> Interval:
-    return paired_log_ratio(ls.values("max_logit", rate), mhsa.values("max_logit", rate)).exp()
 
 
 def _sections(chosen: _Scale, found: Sequence[_Found], folder: Path) -> list[Section]:
@@ -291,16 +269,13 @@ def _sections(chosen: _Scale, found: Sequence[_Found], folder: Path) -> list[Sec
         lines[title] = {}
         for row in found:
             label = f"{row.cell.arm.name}, {row.cell.budget}"
-            point = (float(row.cell.length), confidence_interval(row.values(name).values()))
+            point = (float(row.cell.length), confidence_interval(row.trained.values(name).values()))
             lines[title].setdefault(label, []).append(point)
     curves = [
         Panel(
             f"{arm.name}, {TOKENS}", "step", "largest |scale · q·k|",
             {
-                f"n = {row.cell.length}": [
-                    [(step, value) for step, value in result["logit_curves"]["max_logit"]]
-                    for result in row.results["best"].values()
-                ]
+                f"n = {row.cell.length}": row.trained.curves("max_logit")
                 for row in _series(found, arm.name, TOKENS)
             },
         )
@@ -313,9 +288,9 @@ def _sections(chosen: _Scale, found: Sequence[_Found], folder: Path) -> list[Sec
             (
                 f"{row.cell.arm.name}, {row.cell.budget}",
                 f"{row.cell.length:,}",
-                rate_text(row.sweep.best) + (" (edge)" if row.sweep.is_at_edge else ""),
-                *(spread_text(name, row.values(name)) for name in PREDICTED),
-                f"{row.diverged('best')} of {len(row.results['best'])}",
+                rate_cell(row.trained.sweep),
+                *(spread_text(name, row.trained.values(name)) for name in PREDICTED),
+                f"{row.trained.diverged()} of {len(row.trained.results['best'])}",
             )
             for row in found
         ],

@@ -19,13 +19,14 @@ from longshort.studies.comparison import (
     loss_difference,
     plan_arms,
     predictions,
+    split_by_depth,
     sweep_table,
     trained_arms,
 )
 from longshort.studies.figures import Panel, draw_curves, draw_points
 from longshort.studies.language import Arm, Setting
 from longshort.studies.language_run import LanguageStudy, cost_to_reach, train_language_model
-from longshort.studies.settings import LS, MHSA, paper_base, tiny, with_model, with_train
+from longshort.studies.settings import DEEP_LS, HYBRID, LS, MHSA, paper_base, tiny, with_model, with_train
 from longshort.studies.statistics import Interval, paired_log_ratio
 from longshort.studies.study import (
     Claim,
@@ -53,8 +54,6 @@ FURTHER_ARMS = (
     with_train(MHSA, "MHSA + z-loss", z_loss=1e-4),
     with_model(MHSA, "MHSA + sink logits", sink_logits=True),
 )
-DEEP_LS = with_model(LS, "LS, 4 layers", num_hidden_layers=4)
-HYBRID = with_model(LS, "hybrid by layers, 4 layers", num_hidden_layers=4, num_global_heads=[0, 0, 0, 4])
 
 PIECES = 10_000
 PEAK_TFLOPS = {"bf16": 312.0, "fp32": 19.5}
@@ -201,8 +200,7 @@ def _sections(
 ) -> list[Section]:
     if LS.name not in arms:
         return []
-    deep = {name: arm for name, arm in arms.items() if "num_hidden_layers" in arm.arm.model}
-    arms = {name: arm for name, arm in arms.items() if name not in deep}
+    arms, deep = split_by_depth(arms)
     rows = []
     for name, arm in arms.items():
         flops = _cost_ratio(arms[LS.name], arm, "flops")

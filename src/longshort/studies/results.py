@@ -8,12 +8,12 @@ it is the same file whether the study was stopped on its way or not. What depend
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from longshort.studies.study import Trial
-from longshort.training.files import finite_or_none, replace_file
+from longshort.training.files import finite_or_none, parse_json_line, replace_file
 
 RESULTS_FILE = "results.jsonl"
 TIMING_FILE = "timing.jsonl"
@@ -66,14 +66,6 @@ class ResultsFile:
             replace_file(self._folder / file, "".join(f"{line}\n" for line in lines).encode())
 
 
-def _read(path: Path) -> Iterable[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(record, dict) or "key" not in record:
-            raise ValueError(f"{path}, line {number}: not an object with a key")
-        yield record
+def _read(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [parse_json_line(line, path, number, "key") for number, line in enumerate(lines, start=1)]

@@ -81,3 +81,10 @@ def with_model(arm: Arm, name: str, **model: Any) -> Arm:
 def with_train(arm: Arm, name: str, **train: Any) -> Arm:
     """The arm with further settings of its training."""
     return replace(arm, name=name, train={**arm.train, **train})
+
+
+MHSA_ROPE = with_model(MHSA, "MHSA + RoPE", position_embedding="rope")
+LS_ROPE = with_model(LS, "LS + RoPE", position_embedding="rope")
+DEEP_LS = with_model(LS, "LS, 4 layers", num_hidden_layers=4)
+HYBRID = with_model(LS, "hybrid by layers, 4 layers", num_hidden_layers=4, num_global_heads=[0, 0, 0, 4])
+"""As many global heads as `DEEP_LS`, all in the last layer, as in Gemma 3."""

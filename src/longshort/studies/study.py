@@ -17,6 +17,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
+
 from longshort.studies.statistics import Interval
 from longshort.training.report import Section
 
@@ -140,6 +142,13 @@ class Workplace:
     threads: int = 1
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     report_progress: Callable[[float], None] = _tell_nobody
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device, "auto" resolved: a GPU where there is one."""
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Study(ABC):

@@ -38,6 +38,21 @@ def strict_json(content: dict[str, Any]) -> str:
     return json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n"
 
 
+def parse_json_line(line: str | bytes, path: Path, number: int, key: str) -> dict[str, Any]:
+    """The object on a line of a JSONL file, which holds at least `key`.
+
+    Raises:
+        ValueError: it is none; the message names the file and the line's number.
+    """
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    if not isinstance(record, dict) or key not in record:
+        raise ValueError(f"{path}, line {number}: not an object with a {key}")
+    return record
+
+
 def finite_or_none(value: Any) -> Any:
     """The same dictionaries and lists with None for each number that is not finite."""
     if isinstance(value, dict):

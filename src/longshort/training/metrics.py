@@ -31,7 +31,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longshort.training.files import finite_or_none
+from longshort.training.files import finite_or_none, parse_json_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -81,7 +81,7 @@ class MetricsLog:
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
                 break
-            record = _parse(line, self._run / METRICS_FILE, number)
+            record = parse_json_line(line, self._run / METRICS_FILE, number, "step")
             if (record.get("attempt", 0), record["step"]) > (attempt, step):
                 break
             kept += len(line)
@@ -147,7 +147,7 @@ def read_metrics(run: Path | str, *, abandoned: bool = False) -> list[dict[str, 
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
             break
-        records.append(_parse(line, path, number))
+        records.append(parse_json_line(line, path, number, "step"))
     return records if abandoned else _without_abandoned(records)
 
 
@@ -164,16 +164,6 @@ def _without_abandoned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if spike.get("action") == "rollback":
             counted = [earlier for earlier in counted if earlier["step"] <= spike["to_step"]]
     return counted
-
-
-def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-    if not isinstance(record, dict) or "step" not in record:
-        raise ValueError(f"{path}, line {number}: not an object with a step")
-    return record
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
