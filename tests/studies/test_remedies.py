@@ -66,3 +66,23 @@ def test_the_rule_asks_for_both_ratios_of_unlike_remedies(perplexity, cost, outc
         dict(zip(names, (interval(*ends) for ends in pair), strict=True)) for pair in (perplexity, cost)
     ]
     assert figure_5_outcome(*ratios) is outcome
+
+
+@pytest.mark.parametrize("is_timed", [True, False])
+def test_loss_by_time_is_drawn_where_all_arms_were_timed(tmp_path, monkeypatch, is_timed):
+    from longshort.studies import remedies
+
+    titles = []
+    draw = remedies.draw_curves
+
+    def keep(panels, file):
+        titles.extend(panel.title for panel in panels)
+        return draw(panels, file)
+
+    def result_of(trial):
+        result = planted(lambda arm: 2.0)(trial)
+        return result if is_timed or trial.arm != "LS" else {**result, "timing": {}}
+
+    monkeypatch.setattr(remedies, "draw_curves", keep)
+    judge(STUDY, "laptop", result_of, tmp_path)
+    assert ("By time on this machine" in titles) == is_timed

@@ -244,7 +244,8 @@ def _sections(
                     f"{bytes_per_piece:.2f} bytes each, so that they can stand beside the paper's. GPU hours "
                     "are not measured: FLOPs over the published peaks of an A100 (bf16 312, fp32 19.5 "
                     "TFLOP/s). Decades of good rates: the width of the range of learning rates within 0.1 "
-                    "nats of the best. Milliseconds are medians on this machine, other trials running beside."
+                    "nats of the best. Milliseconds: medians on this machine, other trials "
+                    "running beside; blank where times were not kept."
                 )
             ],
             table=ratios,
@@ -279,22 +280,30 @@ def _peak(name: str) -> float:
 
 
 def _cost_panels(arms: Mapping[str, Trained]) -> list[Panel]:
-    def scaled(arm: Trained, unit: str, factor: float) -> list[list[tuple[float, float | None]]]:
-        result = next(iter(arm.results["best"].values()))
-        per_step = result[f"{unit}_per_step"] * factor
-        return [[(step * per_step, loss) for step, loss in curve] for curve in arm.curves("validation_curve")]
+    """Loss by cost, by time where that was measured for all arms, and the largest logit by step."""
 
-    def timed(arm: Trained) -> list[list[tuple[float, float | None]]]:
-        seconds = arm.seconds_per_step() or math.nan
-        return [[(step * seconds, loss) for step, loss in curve] for curve in arm.curves("validation_curve")]
+    def panel(title: str, x: str, unit: Mapping[str, float]) -> Panel:
+        curves = {
+            name: [
+                [(step * unit[name], loss) for step, loss in curve]
+                for curve in arm.curves("validation_curve")
+            ]
+            for name, arm in arms.items()
+        }
+        return Panel(title, x, "validation loss (nats per token)", curves)
 
-    return [
-        Panel("By tokens", "million tokens", "validation loss (nats per token)",
-              {name: scaled(arm, "tokens", 1e-6) for name, arm in arms.items()}),
-        Panel("By FLOPs", "TFLOPs", "validation loss (nats per token)",
-              {name: scaled(arm, "flops", 1e-12) for name, arm in arms.items()}),
-        Panel("By time on this machine", "seconds of training, one core", "validation loss (nats per token)",
-              {name: timed(arm) for name, arm in arms.items()}),
-        Panel("Largest logit", "step", "largest |scale · q·k|",
-              {name: arm.curves("max_logit") for name, arm in arms.items()}),
-    ]  # fmt: skip
+    def per_step(name: str, factor: float) -> dict[str, float]:
+        return {
+            arm: factor * next(iter(trained.results["best"].values()))[name] for arm, trained in arms.items()
+        }
+
+    panels = [
+        panel("By tokens", "million tokens", per_step("tokens_per_step", 1e-6)),
+        panel("By FLOPs", "TFLOPs", per_step("flops_per_step", 1e-12)),
+    ]
+    seconds = {name: arm.seconds_per_step() for name, arm in arms.items()}
+    measured = {name: value for name, value in seconds.items() if value is not None}
+    if len(measured) == len(arms):
+        panels.append(panel("By time on this machine", "seconds of training, one core", measured))
+    logits = {name: arm.curves("max_logit") for name, arm in arms.items()}
+    return [*panels, Panel("Largest logit", "step", "largest |scale · q·k|", logits)]
