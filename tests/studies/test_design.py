@@ -37,9 +37,10 @@ def test_the_recommendation_is_the_smallest_cache_of_the_good_layouts(tmp_path):
         return {"MHSA": 2.0, "LS": 2.01, "window 64": 2.012}.get(arm, 2.5)
 
     results = fill(STUDY, "laptop", range(3), planted(losses))
-    _, text, late = STUDY.findings("laptop", range(3), results, tmp_path).sections[0].paragraphs
+    _, text, late, rotary = STUDY.findings("laptop", range(3), results, tmp_path).sections[0].paragraphs
     assert "LS keeps the fewest keys: 25% of MHSA's" in text
     assert late.endswith("LS does not fall behind here.")
+    assert rotary.startswith("Validation loss of LS + RoPE minus that of MHSA + RoPE: ")
 
 
 def test_a_layout_that_keeps_up_with_mhsa_late_in_training_is_named(tmp_path):
@@ -50,5 +51,5 @@ def test_a_layout_that_keeps_up_with_mhsa_late_in_training_is_named(tmp_path):
         return {**result, "validation_curve": curve}
 
     results = fill(STUDY, "laptop", range(3), result_of)
-    *_, late = STUDY.findings("laptop", range(3), results, tmp_path).sections[0].paragraphs
+    *_, late, _ = STUDY.findings("laptop", range(3), results, tmp_path).sections[0].paragraphs
     assert late.endswith("MHSA is catching up with LS, but not with window 64.")

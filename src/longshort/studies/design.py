@@ -30,7 +30,7 @@ from longshort.studies.comparison import (
 from longshort.studies.figures import draw_intervals, draw_points
 from longshort.studies.language import Arm, Setting, model_config
 from longshort.studies.language_run import LanguageStudy
-from longshort.studies.settings import LS, LS_ROPE, MHSA, PAPER_SMALL, tiny, with_model
+from longshort.studies.settings import LS, LS_ROPE, MHSA, MHSA_ROPE, PAPER_SMALL, tiny, with_model
 from longshort.studies.statistics import Interval, confidence_interval, slope
 from longshort.studies.study import Claim, Findings, Outcome, Plan, Results, Scale, Verdict, weaker
 from longshort.training.report import Figure, Section, Table, number
@@ -117,11 +117,11 @@ _SCALES: Mapping[Scale, _Scale] = {
     ),
     "laptop": _Scale(
         tiny(512, batch=4, steps=2000), 3, _counts(0, 2), (*_windows(64, 256), MIXED), (BOTTOM, TOP),
-        (LS_ROPE, NO_POSITIONS), LS, _NEEDLE,
+        (LS_ROPE, MHSA_ROPE, NO_POSITIONS), LS, _NEEDLE,
     ),
     "overnight": _Scale(
-        tiny(1024, batch=4, steps=6000), 5, _counts(0, 2), (*_windows(8, 32, 64, 128, 256, 512), MIXED),
-        DEEP_GATHERED, (LS_ROPE, NO_POSITIONS), DEEP,
+        tiny(1024, batch=2, steps=4000), 5, _counts(0, 2), (*_windows(8, 32, 64, 128, 256, 512), MIXED),
+        DEEP_GATHERED, (LS_ROPE, MHSA_ROPE, NO_POSITIONS), DEEP,
         {"lengths": [128, 512, 1024], "depths": [0.1, 0.3, 0.5, 0.7, 0.9], "samples": 128},
     ),
     "paper": _Scale(
@@ -134,7 +134,7 @@ _SCALES: Mapping[Scale, _Scale] = {
                 ("alternate", [0, 2, 0, 2, 0, 2]),
             )
         ),
-        (LS_ROPE, NO_POSITIONS), LS, {"lengths": [512, 2048], "depths": [0.1, 0.5, 0.9], "samples": 128},
+        (LS_ROPE, MHSA_ROPE, NO_POSITIONS), LS, {"lengths": [512, 2048], "depths": [0.1, 0.5, 0.9], "samples": 128},
     ),
 }  # fmt: skip
 
@@ -265,6 +265,18 @@ def describe_late(found: Mapping[str, Trained]) -> str:
     return text + f"MHSA is catching up with LS, but not with {', '.join(keeping_up)}."
 
 
+def describe_rotary(found: Mapping[str, Trained]) -> str:
+    """Whether local heads still help where all heads have rotary positions."""
+    if LS_ROPE.name not in found or MHSA_ROPE.name not in found:
+        return ""
+    pair = found[LS_ROPE.name], found[MHSA_ROPE.name]
+    return (
+        f"Validation loss of {LS_ROPE.name} minus that of {MHSA_ROPE.name}: "
+        f"{difference_text(loss_difference(*pair))} at equal steps, "
+        f"{difference_text(loss_difference_at_equal_flops(*pair))} at equal FLOPs, nats per token."
+    )
+
+
 def _sections(chosen: _Scale, found: Mapping[str, Trained], folder: Path) -> list[Section]:
     if not found:
         return []
@@ -301,7 +313,7 @@ def _sections(chosen: _Scale, found: Mapping[str, Trained], folder: Path) -> lis
     return [
         Section(
             "Layouts side by side",
-            [chosen.setting.description, recommend(found), describe_late(found)],
+            [chosen.setting.description, recommend(found), describe_late(found), describe_rotary(found)],
             table=arm_table(found),
         ),
         Section(

@@ -65,7 +65,7 @@ _SCALES: Mapping[Scale, _Scale] = {
     "smoke": _Scale(tiny(64, batch=2, steps=12), seeds=2),
     "laptop": _Scale(tiny(512, batch=4, steps=2000), seeds=3),
     "overnight": _Scale(
-        tiny(512, batch=8, steps=4000),
+        tiny(512, batch=4, steps=4000),
         seeds=5,
         controls=(
             INTERLEAVED, LS_PERMUTED, LS_INTERLEAVED, *PRECISIONS, DEEP_LS, HYBRID,
@@ -73,7 +73,7 @@ _SCALES: Mapping[Scale, _Scale] = {
         stress_rate=3e-2,
         depths=(2, 4),
         lengths=(512, 2048),
-        precisions=("fp32", "bf16", "bf16-flash"),
+        precisions=("bf16", "bf16-flash"),
         map_rates=(3e-3, 1e-2, 3e-2),
     ),
     "paper": _Scale(

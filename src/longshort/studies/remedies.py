@@ -87,7 +87,7 @@ _SCALES: Mapping[Scale, _Scale] = {
     ),
     "laptop": _Scale(replace(tiny(1024, batch=2, steps=2000), rates=_DECADES[1:-1]), seeds=3),
     "overnight": _Scale(
-        replace(tiny(2048, batch=4, steps=4000), rates=_DECADES),
+        replace(tiny(2048, batch=2, steps=3000), rates=_DECADES),
         seeds=5,
         arms=(*PAPER_ARMS, *FURTHER_ARMS, DEEP_LS, HYBRID),
     ),
