@@ -134,7 +134,8 @@ _SCALES: Mapping[Scale, _Scale] = {
                 ("alternate", [0, 2, 0, 2, 0, 2]),
             )
         ),
-        (LS_ROPE, MHSA_ROPE, NO_POSITIONS), LS, {"lengths": [512, 2048], "depths": [0.1, 0.5, 0.9], "samples": 128},
+        (LS_ROPE, MHSA_ROPE, NO_POSITIONS), LS,
+        {"lengths": [512, 2048], "depths": [0.1, 0.5, 0.9], "samples": 128},
     ),
 }  # fmt: skip
 

@@ -77,7 +77,7 @@ _SCALES: Mapping[Scale, _Scale] = {
     "smoke": _Scale(replace(tiny(64, batch=2, steps=12), rates=(1e-2,)), (32, 64), seeds=2, sequences=1),
     "laptop": _Scale(tiny(512, batch=4, steps=2000), (256, 512, 1024), seeds=3, sequences=1),
     "overnight": _Scale(
-        tiny(512, batch=4, steps=4000),
+        tiny(512, batch=8, steps=2500),
         (256, 512, 1024, 2048, 4096),
         seeds=5,
         sequences=1,
