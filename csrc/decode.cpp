@@ -1,8 +1,11 @@
 // The forward pass for a few queries against many keys: bound by memory, so keys and values are read once, in
 // place, and split over the threads. Heads that share keys are served together.
 //
-// A task is a chunk of the keys of one key/value head; it leaves a partial softmax for each of its rows, a row being
-// a query of one of the heads. The partial results of a row are joined in the order of their keys.
+// The keys of a key/value head come in pieces: one, or those of its cache. A task is a chunk of a piece; it leaves a
+// partial softmax for each of its rows, a row being a query of one of the heads. The partial results of a row are joined
+// in the order of their chunks.
+#include <vector>
+
 #include "parallel.h"
 #include "softmax.h"
 
@@ -21,8 +24,8 @@ struct Partial {
 // Rows of keys or values in place, or packed into a buffer where their layout or dtype asks for it.
 template <int Stride>
 struct Source {
-    Source(const Tensor& tensor, int64_t b, int64_t kv_head, int64_t head_dim_, float* buffer_)
-        : rows(tensor, b, kv_head),
+    Source(const Rows& rows_, int64_t head_dim_, float* buffer_)
+        : rows(rows_),
           head_dim(head_dim_),
           buffer(buffer_),
           in_place(rows.dtype == DType::f32 && rows.dim_stride == 1 && head_dim % kLanes == 0),
@@ -41,18 +44,30 @@ struct Source {
     const int64_t stride;
 };
 
+// Keys of one head and sequence that lie side by side: row r is at position r + shift or, for sinks, positions[r].
+struct Piece {
+    Range keys;  // rows
+    Rows k, v;
+    int64_t shift;
+    const int64_t* positions;
+    int64_t first_chunk;  // of all pieces together
+
+    int64_t chunks() const { return (keys.size() + kChunk - 1) / kChunk; }
+};
+
 template <int Stride>
 class Chunk {
 public:
-    Chunk(const Forward& call, int64_t b, int64_t kv_head, Partial<Stride>* partials, float* memory)
+    Chunk(const Forward& call, int64_t b, int64_t kv_head, const Piece& piece, Partial<Stride>* partials, float* memory)
         : problem_(call.problem),
           b_(b),
           kv_head_(kv_head),
           rows_(problem_.group_size() * problem_.q_len),
           visibility_(problem_, b, kv_head),
           queries_(memory),
-          keys_(problem_.k, b, kv_head, problem_.head_dim, queries_ + rows_ * Stride),
-          values_(problem_.v, b, kv_head, problem_.head_dim, queries_ + (rows_ + kStrip) * Stride),
+          piece_(piece),
+          keys_(piece.k, problem_.head_dim, queries_ + rows_ * Stride),
+          values_(piece.v, problem_.head_dim, queries_ + (rows_ + kStrip) * Stride),
           partials_(partials) {}
 
     void run(Range keys) {
@@ -63,8 +78,10 @@ public:
         for (int64_t r = 0; r < rows_; ++r) partials_[r] = {{kNoMaximum, 0, 0, 0}, {}};
         for (int64_t begin = keys.begin; begin < keys.end; begin += kStrip) {
             const Range strip = keys.part(begin, kStrip);
-            if (hidden(strip)) continue;
-            const StripLanes lanes(strip, visibility_);
+            if (!piece_.positions && hidden({strip.begin + piece_.shift, strip.end + piece_.shift})) continue;
+            const StripLanes lanes = piece_.positions
+                                         ? StripLanes::of_sinks(piece_.positions, strip, visibility_)
+                                         : StripLanes({strip.begin + piece_.shift, strip.end + piece_.shift}, visibility_);
             const float* key_rows = keys_.strip(strip);
             const float* value_rows = values_.strip(strip);
             for (int64_t r = 0; r < rows_; ++r) attend(r, strip.size(), lanes, key_rows, value_rows);
@@ -160,37 +177,59 @@ private:
     const int64_t b_, kv_head_, rows_;
     const Visibility visibility_;
     float* const queries_;
+    const Piece& piece_;
     const Source<Stride> keys_, values_;
     Partial<Stride>* const partials_;
 };
 
-// The keys that the queries of one head may see, cut into chunks.
-struct Cut {
-    Range keys;
-    int64_t first_chunk;  // of all heads and sequences together
-
-    int64_t chunks() const { return (keys.size() + kChunk - 1) / kChunk; }
-};
+// The keys that the queries of a head may see, in their order.
+void add_pieces(const Problem& problem, int64_t b, int64_t kv_head, std::vector<Piece>& pieces) {
+    const Visibility visibility(problem, b, kv_head);
+    const Range in_band = visibility.keys_of_some({problem.first_position(), problem.kv_len});
+    const auto add = [&](Range keys, const Rows& k, const Rows& v, int64_t shift, const int64_t* positions) {
+        const int64_t chunk = pieces.empty() ? 0 : pieces.back().first_chunk + pieces.back().chunks();
+        if (!keys.empty()) pieces.push_back({keys, k, v, shift, positions, chunk});
+    };
+    if (!problem.stores) {
+        const Range keys = visibility.with_sinks(in_band, problem.kv_len);
+        return add(keys, Rows(problem.k, b, kv_head), Rows(problem.v, b, kv_head), 0, nullptr);
+    }
+    const Store& store = problem.stores[kv_head];
+    if (store.sinks)
+        add({0, store.sinks}, Rows(store.sink_k, b, 0), Rows(store.sink_v, b, 0), 0, store.sink_positions + b * store.sinks);
+    const Range kept{store.first, problem.kv_len};
+    const Rows k(store.k, b, 0), v(store.v, b, 0);
+    for (Range keys = visibility.sinks ? kept : intersection(kept, in_band); !keys.empty();) {
+        const int64_t slot = store.slot(keys.begin), shift = keys.begin - slot;
+        const int64_t end = store.ring && shift + store.ring < keys.end ? shift + store.ring : keys.end;
+        add({slot, end - shift}, k, v, shift, nullptr);
+        keys.begin = end;
+    }
+}
 
 template <int Stride>
 void run(const Forward& call) {
     const Problem& problem = call.problem;
     const int64_t planes = problem.batch * problem.kv_heads, rows = problem.group_size() * problem.q_len;
-    const std::unique_ptr<Cut[]> cuts(new Cut[planes]);
-    int64_t tasks = 0;
+    std::vector<Piece> pieces;
+    std::vector<int64_t> first_chunks, first_pieces;  // by plane, and the ends of the last one
+    const auto chunks = [&] { return pieces.empty() ? 0 : pieces.back().first_chunk + pieces.back().chunks(); };
     for (int64_t plane = 0; plane < planes; ++plane) {
-        const Visibility visibility(problem, plane / problem.kv_heads, plane % problem.kv_heads);
-        const Range keys = visibility.keys_of_some({problem.first_position(), problem.kv_len});
-        cuts[plane] = {visibility.with_sinks(keys, problem.kv_len), tasks};
-        tasks += cuts[plane].chunks();
+        first_chunks.push_back(chunks());
+        first_pieces.push_back(int64_t(pieces.size()));
+        add_pieces(problem, plane / problem.kv_heads, plane % problem.kv_heads, pieces);
     }
+    first_chunks.push_back(chunks());
+    const int64_t tasks = chunks();
     const std::unique_ptr<Partial<Stride>[]> partials(new Partial<Stride>[tasks * rows]);
     for_each_task(tasks, (rows + 2 * kStrip) * Stride, [&](int64_t task, float* memory) {
+        size_t at = pieces.size() - 1;
+        while (pieces[at].first_chunk > task) --at;
         int64_t plane = planes - 1;
-        while (cuts[plane].first_chunk > task) --plane;
-        const Cut& cut = cuts[plane];
-        Chunk<Stride>(call, plane / problem.kv_heads, plane % problem.kv_heads, partials.get() + task * rows, memory)
-            .run(cut.keys.part(cut.keys.begin + (task - cut.first_chunk) * kChunk, kChunk));
+        while (first_pieces[plane] > int64_t(at)) --plane;
+        const Piece& piece = pieces[at];
+        Chunk<Stride>(call, plane / problem.kv_heads, plane % problem.kv_heads, piece, partials.get() + task * rows, memory)
+            .run(piece.keys.part(piece.keys.begin + (task - piece.first_chunk) * kChunk, kChunk));
     });
 
     const std::unique_ptr<Statistics[]> statistics(new Statistics[problem.heads * problem.batch]);
@@ -199,16 +238,16 @@ void run(const Forward& call) {
         const Visibility visibility(problem, b, kv_head);
         for (int64_t r = 0; r < rows; ++r) {
             const auto partial = [&](int64_t chunk) -> const Partial<Stride>& {
-                return partials[(cuts[plane].first_chunk + chunk) * rows + r];
+                return partials[chunk * rows + r];
             };
             Row total{kNoMaximum, 0, 0, 0};
             float values[Stride] = {};
-            for (int64_t chunk = 0; chunk < cuts[plane].chunks(); ++chunk) {
+            for (int64_t chunk = first_chunks[plane]; chunk < first_chunks[plane + 1]; ++chunk) {
                 const Row& row = partial(chunk).row;
                 if (!(total.maximum >= row.maximum)) total.maximum = row.maximum;
                 if (row.max_logit > total.max_logit) total.max_logit = row.max_logit;
             }
-            for (int64_t chunk = 0; chunk < cuts[plane].chunks(); ++chunk) {
+            for (int64_t chunk = first_chunks[plane]; chunk < first_chunks[plane + 1]; ++chunk) {
                 const Partial<Stride>& part = partial(chunk);
                 const float moved = part.row.maximum - total.maximum, factor = exp_of(splat(moved))[0];
                 total.sum += factor * part.row.sum;  // a NaN passes even where the factor is 0

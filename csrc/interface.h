@@ -24,9 +24,21 @@ struct Band {
     int64_t span;
 };
 
+// Where the keys and values of one key/value head lie in a cache. Position p is in slot p % ring, or p where ring is 0;
+// those before `first` are gone, but for the sinks among them: sink r of sequence b, at sink_positions[b][r], or -1 for
+// none, is in slot r of a place of its own. Strides of heads are 0.
+struct Store {
+    Tensor k, v, sink_k, sink_v;
+    int64_t ring, first, sinks;
+    const int64_t* sink_positions;  // (batch, sinks)
+
+    LONGSHORT_COMMON int64_t slot(int64_t position) const { return ring ? position % ring : position; }
+};
+
 // One call of attention, see AttentionCall in backends/call.py. Query i stands at position i + kv_len - q_len.
 struct Problem {
     Tensor q, k, v;
+    const Store* stores;  // (kv_heads,): keys and values are there, and not in k and v; or null
     int64_t batch, heads, kv_heads, q_len, kv_len, head_dim;
     const int64_t* windows;  // (kv_heads,), -1 is global
     bool causal;
@@ -56,7 +68,7 @@ struct Problem {
 struct Forward {
     Problem problem;
     Tensor out;
-    float* row_max;    // (batch, heads, q_len): maximum of the scores
+    float* row_max;    // (batch, heads, q_len): maximum of the scores; or null, with `log_sum`
     float* log_sum;    // (batch, heads, q_len): log of the sum of exp(score - row_max)
     float* max_logit;  // (heads,), with `entropy`, or null
     float* entropy;    // (heads,)

@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "segments.h"
+#include "stores.h"
 #include "torch_threads.h"
 
 namespace nb = nanobind;
@@ -51,6 +52,7 @@ struct OwnedProblem {
         problem.q = tensor(q);
         problem.k = tensor(k);
         problem.v = tensor(v);
+        problem.stores = nullptr;
         problem.batch = shape[0];
         problem.heads = shape[1];
         problem.kv_heads = shape[2];
@@ -81,6 +83,27 @@ void forward(const TensorOf& q, const TensorOf& k, const TensorOf& v, const Tens
     decode ? kernels->decode(call) : kernels->forward(call);
 }
 
+// (addresses of k and v, slots, ring, addresses of the sinks' k and v, sinks, address of their positions)
+using StoreOf = std::array<int64_t, 8>;
+
+// Appends k and v to the stores and attends to what is there; statistics are not written.
+void attend_cached(const TensorOf& q, const TensorOf& k, const TensorOf& v, const TensorOf& out, const Shape& shape,
+                   std::vector<int64_t> windows, int64_t sink_tokens, double scale, double softcap,
+                   uintptr_t alibi_slopes, uintptr_t segment_ids, uintptr_t row_max, uintptr_t log_sum,
+                   const std::vector<StoreOf>& stores, const std::vector<int64_t>& firsts,
+                   const std::vector<int64_t>& group_of) {
+    nb::gil_scoped_release unlocked;
+    OwnedProblem owned(q, k, v, shape, std::move(windows), sink_tokens, true, scale, softcap, alibi_slopes, segment_ids);
+    std::vector<StoreGroup> groups;
+    for (const auto& [k_at, v_at, slots, ring, sink_k, sink_v, sinks, positions] : stores)
+        groups.push_back({pointer<void>(k_at), pointer<void>(v_at), slots, ring, firsts[groups.size()],
+                          pointer<void>(sink_k), pointer<void>(sink_v), sinks, pointer<const int64_t>(positions)});
+    const auto of_heads = stores_of_heads(groups, group_of, owned.problem.head_dim, owned.problem.k.dtype);
+    owned.problem.stores = of_heads.data();
+    append(owned.problem);
+    kernels->decode({owned.problem, tensor(out), pointer<float>(row_max), pointer<float>(log_sum), nullptr, nullptr});
+}
+
 void backward(const TensorOf& q, const TensorOf& k, const TensorOf& v, const TensorOf& out,
               const TensorOf& grad_out, const Shape& shape, std::vector<int64_t> windows, int64_t sink_tokens,
               bool causal, double scale, double softcap, uintptr_t alibi_slopes, uintptr_t segment_ids,
@@ -104,6 +127,7 @@ NB_MODULE(_kernels, module) {
     module.attr("instruction_sets") = nb::cast(instruction_sets());
     module.def("find_torch_threads", &find_torch_threads);
     module.def("forward", &longshort::forward);
+    module.def("attend_cached", &longshort::attend_cached);
     module.def("backward", &longshort::backward);
     module.def(
         "fma_peak", [] { return kernels->fma_peak(); }, nb::call_guard<nb::gil_scoped_release>());

@@ -38,8 +38,10 @@ LONGSHORT_INLINE void finish_row(const Forward& call, const Visibility& visibili
     // a row that sees anything sees itself; if all its scores are -inf, its softmax is 0/0
     const float sum = sees && result.sum == 0.0f ? NAN : result.sum;
     const float log_sum = sees ? std::log(sum) : -INFINITY;
-    call.row_max[at] = sees ? result.maximum : 0.0f;
-    call.log_sum[at] = log_sum;
+    if (call.row_max) {
+        call.row_max[at] = sees ? result.maximum : 0.0f;
+        call.log_sum[at] = log_sum;
+    }
     Rows(call.out, b, head).write<Stride>(row, problem.head_dim, sees ? 1.0f / sum : 0.0f, weighted_values);
     if (!call.entropy || !sees) return;
     // a NaN among the logits reaches the sum, and not the maximum; inf - inf is none of them

@@ -125,11 +125,21 @@ constexpr float kNoMaximum = -1e38f;
 struct StripLanes {
     IVec position[kStripVectors], segment[kStripVectors], sink[kStripVectors];
 
-    StripLanes(Range range, const Visibility& visibility) {
+    StripLanes(Range range, const Visibility& visibility)
+        : StripLanes(range, visibility, [](int64_t at) { return at; }) {}
+
+    // Of rows `range`, which are at positions[row], or nowhere if that is negative.
+    static StripLanes of_sinks(const int64_t* positions, Range range, const Visibility& visibility) {
+        return StripLanes(range, visibility, [positions](int64_t row) { return positions[row]; });
+    }
+
+private:
+    template <class PositionOf>
+    StripLanes(Range range, const Visibility& visibility, PositionOf position_of) {
         int32_t positions[kStrip], segments[kStrip], sinks[kStrip];
         for (int lane = 0; lane < kStrip; ++lane) {
-            const int64_t at = range.begin + lane;
-            const bool inside = at < range.end;
+            const int64_t row = range.begin + lane, at = row < range.end ? position_of(row) : -1;
+            const bool inside = at >= 0;
             positions[lane] = inside ? int32_t(at) : kNowhere;
             segments[lane] = inside && visibility.segments ? visibility.segments[at] : -1;
             sinks[lane] = inside && visibility.sinks && visibility.sinks[at] ? -1 : 0;
@@ -141,6 +151,7 @@ struct StripLanes {
         }
     }
 
+public:
     // Which keys in the lanes of vector i the query at a position sees.
     LONGSHORT_INLINE IVec seen_from(int64_t query, int i, const Visibility& visibility) const {
         const IVec distance = int32_t(query) - position[i];

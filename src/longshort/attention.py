@@ -142,7 +142,7 @@ def attention(
         ValueError: a value, shape, device or dtype is not allowed, or the named backend does not support
             the call; the message names the argument.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_as_autocast(q, k, v)
     call, sink_logits = _checked_call(
         q, k, v, layout, causal=causal, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
         sink_logits=sink_logits, segment_ids=segment_ids, round_probabilities=round_probabilities,
@@ -159,7 +159,7 @@ def attention(
     out = result.out
     if sink_logits is not None:
         assert result.lse is not None
-        out = _with_sink_logits(out, result.lse, sink_logits).to(q.dtype)
+        out = with_sink_logits(out, result.lse, sink_logits).to(q.dtype)
     if not return_stats:
         return out
     assert result.lse is not None and result.max_logit is not None and result.entropy is not None
@@ -187,7 +187,7 @@ def explain(
     unknown = sorted(options.keys() - AttentionOptions.__annotations__.keys())
     if unknown:
         raise TypeError(f"explain takes the options of attention, got {unknown}")
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_as_autocast(q, k, v)
     call, _ = _checked_call(q, k, v, layout, with_stats=return_stats, **options)
     chosen = _choose(call, backend)
     not_taken = f"slower than {chosen}" if backend == "auto" else f"backend={chosen!r} was asked for"
@@ -206,7 +206,7 @@ def _choose(call: AttentionCall, backend: str) -> str:
     return backend
 
 
-def _with_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
+def with_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
     """A sink adds exp(sink) to the softmax's denominator: the output shrinks by sigmoid(lse - sink).
 
     As exp(logsigmoid), whose gradient does not cancel where the sink is small.
@@ -225,7 +225,8 @@ def _attend_to_nothing(call: AttentionCall) -> Output:
     return Output(out, out.sum(-1).to(call.score_dtype), zeros, zeros.clone())
 
 
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
+def cast_as_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Tensors in the dtype of `torch.autocast` where it is on, as SDPA takes them."""
     first = tensors[0]
     if not isinstance(first, Tensor) or not autocast_is_on(first.device):
         return tensors

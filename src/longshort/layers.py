@@ -1,12 +1,10 @@
-"""`LongShortAttention`: LS-attention as an `nn.Module`, with rotary positions and per-head QK-norm."""
+"""`LongShortAttention`: LS-attention as an `nn.Module`, with per-head QK-norm."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -14,7 +12,8 @@ from torch import Tensor, nn
 
 from longshort.attention import BACKENDS, AttentionStats, attention, autocast_is_on, require_tensor
 from longshort.convolution import ShortConvolution
-from longshort.layout import HeadLayout, require_integer
+from longshort.layout import HeadLayout, is_finite, require_integer, require_positive
+from longshort.rotary import Rotary, rotate, rotated_runs
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -30,6 +29,7 @@ class KeyValueCache(Protocol):
     """Keeps the keys and values of earlier tokens.
 
     An object that also has `length`, the number of tokens that it holds, spares the caller `position_ids`.
+    One with an `attend`, such as `longshort.cache.LayerCache`, is not asked for all keys, but for the result.
     """
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,32 +53,6 @@ class Observation:
     v: Float[Tensor, "batch kv_heads kv_len head_dim"]
     stats: AttentionStats
     options: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary positions (Su et al. 2021, RoFormer): entry i of a head is rotated with entry i + head_dim/2
-    by the angle position · base^(-2i/head_dim), as in Hugging Face's Llama.
-
-    Attributes:
-        base: finite, > 0.
-        skip_heads: query heads that stay as they are; all heads of a key/value group or none.
-
-    Raises:
-        ValueError: a field is out of its range; the message names it.
-    """
-
-    base: float = 10_000.0
-    skip_heads: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        require_positive("base", self.base)
-        if isinstance(self.skip_heads, str) or not isinstance(self.skip_heads, Iterable):
-            raise ValueError(f"skip_heads must be a sequence of query heads, got {self.skip_heads!r}")
-        heads = tuple(self.skip_heads)
-        for head in heads:
-            require_integer("every entry of skip_heads", head, minimum=0)
-        object.__setattr__(self, "skip_heads", tuple(sorted(set(heads))))
 
 
 class LongShortAttention(nn.Module):
@@ -165,7 +139,7 @@ class LongShortAttention(nn.Module):
         self.softcap = softcap
         self.backend = backend
         self.observer: Callable[[Observation], None] | None = None
-        self._rotated_runs = _rotated_runs(rotary, layout, head_dim)
+        self._rotated_runs = rotated_runs(rotary, layout, head_dim)
         self._slopes = _checked_slopes(alibi_slopes, heads)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -215,15 +189,13 @@ class LongShortAttention(nn.Module):
         if self.rotary is not None:
             if position_ids is None:
                 position_ids = torch.arange(past, past + q_len, device=q.device)[None]
-            q, k = self._rotate(q, k, position_ids, self.rotary.base)
+            q, k = rotate(q, k, position_ids, self.rotary.base, self._rotated_runs)
         dtype = _DTYPES.get(self.attention_precision, qkv.dtype)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if cache is not None:
-            k, v = cache.update(k, v)
-        out = self._attend(q, k, v, segment_ids).to(qkv.dtype)
+        out = self._attend(q, k, v, segment_ids, cache).to(qkv.dtype)
         return self.o_proj(out.transpose(1, 2).reshape(batch, q_len, heads * self.head_dim))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None, cache: Any) -> Tensor:
         options: dict[str, Any] = {
             "softcap": self.softcap,
             "alibi_slopes": self.alibi_slopes,
@@ -233,26 +205,17 @@ class LongShortAttention(nn.Module):
         }
         as_it_comes = self.attention_precision == "input"
         with nullcontext() if as_it_comes else torch.autocast(q.device.type, enabled=False):
+            if cache is not None and hasattr(cache, "attend"):
+                if self.observer is None:
+                    return cache.attend(q, k, v, backend=self.backend, **options)
+                cache.append(k, v, segment_ids)  # of an empty cache: the new keys are all there are
+            elif cache is not None:
+                k, v = cache.update(k, v)
             if self.observer is None:
                 return attention(q, k, v, self.layout, backend=self.backend, **options)
             out, stats = attention(q, k, v, self.layout, backend=self.backend, return_stats=True, **options)
         self.observer(Observation(q, k, v, stats, options))
         return out
-
-    def _rotate(self, q: Tensor, k: Tensor, position_ids: Tensor, base: float) -> tuple[Tensor, Tensor]:
-        """Rotated in fp32 at least, so that a bf16 head is rounded only once, when attention gets it."""
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=q.device) / self.head_dim
-        angles = position_ids[:, None, :, None].float() * (1.0 / base**exponents)
-        cos, sin = angles.cos(), angles.sin()
-        return self._rotate_runs(q, cos, sin, 1), self._rotate_runs(k, cos, sin, self.layout.group_size)
-
-    def _rotate_runs(self, x: Tensor, cos: Tensor, sin: Tensor, group_size: int) -> Tensor:
-        runs = x.split([count // group_size for count, _ in self._rotated_runs], dim=1)
-        kinds = [is_rotated for _, is_rotated in self._rotated_runs]
-        rotated = [
-            _rotate_halves(run, cos, sin) if kind else run for run, kind in zip(runs, kinds, strict=True)
-        ]
-        return rotated[0] if len(rotated) == 1 else torch.cat(rotated, dim=1)
 
     def _check_input(self, hidden_states: Any, segment_ids: Any, position_ids: Any, cache: Any) -> int:
         """Refuse bad input before anything is computed or cached; returns the number of cached tokens, where
@@ -274,7 +237,9 @@ class LongShortAttention(nn.Module):
             raise ValueError(
                 f"hidden_states must have the dtype of the layer ({weight.dtype}), got {hidden_states.dtype}"
             )
-        if cache is not None and not callable(getattr(cache, "update", None)):
+        if cache is not None and not any(
+            callable(getattr(cache, name, None)) for name in ("attend", "update")
+        ):
             raise TypeError(f"cache must have an update(keys, values), got {type(cache).__name__}")
         if cache is not None and self.short_convolution is not None:
             raise ValueError(
@@ -283,6 +248,11 @@ class LongShortAttention(nn.Module):
             )
         batch, q_len, _ = hidden_states.shape
         length = 0 if cache is None else getattr(cache, "length", None)
+        if length and self.observer is not None and hasattr(cache, "attend"):
+            raise ValueError(
+                "cache must keep every key while there is an observer, which is to see them, got "
+                f"{type(cache).__name__}"
+            )
         if segment_ids is not None:
             _require_integers("segment_ids", segment_ids, hidden_states.device)
             kv_len = max(segment_ids.shape[-1], q_len) if length is None else length + q_len
@@ -325,54 +295,15 @@ class LongShortAttention(nn.Module):
         return ", ".join(parts)
 
 
-def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def _rotated_runs(rotary: Rotary | None, layout: HeadLayout, head_dim: int) -> list[tuple[int, bool]]:
-    """Runs of neighbouring query heads: how many, and whether they are rotated."""
-    if rotary is None:
-        return []
-    if not isinstance(rotary, Rotary):
-        raise TypeError(f"rotary must be a Rotary, such as Rotary(base=10_000.0), or None, got {rotary!r}")
-    if head_dim % 2:
-        raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
-    skipped = set(rotary.skip_heads)
-    if not skipped <= set(range(layout.num_heads)):
-        raise ValueError(
-            f"rotary.skip_heads must be query heads 0 ... {layout.num_heads - 1}, got {rotary.skip_heads}"
-        )
-    for start in range(0, layout.num_heads, layout.group_size):
-        group = set(range(start, start + layout.group_size))
-        if group & skipped and not group <= skipped:
-            raise ValueError(
-                f"rotary.skip_heads must hold all query heads that share a key/value head or none, "
-                f"got {rotary.skip_heads} where heads {sorted(group)} share one"
-            )
-    kinds = groupby(head not in skipped for head in range(layout.num_heads))
-    return [(len(list(run)), is_rotated) for is_rotated, run in kinds]
-
-
 def _checked_slopes(slopes: Any, heads: int) -> tuple[float, ...] | None:
     if slopes is None:
         return None
     if isinstance(slopes, str) or not isinstance(slopes, Iterable):
         raise ValueError(f"alibi_slopes must be a sequence of one number per query head, got {slopes!r}")
     checked = tuple(slopes)
-    if len(checked) != heads or not all(_is_finite(slope) for slope in checked):
+    if len(checked) != heads or not all(is_finite(slope) for slope in checked):
         raise ValueError(f"alibi_slopes must be {heads} finite numbers, one per query head, got {checked}")
     return tuple(float(slope) for slope in checked)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def require_positive(name: str, value: Any) -> None:
-    """Raise a ValueError that names the argument unless value is a finite number > 0."""
-    if not _is_finite(value) or value <= 0:
-        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
 
 
 def require_position_ids(position_ids: Any, batch: int, q_len: int, device: torch.device) -> None:

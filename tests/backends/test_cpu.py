@@ -258,6 +258,19 @@ def test_opcheck(with_stats: bool):
     torch.library.opcheck(torch.ops.longshort.cpu_attention.default, operator_arguments(with_stats))
 
 
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_opcheck_of_attention_to_a_cache(with_lse: bool):
+    q, k, v = torch.randn(3, 2, 3, 1, 8).unbind()
+    stores = [torch.randn(2, 2, 2, 4, 8), torch.randn(2, 2, 1, 20, 8)]
+    sinks = [torch.randn(2, 2, 2, 1, 8), torch.randn(2, 2, 1, 0, 8)]
+    positions = [torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 0, dtype=torch.int64)]
+    torch.library.opcheck(
+        torch.ops.longshort.cpu_attend_cached.default,
+        (q, k, v, stores, sinks, positions, [4, 0], [7, 0], [0, 0, 1], [4, 4, -1], 1, 10, 0.3, None, None,
+         None, with_lse),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("gradients", ["out", "lse", "both"])
 def test_opcheck_of_the_backward_pass(gradients: str):
     q, k, v, slopes, ids, *options = operator_arguments(False, requires_grad=False)

@@ -214,7 +214,7 @@ std::string Memory::describe() const {
 }
 
 Problem Case::problem() const {
-    return {q.tensor(), k.tensor(), v.tensor(), batch, heads, kv_heads, q_len, kv_len, head_dim, windows.data(),
+    return {q.tensor(), k.tensor(), v.tensor(), nullptr, batch, heads, kv_heads, q_len, kv_len, head_dim, windows.data(),
             causal, scale, softcap, slopes.empty() ? nullptr : slopes.data(), segments->numbers(),
             segments->sinks(), segments->sinks_end()};
 }

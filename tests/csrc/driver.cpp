@@ -10,11 +10,15 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <thread>
+#include <tuple>
 
 #include "../../csrc/dispatch.h"
 #include "../../csrc/parallel.h"
+#include "../../csrc/stores.h"
 #include "threads.h"
 #include "truth.h"
 
@@ -91,14 +95,103 @@ struct Gradients {
     }
 };
 
+// The keys and values of a case in a cache: all but those of its queries, which are to be appended. One group per
+// key/value head.
+class Cache {
+public:
+    explicit Cache(const Case& c) : case_(c), past_(c.kv_len - c.q_len) {
+        std::vector<StoreGroup> groups;
+        std::vector<int64_t> group_of;
+        for (int64_t head = 0; head < c.kv_heads; ++head) {
+            groups.push_back(fill(head));
+            group_of.push_back(head);
+        }
+        stores_ = stores_of_heads(groups, group_of, c.head_dim, c.dtype);
+    }
+
+    // The problem with k and v of the new tokens alone.
+    Problem problem() const {
+        Problem problem = case_.problem();
+        problem.k = newest(problem.k);
+        problem.v = newest(problem.v);
+        problem.stores = stores_.data();
+        return problem;
+    }
+
+private:
+    int64_t size() const { return case_.dtype == DType::f32 ? 4 : 2; }
+
+    Tensor newest(Tensor tensor) const {
+        tensor.data = static_cast<char*>(tensor.data) + past_ * tensor.stride[2] * size();
+        return tensor;
+    }
+
+    StoreGroup fill(int64_t head) {
+        const int64_t window = case_.windows[head];
+        // as many as the first query sees, beside the new ones; at times more
+        const int64_t ring = window < 0 ? 0 : window + case_.q_len - 1 + int64_t(case_.seed % 3);
+        const int64_t first = ring && case_.kv_len > ring ? case_.kv_len - ring : 0;
+        const int64_t slots = ring && ring < case_.kv_len ? ring : case_.kv_len;
+        std::vector<std::vector<int64_t>> sinks(case_.batch);
+        size_t most = 0;
+        for (int64_t b = 0; b < case_.batch; ++b) {
+            for (int64_t j = 0; window >= 0 && case_.sink_tokens && j < first; ++j)
+                if (case_.segments->sinks()[b * case_.kv_len + j]) sinks[b].push_back(j);
+            most = std::max(most, sinks[b].size());
+        }
+        auto& positions = positions_.emplace_back(new int64_t[case_.batch * most]);
+        std::fill_n(positions.get(), case_.batch * most, -1);
+        for (int64_t b = 0; b < case_.batch; ++b)
+            std::copy(sinks[b].begin(), sinks[b].end(), positions.get() + b * most);
+        StoreGroup group{nullptr, nullptr, slots, ring, first, nullptr, nullptr, int64_t(most), positions.get()};
+        const Problem whole = case_.problem();
+        for (const auto& [from, store, sink_store] :
+             {std::tuple{&whole.k, &group.k, &group.sink_k}, std::tuple{&whole.v, &group.v, &group.sink_v}}) {
+            char* data = allocate(slots);
+            char* sink_data = allocate(int64_t(most));
+            std::memset(sink_data, 0, case_.batch * most * case_.head_dim * size());
+            for (int64_t b = 0; b < case_.batch; ++b) {
+                for (int64_t j = std::max<int64_t>(0, ring ? past_ - ring : 0); j < past_; ++j)
+                    copy(*from, b, head, j, data, b * slots + (ring ? j % ring : j));
+                for (size_t r = 0; r < sinks[b].size(); ++r)
+                    copy(*from, b, head, sinks[b][r], sink_data, b * most + r);
+            }
+            *store = data;
+            *sink_store = sink_data;
+        }
+        return group;
+    }
+
+    char* allocate(int64_t rows) {
+        return bytes_.emplace_back(new char[case_.batch * rows * case_.head_dim * size()]).get();
+    }
+
+    void copy(const Tensor& from, int64_t b, int64_t head, int64_t position, char* to, int64_t row) const {
+        const int64_t at = b * from.stride[0] + head * from.stride[1] + position * from.stride[2];
+        for (int64_t d = 0; d < case_.head_dim; ++d)
+            std::memcpy(to + (row * case_.head_dim + d) * size(),
+                        static_cast<const char*>(from.data) + (at + d * from.stride[3]) * size(), size());
+    }
+
+    const Case& case_;
+    const int64_t past_;
+    std::vector<Store> stores_;
+    std::vector<std::unique_ptr<char[]>> bytes_;  // of exactly their extent
+    std::vector<std::unique_ptr<int64_t[]>> positions_;
+};
+
 class Check {
 public:
     Check(const Case& c, const Truth& truth, const Kernels& kernels, int64_t threads)
         : case_(c), problem_(c.problem()), truth_(truth), kernels_(kernels), threads_(threads) {}
 
     void run() {
-        const Outputs outputs = run_forward("forward", kernels_.forward);
-        if (case_.q_len * case_.group_size() <= kDecodingRows) run_forward("decode", kernels_.decode);
+        const Outputs outputs =
+            run_forward("forward", [&](Outputs& outputs) { kernels_.forward(outputs.call(problem_)); });
+        if (case_.q_len * case_.group_size() <= kDecodingRows) {
+            run_forward("decode", [&](Outputs& outputs) { kernels_.decode(outputs.call(problem_)); });
+            if (case_.causal) run_forward("decode from a cache", [&](Outputs& outputs) { decode_cached(outputs); });
+        }
         outputs.out.write(truth_.saved_out);
         run_backward(outputs);
     }
@@ -126,11 +219,19 @@ private:
         return results;
     }
 
-    Outputs run_forward(const char* name, void (*pass)(const Forward&)) {
+    void decode_cached(Outputs& outputs) const {
+        const Cache cache(case_);
+        const Problem problem = cache.problem();
+        append(problem);
+        kernels_.decode(outputs.call(problem));
+    }
+
+    template <class Pass>
+    Outputs run_forward(const char* name, const Pass& pass) {
         const bool statistics = case_.statistics;
         const auto results = run_thrice<Outputs>(
             name, {Outputs(case_, statistics), Outputs(case_, statistics), Outputs(case_, true)},
-            [&](Outputs& outputs) { pass(outputs.call(problem_)); });
+            pass);
         const Outputs& alone = results[2];
         for (const Outputs& other : {results[0], results[1]}) {
             require_same("out", other.out.read(), alone.out.read());

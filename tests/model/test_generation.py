@@ -1,16 +1,19 @@
-"""`generate()` with a growing cache against recomputing everything at each step."""
+"""`generate()` with the split cache against recomputing everything at each step."""
 
 from typing import Any
 
 import pytest
 import torch
-from tests.model.models import SHAPES, make_ids, make_model
+from tests.model.models import CACHED_SHAPES, SHAPES, make_ids, make_model
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import StaticCache
 
+from longshort.huggingface import SplitCache
+from longshort.model import kv_bytes
 
-def generate(model: Any, ids: Tensor, **options: Any) -> Tensor:
+
+def generate(model: Any, ids: Tensor, **options: Any) -> Any:
     torch.manual_seed(3)
     config = GenerationConfig(max_new_tokens=12, pad_token_id=0, **options)
     return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
@@ -92,12 +95,96 @@ def test_learned_positions_end() -> None:
     )
 
 
-def test_static_caches_are_refused() -> None:
-    model = make_model()
+@pytest.mark.parametrize("fields", CACHED_SHAPES.values(), ids=CACHED_SHAPES)
+def test_a_static_cache_is_a_split_one_of_fixed_size(fields: dict[str, Any]) -> None:
+    model = make_model(**fields)
     ids = make_ids(length=5)
-    with pytest.raises(
-        ValueError, match=r"attention_mask must be .* a mask per query and key cannot be used"
-    ):
-        generate(model, ids, cache_implementation="static")
-    with pytest.raises(ValueError, match="past_key_values must be a cache that keeps every token"):
-        model(ids, past_key_values=StaticCache(model.config, max_cache_len=20))
+    out = generate(model, ids, do_sample=False, cache_implementation="static", return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, SplitCache)
+    assert out.past_key_values.get_max_length() == 16 == out.past_key_values.get_seq_length()
+    assert torch.equal(out.sequences, greedy_by_hand(model, ids))
+
+
+def test_static_caches_of_transformers_are_refused() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="past_key_values must be a SplitCache or keep every token"):
+        model(make_ids(length=5), past_key_values=StaticCache(model.config, max_cache_len=20))
+
+
+@pytest.mark.parametrize("fields", CACHED_SHAPES.values(), ids=CACHED_SHAPES)
+def test_the_default_cache_keeps_what_heads_can_see(fields: dict[str, Any]) -> None:
+    model = make_model(**fields)
+    out = generate(model, make_ids(batch=2, length=5), do_sample=False, return_dict_in_generate=True)
+    cache = out.past_key_values
+    assert isinstance(cache, SplitCache) and cache.get_seq_length() == 16
+    assert cache.nbytes_used == 2 * kv_bytes(model.config, 16, torch.float32)
+    assert cache.nbytes_used <= cache.nbytes_allocated <= 1.5 * cache.nbytes_used
+
+
+@pytest.mark.parametrize("fields", CACHED_SHAPES.values(), ids=CACHED_SHAPES)
+def test_greedy_text_is_that_with_a_growing_cache(fields: dict[str, Any]) -> None:
+    model = make_model(**fields)
+    ids = make_ids(length=5)
+    expected = generate(model, ids, do_sample=False, cache_implementation="dynamic")
+    assert torch.equal(generate(model, ids, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("fields", CACHED_SHAPES.values(), ids=CACHED_SHAPES)
+@pytest.mark.parametrize("max_length", [None, 24])
+def test_prompts_in_chunks_and_token_by_token_equal_one_pass(
+    fields: dict[str, Any], max_length: int | None
+) -> None:
+    model = make_model(**fields)
+    ids = make_ids(batch=3, length=20)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0  # on the left
+    mask[1, 13:] = 0  # on the right
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        for sizes in ([20], [7, 1, 2, 10], [1] * 20, [2, 9, 9]):
+            cache, end, pieces = model.new_cache(max_length=max_length), 0, []
+            for part in ids.split(sizes, dim=1):
+                end += part.shape[1]
+                pieces.append(model(part, attention_mask=mask[:, :end], past_key_values=cache).logits)
+            visible = mask.bool()[..., None]
+            torch.testing.assert_close(
+                torch.cat(pieces, 1) * visible, expected * visible, rtol=1e-5, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("fields", CACHED_SHAPES.values(), ids=CACHED_SHAPES)
+def test_long_prompts_go_through_the_layers_in_chunks(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(**fields)
+    ids = make_ids(batch=2, length=23)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    lengths = []
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, logits_to_keep=1).logits
+        monkeypatch.setattr(model.model, "prefill_bytes", 9000)
+        model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+        got = model(ids, attention_mask=mask, logits_to_keep=1)
+    assert len(lengths) > 2 and sum(lengths) == 23
+    torch.testing.assert_close(got.logits, expected, rtol=1e-5, atol=1e-5)
+    assert got.past_key_values.get_seq_length() == 23
+
+
+def test_the_step_compiles_with_a_cache_of_fixed_size() -> None:
+    model = make_model(num_global_heads=1, local_window=4)
+    compiled = torch.compile(model, fullgraph=True)
+    caches = [model.new_cache(max_length=30) for _ in range(2)]
+    ids = make_ids(batch=1, length=12)
+    compilations = torch._dynamo.utils.counters["stats"]  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :4], past_key_values=cache)
+        for step in range(4, 12):
+            token = ids[:, step : step + 1]
+            got = compiled(token, past_key_values=caches[0], logits_to_keep=1).logits
+            expected = model(token, past_key_values=caches[1], logits_to_keep=1).logits
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            if step == 7:
+                graphs = compilations["unique_graphs"]
+    assert compilations["unique_graphs"] == graphs  # lengths have become symbols

@@ -178,7 +178,7 @@ def test_what_must_not_change_losses_does_not(settings_for: SettingsFor, changes
 def test_gradient_checkpointing_recomputes(
     settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from longshort.model.modeling import LongShortMLP
+    from longshort.model.decoder import LongShortMLP
 
     passes = []
     forward = LongShortMLP.forward

@@ -187,6 +187,117 @@ def _fake_backward(q, k, v, alibi_slopes, segment_ids, out, row_max, log_sum, gr
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+def supports_cached(q: Tensor, length: int) -> bool:
+    """Whether `attend_cached` can serve queries of this kind, `length` tokens with them."""
+    return (
+        _MISSING is None
+        and q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.bfloat16)
+        and q.shape[3] <= _LARGEST_HEAD_DIM
+        and q.shape[2] <= _DECODING_QUERIES
+        and length < _LONGEST
+    )
+
+
+def describe_store(store: Tensor, sinks: Tensor, sink_positions: Tensor, ring: int) -> tuple[int, ...]:
+    """The keys and values of a group of heads in a cache, as `attend_cached` takes them. Valid while the
+    tensors live.
+
+    Args:
+        store: (2, batch, kv_heads, slots, head_dim), keys and values, contiguous. Position p is in slot p %
+        ring.
+        sinks: (2, batch, kv_heads, n, head_dim), the sinks that have left the ring, contiguous.
+        sink_positions: (batch, n) of int64: where they stood, -1 for none.
+        ring: its size, 0 for a store that keeps everything.
+    """
+    at, sink_at, size = store.data_ptr(), sinks.data_ptr(), store.element_size()
+    v, sink_v = at + store.stride(0) * size, sink_at + sinks.stride(0) * size
+    return at, v, store.shape[3], ring, sink_at, sink_v, sinks.shape[3], sink_positions.data_ptr()
+
+
+def attend_cached(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stores: Sequence[tuple[int, ...]],
+    firsts: Sequence[int],
+    group_of: Sequence[int],
+    windows: Sequence[int],
+    sink_tokens: int,
+    length: int,
+    scale: float,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    segment_ids: Tensor | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Appends new keys and values to those of a cache and attends to them all, causally. The caller has
+    checked everything; there are no gradients. For compilers, torch.ops.longshort.cpu_attend_cached does the
+    same; its dispatch would cost more than all the rest.
+
+    Args:
+        q, k, v: of the new tokens; k and v in the dtype of the stores.
+        stores: per group of heads that share a window what `describe_store` says, with room for the new
+        tokens.
+        firsts: per group the first position that is still in its store once the new ones are.
+        group_of: per key/value head its group.
+        windows: per key/value head, -1 is global.
+        sink_tokens: so many first keys of a segment are sinks.
+        length: positions before the new ones.
+        scale, softcap, alibi_slopes, segment_ids: as of `AttentionCall`; the slopes in fp32.
+        with_lse: return the lse too.
+
+    Returns:
+        out, and the natural log of the sum of exp(score) or None.
+    """
+    batch, heads, new, head_dim = q.shape
+    out = torch.empty_like(q)
+    row_max = log_sum = None
+    if with_lse:
+        row_max, log_sum = q.new_empty((2, batch, heads, new), dtype=torch.float32).unbind()
+    slopes, ids = _contiguous(alibi_slopes), _contiguous(segment_ids)
+    _kernels.attend_cached(
+        _described(q), _described(k), _described(v), _described(out),
+        (batch, heads, len(windows), new, length + new, head_dim), windows, sink_tokens, scale,
+        _softcap(softcap), _address(slopes), _address(ids), _address(row_max), _address(log_sum),
+        stores, firsts, group_of,
+    )  # fmt: skip
+    return out, None if row_max is None or log_sum is None else row_max + log_sum
+
+
+def _attend_cached_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stores: Sequence[Tensor],
+    sinks: Sequence[Tensor],
+    sink_positions: Sequence[Tensor],
+    rings: Sequence[int],
+    firsts: Sequence[int],
+    group_of: Sequence[int],
+    windows: Sequence[int],
+    sink_tokens: int,
+    length: int,
+    scale: float,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    segment_ids: Tensor | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    described = [describe_store(*store) for store in zip(stores, sinks, sink_positions, rings, strict=True)]
+    out, lse = attend_cached(
+        q, k, v, described, firsts, group_of, windows, sink_tokens, length, scale, softcap, alibi_slopes,
+        segment_ids, with_lse,
+    )  # fmt: skip
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+def _fake_attend_cached(q, k, v, stores, sinks, sink_positions, rings, firsts, group_of, windows, sink_tokens,
+                        length, scale, softcap, alibi_slopes, segment_ids, with_lse):  # fmt: skip
+    lse = q.new_empty(tuple(q.shape[:3]) if with_lse else (0,), dtype=torch.float32)
+    return torch.empty_like(q), lse
+
+
 def _described(x: Tensor) -> tuple[int, bool, tuple[int, ...]]:
     return x.data_ptr(), x.dtype == torch.bfloat16, x.stride()
 
@@ -242,4 +353,7 @@ operators.register(
     gradients=_gradients,
     backward=_backward,
     fake_backward=_fake_backward,
+)
+operators.define(
+    "cpu_attend_cached", "CPU", _attend_cached_operator, _fake_attend_cached, mutates_args=("stores",)
 )

@@ -15,6 +15,23 @@ if TYPE_CHECKING:
 _library = torch.library.Library("longshort", "FRAGMENT")
 
 
+def define(
+    name: str, dispatch_key: str, function: Callable, fake: Callable, mutates_args: tuple[str, ...] = ()
+) -> None:
+    """Defines torch.ops.longshort.NAME, without gradients.
+
+    Args:
+        name: of the operator.
+        dispatch_key: for which devices `function` is.
+        function: annotated; its annotations are the operator's schema.
+        fake: the same for tensors without data: it gives shapes, dtypes and strides.
+        mutates_args: names of the arguments that it writes to.
+    """
+    _library.define(name + torch.library.infer_schema(function, mutates_args=mutates_args))
+    _library.impl(name, function, dispatch_key)
+    torch.library.register_fake(f"longshort::{name}", fake, lib=_library)
+
+
 def register(
     name: str,
     dispatch_key: str,
@@ -40,9 +57,7 @@ def register(
         (name, forward, fake_forward),
         (f"{name}_backward", backward, fake_backward),
     ):
-        _library.define(operator + torch.library.infer_schema(function, mutates_args=()))
-        _library.impl(operator, function, dispatch_key)
-        torch.library.register_fake(f"longshort::{operator}", fake, lib=_library)
+        define(operator, dispatch_key, function, fake)
     torch.library.register_autograd(
         f"longshort::{name}", gradients, setup_context=save_for_backward, lib=_library
     )

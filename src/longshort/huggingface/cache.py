@@ -1,12 +1,153 @@
-"""One layer of a Hugging Face cache, as `LongShortAttention` expects one."""
+"""Hugging Face caches and `LongShortAttention`: a split cache for `generate()`, and one layer of any
+other."""
 
 from __future__ import annotations
 
-from torch import Tensor
-from transformers.cache_utils import Cache
+from typing import TYPE_CHECKING, Any
+
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from longshort.cache import LayerCache
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from jaxtyping import Int
+    from torch import Tensor
+
+    from longshort.layers import KeyValueCache
+    from longshort.layout import HeadLayout
 
 
-class LayerCache:
+class SplitCache(Cache):
+    """A cache that keeps for each head what it can still see: `window` keys of a local one, all of a global
+    one.
+
+    It is what `generate()` of longshort's models uses. Only `LongShortAttention` reads it.
+
+    Args:
+        layouts: of the heads of each layer.
+        rollback: tokens that `crop` can take back; assisted decoding asks for its drafts by itself.
+        max_length: memory for so many tokens at once, and no more; shapes then stay as they are, for
+            `torch.compile`. None grows.
+
+    Raises:
+        TypeError: an entry of layouts is no HeadLayout.
+        ValueError: rollback or max_length is out of its range.
+    """
+
+    def __init__(
+        self, layouts: Sequence[HeadLayout], rollback: int = 0, max_length: int | None = None
+    ) -> None:
+        super().__init__(layers=[SplitCacheLayer(layout, rollback, max_length) for layout in layouts])
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the keys and values that are kept: `longshort.model.kv_bytes` for each sequence, but for
+        what rollback adds."""
+        return sum(layer.cache.nbytes_used for layer in self._split_layers())
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of memory taken for keys and values."""
+        return sum(layer.cache.nbytes_allocated for layer in self._split_layers())
+
+    def expect(self, length: int) -> None:
+        """Say that the cache will soon hold `length` tokens, so that it makes room for them at once."""
+        for layer in self._split_layers():
+            layer.cache.expect(length)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SplitCache:
+        """Move, or convert, what is kept; returns the cache itself."""
+        for layer in self._split_layers():
+            layer.cache.to(device, dtype)
+        return self
+
+    def _split_layers(self) -> list[SplitCacheLayer]:
+        return self.layers  # type: ignore[return-value]
+
+
+class SplitCacheLayer(CacheLayerMixin):
+    """One layer of a `SplitCache`.
+
+    Attributes:
+        cache: the keys and values.
+    """
+
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, layout: HeadLayout, rollback: int, max_length: int | None) -> None:
+        super().__init__()
+        self.cache = LayerCache(layout, rollback, max_length)
+        self.is_compileable = max_length is not None
+
+    @property
+    def batch_size(self) -> int:
+        return self.cache.batch_size or -1
+
+    @property
+    def record_past(self) -> bool:
+        """Whether all that comes between two crops can be cropped, as assisted decoding needs it."""
+        return self.cache.record_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.cache.record_past = value
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Memory is taken with the first tokens."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            "past_key_values is a SplitCache, which no other attention than LongShortAttention can read: "
+            "heads keep unequal numbers of keys"
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.length
+
+    def get_max_length(self) -> int:
+        return self.cache.max_length or -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: the number is positive, or a ring has lost keys that the next token would see.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
+        self.cache.crop(max(0, self.cache.length + tokens_to_remove))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.cache.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Int[Tensor, " new_batch"]) -> None:
+        self.cache.reorder(indices)
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " batch"]) -> None:
+        self.cache.reorder(beam_idx)
+
+    def reset(self) -> None:
+        self.cache.reset()
+
+    def offload(self) -> None:
+        self.cache.to("cpu")
+
+    def prefetch(self) -> None:
+        """Nothing: a cache that offloads its layers is not made of these."""
+
+
+class GrowingLayer:
     """Keys and values of one layer in a cache that grows with every token, such as `DynamicCache`.
 
     Attributes:
@@ -28,8 +169,15 @@ class LayerCache:
         keys, values = self._cache.update(keys, values, self._layer)
         if keys.shape[2] != self.length:
             raise ValueError(
-                f"past_key_values must be a cache that keeps every token, such as DynamicCache: layer "
+                f"past_key_values must be a SplitCache or keep every token, as DynamicCache does: layer "
                 f"{self._layer} of {type(self._cache).__name__} gave back {keys.shape[2]} keys "
                 f"of {self.length}"
             )
         return keys, values
+
+
+def layer_of(cache: Cache, layer: int) -> KeyValueCache | LayerCache:
+    """One layer of a cache, as `LongShortAttention` takes it."""
+    if isinstance(cache, SplitCache):
+        return cache.layers[layer].cache  # pyright: ignore[reportAttributeAccessIssue]
+    return GrowingLayer(cache, layer)

@@ -3,8 +3,17 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from longshort.model.config import POSITION_EMBEDDINGS, LongShortConfig
-from longshort.model.costs import Flops, forward_flops, kv_bytes, parameter_count, training_flops
-from longshort.model.modeling import LongShortForCausalLM, LongShortModel, LongShortPreTrainedModel
+from longshort.model.costs import (
+    Flops,
+    decode_flops,
+    forward_flops,
+    kv_bytes,
+    parameter_count,
+    training_flops,
+)
+from longshort.model.decoder import LongShortModel, LongShortPreTrainedModel
+from longshort.model.modeling import LongShortForCausalLM
+from longshort.model.planning import LayoutPlan, plan_layouts
 from longshort.model.presets import PRESETS, preset
 
 AutoConfig.register(LongShortConfig.model_type, LongShortConfig)
@@ -15,13 +24,16 @@ __all__ = [
     "POSITION_EMBEDDINGS",
     "PRESETS",
     "Flops",
+    "LayoutPlan",
     "LongShortConfig",
     "LongShortForCausalLM",
     "LongShortModel",
     "LongShortPreTrainedModel",
+    "decode_flops",
     "forward_flops",
     "kv_bytes",
     "parameter_count",
+    "plan_layouts",
     "preset",
     "training_flops",
 ]

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from longshort.layers import ATTENTION_PRECISIONS, require_positive
-from longshort.layout import HeadLayout, require_integer
+from longshort.layers import ATTENTION_PRECISIONS
+from longshort.layout import HeadLayout, require_integer, require_positive
 
 POSITION_EMBEDDINGS = ("learned", "rope", "alibi", "none")
 

@@ -1,0 +1,319 @@
+"""`LayerCache`: the keys and values of one attention layer, and attention to them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from longshort.attention import attention, cast_as_autocast, require_tensor, with_sink_logits
+from longshort.backends import cpu
+from longshort.cache.groups import Group, attend_to_store
+from longshort.cache.store import Store
+from longshort.layout import HeadLayout, require_integer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_RECORDED = 128
+"""Tokens of a first append that may be cropped again while recording; a draft is not longer."""
+
+
+class LayerCache:
+    """Keys and values of one layer: for each window a ring of so many keys, for global heads a store of all.
+
+    Nothing is allocated before the first tokens come; they give batch, head_dim, dtype and device. Stores
+    keep no gradients.
+
+    Args:
+        layout: of the layer's heads.
+        rollback: tokens that `crop` may take back once rings are full; each ring holds so many keys more.
+        max_length: room for so many tokens at once, all of it taken at the first append, and no more; None
+            grows, with at most a quarter of slack.
+
+    Raises:
+        TypeError: layout is no HeadLayout.
+        ValueError: rollback or max_length is out of its range.
+    """
+
+    def __init__(self, layout: HeadLayout, rollback: int = 0, max_length: int | None = None) -> None:
+        if not isinstance(layout, HeadLayout):
+            raise TypeError(f"layout must be a HeadLayout, got {type(layout).__name__}")
+        require_integer("rollback", rollback, minimum=0)
+        if max_length is not None:
+            require_integer("max_length", max_length, minimum=1)
+        self.layout = layout
+        self.max_length = max_length
+        self.rollback = rollback
+        self.record_past = False
+        self._since_crop = 0
+        self.stores = [
+            Store(group.window, layout.sink_tokens, rollback, max_length) for group in layout.groups
+        ]
+        self._accepted: list[Any] | None = None
+        self._versions: list[int] | None = None
+        self._descriptions: list[tuple[int, ...]] = []
+        self._groups = [Group(group, layout) for group in layout.groups]
+        of_kv_heads = layout.windows[:: layout.group_size]
+        self._windows = [-1 if window is None else window for window in of_kv_heads]
+        group_of = {head: i for i, group in enumerate(layout.groups) for head in group.kv_heads}
+        self._group_of = [group_of[head] for head in range(layout.num_kv_heads)]
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far, padding included."""
+        return self.stores[0].length
+
+    @property
+    def batch_size(self) -> int | None:
+        """Sequences; None before the first append."""
+        data = self.stores[0].data
+        return None if data is None else data.shape[1]
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the keys and values that are kept: `layout.kv_bytes` for each sequence, with rollback
+        0."""
+        return sum(store.nbytes_used() for store in self.stores)
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of memory taken for keys and values."""
+        return sum(store.nbytes_allocated() for store in self.stores)
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads new head_dim"],
+        k: Float[Tensor, "batch kv_heads new head_dim"],
+        v: Float[Tensor, "batch kv_heads new head_dim"],
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Float[Tensor, " heads"] | None = None,
+        sink_logits: Float[Tensor, " heads"] | None = None,
+        segment_ids: Int[Tensor, "batch kv_len"] | None = None,
+        round_probabilities: bool = False,
+        backend: str = "auto",
+    ) -> Float[Tensor, "batch heads new head_dim"]:
+        """Append the keys and values of new tokens; attend from these to all tokens, as causal
+        `longshort.attention` over the whole sequence would.
+
+        Args:
+            q, k, v: new >= 1; batch, head_dim, dtype and device as in the first call.
+            segment_ids: for all tokens, the earlier ones first. With `layout.sink_tokens` a sequence is one
+                segment, with padding wherever.
+            The other arguments are those of `longshort.attention`.
+
+        Raises:
+            TypeError: an argument is no tensor.
+            ValueError: an argument is not allowed; there is no room left; or gradients are asked for through
+                tokens in the cache, which keeps none.
+        """
+        q, k, v = cast_as_autocast(q, k, v)
+        self._check(q, k, v, segment_ids)
+        options: dict[str, Any] = {
+            "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "sink_logits": sink_logits,
+            "segment_ids": segment_ids, "round_probabilities": round_probabilities, "backend": backend,
+        }  # fmt: skip
+        new = k.shape[2]
+        if self.record_past:
+            self._record(new)
+        if self.length == 0:
+            out = attention(q, k, v, self.layout, **options)
+            self._append(k, v, segment_ids)
+            return out
+        if self._has_kernel(q, backend, round_probabilities):
+            return self._attend_by_kernel(q, k, v, options)
+        return self._attend_by_group(q, k, v, options)
+
+    def append(
+        self,
+        k: Float[Tensor, "batch kv_heads new head_dim"],
+        v: Float[Tensor, "batch kv_heads new head_dim"],
+        segment_ids: Int[Tensor, "batch kv_len"] | None = None,
+    ) -> None:
+        """Append keys and values without attending to anything; arguments and errors as of `attend`."""
+        k, v = cast_as_autocast(k, v)
+        self._check(None, k, v, segment_ids)
+        if self.record_past:
+            self._record(k.shape[2])
+        self._append(k, v, segment_ids)
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from position `length` on.
+
+        Raises:
+            ValueError: length is negative or more than there are, or a ring has lost keys that the next token
+                would see: more than `rollback` tokens would go.
+        """
+        require_integer("length", length, minimum=0)
+        if length > self.length:
+            raise ValueError(f"length must be at most the {self.length} tokens in the cache, got {length}")
+        self._since_crop = 0
+        if length == self.length:
+            return
+        if not all(store.can_crop(length) for store in self.stores):
+            raise ValueError(
+                f"length must be at least {self.length - self.rollback}: the rings of local heads can take "
+                f"back rollback = {self.rollback} of {self.length} tokens, got {length}; make the cache with "
+                "a larger rollback"
+            )
+        for store in self.stores:
+            store.crop(length)
+
+    def expect(self, length: int) -> None:
+        """Say that the cache will soon hold `length` tokens, so that it makes room for them at once."""
+        for store in self.stores:
+            store.expected = length
+
+    def reset(self) -> None:
+        """Forget all tokens, and give the memory back."""
+        self._accepted = None
+        self._since_crop = 0
+        for store in self.stores:
+            store.reset()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerCache:
+        """Move, or convert, what is kept; returns the cache itself."""
+        self._accepted = None
+        for store in self.stores:
+            store.map(lambda x: x.to(device=device, dtype=dtype))
+            store.map_batch(lambda x, dim: x.to(device=device))
+        return self
+
+    def reorder(self, index: Int[Tensor, " new_batch"]) -> None:
+        """Sequence i becomes what index[i] was: for beams, and to select or drop sequences."""
+        self._accepted = None
+        for store in self.stores:
+            store.map_batch(lambda x, dim: x.index_select(dim, index.to(x.device)))
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Each sequence becomes `repeats` of them."""
+        self._accepted = None
+        for store in self.stores:
+            store.map_batch(lambda x, dim: x.repeat_interleave(repeats, dim))
+
+    def _append(self, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> None:
+        for store, group in zip(self.stores, self._groups, strict=True):
+            store.append(group.of_kv_heads(k.detach()), group.of_kv_heads(v.detach()), segment_ids)
+
+    def _check(self, q: Any, k: Any, v: Any, segment_ids: Any) -> None:
+        tensors = (k, v) if q is None else (k, v, q)
+        # Tokens like the last ones are not looked at again: in decoding that would take as long as the rest.
+        kind = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in tensors]
+        if kind != self._accepted:
+            self._check_tensors(q, k, v)
+            self._accepted = kind
+        new, kv_len = k.shape[2], self.length + k.shape[2]
+        if self.max_length is not None and kv_len > self.max_length:
+            raise ValueError(
+                f"max_length = {self.max_length} tokens fit into the cache, got {self.length} and {new} more"
+            )
+        if self.length == 0:
+            return  # attention() checks the rest
+        if segment_ids is not None and tuple(segment_ids.shape) != (k.shape[0], kv_len):
+            raise ValueError(
+                f"segment_ids must be (batch, kv_len) = {(k.shape[0], kv_len)}, got "
+                f"{tuple(segment_ids.shape)}"
+            )
+        if self.layout.sink_tokens and any(store.has_several_segments for store in self.stores):
+            raise ValueError(
+                "segment_ids must name one segment per sequence, besides padding, with sink_tokens and this "
+                "cache, which keeps the sinks of one; there are several in the cache"
+            )
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            raise ValueError(
+                "q, k and v must not require grad: the cache keeps no gradients of earlier tokens; use "
+                "torch.no_grad(), or another cache, such as DynamicCache"
+            )
+
+    def _check_tensors(self, q: Any, k: Any, v: Any) -> None:
+        kv_heads = self.layout.num_kv_heads
+        given = [("k", k, kv_heads), ("v", v, kv_heads)]
+        if q is not None:
+            given.append(("q", q, self.layout.num_heads))
+        for name, x, heads in given:
+            require_tensor(name, x)
+            if x.ndim != 4 or x.shape[2] != k.shape[2] or x.shape[1] != heads:
+                raise ValueError(
+                    f"{name} must be (batch, heads, new, head_dim) with {heads} heads, q, k and v of as many "
+                    f"new tokens, got shape {tuple(x.shape)}"
+                )
+            data = self.stores[0].data
+            if data is None:
+                continue
+            batch, head_dim = data.shape[1], data.shape[4]
+            if (x.shape[0], x.shape[3]) != (batch, head_dim):
+                raise ValueError(
+                    f"{name} must have the batch and head_dim of the cache, {batch} and {head_dim}, got "
+                    f"shape {tuple(x.shape)}"
+                )
+            if x.dtype != data.dtype or x.device != data.device:
+                raise ValueError(
+                    f"{name} must be {data.dtype} on {data.device} as the cache, got {x.dtype} on {x.device}"
+                )
+
+    def _record(self, new: int) -> None:
+        """Let the rings hold all that was appended since the last crop."""
+        self._since_crop += min(new, _RECORDED) if self.length == 0 else new
+        if self._since_crop > self.rollback:
+            self.rollback = max(2 * self.rollback, self._since_crop)
+            for store in self.stores:
+                store.set_rollback(self.rollback)
+
+    def _has_kernel(self, q: Tensor, backend: str, round_probabilities: bool) -> bool:
+        new = q.shape[2]
+        return (
+            backend in ("auto", "cpu")
+            and not round_probabilities
+            and cpu.supports_cached(q, self.length + new)
+            and (new == 1 or not any(store.loses_needed(new) for store in self.stores))
+        )
+
+    def _attend_by_kernel(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        """All groups in one call, which appends too."""
+        new, stores, scale, sink_tokens = q.shape[2], self.stores, options["scale"], self.layout.sink_tokens
+        slopes, sink_logits, ids = options["alibi_slopes"], options["sink_logits"], options["segment_ids"]
+        if sink_tokens:
+            for store, group in zip(stores, self._groups, strict=True):
+                store.move_sinks(group.of_kv_heads(k), group.of_kv_heads(v), ids)
+        rest = (
+            [store.next_first(new) for store in stores], self._group_of, self._windows, sink_tokens, self.length,
+            1 / math.sqrt(q.shape[3]) if scale is None else scale, options["softcap"],
+            None if slopes is None else slopes.float(), None if ids is None else ids.to(torch.int64),
+            sink_logits is not None,
+        )  # fmt: skip
+        for store in stores:
+            store.reserve(new)
+        if torch.compiler.is_compiling():
+            data, sinks, positions = map(list, zip(*(store.tensors() for store in stores), strict=True))
+            rings = [store.ring for store in stores]
+            out, lse = torch.ops.longshort.cpu_attend_cached(q, k, v, data, sinks, positions, rings, *rest)
+        else:
+            out, lse = cpu.attend_cached(q, k, v, self._described(), *rest)
+        for store in stores:
+            store.advance(new)
+        if sink_logits is None:
+            return out
+        assert lse is not None
+        return with_sink_logits(out, lse, sink_logits.float()).to(q.dtype)
+
+    def _described(self) -> list[tuple[int, ...]]:
+        """The stores as the kernel takes them, found anew when a tensor has moved."""
+        versions = [store.version for store in self.stores]
+        if versions != self._versions:
+            self._versions = versions
+            self._descriptions = [cpu.describe_store(*store.tensors(), store.ring) for store in self.stores]
+        return self._descriptions
+
+    def _attend_by_group(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        """One call of attention for each window."""
+        out = torch.empty_like(q)
+        for store, group in zip(self.stores, self._groups, strict=True):
+            per_head = {name: options[name] for name in ("alibi_slopes", "sink_logits")}
+            own = {name: None if x is None else x[group.heads] for name, x in per_head.items()}
+            new = (q[:, group.heads], group.of_kv_heads(k), group.of_kv_heads(v))
+            out[:, group.heads] = attend_to_store(store, group, *new, {**options, **own})
+        return out

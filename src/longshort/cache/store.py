@@ -1,0 +1,252 @@
+"""Keys and values of the heads that share a window: a ring for local heads, a growing store for global
+ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Int
+
+_SLACK = 4
+"""A store that must grow gets room for a quarter more: a key is copied 4 times in its life, on average."""
+
+
+class Store:
+    """Positions count from 0, padding included. Position p is in slot p % ring; what a ring has lost is gone,
+    but for sinks, which move to a place of their own.
+
+    Attributes:
+        window: of the heads; None is global.
+        ring: positions that are kept, window + rollback; 0 keeps all.
+        length: positions seen so far.
+        first: the first position that the ring still has.
+        expected: positions that are about to come, so that room for them is made at once.
+        data: (2, batch, kv_heads, slots, head_dim), keys and values; None before the first append, as all
+            tensors.
+        sinks: (2, batch, kv_heads, n, head_dim), those of the first `sink_tokens` keys that left the ring.
+        sink_positions: (batch, n) of int64, where they stood; -1 for none.
+        version: counts the changes of the three tensors.
+        has_several_segments: with sink tokens, that a sequence has more than one: sinks are those of the
+            first tokens that are not padding, and so not all.
+    """
+
+    def __init__(
+        self, window: int | None, sink_tokens: int, rollback: int = 0, max_length: int | None = None
+    ) -> None:
+        self.window = window
+        self.sink_tokens = 0 if window is None else sink_tokens
+        self.ring = 0 if window is None else window + rollback
+        self.max_length = max_length
+        self.expected = 0
+        self.version = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, and give the memory back."""
+        self.length = self.first = 0
+        self.version += 1
+        self.has_several_segments = False
+        self.data: Tensor | None = None
+        self.sinks: Tensor | None = None  # as data
+        self.sink_positions: Tensor | None = None
+        self._segment: Tensor | None = None
+
+    def next_first(self, new: int) -> int:
+        """`first` after `new` more positions."""
+        return max(self.first, self.length + new - self.ring) if self.ring else 0
+
+    def loses_needed(self, new: int) -> bool:
+        """Whether the ring has no room for `new` positions beside those that the first of them sees."""
+        return self.window is not None and self.next_first(new) > max(
+            self.first, self.length - self.window + 1
+        )
+
+    def kept(self) -> tuple[int, int]:
+        """How many positions are in the store, and how many sinks beside it."""
+        return self.length - self.first, min(self.sink_tokens, self.first)
+
+    def nbytes_used(self) -> int:
+        """Bytes of the keys and values that are kept."""
+        if self.data is None:
+            return 0
+        slots = self.data.shape[3]
+        return sum(self.kept()) * (self.data.nbytes // slots if slots else 0)
+
+    def nbytes_allocated(self) -> int:
+        """Bytes of memory taken for keys and values."""
+        return sum(x.nbytes for x in (self.data, self.sinks) if x is not None)
+
+    def reserve(self, new: int, like: Tensor | None = None) -> Tensor:
+        """Make room for `new` positions; returns `data`. The first time, `like` is one of those to come:
+        (batch, kv_heads, any, head_dim)."""
+        slots = 0 if self.data is None else self.data.shape[3]
+        needed = self._capped(self.length + new)
+        if self.data is not None and slots >= needed:
+            return self.data
+        like = like if self.data is None else self.data[0]
+        assert like is not None
+        wanted = self.max_length
+        if wanted is None:
+            expected = max(self.length + new, self.expected)
+            wanted = expected + expected // _SLACK
+        self._allocate(like, self._capped(wanted))
+        assert self.data is not None
+        return self.data
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`data`, `sinks` and `sink_positions`, which are there once a token was."""
+        assert self.data is not None and self.sinks is not None and self.sink_positions is not None
+        return self.data, self.sinks, self.sink_positions
+
+    def append(self, keys: Tensor, values: Tensor, segment_ids: Int[Tensor, "batch kv_len"] | None) -> None:
+        """Add (batch, kv_heads, new, head_dim) keys and values."""
+        data = self.reserve(keys.shape[2], keys)
+        start, end = self.length, self.length + keys.shape[2]
+        self.move_sinks(keys, values, segment_ids)
+        begin = self.next_first(keys.shape[2]) if self.ring else start
+        for low, high in self._runs(max(begin, start), end):
+            slot = self._slot(low)
+            for target, new in zip(data, (keys, values), strict=True):
+                target[:, :, slot : slot + high - low] = new[:, :, low - start : high - start]
+        self.advance(keys.shape[2])
+
+    def advance(self, new: int) -> None:
+        """Count `new` positions that have been written."""
+        self.first = self.next_first(new)
+        self.length += new
+
+    def view(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of positions begin ... end - 1, none before `first`: a view where they lie in one
+        piece, else a copy."""
+        assert self.data is not None
+        parts = [
+            self.data[:, :, :, self._slot(low) : self._slot(low) + high - low]
+            for low, high in self._runs(begin, end)
+        ]
+        keys, values = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)).unbind()
+        return keys, values
+
+    def move_sinks(self, keys: Tensor, values: Tensor, segment_ids: Tensor | None) -> None:
+        """Take those sinks that these new positions drive out of the ring to their own place."""
+        if not self.sink_tokens:
+            return
+        if segment_ids is not None:
+            self._note_segments(segment_ids)
+        begin, end = self.first, self.next_first(keys.shape[2])
+        count = min(self.sink_tokens, end)
+        if begin == end or (segment_ids is None and begin >= count):
+            return
+        if segment_ids is None:
+            end = count
+            rank = torch.arange(end, device=keys.device)[None]
+            is_sink = rank[:, begin:] < count
+        else:
+            rank = (segment_ids[:, :end] >= 0).cumsum(1) - 1
+            is_sink = (segment_ids[:, begin:end] >= 0) & (rank[:, begin:] < self.sink_tokens)
+        rows, columns = is_sink.expand(keys.shape[0], -1).nonzero(as_tuple=True)
+        if len(rows) == 0:
+            return
+        ranks = rank.expand(keys.shape[0], -1)[rows, columns + begin]
+        sinks, positions = self._room_for_sinks(keys, count)
+        positions[rows, ranks] = columns + begin
+        old_end = min(end, self.length)
+        for i, new in enumerate((keys, values)):
+            leaving = new[:, :, max(0, begin - self.length) : end - self.length]
+            if begin < old_end:
+                old = self.view(begin, old_end)[i]
+                leaving = old if end <= self.length else torch.cat([old, leaving], dim=2)
+            sinks[i][rows, :, ranks] = leaving[rows, :, columns]
+
+    def crop(self, length: int) -> None:
+        """Forget the positions from `length` on; see `can_crop`."""
+        self.length = length
+
+    def can_crop(self, length: int) -> bool:
+        """Whether the ring still has every position that queries from `length` on see."""
+        return self.first == 0 or length >= self.first + (self.window or 0)
+
+    def set_rollback(self, rollback: int) -> None:
+        """Keep so many positions more than the window holds, from now on; never fewer than are kept now."""
+        if self.window is None or self.window + rollback <= self.ring:
+            return
+        self.version += 1
+        if self.data is None or self.length <= self.ring:
+            self.ring = self.window + rollback  # nothing has gone round yet
+            return
+        kept = torch.stack(self.view(self.first, self.length))
+        self.ring = self.window + rollback
+        self._allocate(kept[0], self._capped(self.length))
+        for low, high in self._runs(self.first, self.length):
+            slot = self._slot(low)
+            self.data[:, :, :, slot : slot + high - low] = kept[:, :, :, low - self.first : high - self.first]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change(x)` in the place of each tensor x of shape (2, batch, kv_heads, n, head_dim)."""
+        self.version += 1
+        self.data = None if self.data is None else change(self.data)
+        self.sinks = None if self.sinks is None else change(self.sinks)
+
+    def map_batch(self, change: Callable[[Tensor, int], Tensor]) -> None:
+        """Put `change(x, dim)` in the place of each tensor x, whose batch is dimension `dim`."""
+        self.map(lambda x: change(x, 1).contiguous())
+        if self.sink_positions is not None:
+            self.sink_positions = change(self.sink_positions, 0).contiguous()
+        if self._segment is not None:
+            self._segment = change(self._segment, 0)
+
+    def _capped(self, positions: int) -> int:
+        return min(positions, self.ring) if self.ring else positions
+
+    def _slot(self, position: int) -> int:
+        return position % self.ring if self.ring else position
+
+    def _runs(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """Positions begin ... end - 1, at most a ring of them, in runs that lie side by side."""
+        if not self.ring:
+            return [(begin, end)]
+        turn = (begin // self.ring + 1) * self.ring
+        return [(begin, end)] if end <= turn else [(begin, turn), (turn, end)]
+
+    def _allocate(self, like: Tensor, slots: int) -> None:
+        """New room, with what is there, which must not have gone round in the ring."""
+        batch, kv_heads, _, head_dim = like.shape
+        data = like.new_empty((2, batch, kv_heads, slots, head_dim))
+        if self.data is not None:
+            held = min(self.data.shape[3], slots)
+            data[:, :, :, :held] = self.data[:, :, :, :held]
+        else:
+            self.sinks = like.new_empty((2, batch, kv_heads, 0, head_dim))
+            self.sink_positions = torch.empty(batch, 0, dtype=torch.int64, device=like.device)
+        self.data = data
+        self.version += 1
+
+    def _room_for_sinks(self, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        batch, kv_heads, _, head_dim = like.shape
+        _, old, old_positions = self.tensors()
+        held = old.shape[3]
+        if held < count:
+            self.version += 1
+            # zeros: their scores are hidden, but they are read
+            self.sinks = like.new_zeros((2, batch, kv_heads, count, head_dim))
+            self.sink_positions = torch.full((batch, count), -1, dtype=torch.int64, device=like.device)
+            self.sinks[:, :, :, :held], self.sink_positions[:, :held] = old, old_positions
+            return self.sinks, self.sink_positions
+        return old, old_positions
+
+    def _note_segments(self, segment_ids: Tensor) -> None:
+        """Whether all tokens of a sequence are in one segment or padding, as those of the past."""
+        new = segment_ids[:, self.length :]
+        highest = new.amax(1)
+        lowest = torch.where(new < 0, highest[:, None], new).amin(1)
+        if self._segment is None:
+            self._segment = torch.full_like(highest, -1)
+        known = torch.where(self._segment < 0, highest, self._segment)
+        is_other = ((lowest != known) | (highest != known)) & (highest >= 0)
+        self.has_several_segments = self.has_several_segments or bool(is_other.any())
+        self._segment = known

@@ -1,0 +1,319 @@
+"""A GPT-2-like decoder with LS-attention, without its head, as a Hugging Face model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from longshort.attention import require_tensor
+from longshort.convolution import ShortConvolution
+from longshort.huggingface import SplitCache, layer_of
+from longshort.layers import LongShortAttention, Rotary, require_position_ids
+from longshort.layout import HeadLayout
+from longshort.model.config import LongShortConfig
+from longshort.model.inputs import check_range, segments_and_positions
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+# Marks the projections whose output is added to the residual stream; they start smaller.
+_ENDS_BRANCH = "ends_residual_branch"
+
+
+class LongShortMLP(nn.Module):
+    """Linear, exact (erf) GELU, linear; no biases."""
+
+    def __init__(self, config: LongShortConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(hidden_states)))
+
+
+class LongShortBlock(GradientCheckpointingLayer):
+    """Pre-LayerNorm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: LongShortConfig, layout: HeadLayout, positions: list[str]) -> None:
+        super().__init__()
+        self.attention_norm = _layer_norm(config)
+        self.attention = _attention(config, layout, positions)
+        self.mlp_norm = _layer_norm(config)
+        self.mlp = LongShortMLP(config)
+        for projection in (self.attention.o_proj, self.mlp.down_proj):
+            setattr(projection, _ENDS_BRANCH, True)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch q_len hidden"],
+        segment_ids: Int[Tensor, "batch kv_len"] | None,
+        position_ids: Int[Tensor, "batch q_len"] | None,
+        cache: Any,
+    ) -> Float[Tensor, "batch q_len hidden"]:
+        hidden_states = hidden_states + self.attention(
+            self.attention_norm(hidden_states), segment_ids, position_ids, cache
+        )
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class LongShortPreTrainedModel(PreTrainedModel):
+    """What both models share: how they are initialised, loaded and checkpointed."""
+
+    config: LongShortConfig
+    config_class = LongShortConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["LongShortBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+
+    def new_cache(self, rollback: int = 0, max_length: int | None = None) -> SplitCache:
+        """An empty cache of this model's layouts; arguments and errors as of `SplitCache`."""
+        return SplitCache(self.config.head_layouts(), rollback, max_length)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, initializer_range); projections that end a residual branch divided by sqrt(2·layers), so that
+        the stream's variance does not grow with depth (GPT-2)."""
+        std = self.initial_std(module)
+        if std is not None:
+            init.normal_(module.weight, mean=0.0, std=std)  # pyright: ignore[reportArgumentType]
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, ShortConvolution):
+            init.copy_(module.weight, module.identity())
+        elif isinstance(module, LongShortAttention):
+            module.reset_buffers()
+            if module.sink_logits is not None:
+                init.zeros_(module.sink_logits)
+
+    def initial_std(self, module: nn.Module) -> float | None:
+        """Standard deviation of a module's initial weights; None where they are not random."""
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            return None
+        std = self.config.initializer_range
+        return std / (2 * self.config.num_hidden_layers) ** 0.5 if hasattr(module, _ENDS_BRANCH) else std
+
+
+class LongShortModel(LongShortPreTrainedModel):
+    """The decoder without its head.
+
+    Attributes:
+        prefill_bytes: without gradients, a prompt whose activations would take more goes through the layers
+            in chunks, with the same result. In bytes.
+    """
+
+    prefill_bytes: int = 2**29
+
+    def __init__(self, config: LongShortConfig) -> None:
+        super().__init__(config)
+        config.check()
+        positions = config.head_position_embeddings()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = (
+            nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            if any("learned" in layer for layer in positions)
+            else None
+        )
+        self.layers = nn.ModuleList(
+            LongShortBlock(config, *layer) for layer in zip(config.head_layouts(), positions, strict=True)
+        )
+        self.norm = _layer_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch q_len"] | None = None,
+        attention_mask: Int[Tensor, "batch kv_len"] | None = None,
+        position_ids: Int[Tensor, "batch q_len"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "batch q_len hidden"] | None = None,
+        segment_ids: Int[Tensor, "batch kv_len"] | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """The hidden states after the last block and the final norm.
+
+        Arguments and errors are those of `LongShortForCausalLM.forward`; `hidden_states` of the output holds
+        the embeddings, what each block gives, and in place of the last of them the final hidden states.
+        """
+        if output_attentions or self.config.output_attentions:
+            raise ValueError(
+                "output_attentions must be false: no attention matrix is ever held; set the observer of a "
+                "LongShortAttention layer to see what goes into it"
+            )
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        inputs_embeds = self._embedded(input_ids, inputs_embeds)
+        past_key_values = self._cache_to_use(past_key_values, use_cache)
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        self._check_positions(position_ids, past, inputs_embeds)
+        segment_ids, position_ids = segments_and_positions(
+            attention_mask, position_ids, segment_ids, past, inputs_embeds
+        )
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        all_hidden_states = [] if output_hidden_states else None
+        chunk = None
+        if past_key_values is not None and not output_hidden_states and not torch.is_grad_enabled():
+            chunk = self._chunk_length(hidden_states)
+        if chunk is None or past_key_values is None:
+            hidden_states = self._through_blocks(
+                hidden_states, segment_ids, position_ids, past_key_values, all_hidden_states
+            )
+        else:
+            hidden_states = self._in_chunks(chunk, hidden_states, segment_ids, position_ids, past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=None if all_hidden_states is None else tuple(all_hidden_states),
+        )
+
+    def _through_blocks(
+        self,
+        hidden_states: Tensor,
+        segment_ids: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+        all_hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """All blocks and the final norm; the list, if there is one, gets what goes into each of them, and the
+        result."""
+        for index, block in enumerate(self.layers):
+            if all_hidden_states is not None:
+                all_hidden_states.append(hidden_states)
+            layer_cache = None if cache is None else layer_of(cache, index)
+            hidden_states = block(hidden_states, segment_ids, position_ids, layer_cache)
+        hidden_states = self.norm(hidden_states)
+        if all_hidden_states is not None:
+            all_hidden_states.append(hidden_states)
+        return hidden_states
+
+    def _in_chunks(
+        self,
+        chunk: int,
+        hidden_states: Tensor,
+        segment_ids: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache,
+    ) -> Tensor:
+        """The same, so many tokens at a time; each chunk takes the place of its embeddings."""
+        past, q_len = int(cache.get_seq_length()), hidden_states.shape[1]
+        if isinstance(cache, SplitCache):
+            cache.expect(past + q_len)
+        hidden_states = hidden_states.clone()
+        for start in range(0, q_len, chunk):
+            end = min(start + chunk, q_len)
+            hidden_states[:, start:end] = self._through_blocks(
+                hidden_states[:, start:end],
+                None if segment_ids is None else segment_ids[:, : past + end],
+                position_ids[:, start:end],
+                cache,
+            )
+        return hidden_states
+
+    def _chunk_length(self, hidden_states: Tensor) -> int | None:
+        """Tokens whose activations take about `prefill_bytes`, None if all do."""
+        batch, q_len, hidden_size = hidden_states.shape
+        per_token = (
+            batch * hidden_states.element_size() * (2 * self.config.intermediate_size + 6 * hidden_size)
+        )
+        chunk = max(1, self.prefill_bytes // max(1, per_token))
+        return chunk if chunk < q_len else None
+
+    def _embedded(self, input_ids: Any, inputs_embeds: Any) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}")
+        if inputs_embeds is not None:
+            require_tensor("inputs_embeds", inputs_embeds)
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds must be (batch, sequence, hidden_size = {self.config.hidden_size}), "
+                    f"got shape {tuple(inputs_embeds.shape)}"
+                )
+            return inputs_embeds
+        require_tensor("input_ids", input_ids)
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                "input_ids must be (batch, sequence) of int64 or int32, "
+                f"got shape {tuple(input_ids.shape)} of {input_ids.dtype}"
+            )
+        if input_ids.device.type == "cpu":  # elsewhere looking at the values would wait for the device
+            check_range("input_ids", input_ids, "vocab_size", self.embed_tokens.num_embeddings)
+        return self.embed_tokens(input_ids)
+
+    def _cache_to_use(self, past_key_values: Any, use_cache: bool | None) -> Cache | None:
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise TypeError(
+                f"past_key_values must be a transformers Cache, got {type(past_key_values).__name__}"
+            )
+        if self.config.short_convolution is not None and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "use_cache and past_key_values do not go with short_convolution, which keeps no state for "
+                "decoding"
+            )
+        if self.training and self.gradient_checkpointing and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "use_cache and past_key_values do not go with gradient checkpointing in training: "
+                "recomputing a block would append its keys twice"
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return self.new_cache() if use_cache and past_key_values is None else past_key_values
+
+    def _check_positions(self, position_ids: Any, past: int, inputs_embeds: Tensor) -> None:
+        batch, q_len, _ = inputs_embeds.shape
+        limit = self.config.max_position_embeddings
+        if position_ids is not None:
+            require_position_ids(position_ids, batch, q_len, inputs_embeds.device)
+        if self.embed_positions is None:
+            return
+        if position_ids is not None:  # restarting ones may serve more tokens than there are positions
+            check_range("position_ids", position_ids, "max_position_embeddings", limit)
+        elif past + q_len > limit:
+            raise ValueError(
+                f"a sequence may have max_position_embeddings = {limit} tokens, got {past + q_len}"
+            )
+
+
+def _layer_norm(config: LongShortConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=1e-5, bias=False)
+
+
+def _attention(config: LongShortConfig, layout: HeadLayout, positions: list[str]) -> LongShortAttention:
+    heads = layout.num_heads
+    rotary = slopes = None
+    if "rope" in positions:
+        skipped = tuple(head for head, kind in enumerate(positions) if kind != "rope")
+        rotary = Rotary(config.rope_theta, skipped)
+    if "alibi" in positions:
+        slopes = [
+            2 ** (-8 * (head + 1) / heads) if kind == "alibi" else 0.0 for head, kind in enumerate(positions)
+        ]
+    return LongShortAttention(
+        config.hidden_size,
+        layout,
+        config.head_dim,
+        config.qk_norm,
+        rotary,
+        attention_precision=config.attention_precision,
+        softcap=config.softcap,
+        alibi_slopes=slopes,
+        sink_logits=config.sink_logits,
+        short_convolution=config.short_convolution,
+    )
