@@ -8,7 +8,7 @@ import longshort
 import longshort.cli as cli
 from longshort.cli import main
 
-COMMANDS = ["data", "train", "evaluate", "generate", "doctor", "demo"]
+COMMANDS = ["data", "train", "evaluate", "generate", "plan", "doctor", "demo"]
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -53,6 +53,7 @@ def test_each_command_explains_itself(capsys, command):
         "train --resume r",
         "evaluate r",
         "generate r",
+        "plan --length 9",
         "doctor",
         "demo --out d",
     ],

@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from longshort.data import byte_tokenizer, train_bpe
-from longshort.evaluation import generate_text
+from longshort.evaluation import generate_text, generation
+from longshort.huggingface import SplitCache
+from longshort.model import kv_bytes, preset
+from longshort.model.modeling import LongShortForCausalLM
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -134,6 +137,7 @@ def test_a_seed_repeats_the_text():
         ({"temperature": float("nan")}, ValueError, "temperature"),
         ({"top_k": 0}, ValueError, "top_k"),
         ({"seed": -1}, ValueError, "seed"),
+        ({"prefill_chunk": 0}, ValueError, "prefill_chunk"),
         ({"prompt": b"bytes"}, TypeError, "prompt must be a string, got bytes"),
         (
             {"prompt": "abc", "max_new_tokens": 13},
@@ -184,3 +188,85 @@ def test_a_model_saved_without_use_cache_has_a_cache_all_the_same():
     model.config.use_cache = False
     assert pieces(model, "a") == ["x", "y"]
     assert model.seen == [END, *b"a", *b"xy"]
+
+
+def test_a_model_without_a_cache_takes_no_chunks():
+    model: Any = script([END])
+    model.config.short_convolution = 3
+    with pytest.raises(ValueError, match=r"prefill_chunk must be None .* short_convolution.*, got 4"):
+        generate_text(model, TOKENIZER, "a", prefill_chunk=4)
+
+
+def test_statistics_count_tokens_and_the_models_seconds(monkeypatch):
+    """The model takes 3 seconds for each token that it reads; the 100 of who reads the text do not count."""
+    now = 0.0
+    monkeypatch.setattr(generation, "perf_counter", lambda: now)
+    model: Any = script([*b"xyz", END])
+    answer = model.function
+
+    def logits(seen):
+        nonlocal now
+        now += 3.0 * (len(seen) - logits.seen)
+        logits.seen = len(seen)
+        return answer(seen)
+
+    logits.seen = 0
+    model.function = logits
+    text = generate_text(model, TOKENIZER, "ab")
+    assert (text.statistics.tokens, text.statistics.seconds_to_first_token) == (0, None)
+    assert text.statistics.tokens_per_second is None
+    for _ in text:
+        now += 100.0
+    assert (text.statistics.prompt_tokens, text.statistics.tokens) == (3, 4)
+    assert text.statistics.seconds_to_first_token == 9.0
+    assert text.statistics.seconds_after == 9.0
+    assert text.statistics.tokens_per_second == pytest.approx(1 / 3)
+
+
+def small_model(**fields):
+    torch.manual_seed(0)
+    return LongShortForCausalLM(preset("tiny", initializer_range=0.3, **fields))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32, 100])
+def test_chunks_of_the_prompt_give_the_same_text(chunk):
+    model = small_model()
+    lengths = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    prompt = "the cat sat on the mat, and so on."  # 35 tokens with the end of text before it
+    whole = pieces(model, prompt, max_new_tokens=30)
+    assert lengths[:2] == [35, 1]
+    lengths.clear()
+    assert pieces(model, prompt, max_new_tokens=30, prefill_chunk=chunk) == whole
+    assert sum(lengths) == 35 + len(lengths) - -(-35 // chunk)
+    assert max(lengths) == min(35, chunk)
+
+
+def test_longshorts_models_get_their_own_cache():
+    model = small_model()
+    caches = []
+    forward = model.forward
+
+    def spied(*args, **options):
+        caches.append(options["past_key_values"])
+        return forward(*args, **options)
+
+    model.forward = spied
+    text = generate_text(model, TOKENIZER, "word " * 10, max_new_tokens=5, temperature=0)
+    assert text.statistics.cache_bytes == 0
+    assert list(text)
+    assert all(isinstance(cache, SplitCache) for cache in caches)
+    assert text.statistics.cache_bytes == kv_bytes(model.config, 51 + 4, torch.float32)
+
+
+def test_a_growing_cache_of_other_models_is_counted():
+    model = small_model()
+
+    class Other(Fake):
+        def __call__(self, inputs, **options):
+            return model(inputs, **options)
+
+    other: Any = Other(None, position_embedding="none")
+    text = generate_text(other, TOKENIZER, "word", max_new_tokens=4, temperature=0)
+    assert "".join(text) == "".join(pieces(model, "word", max_new_tokens=4))
+    assert text.statistics.cache_bytes == kv_bytes(preset("tiny", mhsa=True), 5 + 3, torch.float32)

@@ -8,7 +8,7 @@ from tests.model.models import SHAPES, make_config, make_ids, make_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from longshort.layout import HeadLayout
-from longshort.model import forward_flops, kv_bytes, parameter_count, preset, training_flops
+from longshort.model import decode_flops, forward_flops, kv_bytes, parameter_count, preset, training_flops
 
 
 def test_flops_counted_by_hand() -> None:
@@ -44,6 +44,16 @@ def test_matrices_are_what_torch_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
+def test_a_decoded_token_costs_what_it_adds_to_the_forward_pass(name: str) -> None:
+    config = make_config(**SHAPES[name])
+    longer, shorter, token = forward_flops(config, 14), forward_flops(config, 13), decode_flops(config, 13)
+    assert dataclasses.astuple(token) == tuple(
+        more - less
+        for more, less in zip(dataclasses.astuple(longer), dataclasses.astuple(shorter), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_parameters_are_counted_once(name: str) -> None:
     config = make_config(**SHAPES[name])
     assert parameter_count(config) == make_model(**SHAPES[name]).num_parameters()
@@ -69,7 +79,7 @@ def test_cached_bytes_add_up_over_the_layers() -> None:
 @pytest.mark.parametrize("length", [-1, 2.0, True])
 def test_wrong_length_is_refused(length: object) -> None:
     config = make_config()
-    for count in (forward_flops, training_flops):
+    for count in (forward_flops, decode_flops, training_flops):
         with pytest.raises(ValueError, match="length must be an integer >= 0"):
             count(config, length)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="length must be an integer >= 0"):

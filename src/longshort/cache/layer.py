@@ -280,8 +280,8 @@ class LayerCache:
             for store, group in zip(stores, self._groups, strict=True):
                 store.move_sinks(group.of_kv_heads(k), group.of_kv_heads(v), ids)
         rest = (
-            [store.next_first(new) for store in stores], self._group_of, self._windows, sink_tokens, self.length,
-            1 / math.sqrt(q.shape[3]) if scale is None else scale, options["softcap"],
+            [store.next_first(new) for store in stores], self._group_of, self._windows, sink_tokens,
+            self.length, 1 / math.sqrt(q.shape[3]) if scale is None else scale, options["softcap"],
             None if slopes is None else slopes.float(), None if ids is None else ids.to(torch.int64),
             sink_logits is not None,
         )  # fmt: skip

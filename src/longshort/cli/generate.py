@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
 
 from longshort.cli.flags import parse
+from longshort.cli.units import format_bytes
 from longshort.evaluation import generate_text
 from longshort.layout import require_integer
 from longshort.training.config import require_seed
+from longshort.training.files import parse_json_line
 from longshort.training.parallel import connect
 from longshort.training.trained import open_trained
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from longshort.evaluation import GeneratedText, GenerationStatistics
 
 
 @dataclass(frozen=True)
 class GenerateFlags:
-    """Let the latest checkpoint of a run go on with a prompt; the text appears as it is made."""
+    """Let the latest checkpoint of a run go on with a prompt, or with each of many; the text appears as it is
+    made, and how fast that was on stderr at the end."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
 
-    prompt: str = ""
-    """Beginning of the text."""
+    prompt: str | None = None
+    """Beginning of the text. None, without a file too: the model begins."""
+
+    prompt_file: Path | None = None
+    """A file with the beginning, UTF-8 text; - is stdin."""
+
+    each_line: bool = False
+    """Take each line of the file as a prompt of its own, in a .jsonl file the "prompt" of each object; empty
+    lines are skipped."""
 
     max_new_tokens: int | None = None
     """The text ends after so many tokens, or where the model ends it. None: 200, or as many as the model has
@@ -43,7 +59,14 @@ class GenerateFlags:
     """Take the likeliest token each time."""
 
     seed: int = 0
-    """Of the sampling."""
+    """Of the sampling, for each prompt anew."""
+
+    prefill_chunk: int | None = None
+    """Read so many tokens of the prompt at a time: less memory, the same text. None: as many as fit into half
+    a GiB of activations."""
+
+    json: bool = False
+    """Print a JSON object for each prompt when its text is done, and no text before."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
@@ -53,11 +76,13 @@ class GenerateFlags:
 
     def __post_init__(self) -> None:
         require_seed("--seed", self.seed)
-        try:
-            self.prompt.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"--prompt must be UTF-8 text, got {self.prompt!r}") from None
-        for name in ("max_new_tokens", "top_k", "threads"):
+        if self.prompt is not None:
+            _require_text("--prompt", self.prompt)
+            if self.prompt_file is not None:
+                raise ValueError("--prompt and --prompt-file exclude each other, got both")
+        if self.each_line and self.prompt_file is None:
+            raise ValueError("--each-line is about the lines of --prompt-file, which is not given")
+        for name in ("max_new_tokens", "top_k", "prefill_chunk", "threads"):
             value = getattr(self, name)
             if value is not None:
                 require_integer("--" + name.replace("_", "-"), value, minimum=1)
@@ -69,24 +94,113 @@ class GenerateFlags:
 
 def run(arguments: list[str]) -> int:
     flags = parse(GenerateFlags, "generate", arguments)
+    prompts = _prompts(flags)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     with connect(flags.device) as ranks:
         trained = open_trained(flags.run, ranks.device)
-    pieces = generate_text(
-        trained.model,
-        trained.tokenizer,
-        flags.prompt,
-        max_new_tokens=flags.max_new_tokens,
-        temperature=0.0 if flags.greedy else flags.temperature or 1.0,
-        top_k=flags.top_k,
-        seed=flags.seed,
-        separate_documents=trained.config.training.separate_documents,
-    )
+    texts = [
+        generate_text(
+            trained.model,
+            trained.tokenizer,
+            prompt,
+            max_new_tokens=flags.max_new_tokens,
+            temperature=0.0 if flags.greedy else flags.temperature or 1.0,
+            top_k=flags.top_k,
+            seed=flags.seed,
+            separate_documents=trained.config.training.separate_documents,
+            prefill_chunk=flags.prefill_chunk,
+        )
+        for prompt in prompts
+    ]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
-    print(flags.prompt, end="", flush=True)
-    for piece in pieces:
+    for prompt, text in zip(prompts, texts, strict=True):
+        if flags.json:
+            print(json.dumps(_record(prompt, text, flags.seed)), flush=True)
+        else:
+            _print_text(prompt, text)
+    print(_summary([text.statistics for text in texts]), file=sys.stderr)
+    return 0
+
+
+def _prompts(flags: GenerateFlags) -> list[str]:
+    """The prompts that the flags name, at least one.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no UTF-8 text, a line of it has no prompt, or all are empty.
+    """
+    path = flags.prompt_file
+    if path is None:
+        return [flags.prompt or ""]
+    content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompt-file {path} must be UTF-8 text, got {error.reason} at {error.start}"
+        ) from None
+    if not flags.each_line:
+        return [text]
+    # not splitlines(), which also splits at characters that a prompt may hold
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompt-file {path} must hold a prompt, got empty lines only")
+    if path.suffix != ".jsonl":
+        return [line for _, line in lines]
+    return [_prompt_of(line, path, number) for number, line in lines]
+
+
+def _prompt_of(line: str, path: Path, number: int) -> str:
+    prompt = parse_json_line(line, path, number, key="prompt")["prompt"]
+    if not isinstance(prompt, str):
+        raise ValueError(f"{path}, line {number}: prompt must be a string, got {type(prompt).__name__}")
+    _require_text(f"{path}, line {number}: prompt", prompt)
+    return prompt
+
+
+def _require_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be UTF-8 text, got {text!r}") from None
+
+
+def _print_text(prompt: str, text: GeneratedText) -> None:
+    print(prompt, end="", flush=True)
+    for piece in text:
         print(piece, end="", flush=True)
     print()
-    return 0
+
+
+def _record(prompt: str, text: GeneratedText, seed: int) -> dict[str, str | int | float | None]:
+    made = "".join(text)
+    statistics = text.statistics
+    return {
+        "prompt": prompt,
+        "text": made,
+        "tokens": statistics.tokens,
+        "prompt_tokens": statistics.prompt_tokens,
+        "seconds_to_first_token": statistics.seconds_to_first_token,
+        "tokens_per_second": statistics.tokens_per_second,
+        "cache_bytes": statistics.cache_bytes,
+        "seed": seed,
+    }
+
+
+def _summary(all_statistics: Sequence[GenerationStatistics]) -> str:
+    """One line about all prompts together."""
+    count = len(all_statistics)
+    tokens = sum(each.tokens for each in all_statistics)
+    first = sum(each.seconds_to_first_token or 0.0 for each in all_statistics) / count
+    seconds = sum(each.seconds_after for each in all_statistics)
+    cache = format_bytes(max(each.cache_bytes for each in all_statistics))
+    speed = f", then {(tokens - count) / seconds:.4g} tokens/s" if tokens > count else ""
+    if count == 1:
+        return f"{tokens} tokens: first token after {first:.3g} s{speed}, cache {cache}"
+    return (
+        f"{count} prompts, {tokens} tokens: first token after {first:.3g} s (mean){speed}, cache {cache} "
+        "(largest)"
+    )

@@ -1,11 +1,13 @@
 """What a language model is worth: perplexity over whole documents, needles found, and the text it writes."""
 
-from longshort.evaluation.generation import generate_text
+from longshort.evaluation.generation import GeneratedText, GenerationStatistics, generate_text
 from longshort.evaluation.needle import NeedleCell, NeedleResult, measure_needle
 from longshort.evaluation.perplexity import Evaluation, PositionLoss, evaluate_documents
 
 __all__ = [
     "Evaluation",
+    "GeneratedText",
+    "GenerationStatistics",
     "NeedleCell",
     "NeedleResult",
     "PositionLoss",

@@ -2,23 +2,76 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longshort.data.tokenization import Encoder
 from longshort.evaluation.positions import position_limit
+from longshort.huggingface import SplitCache
 from longshort.layout import require_integer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from jaxtyping import Float
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers.cache_utils import Cache
 
 _NEW_TOKENS = 200
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
+
+
+@dataclass
+class GenerationStatistics:
+    """What a text took so far.
+
+    Attributes:
+        prompt_tokens: that the model read before the text, an end-of-text token in front among them.
+        tokens: that the model made, an end-of-text token among them.
+        seconds_to_first_token: for reading the prompt and choosing a token; None before there is one.
+        seconds_after: for the other tokens; what the reader of the text does in between does not count.
+        cache_bytes: of the keys and values that are kept; 0 without a cache.
+    """
+
+    prompt_tokens: int
+    tokens: int = 0
+    seconds_to_first_token: float | None = None
+    seconds_after: float = 0.0
+    cache_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens after the first; None if there are none."""
+        return (self.tokens - 1) / self.seconds_after if self.tokens > 1 else None
+
+    def add(self, seconds: float) -> None:
+        """Count one token more, which took so long."""
+        self.tokens += 1
+        if self.seconds_to_first_token is None:
+            self.seconds_to_first_token = seconds
+        else:
+            self.seconds_after += seconds
+
+
+class GeneratedText(Iterator[str]):
+    """Pieces of a text, made while they are read.
+
+    Attributes:
+        statistics: what it took so far.
+    """
+
+    def __init__(self, pieces: Iterator[str], statistics: GenerationStatistics) -> None:
+        self._pieces = pieces
+        self.statistics = statistics
+
+    def __next__(self) -> str:
+        return next(self._pieces)
 
 
 def generate_text(
@@ -31,7 +84,8 @@ def generate_text(
     top_k: int | None = None,
     seed: int = 0,
     separate_documents: bool = False,
-) -> Iterator[str]:
+    prefill_chunk: int | None = None,
+) -> GeneratedText:
     """Continues a prompt that begins a document: it follows an end-of-text token, as in training.
 
     The arguments are checked, and the prompt encoded, in the call; the text is made while it is read from the
@@ -48,14 +102,16 @@ def generate_text(
         top_k: sample among the k likeliest tokens only; None: among all.
         seed: of the sampling.
         separate_documents: the model was trained so that no document sees the end-of-text token before it.
+        prefill_chunk: read so many tokens of the prompt at a time, which takes less memory and gives the same
+            text; None: as many as the model takes at once.
 
-    Yields:
-        Pieces of text, never empty, the prompt not among them.
+    Returns:
+        An iterator over pieces of text, never empty, the prompt not among them, with statistics.
 
     Raises:
         TypeError: the prompt is no string.
-        ValueError: a value is out of range, or prompt and new tokens together do not fit the model's learned
-            positions.
+        ValueError: a value is out of range, prompt and new tokens together do not fit the model's learned
+            positions, or prefill_chunk is given to a model with a short convolution, which has no cache.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
@@ -64,6 +120,13 @@ def generate_text(
     require_integer("seed", seed, minimum=0)
     if top_k is not None:
         require_integer("top_k", top_k, minimum=1)
+    if prefill_chunk is not None:
+        require_integer("prefill_chunk", prefill_chunk, minimum=1)
+        if not _has_cache(model):
+            raise ValueError(
+                "prefill_chunk must be None for a model with a short_convolution, which keeps no state "
+                f"between chunks, got {prefill_chunk}"
+            )
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a number >= 0, got {temperature!r}")
     ids = Encoder(tokenizer).encode([prompt])[0].tolist()
@@ -77,8 +140,13 @@ def generate_text(
             f"max_new_tokens must be at most {max(0, limit - len(ids))} here, got {max_new_tokens}: the "
             f"model has learned {limit} positions, and the prompt takes {len(ids)} of them"
         )
-    tokens = _generate_tokens(model, ids, max_new_tokens, temperature, top_k, seed)
-    return _stream(tokens, tokenizer)
+    statistics = GenerationStatistics(len(ids))
+    generator = torch.Generator(model.device).manual_seed(seed)
+    choose = partial(_choose, temperature=temperature, top_k=top_k, generator=generator)
+    tokens = _generate_tokens(
+        model, ids, max_new_tokens, prefill_chunk, choose, tokenizer.eos_token_id, statistics
+    )
+    return GeneratedText(_stream(tokens, tokenizer), statistics)
 
 
 @torch.no_grad()
@@ -86,25 +154,56 @@ def _generate_tokens(
     model: PreTrainedModel,
     ids: list[int],
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
+    prefill_chunk: int | None,
+    choose: Callable[[Tensor], int],
+    end_of_text: Any,
+    statistics: GenerationStatistics,
 ) -> Iterator[int]:
-    from transformers import DynamicCache
-
     model.eval()
-    generator = torch.Generator(model.device).manual_seed(seed)
-    # A short convolution keeps no state: without a cache every token is computed again. `config.use_cache` is
-    # no answer, models are saved with false after training with gradient checkpointing.
-    has_cache = getattr(model.config, "short_convolution", None) is None
-    cache = DynamicCache() if has_cache else None
+    cache = _new_cache(model)
+    if prefill_chunk is not None and isinstance(cache, SplitCache):
+        cache.expect(len(ids))
     inputs = torch.tensor([ids], device=model.device)
     for _ in range(max_new_tokens):
-        logits = model(inputs, past_key_values=cache, use_cache=has_cache, logits_to_keep=1).logits[0, -1]
-        token = _choose(logits.float(), temperature, top_k, generator)
+        started = perf_counter()
+        logits = None
+        for part in inputs.split(prefill_chunk or inputs.shape[1], dim=1):
+            outputs = model(part, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+            logits = outputs.logits[0, -1]
+        assert logits is not None  # the prompt has at least the end-of-text token
+        token = choose(logits.float())
+        statistics.add(perf_counter() - started)
+        statistics.cache_bytes = _cache_bytes(cache)
+        if token == end_of_text:
+            return
         yield token
         new = torch.tensor([[token]], device=model.device)
-        inputs = new if has_cache else torch.cat([inputs, new], dim=1)
+        inputs = torch.cat([inputs, new], dim=1) if cache is None else new
+
+
+def _has_cache(model: PreTrainedModel) -> bool:
+    """Not with a short convolution, which keeps no state: every token is computed again. `config.use_cache`
+    is no answer, models are saved with false after training with gradient checkpointing."""
+    return getattr(model.config, "short_convolution", None) is None
+
+
+def _new_cache(model: PreTrainedModel) -> Cache | None:
+    """Longshort's own where the model knows it, else one that keeps every token."""
+    from transformers import DynamicCache
+
+    if not _has_cache(model):
+        return None
+    new_cache = getattr(model, "new_cache", None)
+    return DynamicCache() if new_cache is None else new_cache()
+
+
+def _cache_bytes(cache: Cache | None) -> int:
+    if cache is None:
+        return 0
+    if isinstance(cache, SplitCache):
+        return cache.nbytes_used
+    kept = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
 
 def _choose(
@@ -127,8 +226,6 @@ def _stream(tokens: Iterator[int], tokenizer: PreTrainedTokenizerFast) -> Iterat
     pending: list[int] = []
     yielded = ""
     for token in tokens:
-        if token == tokenizer.eos_token_id:
-            break
         pending.append(token)
         text = _decode(tokenizer, before, pending)
         whole = text.removesuffix(_INCOMPLETE)

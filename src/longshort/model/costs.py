@@ -33,6 +33,10 @@ class Flops:
         """All together."""
         return self.matrices + self.attention + self.lm_head
 
+    def times(self, count: int) -> Flops:
+        """Of so many of them."""
+        return Flops(count * self.matrices, count * self.attention, count * self.lm_head)
+
 
 def forward_flops(config: LongShortConfig, length: int) -> Flops:
     """Of the forward pass of one sequence of `length` tokens, one segment, logits for every token.
@@ -41,15 +45,17 @@ def forward_flops(config: LongShortConfig, length: int) -> Flops:
         ValueError: length is no integer >= 0.
     """
     require_integer("length", length, minimum=0)
-    layouts = config.head_layouts()
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    attention_weights = (2 * heads + 2 * kv_heads) * config.head_dim * config.hidden_size
-    mlp_weights = 2 * config.hidden_size * config.intermediate_size
-    return Flops(
-        matrices=2 * len(layouts) * (attention_weights + mlp_weights) * length,
-        attention=4 * config.head_dim * sum(layout.score_count(length, length) for layout in layouts),
-        lm_head=2 * config.hidden_size * config.vocab_size * length,
-    )
+    return _last_tokens_flops(config, length, length)
+
+
+def decode_flops(config: LongShortConfig, length: int) -> Flops:
+    """Of one token of one sequence that follows `length` others, whose keys and values are cached.
+
+    Raises:
+        ValueError: length is no integer >= 0.
+    """
+    require_integer("length", length, minimum=0)
+    return _last_tokens_flops(config, 1, length + 1)
 
 
 def training_flops(config: LongShortConfig, length: int) -> Flops:
@@ -59,8 +65,7 @@ def training_flops(config: LongShortConfig, length: int) -> Flops:
     Raises:
         ValueError: length is no integer >= 0.
     """
-    forward = forward_flops(config, length)
-    return Flops(3 * forward.matrices, 3 * forward.attention, 3 * forward.lm_head)
+    return forward_flops(config, length).times(3)
 
 
 def parameter_count(config: LongShortConfig) -> int:
@@ -78,3 +83,16 @@ def kv_bytes(config: LongShortConfig, length: int, dtype: torch.dtype) -> int:
         TypeError: dtype is not a torch.dtype.
     """
     return sum(layout.kv_bytes(length, config.head_dim, dtype) for layout in config.head_layouts())
+
+
+def _last_tokens_flops(config: LongShortConfig, new: int, length: int) -> Flops:
+    """Of the last `new` of `length` tokens, logits for each of them."""
+    layouts = config.head_layouts()
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    attention_weights = (2 * heads + 2 * kv_heads) * config.head_dim * config.hidden_size
+    mlp_weights = 2 * config.hidden_size * config.intermediate_size
+    return Flops(
+        matrices=2 * len(layouts) * (attention_weights + mlp_weights) * new,
+        attention=4 * config.head_dim * sum(layout.score_count(new, length) for layout in layouts),
+        lm_head=2 * config.hidden_size * config.vocab_size * new,
+    )

@@ -1,0 +1,149 @@
+"""What layouts of one model's heads would cost at inference, side by side; counted, no memory is taken."""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from longshort.layout import require_integer
+from longshort.model.config import LongShortConfig
+from longshort.model.costs import Flops, decode_flops, forward_flops, kv_bytes, parameter_count
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LONGEST = 2**48  # tokens; memory for more is no longer a question of layouts
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
+    """What one layout costs, all layers and sequences of the batch together.
+
+    Attributes:
+        name: of the layout, for people.
+        config: of the model with it.
+        cache_bytes: keys and values that are kept after a prompt.
+        prefill: operations on the prompt, with logits for its last token.
+        decode: operations on the token after it.
+        decode_bytes: memory that must be read for that token: weights and cache.
+        longest: tokens per sequence whose cache fits beside the weights: 0 if not even those fit; None if no
+            memory was named, or any number fits.
+    """
+
+    name: str
+    config: LongShortConfig
+    cache_bytes: int
+    prefill: Flops
+    decode: Flops
+    decode_bytes: int
+    longest: int | None
+
+
+def plan_layouts(
+    config: LongShortConfig,
+    length: int,
+    *,
+    global_heads: Sequence[int],
+    windows: Sequence[int],
+    hybrid_window: int = 1024,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    memory: int | None = None,
+) -> list[LayoutPlan]:
+    """Plans with all heads global (MHSA), with each number of global heads and each window, and for each
+    number with a hybrid by layers: whole layers global, the others local, as in Gemma 3.
+
+    A hybrid has as many global heads in the whole model as whole layers come near to, at least one layer's.
+    With as many, and an equal window, it costs what the split by heads does.
+
+    Args:
+        config: shape of the model and sink tokens; its own layout is not looked at.
+        length: tokens of the prompt, of one segment, per sequence; >= 1.
+        global_heads: per layer; 0 ... heads, multiples of the query heads that share a key/value head.
+        windows: of the local heads, >= 1.
+        hybrid_window: of the local layers of hybrids, >= 1; the default is Gemma 3's.
+        batch: sequences.
+        dtype: of weights and cache: float32, bfloat16 or float16.
+        memory: bytes for weights and cache; activations come on top.
+
+    Raises:
+        ValueError: an argument is out of its range, or the config has a short_convolution; the message names
+            it.
+    """
+    for name, value in (("length", length), ("hybrid_window", hybrid_window), ("batch", batch)):
+        require_integer(name, value, minimum=1)
+    if memory is not None:
+        require_integer("memory", memory, minimum=1)
+    for name, values, minimum in (("global_heads", global_heads, 0), ("windows", windows, 1)):
+        if not values:
+            raise ValueError(f"{name} must name at least one number, got none")
+        for value in values:
+            require_integer(name, value, minimum)
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    group_size = heads // config.num_key_value_heads
+    for count in global_heads:
+        if count > heads or count % group_size:
+            raise ValueError(
+                f"global_heads must be multiples of the {group_size} query heads that share a key/value "
+                f"head, and at most all {heads} heads, got {count}"
+            )
+    if config.short_convolution is not None:
+        raise ValueError(
+            f"config must have no short_convolution, which no cache goes with, got {config.short_convolution}"
+        )
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    candidates = {"all global (MHSA)": _with_heads(config, heads, windows[0])}
+    fewer = [count for count in global_heads if count < heads]
+    for count in fewer:
+        for window in windows:
+            candidates[f"{count} global, window {window}"] = _with_heads(config, count, window)
+    for count in filter(None, fewer):
+        whole = max(1, round(count * layers / heads))
+        by_layer = [heads if layer in _spread(whole, layers) else 0 for layer in range(layers)]
+        name = f"by layers: {whole} of {layers}, window {hybrid_window}"
+        candidates[name] = _with_heads(config, by_layer, hybrid_window)
+    parameters = parameter_count(config)
+    # A token reads one row of each table, and all of a table that is the matrix for the logits too.
+    read = parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+    if any("learned" in kinds for kinds in config.head_position_embeddings()):
+        read -= config.max_position_embeddings * config.hidden_size
+    free = None if memory is None else memory - parameters * dtype.itemsize
+
+    def plan(name: str, candidate: LongShortConfig) -> LayoutPlan:
+        cache = batch * kv_bytes(candidate, length, dtype)
+        decode = decode_flops(candidate, length)
+        return LayoutPlan(
+            name=name,
+            config=candidate,
+            cache_bytes=cache,
+            prefill=replace(forward_flops(candidate, length), lm_head=decode.lm_head).times(batch),
+            decode=decode.times(batch),
+            decode_bytes=read * dtype.itemsize + cache,
+            longest=None if free is None else _longest(candidate, free // batch, dtype),
+        )
+
+    return [plan(*candidate) for candidate in candidates.items()]
+
+
+def _with_heads(config: LongShortConfig, global_heads: int | list[int], window: int) -> LongShortConfig:
+    changed = copy.copy(config)
+    changed.layouts = None
+    changed.num_global_heads, changed.local_window = global_heads, window
+    changed.check()
+    return changed
+
+
+def _spread(count: int, layers: int) -> set[int]:
+    """So many layers at equal distances, the last one among them."""
+    return {(index + 1) * layers // count - 1 for index in range(count)}
+
+
+def _longest(config: LongShortConfig, free: int, dtype: torch.dtype) -> int | None:
+    """Tokens whose keys and values fit into so many bytes; None if any number does."""
+    if free < 0:
+        return 0
+    fit = bisect_right(range(_LONGEST), free, key=lambda length: kv_bytes(config, length, dtype)) - 1
+    return None if fit == _LONGEST - 1 else fit
