@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longshort.attention import BACKENDS, AttentionStats, attention, autocast_is_on, require_tensor
 from longshort.convolution import ShortConvolution
 from longshort.layout import HeadLayout, is_finite, require_integer, require_positive
+from longshort.projection import Projection
 from longshort.rotary import Rotary, rotate, rotated_runs
 
 if TYPE_CHECKING:
@@ -144,8 +145,8 @@ class LongShortAttention(nn.Module):
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         channels = (heads + 2 * kv_heads) * head_dim
-        self.qkv_proj = nn.Linear(embed_dim, channels, bias=False, **factory)
-        self.o_proj = nn.Linear(heads * head_dim, embed_dim, bias=False, **factory)
+        self.qkv_proj = Projection(embed_dim, channels, **factory)
+        self.o_proj = Projection(heads * head_dim, embed_dim, **factory)
         self.q_norm = nn.LayerNorm(head_dim, eps=1e-5, bias=False, **factory) if qk_norm else None
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-5, bias=False, **factory) if qk_norm else None
         self.sink_logits = nn.Parameter(torch.zeros(heads, **factory)) if sink_logits else None

@@ -81,22 +81,63 @@ def test_help(capsys):
         assert main(["bench", *arguments]) == 0
         shown = capsys.readouterr().out
         assert shown.startswith("usage: longshort bench BENCHMARK")
-        assert "\n  attention " in shown
-    assert main(["bench", "attention", "--help"]) == 0
-    assert capsys.readouterr().out.startswith("usage: longshort bench attention")
+        for benchmark in ("attention", "prefill", "decode", "memory"):
+            assert f"\n  {benchmark} " in shown
+    for benchmark in ("attention", "prefill", "decode", "memory"):
+        assert main(["bench", benchmark, "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: longshort bench {benchmark}")
     assert main(["bench"]) == 2
     assert capsys.readouterr().err.startswith("usage: longshort bench BENCHMARK")
 
 
 def test_an_unknown_benchmark_is_a_usage_error(fails):
     message = fails(2, "bench", "warp")
-    assert "there is no benchmark 'warp'; the benchmarks are attention" in message
+    assert "there is no benchmark 'warp'; the benchmarks are attention, prefill, decode, memory" in message
 
 
-def test_the_script_is_the_command():
-    script = Path(__file__).parents[2] / "benchmarks" / "attention.py"
+@pytest.mark.parametrize(
+    ("benchmark", "unit"), [("prefill", "tokens/s"), ("decode", "GB/s"), ("memory", "MiB")]
+)
+def test_inference(tmp_path, capsys, fails, benchmark, unit):
+    out = tmp_path / "inference.csv"
+    sizes = ["--preset", "tiny", "--lengths", "32", "--threads", "1"]
+    flags = [*sizes, "--providers", "ls", "mhsa", "--out", str(out)]
+    assert main(["bench", benchmark, *flags]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("torch ")
+    assert "32 tokens, batch 1, float32, 1 thread" in shown
+    assert unit in shown
+    with out.open(newline="") as file:
+        assert [row["provider"] for row in csv.DictReader(file)] == ["ls", "mhsa"]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "exists; --overwrite" in fails(1, "bench", benchmark, *flags)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "message"),
+    [
+        ("prefill", ["--rounds", "0"], "--rounds must be an integer >= 1, got 0"),
+        ("prefill", ["--max-length", "100"], "--max-length must leave at least one length, got 100"),
+        ("decode", ["--tokens", "0"], "--tokens must be an integer >= 1, got 0"),
+        ("decode", ["--dtype", "int8"], "--dtype must be among float32, bfloat16, got 'int8'"),
+        ("memory", ["--rounds", "3"], "--rounds"),
+        ("memory", ["--preset", "huge"], "got 'huge'"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_of_inference(fails, benchmark, flags, message):
+    assert message in fails(2, "bench", benchmark, *flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("attention.py", []), ("inference.py", ["prefill"])],
+    ids=["attention", "inference"],
+)
+def test_the_script_is_the_command(name, arguments):
+    script = Path(__file__).parents[2] / "benchmarks" / name
     result = subprocess.run(
-        [sys.executable, script, "--window", "0"], capture_output=True, text=True, timeout=120
+        [sys.executable, script, *arguments, "--window", "0"], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 2
     assert "--window must be an integer >= 1, got 0" in result.stderr

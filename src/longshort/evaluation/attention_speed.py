@@ -26,12 +26,21 @@ from longshort.evaluation.attention_providers import (
     first_line,
     prepare,
 )
-from longshort.evaluation.benchmarking import csv_rows, measure_peak, partial_name, processor_name, stopwatch
+from longshort.evaluation.benchmarking import (
+    Remark,
+    check_out,
+    csv_rows,
+    five_digits,
+    machine_name,
+    measure_peak,
+    processor_name,
+    stopwatch,
+    summary,
+)
 from longshort.evaluation.speed_settings import DTYPES, PASSES, Setting, SpeedSettings, count_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -88,14 +97,6 @@ class Row:
     processor: str
 
 
-class Remark(NamedTuple):
-    """What is to be known of a provider in a setting: why it was left out, or what its time leaves out."""
-
-    provider: str
-    setting: Setting
-    text: str
-
-
 @dataclass(frozen=True)
 class SpeedResults:
     """What `measure_attention` found.
@@ -131,7 +132,7 @@ def measure_attention(
         ValueError: no provider can serve any of the settings.
     """
     if settings.out is not None:
-        _check_out(settings.out, settings.overwrite)
+        check_out(settings.out, settings.overwrite)
     results = SpeedResults([], [], [])
     threads_before = torch.get_num_threads()
     try:
@@ -146,7 +147,7 @@ def measure_attention(
                     write(asdict(row))
                 results.rows.extend(rows)
             for title, remarks in (("notes", results.notes), ("not measured", results.skipped)):
-                for line in _summary(title, remarks):
+                for line in summary(title, remarks):
                     show(line)
             if not results.rows:
                 raise ValueError("nothing was measured: --providers names none that can serve these settings")
@@ -169,10 +170,7 @@ def _describe_machine(threads: Sequence[int]) -> str:
         measured = [measure_peak(count) for _ in range(4)][1:]  # the first warms up
         peak = np.median([flops for flops, _ in measured]) / 1e9
         peaks.append(f"{peak:,.0f} GFLOP/s on {count_threads(count)} ({measured[0][1]})")
-    return (
-        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {processor_name()}, "
-        f"peak {', '.join(peaks)}"
-    )
+    return f"{machine_name()}, peak {', '.join(peaks)}"
 
 
 def _as_table(rows: Sequence[Row]) -> list[str]:
@@ -284,7 +282,7 @@ def _row(
     p10, median, p90 = np.percentile(times[:, clock], [10, 50, 90])
     speedup = None
     if baseline is not None:
-        speedup = _round(np.median(1e3 * np.array(baseline)[:, clock] / times[:, clock]))
+        speedup = five_digits(np.median(1e3 * np.array(baseline)[:, clock] / times[:, clock]))
     pairs = settings.batch * kernel.layout.score_count(setting.length, setting.length)
     gflops = PASSES[pass_name] * settings.head_dim * pairs / median / 1e6
     peak_gflops = np.median([peak for peak, _ in peaks]) / 1e9
@@ -300,46 +298,19 @@ def _row(
         batch=settings.batch,
         dtype=setting.dtype,
         threads=setting.threads,
-        milliseconds=_round(median),
-        milliseconds_p10=_round(p10),
-        milliseconds_p90=_round(p90),
-        wall_milliseconds=_round(np.median(times[:, 1])),
-        cpu_milliseconds=_round(np.median(times[:, 0])) if single else None,
+        milliseconds=five_digits(median),
+        milliseconds_p10=five_digits(p10),
+        milliseconds_p90=five_digits(p90),
+        wall_milliseconds=five_digits(np.median(times[:, 1])),
+        cpu_milliseconds=five_digits(np.median(times[:, 0])) if single else None,
         speedup=speedup,
         visible_pairs=pairs,
-        gflops=_round(gflops),
-        peak_gflops=_round(peak_gflops),
+        gflops=five_digits(gflops),
+        peak_gflops=five_digits(peak_gflops),
         peak_kind=peaks[-1][1],
-        peak_share=_round(gflops / peak_gflops),
+        peak_share=five_digits(gflops / peak_gflops),
         repeats=settings.repeats,
         torch_version=torch.__version__,
         capability=torch.backends.cpu.get_cpu_capability(),
         processor=processor_name(),
     )
-
-
-def _round(value: float) -> float:
-    """To five significant digits."""
-    return float(f"{value:.5g}")
-
-
-def _summary(title: str, remarks: Sequence[Remark]) -> list[str]:
-    """Lines that say each remark of a provider once, and in which or how many settings it was made."""
-    settings: dict[tuple[str, str], list[Setting]] = {}
-    for remark in remarks:
-        settings.setdefault((remark.provider, remark.text), []).append(remark.setting)
-    lines = [
-        f"  {provider}: {text} ({where[0] if len(where) == 1 else f'{len(where)} settings'})"
-        for (provider, text), where in settings.items()
-    ]
-    return [f"\n{title}:", *lines] if lines else []
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out: there is no folder {str(out.parent)!r}")
-    for file in (out, out.with_suffix(".png"), partial_name(out)):
-        if file.is_dir():
-            raise FileExistsError(f"--out: {file} is a folder; it stays as it is")
-        if file.exists() and not overwrite:
-            raise FileExistsError(f"--out: {file} exists; --overwrite replaces it")

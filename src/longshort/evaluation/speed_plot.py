@@ -1,10 +1,10 @@
-"""A picture of the rows of `measure_attention`."""
+"""A picture of the rows of `measure_attention`, and how every benchmark draws numbers by length."""
 
 from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longshort.evaluation.attention_providers import BASELINE, PROVIDERS
 from longshort.evaluation.benchmarking import partial_name
@@ -12,10 +12,11 @@ from longshort.evaluation.speed_settings import count_threads, describe_layout
 from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from longshort.evaluation.attention_speed import Row
 
@@ -35,7 +36,6 @@ def plot_speed(rows: Sequence[Row], file: Path) -> None:
     Raises:
         ValueError: there are no rows.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     if not rows:
@@ -58,9 +58,15 @@ def plot_speed(rows: Sequence[Row], file: Path) -> None:
     for axes in panels[-1]:
         axes.set_xlabel("tokens")
     title = f"Time of attention\n{rows[0].processor}, torch {rows[0].torch_version}"
+    finish_figure(figure, title, handles, file)
+
+
+def finish_figure(figure: Figure, title: str, handles: Mapping[str, Any], file: Path) -> None:
+    """Adds a title and a legend of marks by name, and writes the figure as a PNG; an old file is replaced."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
-
     picture = io.BytesIO()
     FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})
     partial = partial_name(file)
@@ -75,23 +81,53 @@ def _setting(row: Row) -> str:
 
 
 def _draw(axes: Axes, rows: Sequence[Row]) -> None:
+    lines = {
+        provider: [
+            Point(row.length, row.milliseconds, row.milliseconds_p10, row.milliseconds_p90)
+            for row in rows
+            if row.provider == provider
+        ]
+        for provider in dict.fromkeys(row.provider for row in rows)
+    }
+    draw_by_length(axes, lines, _OTHERS, BASELINE)
+
+
+class Point(NamedTuple):
+    """A number at a length, and how far its bar reaches."""
+
+    length: int
+    middle: float
+    low: float
+    high: float
+
+
+def draw_by_length(
+    axes: Axes, lines: Mapping[str, Sequence[Point]], providers: Sequence[str], baseline: str
+) -> None:
+    """Draws a line by provider on logarithmic axes.
+
+    Args:
+        axes: where.
+        lines: the points of each provider.
+        providers: all that there are but the baseline, so that each keeps its colour in every picture.
+        baseline: the provider in grey.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    colours = dict(zip(_OTHERS, _COLOURS, strict=False)) | {BASELINE: _GREY}
-    for provider in dict.fromkeys(row.provider for row in rows):
-        line = sorted((row for row in rows if row.provider == provider), key=lambda row: row.length)
-        middle = [row.milliseconds for row in line]
+    colours = dict(zip(providers, _COLOURS, strict=False)) | {baseline: _GREY}
+    for provider, points in lines.items():
+        line = sorted(points)
         spread = (
-            [max(0.0, row.milliseconds - row.milliseconds_p10) for row in line],
-            [max(0.0, row.milliseconds_p90 - row.milliseconds) for row in line],
+            [max(0.0, point.middle - point.low) for point in line],
+            [max(0.0, point.high - point.middle) for point in line],
         )
         axes.errorbar(
-            [row.length for row in line], middle, spread, fmt="o-", ms=4, lw=1.6, elinewidth=1,
-            color=colours.get(provider, _INK), label=provider,
+            [point.length for point in line], [point.middle for point in line], spread, fmt="o-", ms=4,
+            lw=1.6, elinewidth=1, color=colours.get(provider, _INK), label=provider,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    lengths = sorted({row.length for row in rows})
+    lengths = sorted({point.length for points in lines.values() for point in points})
     if lengths:
         axes.set_xlim(lengths[0] / 1.25, lengths[-1] * 1.25)
     low, high = axes.get_ylim()

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longshort.evaluation.attention_providers import BASELINE, PROVIDERS
 from longshort.layout import HeadLayout, require_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PASSES = {"forward": 4, "forward-backward": 14}
 """By name of a pass its operations per visible pair and element of head_dim."""
@@ -85,9 +88,7 @@ class SpeedSettings:
             ("--dtypes", self.dtypes, DTYPES),
             ("--passes", self.passes, PASSES),
         ):
-            for name in _require_any(flag, chosen):
-                if name not in allowed:
-                    raise ValueError(f"{flag} must be among {', '.join(allowed)}, got {name!r}")
+            require_among(flag, chosen, allowed)
         for flag, value in (
             ("--heads", self.heads),
             ("--head-dim", self.head_dim),
@@ -101,13 +102,12 @@ class SpeedSettings:
             ("--threads", self.threads, 1),
             ("--global-heads", self.global_heads, 0),
         ):
-            for value in _require_any(flag, values):
+            for value in require_any(flag, values):
                 require_integer(flag, value, minimum)
         self._check_heads()
         if not 0 < self.max_memory_gib < float("inf"):
             raise ValueError(f"--max-memory-gib must be a number > 0, got {self.max_memory_gib}")
-        if self.out is not None and self.out.suffix != ".csv":
-            raise ValueError(f"--out must end in .csv, got {str(self.out)!r}")
+        require_csv("--out", self.out)
 
     def _check_heads(self) -> None:
         if self.kv_heads is not None:
@@ -170,7 +170,22 @@ def count_threads(threads: int) -> str:
     return "1 thread" if threads == 1 else f"{threads} threads"
 
 
-def _require_any(flag: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+def require_among(flag: str, chosen: tuple[str, ...], allowed: Iterable[str]) -> None:
+    """Raise a ValueError that names the flag unless at least one was chosen, and all are allowed."""
+    allowed = tuple(allowed)
+    for name in require_any(flag, chosen):
+        if name not in allowed:
+            raise ValueError(f"{flag} must be among {', '.join(allowed)}, got {name!r}")
+
+
+def require_csv(flag: str, path: Path | None) -> None:
+    """Raise a ValueError that names the flag unless the file is called a CSV, or there is none."""
+    if path is not None and path.suffix != ".csv":
+        raise ValueError(f"{flag} must end in .csv, got {str(path)!r}")
+
+
+def require_any(flag: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values; raise a ValueError that names the flag if there are none."""
     if not values:
         raise ValueError(f"{flag} must name at least one, got none")
     return values

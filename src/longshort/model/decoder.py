@@ -21,6 +21,7 @@ from longshort.layers import LongShortAttention, Rotary, require_position_ids
 from longshort.layout import HeadLayout
 from longshort.model.config import LongShortConfig
 from longshort.model.inputs import check_range, segments_and_positions
+from longshort.projection import Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -35,8 +36,8 @@ class LongShortMLP(nn.Module):
 
     def __init__(self, config: LongShortConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.up_proj = Projection(config.hidden_size, config.intermediate_size)
+        self.down_proj = Projection(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(hidden_states)))

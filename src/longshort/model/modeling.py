@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -15,6 +15,7 @@ from longshort.layout import require_integer
 from longshort.model.config import LongShortConfig
 from longshort.model.decoder import LongShortModel, LongShortPreTrainedModel
 from longshort.model.inputs import check_labels, kept
+from longshort.projection import Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -34,7 +35,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
     def __init__(self, config: LongShortConfig) -> None:
         super().__init__(config)
         self.model = LongShortModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Projection(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def _prepare_cache_for_generation(

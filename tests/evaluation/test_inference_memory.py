@@ -1,0 +1,74 @@
+import csv
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+
+from longshort.evaluation import inference_memory
+from longshort.evaluation.inference_memory import MemoryRow, Peaks, measure_memory, peaks_of
+from longshort.evaluation.inference_settings import MemorySettings
+from longshort.model import kv_bytes, preset
+
+SMALL = {"lengths": (4096,), "threads": 1}
+
+
+def test_each_has_a_process_of_its_own(tmp_path):
+    out = tmp_path / "memory.csv"
+    results = measure_memory(MemorySettings(**SMALL, providers=("ls", "mhsa"), out=out))
+    ls, mhsa = results.rows
+    assert [ls.provider, mhsa.provider] == ["ls", "mhsa"]
+    for row, config in ((ls, preset("tiny")), (mhsa, preset("tiny", mhsa=True))):
+        assert row.cache_bytes == kv_bytes(config, 4096, torch.float32)
+        assert row.increment_bytes == row.peak_bytes - row.peak_before
+        assert row.increment_bytes > row.cache_bytes
+        assert row.increment_by_mhsa == pytest.approx(row.increment_bytes / mhsa.increment_bytes, rel=1e-3)
+        assert row.increment_by_gpt2 is None
+    with out.open(newline="") as file:
+        reader = csv.DictReader(file)
+        assert len(list(reader)) == 2
+    assert reader.fieldnames == [field.name for field in fields(MemoryRow)]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratios_of_increments(monkeypatch):
+    peaks = {"ls": Peaks(10, 15, 1, 7), "mhsa": Peaks(10, 30, 4, 7), "gpt2": Peaks(20, 30, 4, 8)}
+    monkeypatch.setattr(inference_memory, "_peaks_of_process", lambda _settings, name, _length: peaks[name])
+    rows = measure_memory(MemorySettings(**SMALL)).rows
+    assert [row.increment_bytes for row in rows] == [5, 20, 10]
+    assert [row.increment_by_mhsa for row in rows] == [0.25, 1, 0.5]
+    assert [row.increment_by_gpt2 for row in rows] == [0.5, 2, 1]
+    assert [row.parameters for row in rows] == [7, 7, 8]
+
+
+def test_the_peak_is_that_of_the_prompt_alone():
+    """A higher peak before does not hide it, where the system forgets peaks."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux forgets peaks")
+    torch.ones(2**26)  # 256 MiB
+    found = peaks_of(MemorySettings(lengths=(8192,), providers=("gpt2",), threads=1))
+    assert found.after - found.before > found.cache
+
+
+def test_a_process_that_fails_is_told(monkeypatch):
+    settings = MemorySettings(**SMALL, providers=("ls", "mhsa"))
+    code = "import os, sys; 'mhsa' in sys.argv[-1] and sys.exit('out of luck'); os.kill(os.getpid(), 9)"
+
+    def run(command, **options):
+        return real([command[0], "-c", code, command[-1]], **options)
+
+    real = inference_memory.subprocess.run
+    monkeypatch.setattr(inference_memory.subprocess, "run", run)
+    with pytest.raises(
+        ValueError, match=r"ended by signal 9: out of memory.*; its process failed: out of luck"
+    ):
+        measure_memory(settings)
+
+
+def test_what_does_not_fit_is_not_tried(monkeypatch):
+    monkeypatch.setattr(inference_memory, "_peaks_of_process", lambda *_: Peaks(1, 2, 1, 1))
+    shown: list[str] = []
+    settings = MemorySettings(lengths=(65_536,), providers=("ls", "mistral"), max_memory_gib=8)
+    results = measure_memory(settings, show=shown.append)
+    assert [row.provider for row in results.rows] == ["ls"]
+    assert "  mistral: takes about 20." in shown[-1]
