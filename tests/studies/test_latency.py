@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from tests.studies.planted import fill, outcomes
 
-from longshort.studies.latency import SAVING, Latency, saving_outcome
+from longshort.studies.latency import GPT2, SAVING, Latency, saving_outcome
 from longshort.studies.study import Outcome, Workplace
 
 STUDY = Latency()
@@ -11,7 +11,7 @@ SEEDS = range(1)
 
 
 def times(ls, mhsa, length=8192):
-    return {length: {"LS": ls, "MHSA": mhsa}}
+    return {length: {"LS": ls, "MHSA": mhsa, GPT2: [10.0 * value for value in mhsa]}}
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,19 @@ def test_the_rule_asks_for_the_saving_in_every_pass(seconds, outcome):
     assert saving_outcome(seconds) is outcome
 
 
+def test_the_faster_baseline_counts():
+    seconds = {8192: {"LS": [0.6, 0.6], "MHSA": [1.0, 1.0], GPT2: [0.7, 0.7]}}
+    assert saving_outcome(seconds) is Outcome.PARTLY
+
+
 def planted(trial):
     return {
         "flops": {"LS": 1.0, "MHSA": 2.0},
-        "timing": {"seconds": {"LS": [0.5, 0.51], "MHSA": [1.0, 1.1]}},
+        "pairs": {"LS": 1, "MHSA": 10, GPT2: 10},
+        "timing": {
+            "seconds": {"LS": [0.5, 0.51], "MHSA": [1.0, 1.1], GPT2: [1.2, 1.2]},
+            "attention_seconds": {"LS": [0.1, 0.1], "MHSA": [0.7, 0.7], GPT2: [0.8, 0.8]},
+        },
     }
 
 
@@ -41,7 +50,10 @@ def test_the_saving_is_told_by_length(tmp_path):
     found = STUDY.findings("laptop", SEEDS, fill(STUDY, "laptop", SEEDS, planted), tmp_path)
     assert outcomes(found) == {SAVING.id: "shown"}
     assert "n = 8,192: 52%" in found.verdicts[0].evidence
-    assert found.sections[0].figures[0].file.is_file()
+    section = found.sections[0]
+    assert section.figures[0].file.is_file()
+    # MHSA: 0.7 · (1 - 1/10) of 1.05; GPT-2: 0.8 · 0.9 of 1.2
+    assert section.table.rows[0][4:] == ("52%", "60%", "58%", "60%", "50%")
 
 
 @pytest.mark.parametrize("lost", ["a trial", "the timing"])
@@ -60,6 +72,7 @@ def test_both_models_take_as_many_turns(tmp_path):
     trial, *_ = STUDY.plan("smoke", SEEDS, {}).trials
     result = STUDY.run(trial, Workplace(tmp_path, "stdlib"))
     seconds = result["timing"]["seconds"]
-    assert len(seconds["LS"]) == len(seconds["MHSA"]) == trial.settings["repeats"]
-    assert min(seconds["LS"] + seconds["MHSA"]) > 0
+    assert {len(values) for values in seconds.values()} == {trial.settings["repeats"]}
+    assert min(min(values) for values in seconds.values()) > 0
+    assert result["pairs"]["LS"] < result["pairs"]["MHSA"] == result["pairs"][GPT2]
     assert result["flops"]["LS"] < result["flops"]["MHSA"]
