@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,7 +191,7 @@ def test_an_evicted_key_is_never_seen_and_token_0_is_for_ever() -> None:
 def test_crop_gives_back_what_rollback_allows() -> None:
     cache = LayerCache(LAYOUT, rollback=3)
     cache.attend(*tokens(20))
-    with pytest.raises(ValueError, match=r"length must be at least 17: .* rollback = 3 of 20 tokens, got 16"):
+    with pytest.raises(ValueError, match=r"length must be at least 17: with rollback = 3 .* these 20 tokens"):
         cache.crop(16)
     cache.crop(17)
     assert cache.length == 17
@@ -308,6 +310,7 @@ def test_bad_settings(change: dict, message: str) -> None:
         (lambda q, k, v: (q[..., :4], k, v), "q must have the batch and head_dim of the cache, 1 and 8"),
         (lambda q, k, v: (q, [k], v), "k must be a torch.Tensor, got list"),
         (lambda q, k, v: (q, k.requires_grad_(), v), "q, k and v must not require grad"),
+        (lambda q, k, v: (q[:, :, :0], k[:, :, :0], v[:, :, :0]), "k must be .* at least one"),
     ],
 )
 def test_bad_tokens_change_nothing(make, message: str) -> None:
@@ -326,3 +329,97 @@ def test_gradients_flow_through_the_first_tokens_alone() -> None:
     cache.attend(q, k, v).sum().backward()
     kept = cache.stores[0].data
     assert k.grad is not None and kept is not None and not kept.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": -1.0}, "softcap must be > 0 or None, got -1.0"),
+        ({"alibi_slopes": torch.ones(1)}, r"alibi_slopes must be \(heads,\) = \(4,\), got \(1,\)"),
+        ({"sink_logits": torch.ones(4, dtype=torch.int64)}, "sink_logits must have a floating dtype"),
+        ({"segment_ids": torch.bool}, "segment_ids must have an integer dtype"),
+        ({"segment_ids": [[0] * 6]}, "segment_ids must be a torch.Tensor, got list"),
+        ({"backend": "gpu"}, "backend must be 'auto' or one of"),
+        ({"round_probabilities": True, "backend": "cpu"}, "backend 'cpu' cannot serve this call"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("new", [1, 20])
+def test_bad_options_change_nothing(options: dict, message: str, new: int) -> None:
+    cache = LayerCache(HeadLayout((None, None, 4, 4), 2))
+    cache.attend(*tokens(5))
+    if options.get("segment_ids") is torch.bool:
+        options = {"segment_ids": torch.ones(1, 5 + new, dtype=torch.bool)}
+    with pytest.raises((TypeError, ValueError), match=message):
+        cache.attend(*tokens(new), **options)
+    assert [store.length for store in cache.stores] == [5, 5]
+
+
+def test_keys_and_values_of_append_must_agree() -> None:
+    _, k, v = tokens(3, batch=2)
+    for wrong, message in (
+        (v[:1], "v must have the batch and head_dim of the cache, 2 and 8"),
+        (v.double(), "v must be torch.float32 on cpu as the cache, got torch.float64"),
+        (v[..., :4], "v must have the batch and head_dim"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LayerCache(LAYOUT).append(k, wrong)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_has_memory_of_its_own(copied) -> None:
+    torch.manual_seed(0)
+    cache = LayerCache(LAYOUT)
+    for length in (10, 1):
+        cache.attend(*tokens(length))
+    other = copied(cache)
+    first, second = tokens(1), tokens(1)
+    expected = copied(cache).attend(*first, backend="reference")
+    other.attend(*second)
+    torch.testing.assert_close(cache.attend(*first), expected, rtol=1e-5, atol=1e-5)
+    assert other.length == cache.length == 12
+
+
+def test_a_window_of_any_size() -> None:
+    torch.manual_seed(0)
+    layout = HeadLayout((2**40,))
+    cache = LayerCache(layout)
+    q, k, v = tokens(4, layout=layout)
+    cache.attend(q[:, :, :3], k[:, :, :3], v[:, :, :3])
+    got = cache.attend(q[:, :, 3:], k[:, :, 3:], v[:, :, 3:])
+    torch.testing.assert_close(got, attention(q, k, v, layout)[:, :, 3:], rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_cache_has_forgotten_everything() -> None:
+    cache = LayerCache(LAYOUT)
+    cache.expect(10_000)
+    cache.attend(*tokens(5), segment_ids=torch.zeros(1, 5, dtype=torch.int64))
+    cache.crop(0)
+    ids = torch.ones(1, 6, dtype=torch.int64)
+    cache.attend(*tokens(5), segment_ids=ids[:, :5])
+    cache.attend(*tokens(1), segment_ids=ids)  # another segment, but one
+    cache.reset()
+    cache.attend(*tokens(10))
+    assert cache.nbytes_allocated <= 1.5 * cache.nbytes_used
+
+
+def test_recording_is_bounded() -> None:
+    layout = HeadLayout((4, None))
+    cache = LayerCache(layout)
+    cache.record_past = True
+    for _ in range(30):
+        cache.attend(*tokens(100, layout=layout))
+    local, _ = cache.stores
+    assert local.data is not None and local.data.shape[3] <= 4 + 1024
+    cache.crop(cache.length - 1024)
+
+
+def test_long_chunks_with_sinks_cost_no_more_than_their_windows() -> None:
+    layout = HeadLayout((8,), sink_tokens=2)
+    cache = LayerCache(layout)
+    cache.attend(*tokens(20, layout=layout))
+    new = tokens(2000, layout=layout)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        cache.attend(*new)
+    largest = max(event.cpu_memory_usage for event in profile.events() or [])
+    assert largest < 2000 * 2000  # bytes: no scores of all pairs, which would take four times as much

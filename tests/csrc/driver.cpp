@@ -95,17 +95,22 @@ struct Gradients {
     }
 };
 
-// The keys and values of a case in a cache: all but those of its queries, which are to be appended. One group per
-// key/value head.
+// The keys and values of a case in a cache: all but those of its queries, which are to be appended. Heads of one window
+// are a group.
 class Cache {
 public:
     explicit Cache(const Case& c) : case_(c), past_(c.kv_len - c.q_len) {
         std::vector<StoreGroup> groups;
         std::vector<int64_t> group_of;
+        std::vector<std::vector<int64_t>> heads;
         for (int64_t head = 0; head < c.kv_heads; ++head) {
-            groups.push_back(fill(head));
-            group_of.push_back(head);
+            size_t at = 0;
+            while (at < heads.size() && c.windows[heads[at][0]] != c.windows[head]) ++at;
+            if (at == heads.size()) heads.emplace_back();
+            heads[at].push_back(head);
+            group_of.push_back(int64_t(at));
         }
+        for (const auto& own : heads) groups.push_back(fill(own));
         stores_ = stores_of_heads(groups, group_of, c.head_dim, c.dtype);
     }
 
@@ -126,8 +131,8 @@ private:
         return tensor;
     }
 
-    StoreGroup fill(int64_t head) {
-        const int64_t window = case_.windows[head];
+    StoreGroup fill(const std::vector<int64_t>& heads) {
+        const int64_t window = case_.windows[heads[0]], count = int64_t(heads.size());
         // as many as the first query sees, beside the new ones; at times more
         const int64_t ring = window < 0 ? 0 : window + case_.q_len - 1 + int64_t(case_.seed % 3);
         const int64_t first = ring && case_.kv_len > ring ? case_.kv_len - ring : 0;
@@ -147,14 +152,15 @@ private:
         const Problem whole = case_.problem();
         for (const auto& [from, store, sink_store] :
              {std::tuple{&whole.k, &group.k, &group.sink_k}, std::tuple{&whole.v, &group.v, &group.sink_v}}) {
-            char* data = allocate(slots);
-            char* sink_data = allocate(int64_t(most));
-            std::memset(sink_data, 0, case_.batch * most * case_.head_dim * size());
-            for (int64_t b = 0; b < case_.batch; ++b) {
+            char* data = allocate(count * slots);
+            char* sink_data = allocate(count * int64_t(most));
+            std::memset(sink_data, 0, case_.batch * count * most * case_.head_dim * size());
+            for (int64_t plane = 0; plane < case_.batch * count; ++plane) {
+                const int64_t b = plane / count, head = heads[plane % count];
                 for (int64_t j = std::max<int64_t>(0, ring ? past_ - ring : 0); j < past_; ++j)
-                    copy(*from, b, head, j, data, b * slots + (ring ? j % ring : j));
+                    copy(*from, b, head, j, data, plane * slots + (ring ? j % ring : j));
                 for (size_t r = 0; r < sinks[b].size(); ++r)
-                    copy(*from, b, head, sinks[b][r], sink_data, b * most + r);
+                    copy(*from, b, head, sinks[b][r], sink_data, plane * int64_t(most) + int64_t(r));
             }
             *store = data;
             *sink_store = sink_data;

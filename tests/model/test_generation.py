@@ -1,5 +1,7 @@
 """`generate()` with the split cache against recomputing everything at each step."""
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,10 +9,10 @@ import torch
 from tests.model.models import CACHED_SHAPES, SHAPES, make_ids, make_model
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from longshort.huggingface import SplitCache
-from longshort.model import kv_bytes
+from longshort.model import LongShortForCausalLM, kv_bytes, preset
 
 
 def generate(model: Any, ids: Tensor, **options: Any) -> Any:
@@ -121,6 +123,20 @@ def test_the_default_cache_keeps_what_heads_can_see(fields: dict[str, Any]) -> N
     assert cache.nbytes_used <= cache.nbytes_allocated <= 1.5 * cache.nbytes_used
 
 
+def test_what_cannot_be_chunked_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(**SHAPES["own-layouts"])
+    monkeypatch.setattr(model.model, "prefill_bytes", 9000)
+    ids = make_ids(batch=1, length=23)
+    packed = torch.arange(23)[None] % 12
+    with torch.no_grad():
+        expected = model(ids, position_ids=packed, use_cache=False).logits
+        torch.testing.assert_close(model(ids, position_ids=packed).logits, expected)
+        seen = []
+        model.model.layers[0].attention.observer = seen.append
+        model(ids)
+    assert [observation.k.shape[2] for observation in seen] == [23]
+
+
 @pytest.mark.parametrize("fields", CACHED_SHAPES.values(), ids=CACHED_SHAPES)
 def test_greedy_text_is_that_with_a_growing_cache(fields: dict[str, Any]) -> None:
     model = make_model(**fields)
@@ -171,8 +187,9 @@ def test_long_prompts_go_through_the_layers_in_chunks(
     assert got.past_key_values.get_seq_length() == 23
 
 
-def test_the_step_compiles_with_a_cache_of_fixed_size() -> None:
-    model = make_model(num_global_heads=1, local_window=4)
+@pytest.mark.parametrize("sink_tokens", [0, 2])
+def test_the_step_compiles_with_a_cache_of_fixed_size(sink_tokens: int) -> None:
+    model = make_model(num_global_heads=1, local_window=4, sink_tokens=sink_tokens)
     compiled = torch.compile(model, fullgraph=True)
     caches = [model.new_cache(max_length=30) for _ in range(2)]
     ids = make_ids(batch=1, length=12)
@@ -185,6 +202,60 @@ def test_the_step_compiles_with_a_cache_of_fixed_size() -> None:
             got = compiled(token, past_key_values=caches[0], logits_to_keep=1).logits
             expected = model(token, past_key_values=caches[1], logits_to_keep=1).logits
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-            if step == 7:
+            if step == 9:
                 graphs = compilations["unique_graphs"]
     assert compilations["unique_graphs"] == graphs  # lengths have become symbols
+
+
+def test_drafts_from_the_prompt_are_taken_back() -> None:
+    model = make_model(max_position_embeddings=600)
+    ids = make_ids(batch=1, length=4).repeat(1, 80)
+    config = GenerationConfig(
+        max_new_tokens=40, do_sample=False, pad_token_id=0, prompt_lookup_num_tokens=180
+    )
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    assert torch.equal(out, greedy_by_hand(model, ids, steps=40))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_long_drafts_of_an_assistant_are_taken_back(seed: int) -> None:
+    model, assistant = make_model(max_position_embeddings=400), make_model(seed, max_position_embeddings=400)
+    assistant.generation_config.num_assistant_tokens = 180
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    ids = make_ids(batch=1, length=20)
+    config = GenerationConfig(max_new_tokens=300, do_sample=False, pad_token_id=0)
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, generation_config=config, assistant_model=assistant)
+    assert torch.equal(out, greedy_by_hand(model, ids, steps=300))
+
+
+def test_a_returned_cache_goes_on() -> None:
+    model = make_model()
+    ids = make_ids(batch=1, length=5)
+    first = generate(model, ids, do_sample=False, return_dict_in_generate=True)
+    again = generate(model, first.sequences, do_sample=False, past_key_values=first.past_key_values)
+    assert torch.equal(again, greedy_by_hand(model, ids, steps=24))
+
+
+@pytest.mark.slow
+def test_a_thousand_tokens_of_a_trained_model_are_the_same_with_every_cache() -> None:
+    torch.manual_seed(0)
+    model: Any = LongShortForCausalLM(preset("tiny", max_position_embeddings=1100))
+    text = torch.tensor([list(Path(argparse.__file__).read_bytes())])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(150):
+        start = 997 * step % (text.shape[1] - 1100)
+        batch = text[:, start : start + 1100]
+        loss = model(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    prompt = text[:, :40]
+    config = GenerationConfig(max_new_tokens=1000, do_sample=False, pad_token_id=0)
+    texts = [
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config, **options)
+        for options in ({}, {"past_key_values": DynamicCache()}, {"use_cache": False})
+    ]
+    assert texts[0].shape == (1, 1040) and loss < 3.0
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])

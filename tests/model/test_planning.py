@@ -28,6 +28,11 @@ def test_every_combination_comes_after_mhsa_and_before_the_hybrids() -> None:
     assert names(global_heads=[0, 4], windows=[3]) == ["all global (MHSA)", "0 global, window 3"]
 
 
+def test_a_hybrid_of_global_layers_alone_is_left_out() -> None:
+    plans = plan_layouts(make_config(num_hidden_layers=1), 9, global_heads=[1], windows=[3])
+    assert [plan.name for plan in plans] == ["all global (MHSA)", "1 global, window 3"]
+
+
 @pytest.mark.parametrize(
     "fields", [{}, {"num_key_value_heads": 2, "sink_tokens": 2}, {"tie_word_embeddings": True}]
 )
@@ -73,7 +78,7 @@ def test_an_equal_window_makes_heads_and_layers_cost_the_same() -> None:
             assert getattr(by_head, field.name) == getattr(by_layer, field.name)
 
 
-@pytest.mark.parametrize(("layers", "whole"), [(1, [0]), (5, [4]), (8, [3, 7]), (13, [3, 7, 12])])
+@pytest.mark.parametrize(("layers", "whole"), [(5, [4]), (8, [3, 7]), (13, [4, 8, 12])])
 def test_global_layers_are_spread(layers: int, whole: list[int]) -> None:
     plan = plan_layouts(make_config(num_hidden_layers=layers), 9, global_heads=[1], windows=[3])[-1]
     found = plan.config.num_global_heads

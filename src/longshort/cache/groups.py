@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longshort.attention import attention, with_sink_logits
-from longshort.cache.distant import attend_to_positions
+from longshort.cache.distant import attend_with_distant_sinks
 from longshort.cache.store import Store
 from longshort.layout import HeadGroup, HeadLayout
 
@@ -75,13 +75,13 @@ def _attend_with_distant_sinks(
     else:
         ids = ids.to(torch.int64)
         is_sink = (ids >= 0) & ((ids >= 0).cumsum(1) <= store.sink_tokens)
-    out, lse = attend_to_positions(
+    out, lse = attend_with_distant_sinks(
         q,
         torch.cat([sinks[0], k], dim=2),
         torch.cat([sinks[1], v], dim=2),
-        query_positions=positions[end - q.shape[2] :],
-        key_positions=torch.cat([sink_positions, positions[begin:].expand(batch, -1)], dim=1),
-        is_sink=torch.cat([sink_positions >= 0, is_sink[:, begin:]], dim=1),
+        sink_positions=sink_positions,
+        begin=begin,
+        is_sink=is_sink[:, begin:],
         window=store.window,
         segment_ids=ids,
         scale=1 / math.sqrt(q.shape[3]) if scale is None else scale,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longshort.attention import attention, cast_as_autocast, require_tensor, with_sink_logits
+from longshort.attention import attention, cast_as_autocast, explain, require_tensor, with_sink_logits
 from longshort.backends import cpu
 from longshort.cache.groups import Group, attend_to_store
 from longshort.cache.store import Store
@@ -17,8 +17,10 @@ from longshort.layout import HeadLayout, require_integer
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-_RECORDED = 128
-"""Tokens of a first append that may be cropped again while recording; a draft is not longer."""
+_RECORDED = 1024
+"""Most tokens that may be cropped again while recording; drafts are not longer."""
+
+_LONGEST = 2**30  # a window of more, as the kernels count positions
 
 
 class LayerCache:
@@ -57,9 +59,13 @@ class LayerCache:
         self._descriptions: list[tuple[int, ...]] = []
         self._groups = [Group(group, layout) for group in layout.groups]
         of_kv_heads = layout.windows[:: layout.group_size]
-        self._windows = [-1 if window is None else window for window in of_kv_heads]
+        self._windows = [-1 if window is None else min(window, _LONGEST) for window in of_kv_heads]
         group_of = {head: i for i, group in enumerate(layout.groups) for head in group.kv_heads}
         self._group_of = [group_of[head] for head in range(layout.num_kv_heads)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses: a copy has tensors of its own."""
+        return {**self.__dict__, "_versions": None, "_descriptions": []}
 
     @property
     def length(self) -> int:
@@ -112,11 +118,11 @@ class LayerCache:
                 tokens in the cache, which keeps none.
         """
         q, k, v = cast_as_autocast(q, k, v)
-        self._check(q, k, v, segment_ids)
         options: dict[str, Any] = {
             "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "sink_logits": sink_logits,
             "segment_ids": segment_ids, "round_probabilities": round_probabilities, "backend": backend,
         }  # fmt: skip
+        self._check(q, k, v, options)
         new = k.shape[2]
         if self.record_past:
             self._record(new)
@@ -136,7 +142,7 @@ class LayerCache:
     ) -> None:
         """Append keys and values without attending to anything; arguments and errors as of `attend`."""
         k, v = cast_as_autocast(k, v)
-        self._check(None, k, v, segment_ids)
+        self._check(None, k, v, {"segment_ids": segment_ids})
         if self.record_past:
             self._record(k.shape[2])
         self._append(k, v, segment_ids)
@@ -152,13 +158,15 @@ class LayerCache:
         if length > self.length:
             raise ValueError(f"length must be at most the {self.length} tokens in the cache, got {length}")
         self._since_crop = 0
+        if length == 0:
+            self.reset()
         if length == self.length:
             return
-        if not all(store.can_crop(length) for store in self.stores):
+        least = max(store.least_length() for store in self.stores)
+        if length < least:
             raise ValueError(
-                f"length must be at least {self.length - self.rollback}: the rings of local heads can take "
-                f"back rollback = {self.rollback} of {self.length} tokens, got {length}; make the cache with "
-                "a larger rollback"
+                f"length must be at least {least}: with rollback = {self.rollback} the rings of local heads "
+                f"have lost what a shorter sequence of these {self.length} tokens would see, got {length}"
             )
         for store in self.stores:
             store.crop(length)
@@ -199,25 +207,29 @@ class LayerCache:
         for store, group in zip(self.stores, self._groups, strict=True):
             store.append(group.of_kv_heads(k.detach()), group.of_kv_heads(v.detach()), segment_ids)
 
-    def _check(self, q: Any, k: Any, v: Any, segment_ids: Any) -> None:
+    def _check(self, q: Any, k: Any, v: Any, options: dict[str, Any]) -> None:
+        """Refuse a call before anything is appended."""
         tensors = (k, v) if q is None else (k, v, q)
-        # Tokens like the last ones are not looked at again: in decoding that would take as long as the rest.
-        kind = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in tensors]
+        # Calls like the last one are not looked at again: in decoding that would take as long as the rest.
+        kind = [
+            (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x
+            for x in (*tensors, *(x for name, x in options.items() if name != "segment_ids"))
+        ]
+        ids = options["segment_ids"]
+        kind.append((ids.ndim, ids.dtype, ids.device) if isinstance(ids, Tensor) else ids)
         if kind != self._accepted:
-            self._check_tensors(q, k, v)
+            self._check_all(q, k, v, options)
             self._accepted = kind
-        new, kv_len = k.shape[2], self.length + k.shape[2]
-        if self.max_length is not None and kv_len > self.max_length:
+        if ids is not None and ids.shape != (k.shape[0], self.length + k.shape[2]):
+            wanted = k.shape[0], self.length + k.shape[2]
+            raise ValueError(f"segment_ids must be (batch, kv_len) = {wanted}, got {tuple(ids.shape)}")
+        if self.max_length is not None and self.length + k.shape[2] > self.max_length:
             raise ValueError(
-                f"max_length = {self.max_length} tokens fit into the cache, got {self.length} and {new} more"
+                f"max_length = {self.max_length} tokens fit into the cache, got {self.length} and "
+                f"{k.shape[2]} more"
             )
         if self.length == 0:
-            return  # attention() checks the rest
-        if segment_ids is not None and tuple(segment_ids.shape) != (k.shape[0], kv_len):
-            raise ValueError(
-                f"segment_ids must be (batch, kv_len) = {(k.shape[0], kv_len)}, got "
-                f"{tuple(segment_ids.shape)}"
-            )
+            return
         if self.layout.sink_tokens and any(store.has_several_segments for store in self.stores):
             raise ValueError(
                 "segment_ids must name one segment per sequence, besides padding, with sink_tokens and this "
@@ -229,37 +241,44 @@ class LayerCache:
                 "torch.no_grad(), or another cache, such as DynamicCache"
             )
 
-    def _check_tensors(self, q: Any, k: Any, v: Any) -> None:
+    def _check_all(self, q: Any, k: Any, v: Any, options: dict[str, Any]) -> None:
         kv_heads = self.layout.num_kv_heads
         given = [("k", k, kv_heads), ("v", v, kv_heads)]
         if q is not None:
             given.append(("q", q, self.layout.num_heads))
+        data = self.stores[0].data
         for name, x, heads in given:
             require_tensor(name, x)
-            if x.ndim != 4 or x.shape[2] != k.shape[2] or x.shape[1] != heads:
+            if x.ndim != 4 or x.shape[1] != heads or x.shape[2] != k.shape[2] or x.shape[2] == 0:
                 raise ValueError(
                     f"{name} must be (batch, heads, new, head_dim) with {heads} heads, q, k and v of as many "
-                    f"new tokens, got shape {tuple(x.shape)}"
+                    f"new tokens, at least one; got shape {tuple(x.shape)}"
                 )
-            data = self.stores[0].data
-            if data is None:
-                continue
-            batch, head_dim = data.shape[1], data.shape[4]
-            if (x.shape[0], x.shape[3]) != (batch, head_dim):
+            like = k if data is None else data[0]
+            if (x.shape[0], x.shape[3]) != (like.shape[0], like.shape[3]):
                 raise ValueError(
-                    f"{name} must have the batch and head_dim of the cache, {batch} and {head_dim}, got "
-                    f"shape {tuple(x.shape)}"
+                    f"{name} must have the batch and head_dim of the cache, {like.shape[0]} and "
+                    f"{like.shape[3]}, got shape {tuple(x.shape)}"
                 )
-            if x.dtype != data.dtype or x.device != data.device:
+            if x.dtype != like.dtype or x.device != like.device:
                 raise ValueError(
-                    f"{name} must be {data.dtype} on {data.device} as the cache, got {x.dtype} on {x.device}"
+                    f"{name} must be {like.dtype} on {like.device} as the cache, got {x.dtype} on {x.device}"
                 )
+        ids = options["segment_ids"]
+        if ids is not None:
+            require_tensor("segment_ids", ids)
+            ids = ids[:, -k.shape[2] :]
+        # attention's own checks, on the new tokens alone
+        query = k.new_empty(k.shape[0], self.layout.num_heads, *k.shape[2:]) if q is None else q
+        new_options: Any = {**options, "segment_ids": ids}
+        explain(query, k, v, self.layout, **new_options)
 
     def _record(self, new: int) -> None:
-        """Let the rings hold all that was appended since the last crop."""
-        self._since_crop += min(new, _RECORDED) if self.length == 0 else new
+        """Let the rings hold all that was appended since the last crop, within reason: a prompt is not taken
+        back."""
+        self._since_crop = min(self._since_crop + new, _RECORDED)
         if self._since_crop > self.rollback:
-            self.rollback = max(2 * self.rollback, self._since_crop)
+            self.rollback = max(min(2 * self.rollback, _RECORDED), self._since_crop)
             for store in self.stores:
                 store.set_rollback(self.rollback)
 

@@ -43,13 +43,12 @@ class Store:
         self.sink_tokens = 0 if window is None else sink_tokens
         self.ring = 0 if window is None else window + rollback
         self.max_length = max_length
-        self.expected = 0
         self.version = 0
         self.reset()
 
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
-        self.length = self.first = 0
+        self.length = self.first = self.expected = 0
         self.version += 1
         self.has_several_segments = False
         self.data: Tensor | None = None
@@ -142,34 +141,42 @@ class Store:
         count = min(self.sink_tokens, end)
         if begin == end or (segment_ids is None and begin >= count):
             return
-        if segment_ids is None:
-            end = count
-            rank = torch.arange(end, device=keys.device)[None]
-            is_sink = rank[:, begin:] < count
-        else:
-            rank = (segment_ids[:, :end] >= 0).cumsum(1) - 1
-            is_sink = (segment_ids[:, begin:end] >= 0) & (rank[:, begin:] < self.sink_tokens)
-        rows, columns = is_sink.expand(keys.shape[0], -1).nonzero(as_tuple=True)
+        if segment_ids is None:  # the first positions, by slices, which compilers can follow
+            sinks, positions = self._room_for_sinks(keys, count)
+            positions[:, begin:count] = torch.arange(begin, count, device=keys.device)
+            for i, leaving in enumerate(self._leaving(begin, count, keys, values)):
+                sinks[i][:, :, begin:count] = leaving
+            return
+        rank = (segment_ids[:, :end] >= 0).cumsum(1) - 1
+        is_sink = (segment_ids[:, begin:end] >= 0) & (rank[:, begin:] < self.sink_tokens)
+        rows, columns = is_sink.nonzero(as_tuple=True)
         if len(rows) == 0:
             return
-        ranks = rank.expand(keys.shape[0], -1)[rows, columns + begin]
+        ranks = rank[rows, columns + begin]
         sinks, positions = self._room_for_sinks(keys, count)
         positions[rows, ranks] = columns + begin
-        old_end = min(end, self.length)
-        for i, new in enumerate((keys, values)):
-            leaving = new[:, :, max(0, begin - self.length) : end - self.length]
-            if begin < old_end:
-                old = self.view(begin, old_end)[i]
-                leaving = old if end <= self.length else torch.cat([old, leaving], dim=2)
+        for i, leaving in enumerate(self._leaving(begin, end, keys, values)):
             sinks[i][rows, :, ranks] = leaving[rows, :, columns]
 
+    def _leaving(self, begin: int, end: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of positions begin ... end - 1, in the ring or among new ones."""
+        new = slice(max(0, begin - self.length), max(0, end - self.length))
+        if begin >= self.length:
+            return keys[:, :, new], values[:, :, new]
+        old_keys, old_values = self.view(begin, min(end, self.length))
+        if end <= self.length:
+            return old_keys, old_values
+        return torch.cat([old_keys, keys[:, :, new]], dim=2), torch.cat(
+            [old_values, values[:, :, new]], dim=2
+        )
+
     def crop(self, length: int) -> None:
-        """Forget the positions from `length` on; see `can_crop`."""
+        """Forget the positions from `length` on, at least `least_length`."""
         self.length = length
 
-    def can_crop(self, length: int) -> bool:
-        """Whether the ring still has every position that queries from `length` on see."""
-        return self.first == 0 or length >= self.first + (self.window or 0)
+    def least_length(self) -> int:
+        """To which the store can be cropped: a shorter sequence would see what the ring has lost."""
+        return self.first + self.window if self.first and self.window is not None else 0
 
     def set_rollback(self, rollback: int) -> None:
         """Keep so many positions more than the window holds, from now on; never fewer than are kept now."""

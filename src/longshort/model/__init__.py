@@ -11,9 +11,9 @@ from longshort.model.costs import (
     parameter_count,
     training_flops,
 )
-from longshort.model.decoder import LongShortModel, LongShortPreTrainedModel
+from longshort.model.decoder import LongShortModel, LongShortPreTrainedModel, prefill_limit
 from longshort.model.modeling import LongShortForCausalLM
-from longshort.model.planning import LayoutPlan, plan_layouts
+from longshort.model.planning import LayoutPlan, hybrid_layers, plan_layouts
 from longshort.model.presets import PRESETS, preset
 
 AutoConfig.register(LongShortConfig.model_type, LongShortConfig)
@@ -31,9 +31,11 @@ __all__ = [
     "LongShortPreTrainedModel",
     "decode_flops",
     "forward_flops",
+    "hybrid_layers",
     "kv_bytes",
     "parameter_count",
     "plan_layouts",
+    "prefill_limit",
     "preset",
     "training_flops",
 ]

@@ -106,15 +106,21 @@ class LongShortPreTrainedModel(PreTrainedModel):
         return std / (2 * self.config.num_hidden_layers) ** 0.5 if hasattr(module, _ENDS_BRANCH) else std
 
 
+def prefill_limit(device_type: str) -> int:
+    """Bytes of activations with which a prompt goes through the layers at once, unless a model says
+    otherwise: 32 MiB on a CPU, whose caches they then nearly fit, and 512 MiB elsewhere."""
+    return 2**25 if device_type == "cpu" else 2**29
+
+
 class LongShortModel(LongShortPreTrainedModel):
     """The decoder without its head.
 
     Attributes:
         prefill_bytes: without gradients, a prompt whose activations would take more goes through the layers
-            in chunks, with the same result. In bytes.
+            in chunks, with the same result. None: `prefill_limit`.
     """
 
-    prefill_bytes: int = 2**29
+    prefill_bytes: int | None = None
 
     def __init__(self, config: LongShortConfig) -> None:
         super().__init__(config)
@@ -171,7 +177,7 @@ class LongShortModel(LongShortPreTrainedModel):
         all_hidden_states = [] if output_hidden_states else None
         chunk = None
         if past_key_values is not None and not output_hidden_states and not torch.is_grad_enabled():
-            chunk = self._chunk_length(hidden_states)
+            chunk = self._chunk_length(hidden_states, segment_ids)
         if chunk is None or past_key_values is None:
             hidden_states = self._through_blocks(
                 hidden_states, segment_ids, position_ids, past_key_values, all_hidden_states
@@ -227,13 +233,20 @@ class LongShortModel(LongShortPreTrainedModel):
             )
         return hidden_states
 
-    def _chunk_length(self, hidden_states: Tensor) -> int | None:
-        """Tokens whose activations take about `prefill_bytes`, None if all do."""
+    def _chunk_length(self, hidden_states: Tensor, segment_ids: Tensor | None) -> int | None:
+        """Tokens whose activations take about `prefill_bytes`; None if all go at once, as they must where an
+        observer is to see all keys, or where the cache could not keep the sinks of packed sequences."""
+        layers = [module for module in self.modules() if isinstance(module, LongShortAttention)]
+        if any(layer.observer is not None for layer in layers):
+            return None
+        if self.config.sink_tokens and segment_ids is not None and bool((segment_ids > 0).any()):
+            return None
         batch, q_len, hidden_size = hidden_states.shape
         per_token = (
             batch * hidden_states.element_size() * (2 * self.config.intermediate_size + 6 * hidden_size)
         )
-        chunk = max(1, self.prefill_bytes // max(1, per_token))
+        limit = prefill_limit(hidden_states.device.type) if self.prefill_bytes is None else self.prefill_bytes
+        chunk = max(1, limit // max(1, per_token))
         return chunk if chunk < q_len else None
 
     def _embedded(self, input_ids: Any, inputs_embeds: Any) -> Tensor:

@@ -41,6 +41,12 @@ class LayoutPlan:
     longest: int | None
 
 
+def hybrid_layers(count: int, layers: int) -> set[int]:
+    """Indices of the global layers of a hybrid: `count` of `layers`, at equal distances, each the last of its
+    period as in Gemma 3."""
+    return {layer for layer in range(layers) if (layer + 1) * count // layers > layer * count // layers}
+
+
 def plan_layouts(
     config: LongShortConfig,
     length: int,
@@ -53,7 +59,8 @@ def plan_layouts(
     memory: int | None = None,
 ) -> list[LayoutPlan]:
     """Plans with all heads global (MHSA), with each number of global heads and each window, and for each
-    number with a hybrid by layers: whole layers global, the others local, as in Gemma 3.
+    number with a hybrid by layers: whole layers global, the others local, as in Gemma 3; none where that
+    makes all layers global.
 
     A hybrid has as many global heads in the whole model as whole layers come near to, at least one layer's.
     With as many, and an equal window, it costs what the split by heads does.
@@ -102,7 +109,10 @@ def plan_layouts(
             candidates[f"{count} global, window {window}"] = _with_heads(config, count, window)
     for count in filter(None, fewer):
         whole = max(1, round(count * layers / heads))
-        by_layer = [heads if layer in _spread(whole, layers) else 0 for layer in range(layers)]
+        if whole >= layers:
+            continue  # that is MHSA
+        places = hybrid_layers(whole, layers)
+        by_layer = [heads if layer in places else 0 for layer in range(layers)]
         name = f"by layers: {whole} of {layers}, window {hybrid_window}"
         candidates[name] = _with_heads(config, by_layer, hybrid_window)
     parameters = parameter_count(config)
@@ -134,11 +144,6 @@ def _with_heads(config: LongShortConfig, global_heads: int | list[int], window: 
     changed.num_global_heads, changed.local_window = global_heads, window
     changed.check()
     return changed
-
-
-def _spread(count: int, layers: int) -> set[int]:
-    """So many layers at equal distances, the last one among them."""
-    return {(index + 1) * layers // count - 1 for index in range(count)}
 
 
 def _longest(config: LongShortConfig, free: int, dtype: torch.dtype) -> int | None:
