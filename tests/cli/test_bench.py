@@ -117,9 +117,11 @@ def test_inference(tmp_path, capsys, fails, benchmark, unit):
     ("benchmark", "flags", "message"),
     [
         ("prefill", ["--rounds", "0"], "--rounds must be an integer >= 1, got 0"),
-        ("prefill", ["--max-length", "100"], "--max-length must leave at least one length, got 100"),
+        ("prefill", ["--max-length", "100"], "the shortest length, 512, got 100"),
         ("decode", ["--tokens", "0"], "--tokens must be an integer >= 1, got 0"),
         ("decode", ["--dtype", "int8"], "--dtype must be among float32, bfloat16, got 'int8'"),
+        ("decode", ["--preset", "tiny", "--global-heads", "9"], "--global-heads must be a multiple of the 1"),
+        ("memory", ["--max-length", "8192"], "the shortest length, 16384, got 8192"),
         ("memory", ["--rounds", "3"], "--rounds"),
         ("memory", ["--preset", "huge"], "got 'huge'"),
     ],

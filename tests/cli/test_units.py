@@ -34,13 +34,18 @@ def test_what_is_no_size_is_refused(text):
         (1000, "0.977 KiB"),
         (1536, "1.5 KiB"),
         (2**40 * 5, "5 TiB"),
-        (2**52, "4.1e+03 TiB"),
+        (2**52, "4,096 TiB"),
+        (round(999.7 * 2**20), "0.976 GiB"),
+        (round(999.4 * 2**20), "999 MiB"),
     ],
 )
 def test_bytes_are_written(size, text):
     assert format_bytes(size) == text
 
 
-@pytest.mark.parametrize(("count", "text"), [(12, "12"), (1000, "1 k"), (5_566_277_615_616, "5.57 T")])
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(12, "12"), (1000, "1 k"), (999_700, "1 M"), (5_566_277_615_616, "5.57 T"), (10**18, "1,000 P")],
+)
 def test_counts_are_written(count, text):
     assert format_count(count) == text

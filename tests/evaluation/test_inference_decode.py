@@ -1,4 +1,5 @@
 import csv
+import weakref
 from dataclasses import fields
 from itertools import chain
 
@@ -6,7 +7,7 @@ import pytest
 
 from longshort.evaluation import inference_decode
 from longshort.evaluation.inference_decode import DecodeRow, measure_decode
-from longshort.evaluation.inference_providers import PROVIDERS
+from longshort.evaluation.inference_providers import PROVIDERS, Provider
 from longshort.evaluation.inference_settings import DecodeSettings
 from longshort.model import kv_bytes, preset
 
@@ -99,3 +100,46 @@ def test_models_that_do_not_fit_together_are_measured_apart():
     assert rows["gpt2"].floor_ratio == pytest.approx(
         rows["mhsa"].bytes_read / rows["gpt2"].bytes_read, rel=1e-3
     )
+
+
+def test_one_group_is_gone_when_the_next_is_built(monkeypatch):
+    alive: dict[str, list[str]] = {}
+    models: dict[str, weakref.ref] = {}
+    build = Provider.build
+
+    def spy(provider, device, dtype):
+        alive[provider.name] = [name for name, model in models.items() if model() is not None]
+        model = build(provider, device, dtype)
+        models[provider.name] = weakref.ref(model)
+        return model
+
+    monkeypatch.setattr(Provider, "build", spy)
+    monkeypatch.setattr(inference_decode, "groups_in_memory", lambda *_: [["gpt2"], ["ls"]])
+    measure_decode(DecodeSettings(**SMALL, providers=("gpt2", "ls")))
+    assert alive == {"gpt2": [], "ls": []}
+
+
+@pytest.mark.parametrize("part", ["build", "filled_cache"])
+def test_a_provider_that_fails_before_its_turn_is_told(monkeypatch, part):
+    method = getattr(Provider, part)
+
+    def fail(provider, *args, **options):
+        if provider.name == "mhsa":
+            raise RuntimeError("no memory left")
+        return method(provider, *args, **options)
+
+    monkeypatch.setattr(Provider, part, fail)
+    results = measure_decode(DecodeSettings(**SMALL, providers=("ls", "mhsa", "gpt2")))
+    assert {row.provider for row in results.rows} == {"ls", "gpt2"}
+    assert {(remark.provider, remark.text) for remark in results.skipped} == {
+        ("mhsa", "failed: RuntimeError: no memory left")
+    }
+
+
+def test_inputs_that_fail_are_told_of_every_provider(monkeypatch):
+    def fail(*_args):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(inference_decode, "_inputs", fail)
+    with pytest.raises(ValueError, match="nothing was measured: failed: RuntimeError: no memory left"):
+        measure_decode(DecodeSettings(**SMALL))

@@ -32,13 +32,29 @@ def test_each_has_a_process_of_its_own(tmp_path):
 
 
 def test_ratios_of_increments(monkeypatch):
-    peaks = {"ls": Peaks(10, 15, 1, 7), "mhsa": Peaks(10, 30, 4, 7), "gpt2": Peaks(20, 30, 4, 8)}
+    peaks = {
+        "ls": Peaks(10, 15, 1, 7, True),
+        "mhsa": Peaks(10, 30, 4, 7, True),
+        "gpt2": Peaks(20, 30, 4, 8, False),
+    }
     monkeypatch.setattr(inference_memory, "_peaks_of_process", lambda _settings, name, _length: peaks[name])
-    rows = measure_memory(MemorySettings(**SMALL)).rows
+    results = measure_memory(MemorySettings(**SMALL))
+    rows = results.rows
     assert [row.increment_bytes for row in rows] == [5, 20, 10]
     assert [row.increment_by_mhsa for row in rows] == [0.25, 1, 0.5]
     assert [row.increment_by_gpt2 for row in rows] == [0.5, 2, 1]
     assert [row.parameters for row in rows] == [7, 7, 8]
+    (remark,) = results.skipped
+    assert remark.provider == "gpt2"
+    assert "hides of the rise, since /proc/self/clear_refs cannot be written" in remark.text
+
+
+def test_a_peak_that_cannot_be_forgotten_is_noticed(monkeypatch, tmp_path):
+    settings = MemorySettings(lengths=(64,), providers=("ls",), threads=1)
+    monkeypatch.setattr(inference_memory, "_CLEAR", tmp_path / "clear_refs")
+    assert peaks_of(settings).forgotten
+    monkeypatch.setattr(inference_memory, "_CLEAR", tmp_path)
+    assert not peaks_of(settings).forgotten
 
 
 def test_the_peak_is_that_of_the_prompt_alone():
@@ -66,7 +82,7 @@ def test_a_process_that_fails_is_told(monkeypatch):
 
 
 def test_what_does_not_fit_is_not_tried(monkeypatch):
-    monkeypatch.setattr(inference_memory, "_peaks_of_process", lambda *_: Peaks(1, 2, 1, 1))
+    monkeypatch.setattr(inference_memory, "_peaks_of_process", lambda *_: Peaks(1, 2, 1, 1, True))
     shown: list[str] = []
     settings = MemorySettings(lengths=(65_536,), providers=("ls", "mistral"), max_memory_gib=8)
     results = measure_memory(settings, show=shown.append)

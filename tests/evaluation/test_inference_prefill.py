@@ -1,4 +1,5 @@
 import csv
+import weakref
 from dataclasses import fields
 from itertools import chain
 
@@ -7,7 +8,7 @@ import torch
 
 from longshort.evaluation import inference_prefill
 from longshort.evaluation.inference_prefill import PrefillRow, amdahl_bound, measure_prefill
-from longshort.evaluation.inference_providers import PROVIDERS
+from longshort.evaluation.inference_providers import PROVIDERS, Provider
 from longshort.evaluation.inference_settings import PrefillSettings
 from longshort.layout import HeadLayout
 
@@ -55,8 +56,8 @@ def test_rows_and_columns(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prefill.csv", "prefill.png"]
     told = "\n".join(shown)
     assert "\n32 tokens, batch 2, float32, 1 thread" in told
-    assert "  ls against mhsa: Amdahl's bound is " in told
-    assert "  hybrid against gpt2: Amdahl's bound is " in told
+    assert "  ls against mhsa: Amdahl's bound, at mhsa's own rate (longshort's kernels), is " in told
+    assert "  hybrid against gpt2: Amdahl's bound, at gpt2's own rate (SDPA), is " in told
 
 
 def test_the_columns_follow_from_the_times(monkeypatch):
@@ -124,3 +125,46 @@ def test_files_are_not_overwritten_unasked(tmp_path):
     with pytest.raises(FileExistsError, match=r"prefill\.png exists; --overwrite replaces it"):
         measure_prefill(PrefillSettings(**SMALL, out=tmp_path / "prefill.csv"))
     assert old.read_text() == "precious"
+
+
+def test_one_group_is_gone_when_the_next_is_built(monkeypatch):
+    alive: dict[str, list[str]] = {}
+    models: dict[str, weakref.ref] = {}
+    build = Provider.build
+
+    def spy(provider, device, dtype):
+        alive[provider.name] = [name for name, model in models.items() if model() is not None]
+        model = build(provider, device, dtype)
+        models[provider.name] = weakref.ref(model)
+        return model
+
+    monkeypatch.setattr(Provider, "build", spy)
+    monkeypatch.setattr(inference_prefill, "groups_in_memory", lambda *_: [["gpt2"], ["ls"]])
+    measure_prefill(PrefillSettings(**SMALL, providers=("gpt2", "ls")))
+    assert alive == {"gpt2": [], "ls": []}
+
+
+@pytest.mark.parametrize("part", ["build", "attend"])
+def test_a_provider_that_fails_before_its_turn_is_told(monkeypatch, part):
+    method = getattr(Provider, part)
+
+    def fail(provider, *args, **options):
+        if provider.name == "mhsa":
+            raise RuntimeError("no memory left")
+        return method(provider, *args, **options)
+
+    monkeypatch.setattr(Provider, part, fail)
+    results = measure_prefill(PrefillSettings(**SMALL, providers=("ls", "mhsa", "gpt2")))
+    assert {row.provider for row in results.rows} == {"ls", "gpt2"}
+    assert {(remark.provider, remark.text) for remark in results.skipped} == {
+        ("mhsa", "failed: RuntimeError: no memory left")
+    }
+
+
+def test_inputs_that_fail_are_told_of_every_provider(monkeypatch):
+    def fail(*_args):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(inference_prefill, "_inputs", fail)
+    with pytest.raises(ValueError, match="nothing was measured: failed: RuntimeError: no memory left"):
+        measure_prefill(PrefillSettings(**SMALL))

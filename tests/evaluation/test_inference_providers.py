@@ -4,16 +4,16 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GPT2LMHeadModel
 
 from longshort.evaluation.attention_providers import UnsuitableError, visible_pairs
+from longshort.evaluation.generation import cache_bytes
 from longshort.evaluation.inference_providers import (
     PROVIDERS,
     bytes_of_weights_read,
-    cache_bytes,
     local_windows,
     prepare_provider,
 )
 from longshort.huggingface import SplitCache
 from longshort.layout import HeadLayout
-from longshort.model import LongShortConfig, kv_bytes, preset
+from longshort.model import LongShortConfig, kv_bytes, prefill_limit, preset
 
 CPU = torch.device("cpu")
 CONFIG = preset("tiny", local_window=6, num_global_heads=2, max_position_embeddings=64)
@@ -157,9 +157,18 @@ def test_bytes():
 def test_only_a_mask_makes_working_memory_quadratic():
     for name in PROVIDERS:
         provider = prepare_provider(name, CONFIG)
-        short, long = (provider.working_bytes(length, 1, torch.float32) for length in (1000, 2000))
-        mask = 5 * 1000**2 if name == "mistral" else 0
-        assert long - 2 * short == 2 * mask
+        short, long = (provider.working_bytes(length, 1, torch.float32, CPU) for length in (1000, 2000))
+        mask = 1000**2 if name == "mistral" else 0
+        assert long - 2 * short == 2 * 5 * mask
+        assert provider.mask_bytes(1000) == mask
+        assert provider.mask_bytes(6) == 0
+
+
+def test_long_prompts_take_a_chunk_and_their_embeddings():
+    provider, length = prepare_provider("ls", CONFIG), 10**6
+    for device in (CPU, torch.device("cuda")):
+        chunk = provider.working_bytes(length, 2, torch.bfloat16, device) - 3 * 2 * length * 64 * 2
+        assert chunk == prefill_limit(device.type)
 
 
 def test_weights_do_not_depend_on_the_generator():

@@ -1,8 +1,11 @@
+import weakref
+
 import pytest
 
 from longshort.evaluation.benchmarking import Remark
 from longshort.evaluation.inference_results import (
     Models,
+    failures_told,
     groups_in_memory,
     median_ratio,
     run_rounds,
@@ -59,8 +62,10 @@ def test_providers_take_turns_after_a_round_that_warms_up():
     turns: list[tuple[str, bool]] = []
     skipped: list[Remark] = []
     fakes = {"ls": FakeTurn(turns, "ls"), "mhsa": FakeTurn(turns, "mhsa"), "gpt2": FakeTurn(turns, "gpt2", 5)}
-    left = run_rounds(fakes, 2, "here", skipped)
-    assert list(left) == ["ls", "mhsa"]
+    failing = weakref.ref(fakes["gpt2"])
+    run_rounds(fakes, 2, "here", skipped)
+    assert list(fakes) == ["ls", "mhsa"]
+    assert failing() is None  # nor what it keeps
     assert turns == [
         ("ls", False), ("mhsa", False), ("gpt2", False),
         ("ls", True), ("mhsa", True), ("ls", True), ("mhsa", True),
@@ -71,11 +76,19 @@ def test_providers_take_turns_after_a_round_that_warms_up():
 def test_models_are_kept_while_they_are_wanted():
     providers = suitable_providers(SETTINGS, "here", [])
     models = Models(SETTINGS)
-    first = models.of(providers, ["ls", "mhsa"])
-    second = models.of(providers, ["gpt2", "ls"])
-    assert list(second) == ["gpt2", "ls"]
-    assert second["ls"] is first["ls"]
-    assert models.of(providers, ["mhsa"])["mhsa"] is not first["mhsa"]
+    ls, mhsa = models.of(providers["ls"]), weakref.ref(models.of(providers["mhsa"]))
+    models.keep(["gpt2", "ls"])
+    assert mhsa() is None
+    assert models.of(providers["ls"]) is ls
+
+
+def test_only_failures_of_the_run_become_remarks():
+    skipped: list[Remark] = []
+    with failures_told(["ls", "mhsa"], "here", skipped):
+        raise RuntimeError("no memory left")
+    assert skipped == [Remark(n, "here", "failed: RuntimeError: no memory left") for n in ("ls", "mhsa")]
+    with pytest.raises(ValueError, match="else"), failures_told(["ls"], "here", skipped):
+        raise ValueError("else")
 
 
 def test_ratios_are_paired_by_round():

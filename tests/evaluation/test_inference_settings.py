@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -48,13 +50,14 @@ def test_memory_limits(monkeypatch):
         ({"lengths": ()}, "--lengths must name at least one, got none"),
         ({"lengths": (0,)}, "--lengths must be an integer >= 1, got 0"),
         ({"max_length": 0}, "--max-length must be an integer >= 1, got 0"),
-        ({"max_length": 511}, "--max-length must leave at least one length, got 511"),
+        ({"max_length": 511}, "--max-length must be at least the shortest length, 512, got 511"),
         ({"batch": 0}, "--batch must be an integer >= 1, got 0"),
         ({"layers": 0}, "--layers must be an integer >= 1, got 0"),
         ({"threads": 0}, "--threads must be an integer >= 1, got 0"),
         ({"window": 0}, "--window must be an integer >= 1, got 0"),
         ({"global_heads": -1}, "--global-heads must be an integer >= 0, got -1"),
-        ({"global_heads": 13}, "num_global_heads .* at most num_attention_heads = 12, got 13"),
+        ({"max_length": 9, "lengths": (64, 32)}, "--max-length .* the shortest length, 32, got 9"),
+        ({"global_heads": 13}, "--global-heads must be .* at most all 12 heads, got 13"),
         ({"tokens": 0}, "--tokens must be an integer >= 1, got 0"),
         ({"rounds": 0}, "--rounds must be an integer >= 1, got 0"),
         ({"max_memory_gib": 0.0}, "--max-memory-gib must be a number > 0, got 0.0"),
@@ -77,8 +80,41 @@ def test_rounds_of_the_prefill_are_checked():
         PrefillSettings(rounds=0)
 
 
-def test_a_model_without_cache_is_refused(tmp_path):
-    shape = tmp_path / "shape.json"
-    shape.write_text('{"preset": "tiny", "short_convolution": 3}')
-    with pytest.raises(ValueError, match="--preset must have no short_convolution"):
-        PrefillSettings(preset=str(shape))
+def test_the_shortest_length_of_memory_is_named():
+    with pytest.raises(ValueError, match="the shortest length, 16384, got 8192"):
+        MemorySettings(max_length=8192)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"short_convolution": 3}, "no short_convolution"),
+        ({"softcap": 9.0}, "no softcap: attention alone"),
+        ({"sink_logits": True}, "no sink_logits"),
+        ({"position_embedding": "alibi"}, "no ALiBi positions"),
+        ({"position_embedding": "rope", "global_position_embedding": "alibi"}, "no ALiBi positions"),
+        ({"attention_precision": "fp32"}, "no attention_precision but 'input'"),
+    ],
+    ids=str,
+)
+def test_models_whose_attention_is_another_are_refused(tmp_path, fields, message):
+    with pytest.raises(ValueError, match="--preset must have " + message):
+        PrefillSettings(preset=shape(tmp_path, fields))
+
+
+def test_flags_that_do_not_fit_the_preset_are_named(tmp_path):
+    layouts = shape(tmp_path, {"layouts": [[3, 3, None, None]] * 2})
+    assert PrefillSettings(preset=layouts).config().layouts is not None
+    with pytest.raises(ValueError, match=r"--global-heads and the layouts of --preset .* together, got 1"):
+        PrefillSettings(preset=layouts, global_heads=1)
+    with pytest.raises(ValueError, match=r"--window and the layouts of --preset .* together, got 1"):
+        PrefillSettings(preset=layouts, window=1)
+    grouped = shape(tmp_path, {"num_key_value_heads": 2})
+    with pytest.raises(ValueError, match=r"--global-heads must be a multiple of the 2 query heads .*, got 1"):
+        PrefillSettings(preset=grouped, global_heads=1)
+
+
+def shape(folder, fields):
+    file = folder / "shape.json"
+    file.write_text(json.dumps({"preset": "tiny", **fields}))
+    return str(file)

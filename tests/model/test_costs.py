@@ -8,7 +8,15 @@ from tests.model.models import SHAPES, make_config, make_ids, make_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from longshort.layout import HeadLayout
-from longshort.model import decode_flops, forward_flops, kv_bytes, parameter_count, preset, training_flops
+from longshort.model import (
+    decode_flops,
+    forward_flops,
+    kv_bytes,
+    parameter_count,
+    prefill_flops,
+    preset,
+    training_flops,
+)
 
 
 def test_flops_counted_by_hand() -> None:
@@ -84,3 +92,11 @@ def test_wrong_length_is_refused(length: object) -> None:
             count(config, length)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="length must be an integer >= 0"):
         kv_bytes(config, length, torch.float32)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_prompt_has_logits_for_its_last_token_alone() -> None:
+    config = preset("tiny")
+    prompt, whole = prefill_flops(config, 100), forward_flops(config, 100)
+    assert (prompt.matrices, prompt.attention) == (whole.matrices, whole.attention)
+    assert prompt.lm_head == forward_flops(config, 1).lm_head == whole.lm_head // 100
+    assert prefill_flops(config, 0).total == 0

@@ -41,6 +41,7 @@ def planted(trial):
         "pairs": {"LS": 1, "MHSA": 10, GPT2: 10},
         "timing": {
             "seconds": {"LS": [0.5, 0.51], "MHSA": [1.0, 1.1], GPT2: [1.2, 1.2]},
+            "device": "cpu, 1 threads",
             "attention_seconds": {"LS": [0.1, 0.1], "MHSA": [0.7, 0.7], GPT2: [0.8, 0.8]},
         },
     }

@@ -26,19 +26,19 @@ def parse_bytes(name: str, text: str) -> int:
 
 def format_bytes(size: int) -> str:
     """Three digits and a binary unit."""
-    value, unit = float(size), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1000:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.3g} {unit}"
+    return _three_digits(size, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def format_count(count: int) -> str:
     """Three digits and a metric unit."""
-    value, unit = float(count), ""
-    for larger in ("k", "M", "G", "T", "P"):
-        if value < 1000:
+    return _three_digits(count, 1000, ("", "k", "M", "G", "T", "P")).rstrip()
+
+
+def _three_digits(size: int, step: int, units: tuple[str, ...]) -> str:
+    """In the first unit that takes three digits; as many as it takes in the last."""
+    value, unit = float(size), units[0]
+    for larger in units[1:]:
+        if value < 999.5:  # which rounds to four
             break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}".rstrip()
+        value, unit = value / step, larger
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"

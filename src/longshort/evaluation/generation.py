@@ -173,7 +173,7 @@ def _generate_tokens(
         assert logits is not None  # the prompt has at least the end-of-text token
         token = choose(logits.float())
         statistics.add(perf_counter() - started)
-        statistics.cache_bytes = _cache_bytes(cache)
+        statistics.cache_bytes = cache_bytes(cache)
         if token == end_of_text:
             return
         yield token
@@ -197,7 +197,8 @@ def _new_cache(model: PreTrainedModel) -> Cache | None:
     return DynamicCache() if new_cache is None else new_cache()
 
 
-def _cache_bytes(cache: Cache | None) -> int:
+def cache_bytes(cache: Cache | None) -> int:
+    """Bytes of the keys and values in a cache; 0 without one."""
     if cache is None:
         return 0
     if isinstance(cache, SplitCache):

@@ -10,7 +10,7 @@ transformers' caches are its own: `DynamicCache` makes a copy of itself for each
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from longshort.evaluation.benchmarking import five_digits
+from longshort.evaluation.generation import cache_bytes
 from longshort.evaluation.inference_plot import plot_inference
-from longshort.evaluation.inference_providers import bytes_of_weights_read, cache_bytes
+from longshort.evaluation.inference_providers import bytes_of_weights_read
 from longshort.evaluation.inference_results import (
     Column,
     InferenceResults,
@@ -27,6 +28,7 @@ from longshort.evaluation.inference_results import (
     Row,
     as_table,
     common_columns,
+    failures_told,
     groups_in_memory,
     measure_sweep,
     median_ratio,
@@ -77,7 +79,7 @@ class DecodeRow(Row):
     cache_bytes: int
     bytes_read: int
     gigabytes_per_second: float
-    floor_ratio: float | None
+    floor_ratio: float | None = None
     attention_microseconds: float | None
     attention_speedup_over_mhsa: float | None
     tokens: int
@@ -130,19 +132,35 @@ def _measure_length(
     def need(names: Sequence[str]) -> float:
         return sum(taken[name] for name in names)
 
-    measured: list[dict[str, _Decoder]] = []
-    for group in groups_in_memory(providers, need, limits, setting, skipped):
-        decoders = _prepare(settings, length, providers, models, group)
-        decoders = run_rounds(decoders, settings.rounds, setting, skipped)
-        for decoder in decoders.values():
-            decoder.cache = None  # room for the next group's
-        measured.append(decoders)
-    reads = {name: decoder.bytes_read for decoders in measured for name, decoder in decoders.items()}
-    return [
-        _row(settings, length, name, decoders, reads.get("mhsa"))
-        for decoders in measured
-        for name in decoders
+    rows = [
+        row
+        for group in groups_in_memory(providers, need, limits, setting, skipped)
+        for row in _measure_group(settings, length, [providers[name] for name in group], models, skipped)
     ]
+    mhsa = next((row.bytes_read for row in rows if row.provider == "mhsa"), None)
+    if mhsa is None:
+        return rows
+    return [replace(row, floor_ratio=five_digits(mhsa / row.bytes_read)) for row in rows]
+
+
+def _measure_group(
+    settings: DecodeSettings,
+    length: int,
+    group: Sequence[Provider],
+    models: Models,
+    skipped: list[Remark],
+) -> list[DecodeRow]:
+    """The rows alone stay: the next group needs the room. `floor_ratio` is still to come."""
+    setting, names = settings.describe(length), [provider.name for provider in group]
+    models.keep(names)
+    decoders: dict[str, _Decoder] = {}
+    with failures_told(names, setting, skipped):
+        inputs = _inputs(settings)
+        for provider in group:
+            with failures_told([provider.name], setting, skipped):
+                decoders[provider.name] = _decoder(settings, length, provider, models.of(provider), inputs)
+    run_rounds(decoders, settings.rounds, setting, skipped)
+    return [_row(settings, length, name, decoders) for name in decoders]
 
 
 @dataclass
@@ -156,7 +174,7 @@ class _Decoder:
     """
 
     model: PreTrainedModel
-    cache: Cache | None
+    cache: Cache
     token: Tensor
     qkv: tuple[Tensor, Tensor, Tensor]
     tokens: int
@@ -184,13 +202,8 @@ class _Decoder:
                 self.attention.append(seconds)
 
 
-def _prepare(
-    settings: DecodeSettings,
-    length: int,
-    providers: Mapping[str, Provider],
-    models: Models,
-    group: Sequence[str],
-) -> dict[str, _Decoder]:
+def _inputs(settings: DecodeSettings) -> tuple[torch.Generator, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The generator of the caches, a token, and what attention alone gets: the same for all."""
     device, dtype, batch = settings.torch_device, settings.torch_dtype, settings.batch
     generator = torch.Generator(device).manual_seed(0)
     config = settings.config()
@@ -202,22 +215,29 @@ def _prepare(
         )
 
     kv_heads = config.num_key_value_heads
-    qkv = random(config.num_attention_heads), random(kv_heads), random(kv_heads)
-    decoders = {}
-    for name, model in models.of(providers, group).items():
-        cache = providers[name].filled_cache(model, batch, length, settings.room, generator)
-        size = cache_bytes(cache)
-        decoders[name] = _Decoder(
-            model=model,
-            cache=cache,
-            token=token,
-            qkv=qkv,
-            tokens=settings.tokens,
-            cache_bytes=size,
-            bytes_read=bytes_of_weights_read(model) + size,
-            parameters=model.num_parameters(),
-        )
-    return decoders
+    return generator, token, (random(config.num_attention_heads), random(kv_heads), random(kv_heads))
+
+
+def _decoder(
+    settings: DecodeSettings,
+    length: int,
+    provider: Provider,
+    model: PreTrainedModel,
+    inputs: tuple[torch.Generator, Tensor, tuple[Tensor, Tensor, Tensor]],
+) -> _Decoder:
+    generator, token, qkv = inputs
+    cache = provider.filled_cache(model, settings.batch, length, settings.room, generator)
+    size = cache_bytes(cache)
+    return _Decoder(
+        model=model,
+        cache=cache,
+        token=token,
+        qkv=qkv,
+        tokens=settings.tokens,
+        cache_bytes=size,
+        bytes_read=bytes_of_weights_read(model) + size,
+        parameters=model.num_parameters(),
+    )
 
 
 def _row(
@@ -225,7 +245,6 @@ def _row(
     length: int,
     name: str,
     decoders: Mapping[str, _Decoder],
-    bytes_read_by_mhsa: int | None,
 ) -> DecodeRow:
     own = decoders[name]
     totals = {other: [sum(steps) for steps in decoder.steps] for other, decoder in decoders.items()}
@@ -244,7 +263,6 @@ def _row(
         cache_bytes=own.cache_bytes,
         bytes_read=own.bytes_read,
         gigabytes_per_second=five_digits(own.bytes_read / median / 1e6),
-        floor_ratio=None if bytes_read_by_mhsa is None else five_digits(bytes_read_by_mhsa / own.bytes_read),
         attention_microseconds=attention,
         attention_speedup_over_mhsa=median_ratio(baseline, own.attention),
         tokens=settings.tokens,

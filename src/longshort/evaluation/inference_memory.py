@@ -11,7 +11,6 @@ import json
 import resource
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from longshort.evaluation.benchmarking import Remark, five_digits
+from longshort.evaluation.generation import cache_bytes
 from longshort.evaluation.inference_plot import plot_inference
-from longshort.evaluation.inference_providers import cache_bytes, prepare_provider
+from longshort.evaluation.inference_providers import prepare_provider
 from longshort.evaluation.inference_results import (
     Column,
     InferenceResults,
@@ -61,12 +61,13 @@ class MemoryRow(Row):
 
 
 class Peaks(NamedTuple):
-    """Bytes that the process of one provider and length tells."""
+    """Bytes that the process of one provider and length tells; and whether an older peak was forgotten."""
 
     before: int
     after: int
     cache: int
     parameters: int
+    forgotten: bool
 
 
 _COLUMNS = (
@@ -103,11 +104,11 @@ def peaks_of(settings: MemorySettings) -> Peaks:
     tokens = torch.randint(settings.config().vocab_size, shape, generator=generator, device=device)
     with torch.no_grad():
         model(tokens[:, :_SHORT_PROMPT], use_cache=True, logits_to_keep=1)
-        _forget_peak(device)
+        forgotten = _forget_peak(device)
         before = _peak(device)
         out = model(tokens, use_cache=True, logits_to_keep=1)
         after = _peak(device)
-    return Peaks(before, after, cache_bytes(out.past_key_values), model.num_parameters())
+    return Peaks(before, after, cache_bytes(out.past_key_values), model.num_parameters(), forgotten)
 
 
 def _measure_length(settings: MemorySettings, length: int, skipped: list[Remark]) -> list[MemoryRow]:
@@ -116,7 +117,7 @@ def _measure_length(settings: MemorySettings, length: int, skipped: list[Remark]
     need = {
         name: provider.weight_bytes(settings.torch_dtype)
         + provider.kv_bytes(*sizes)
-        + provider.working_bytes(*sizes)
+        + provider.working_bytes(*sizes, settings.torch_device)
         for name, provider in providers.items()
     }
     _, alone = settings.memory_limits()
@@ -133,6 +134,10 @@ def _measure_length(settings: MemorySettings, length: int, skipped: list[Remark]
             peaks[name] = _peaks_of_process(settings, name, length)
         except ChildProcessError as error:
             skipped.append(Remark(name, setting, str(error)))
+            continue
+        if not peaks[name].forgotten:
+            text = f"what an older, higher peak hides of the rise, since {_CLEAR} cannot be written"
+            skipped.append(Remark(name, setting, text))
     rises = {name: found.after - found.before for name, found in peaks.items()}
 
     def share(name: str, reference: str) -> float | None:
@@ -166,13 +171,16 @@ def _peaks_of_process(settings: MemorySettings, name: str, length: int) -> Peaks
     return Peaks(**json.loads(result.stdout))
 
 
-def _forget_peak(device: torch.device) -> None:
-    """Let the peak be what is in memory now, where the system lets us."""
+def _forget_peak(device: torch.device) -> bool:
+    """Let the peak be what is in memory now; whether the system lets us."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):  # without it an older, higher peak hides a part of the rise
+        return True
+    try:
         _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _peak(device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """Language models with random weights, of equal size, made ready to be timed against each other.
 
-- `ls`: `LongShortForCausalLM`; `mhsa`: the same with every head global.
+- `ls`: `LongShortForCausalLM`; `mhsa`: the same with every head global. Both run longshort's own kernels.
 - `hybrid`: the same with whole layers local or global, as Gemma 3 has them: as many global heads in the model
   as `ls` has, so that attention costs as much. The last layer of each period is the global one.
 - `gpt2`: transformers' `GPT2LMHeadModel` with SDPA and exact GELU. Its projections have biases.
@@ -31,7 +31,7 @@ from longshort.attention import attention
 from longshort.evaluation.attention_providers import UnsuitableError, visible_pairs
 from longshort.huggingface import SplitCache
 from longshort.layout import HeadLayout
-from longshort.model import LongShortConfig, LongShortForCausalLM, LongShortModel
+from longshort.model import LongShortConfig, LongShortForCausalLM, hybrid_layers, prefill_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,14 +84,20 @@ class Provider:
         """Bytes of keys and values after `length` tokens that decoding needs."""
         return batch * sum(layout.kv_bytes(length, self.head_dim, dtype) for layout in self.layouts)
 
-    def working_bytes(self, length: int, batch: int, dtype: torch.dtype) -> int:
-        """About what a prefill takes at its peak beside weights and cache: an MLP, and a mask if any."""
-        activations = 2 * self.intermediate_size + 6 * self.config.hidden_size
-        working = batch * length * dtype.itemsize * activations
+    def mask_bytes(self, length: int) -> int:
+        """Bytes of the booleans that say what a query sees, if the provider needs them."""
+        windows = () if self.is_ours else self.layouts[0].windows
+        return length**2 * any(window is not None and window < length for window in windows)
+
+    def working_bytes(self, length: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
+        """About what a prefill takes at its peak beside weights and cache: an MLP, and a mask if any; in
+        chunks the whole prompt's embeddings beside one of them."""
+        hidden = self.config.hidden_size
+        per_value = batch * length * dtype.itemsize
+        working = per_value * (2 * self.intermediate_size + 6 * hidden)
         if self.is_ours:
-            return min(working, LongShortModel.prefill_bytes)
-        masked = any(window is not None and window < length for window in self.layouts[0].windows)
-        return working + (1 + dtype.itemsize) * length**2 * masked  # SDPA makes numbers of the booleans
+            return min(working, prefill_limit(device.type)) + 3 * per_value * hidden
+        return working + (1 + dtype.itemsize) * self.mask_bytes(length)  # SDPA makes numbers of the booleans
 
     def attend(self, layout: HeadLayout, length: int, device: torch.device) -> Attend:
         """How a layer with such heads attends, q, k, v -> out; a mask is made here, on the device."""
@@ -128,14 +134,6 @@ class Provider:
             for index in range(len(self.layouts)):
                 cache.update(k, v, index)
         return cache
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values in a cache."""
-    if isinstance(cache, SplitCache):
-        return cache.nbytes_used
-    keys_and_values = ((layer.keys, layer.values) for layer in cache.layers)  # pyright: ignore[reportAttributeAccessIssue]
-    return sum(x.nbytes for pair in keys_and_values for x in pair if x is not None)
 
 
 def bytes_of_weights_read(model: PreTrainedModel) -> int:
@@ -184,8 +182,8 @@ def _hybrid(name: str, config: LongShortConfig) -> Provider:
             f"{global_heads} global heads in {len(layouts)} layers are no whole number of layers with "
             f"{heads} heads each: choose --layers or --global-heads"
         )
-    full, layers = global_heads // heads, len(layouts)
-    per_layer = [heads * ((i + 1) * full // layers - i * full // layers) for i in range(layers)]
+    whole = hybrid_layers(global_heads // heads, len(layouts))
+    per_layer = [heads if layer in whole else 0 for layer in range(len(layouts))]
     return _ours(name, _with_heads(config, per_layer, _one_window(config) or 1))
 
 
@@ -270,4 +268,5 @@ PROVIDERS: dict[str, Callable[[str, LongShortConfig], Provider]] = {
     "gpt2": _gpt2,
     "mistral": _mistral,
 }
-"""By name what describes each provider."""
+"""By name what describes each provider. Attention of `ls`, `mhsa` and `hybrid` is by longshort's own kernels,
+of `gpt2` and `mistral` by PyTorch's SDPA."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -25,7 +25,7 @@ from longshort.evaluation.benchmarking import (
 from longshort.evaluation.inference_providers import local_windows, prepare_provider
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -104,7 +104,7 @@ class InferenceResults(Generic[AnyRow]):
 
     Attributes:
         rows: what was measured.
-        skipped: why the others were not, a remark for each provider at a length.
+        skipped: why the others, or a part, were not: remarks on a provider at a length.
     """
 
     rows: list[AnyRow]
@@ -240,15 +240,17 @@ class Models:
         self._settings = settings
         self._built: dict[str, PreTrainedModel] = {}
 
-    def of(self, providers: Mapping[str, Provider], names: Sequence[str]) -> dict[str, PreTrainedModel]:
-        """The models of these names; the others are given up."""
+    def keep(self, names: Sequence[str]) -> None:
+        """Give up the models of other names."""
         self._built = {name: model for name, model in self._built.items() if name in names}
         gc.collect()
-        for name in names:
-            if name not in self._built:
-                built = providers[name].build(self._settings.torch_device, self._settings.torch_dtype)
-                self._built[name] = built
-        return {name: self._built[name] for name in names}
+
+    def of(self, provider: Provider) -> PreTrainedModel:
+        """Its model, built unless it was kept."""
+        if provider.name not in self._built:
+            built = provider.build(self._settings.torch_device, self._settings.torch_dtype)
+            self._built[provider.name] = built
+        return self._built[provider.name]
 
 
 def groups_in_memory(
@@ -283,28 +285,29 @@ class Turn(Protocol):
         ...
 
 
-def run_rounds(
-    turns: Mapping[str, AnyTurn], rounds: int, setting: str, skipped: list[Remark]
-) -> dict[str, AnyTurn]:
+@contextmanager
+def failures_told(names: Iterable[str], setting: str, skipped: list[Remark]) -> Iterator[None]:
+    """Makes of a RuntimeError, with which torch also says that memory is out, a remark on these providers."""
+    try:
+        yield
+    except RuntimeError as error:
+        skipped.extend(Remark(name, setting, f"failed: {first_line(error)}") for name in names)
+
+
+def run_rounds(turns: dict[str, AnyTurn], rounds: int, setting: str, skipped: list[Remark]) -> None:
     """One round that warms up, and those that count; in each all providers take their turn.
 
     Args:
-        turns: by provider.
+        turns: by provider; those that fail are taken out, so that their memory is free for the others.
         rounds: that count.
         setting, skipped: for remarks on providers that fail, as without memory.
-
-    Returns:
-        Those that did not fail.
     """
-    left = dict(turns)
     for number in range(rounds + 1):
-        for name, turn in list(left.items()):
-            try:
-                turn.take_turn(counts=number > 0)
-            except RuntimeError as error:  # so torch also says that memory is out
-                skipped.append(Remark(name, setting, f"failed: {first_line(error)}"))
-                del left[name]
-    return left
+        for name in list(turns):
+            with failures_told([name], setting, skipped):
+                turns[name].take_turn(counts=number > 0)
+                continue
+            del turns[name]
 
 
 def wall_seconds(run: Callable[[], object], device: torch.device) -> float:

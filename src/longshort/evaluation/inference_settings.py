@@ -27,8 +27,8 @@ class InferenceSettings:
 
     providers: tuple[str, ...] = tuple(PROVIDERS)
     """ls, the model with local and global heads; mhsa, the same with every head global; hybrid, whole layers
-    local or global, at equal cost of attention; gpt2, transformers' GPT-2; mistral, transformers' Mistral,
-    which sees no further than its window."""
+    local or global, at equal cost of attention; all three on longshort's own kernels; on PyTorch's SDPA
+    gpt2, transformers' GPT-2, and mistral, transformers' Mistral, which sees no further than its window."""
 
     preset: str = "paper-base"
     """Shape of the models: tiny, paper-small, paper-base, paper-large, or a JSON file. Weights are random."""
@@ -84,13 +84,42 @@ class InferenceSettings:
         for length in require_any("--lengths", (1,) if self.lengths is None else self.lengths):
             require_integer("--lengths", length, minimum=1)
         if not self.sweep():
-            raise ValueError(f"--max-length must leave at least one length, got {self.max_length}")
+            shortest = _SHORTEST if self.lengths is None else min(self.lengths)
+            raise ValueError(
+                f"--max-length must be at least the shortest length, {shortest}, got {self.max_length}"
+            )
         if self.max_memory_gib is not None and not 0 < self.max_memory_gib < float("inf"):
             raise ValueError(f"--max-memory-gib must be a number > 0, got {self.max_memory_gib}")
         require_csv("--out", self.out)
+        self._check_layout(preset(self.preset))
         config = self.config()
         if config.short_convolution is not None:
             raise ValueError("--preset must have no short_convolution, which goes with no cache")
+        kinds = {kind for layer in config.head_position_embeddings() for kind in layer}
+        for name, is_given in (
+            ("softcap", config.softcap is not None),
+            ("sink_logits", config.sink_logits),
+            ("ALiBi positions", "alibi" in kinds),
+            ("attention_precision but 'input'", config.attention_precision != "input"),
+        ):
+            if is_given:
+                raise ValueError(f"--preset must have no {name}: attention alone is measured without it")
+
+    def _check_layout(self, shape: LongShortConfig) -> None:
+        """Raises unless the flags fit the preset's heads."""
+        if shape.layouts is not None:
+            for flag, value in (("--global-heads", self.global_heads), ("--window", self.window)):
+                if value is not None:
+                    raise ValueError(
+                        f"{flag} and the layouts of --preset {self.preset} do not go together, got {value}"
+                    )
+        heads = shape.num_attention_heads
+        group_size = heads // shape.num_key_value_heads
+        if self.global_heads is not None and (self.global_heads > heads or self.global_heads % group_size):
+            raise ValueError(
+                f"--global-heads must be a multiple of the {group_size} query heads that share a key/value "
+                f"head, and at most all {heads} heads, got {self.global_heads}"
+            )
 
     def sweep(self) -> list[int]:
         """Each length once, ascending."""
@@ -190,8 +219,8 @@ class MemorySettings(InferenceSettings):
 
     providers: tuple[str, ...] = ("ls", "mhsa", "gpt2")
     """ls, the model with local and global heads; mhsa, the same with every head global; hybrid, whole layers
-    local or global, at equal cost of attention; gpt2, transformers' GPT-2; mistral, transformers' Mistral,
-    which sees no further than its window."""
+    local or global, at equal cost of attention; all three on longshort's own kernels; on PyTorch's SDPA
+    gpt2, transformers' GPT-2, and mistral, transformers' Mistral, which sees no further than its window."""
 
     preset: str = "tiny"
     """Shape of the models: tiny, paper-small, paper-base, paper-large, or a JSON file. Weights are random."""

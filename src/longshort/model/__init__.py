@@ -9,6 +9,7 @@ from longshort.model.costs import (
     forward_flops,
     kv_bytes,
     parameter_count,
+    prefill_flops,
     training_flops,
 )
 from longshort.model.decoder import LongShortModel, LongShortPreTrainedModel, prefill_limit
@@ -35,6 +36,7 @@ __all__ = [
     "kv_bytes",
     "parameter_count",
     "plan_layouts",
+    "prefill_flops",
     "prefill_limit",
     "preset",
     "training_flops",

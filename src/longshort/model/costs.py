@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,6 +46,15 @@ def forward_flops(config: LongShortConfig, length: int) -> Flops:
     """
     require_integer("length", length, minimum=0)
     return _last_tokens_flops(config, length, length)
+
+
+def prefill_flops(config: LongShortConfig, length: int) -> Flops:
+    """Of reading a prompt of `length` tokens, one segment, logits for its last token.
+
+    Raises:
+        ValueError: length is no integer >= 0.
+    """
+    return replace(forward_flops(config, length), lm_head=forward_flops(config, min(length, 1)).lm_head)
 
 
 def decode_flops(config: LongShortConfig, length: int) -> Flops:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from longshort.layout import require_integer
 from longshort.model.config import LongShortConfig
-from longshort.model.costs import Flops, decode_flops, forward_flops, kv_bytes, parameter_count
+from longshort.model.costs import Flops, decode_flops, kv_bytes, parameter_count, prefill_flops
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LONGEST = 2**48  # tokens; memory for more is no longer a question of layouts
@@ -129,7 +129,7 @@ def plan_layouts(
             name=name,
             config=candidate,
             cache_bytes=cache,
-            prefill=replace(forward_flops(candidate, length), lm_head=decode.lm_head).times(batch),
+            prefill=prefill_flops(candidate, length).times(batch),
             decode=decode.times(batch),
             decode_bytes=read * dtype.itemsize + cache,
             longest=None if free is None else _longest(candidate, free // batch, dtype),
