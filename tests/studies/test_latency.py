@@ -52,7 +52,7 @@ def test_the_saving_is_told_by_length(tmp_path):
     assert outcomes(found) == {SAVING.id: "shown"}
     assert "n = 8,192: 52%" in found.verdicts[0].evidence
     section = found.sections[0]
-    assert section.figures[0].file.is_file()
+    assert section.figures[0].file.is_file() and section.table is not None
     # MHSA: 0.7 · (1 - 1/10) of 1.05; GPT-2: 0.8 · 0.9 of 1.2
     assert section.table.rows[0][4:] == ("52%", "60%", "58%", "60%", "50%")
 

@@ -62,8 +62,8 @@ class GenerateFlags:
     """Of the sampling, for each prompt anew."""
 
     prefill_chunk: int | None = None
-    """Read so many tokens of the prompt at a time: less memory, the same text. None: as many as fit into half
-    a GiB of activations."""
+    """Read so many tokens of the prompt at a time: less memory, the same text. None: as many as fit into 32
+    MiB of activations on a CPU, 512 MiB elsewhere."""
 
     json: bool = False
     """Print a JSON object for each prompt when its text is done, and no text before."""

@@ -90,13 +90,11 @@ class Provider:
         return length**2 * any(window is not None and window < length for window in windows)
 
     def working_bytes(self, length: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
-        """About what a prefill takes at its peak beside weights and cache: an MLP, and a mask if any; in
-        chunks the whole prompt's embeddings beside one of them."""
-        hidden = self.config.hidden_size
-        per_value = batch * length * dtype.itemsize
-        working = per_value * (2 * self.intermediate_size + 6 * hidden)
+        """About what a prefill takes at its peak beside weights and cache: an MLP, and a mask if any."""
+        widths = 2 * self.intermediate_size + 6 * self.config.hidden_size
+        working = batch * length * dtype.itemsize * widths
         if self.is_ours:
-            return min(working, prefill_limit(device.type)) + 3 * per_value * hidden
+            return min(working, prefill_limit(device.type))
         return working + (1 + dtype.itemsize) * self.mask_bytes(length)  # SDPA makes numbers of the booleans
 
     def attend(self, layout: HeadLayout, length: int, device: torch.device) -> Attend:

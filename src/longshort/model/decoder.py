@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -151,11 +152,13 @@ class LongShortModel(LongShortPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        states_to_keep: int = 0,
     ) -> BaseModelOutputWithPast:
         """The hidden states after the last block and the final norm.
 
         Arguments and errors are those of `LongShortForCausalLM.forward`; `hidden_states` of the output holds
-        the embeddings, what each block gives, and in place of the last of them the final hidden states.
+        the embeddings, what each block gives, and in place of the last of them the final hidden states. Of at
+        least the last `states_to_keep` positions hidden states are returned, of all for 0.
         """
         if output_attentions or self.config.output_attentions:
             raise ValueError(
@@ -164,26 +167,33 @@ class LongShortModel(LongShortPreTrainedModel):
             )
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        inputs_embeds = self._embedded(input_ids, inputs_embeds)
+        tokens = self._checked(input_ids, inputs_embeds)
         past_key_values = self._cache_to_use(past_key_values, use_cache)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        self._check_positions(position_ids, past, inputs_embeds)
+        self._check_positions(position_ids, past, tokens)
         segment_ids, position_ids = segments_and_positions(
-            attention_mask, position_ids, segment_ids, past, inputs_embeds
+            attention_mask, position_ids, segment_ids, past, tokens
         )
-        hidden_states = inputs_embeds
-        if self.embed_positions is not None:
-            hidden_states = hidden_states + self.embed_positions(position_ids)
+        q_len = tokens.shape[1]
         all_hidden_states = [] if output_hidden_states else None
-        chunk = None
+        chunk = max(1, q_len)
         if past_key_values is not None and not output_hidden_states and not torch.is_grad_enabled():
-            chunk = self._chunk_length(hidden_states, segment_ids)
-        if chunk is None or past_key_values is None:
+            chunk = self._chunk_length(tokens, segment_ids)
+        if chunk < q_len and isinstance(past_key_values, SplitCache):
+            past_key_values.expect(past + q_len)
+        kept = []
+        for start in range(0, max(1, q_len), chunk):
+            end = min(start + chunk, q_len)
             hidden_states = self._through_blocks(
-                hidden_states, segment_ids, position_ids, past_key_values, all_hidden_states
+                self._embedded(tokens[:, start:end], position_ids[:, start:end]),
+                None if segment_ids is None else segment_ids[:, : past + end],
+                position_ids[:, start:end],
+                past_key_values,
+                all_hidden_states,
             )
-        else:
-            hidden_states = self._in_chunks(chunk, hidden_states, segment_ids, position_ids, past_key_values)
+            if states_to_keep == 0 or end > q_len - states_to_keep:
+                kept.append(hidden_states)
+        hidden_states = kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
@@ -210,46 +220,29 @@ class LongShortModel(LongShortPreTrainedModel):
             all_hidden_states.append(hidden_states)
         return hidden_states
 
-    def _in_chunks(
-        self,
-        chunk: int,
-        hidden_states: Tensor,
-        segment_ids: Tensor | None,
-        position_ids: Tensor,
-        cache: Cache,
-    ) -> Tensor:
-        """The same, so many tokens at a time; each chunk takes the place of its embeddings."""
-        past, q_len = int(cache.get_seq_length()), hidden_states.shape[1]
-        if isinstance(cache, SplitCache):
-            cache.expect(past + q_len)
-        hidden_states = hidden_states.clone()
-        for start in range(0, q_len, chunk):
-            end = min(start + chunk, q_len)
-            hidden_states[:, start:end] = self._through_blocks(
-                hidden_states[:, start:end],
-                None if segment_ids is None else segment_ids[:, : past + end],
-                position_ids[:, start:end],
-                cache,
-            )
-        return hidden_states
-
-    def _chunk_length(self, hidden_states: Tensor, segment_ids: Tensor | None) -> int | None:
-        """Tokens whose activations take about `prefill_bytes`; None if all go at once, as they must where an
-        observer is to see all keys, or where the cache could not keep the sinks of packed sequences."""
+    def _chunk_length(self, tokens: Tensor, segment_ids: Tensor | None) -> int:
+        """Tokens that go through the layers at once: those whose activations take about `prefill_bytes`; all
+        where an observer is to see all keys, or where the cache could not keep the sinks of packed sequences.
+        """
+        batch, q_len = tokens.shape[:2]
         layers = [module for module in self.modules() if isinstance(module, LongShortAttention)]
         if any(layer.observer is not None for layer in layers):
-            return None
+            return max(1, q_len)
         if self.config.sink_tokens and segment_ids is not None and bool((segment_ids > 0).any()):
-            return None
-        batch, q_len, hidden_size = hidden_states.shape
-        per_token = (
-            batch * hidden_states.element_size() * (2 * self.config.intermediate_size + 6 * hidden_size)
-        )
-        limit = prefill_limit(hidden_states.device.type) if self.prefill_bytes is None else self.prefill_bytes
-        chunk = max(1, limit // max(1, per_token))
-        return chunk if chunk < q_len else None
+            return max(1, q_len)
+        weight = self.embed_tokens.weight
+        widths = 2 * self.config.intermediate_size + 6 * self.config.hidden_size
+        limit = prefill_limit(weight.device.type) if self.prefill_bytes is None else self.prefill_bytes
+        longest = max(1, limit // max(1, batch * widths * weight.element_size()))
+        chunks = math.ceil(q_len / longest)
+        return max(1, math.ceil(q_len / max(1, chunks)))  # of about equal length
 
-    def _embedded(self, input_ids: Any, inputs_embeds: Any) -> Tensor:
+    def _embedded(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """The embeddings of ids, or those given, with learned positions."""
+        embeddings = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
+        return embeddings if self.embed_positions is None else embeddings + self.embed_positions(position_ids)
+
+    def _checked(self, input_ids: Any, inputs_embeds: Any) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}")
@@ -269,7 +262,7 @@ class LongShortModel(LongShortPreTrainedModel):
             )
         if input_ids.device.type == "cpu":  # elsewhere looking at the values would wait for the device
             check_range("input_ids", input_ids, "vocab_size", self.embed_tokens.num_embeddings)
-        return self.embed_tokens(input_ids)
+        return input_ids
 
     def _cache_to_use(self, past_key_values: Any, use_cache: bool | None) -> Cache | None:
         if past_key_values is not None and not isinstance(past_key_values, Cache):
@@ -290,11 +283,11 @@ class LongShortModel(LongShortPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         return self.new_cache() if use_cache and past_key_values is None else past_key_values
 
-    def _check_positions(self, position_ids: Any, past: int, inputs_embeds: Tensor) -> None:
-        batch, q_len, _ = inputs_embeds.shape
+    def _check_positions(self, position_ids: Any, past: int, tokens: Tensor) -> None:
+        batch, q_len = tokens.shape[:2]
         limit = self.config.max_position_embeddings
         if position_ids is not None:
-            require_position_ids(position_ids, batch, q_len, inputs_embeds.device)
+            require_position_ids(position_ids, batch, q_len, tokens.device)
         if self.embed_positions is None:
             return
         if position_ids is not None:  # restarting ones may serve more tokens than there are positions

@@ -16,11 +16,12 @@ def segments_and_positions(
     position_ids: Tensor | None,
     segment_ids: Tensor | None,
     past: int,
-    inputs_embeds: Tensor,
+    tokens: Tensor,
 ) -> tuple[Tensor | None, Tensor]:
-    """Segment ids of all keys, None where nothing is padded or packed, and positions of the new tokens."""
-    batch, q_len, _ = inputs_embeds.shape
-    kv_len, device = past + q_len, inputs_embeds.device
+    """Segment ids of all keys, None where nothing is padded or packed, and positions of the new tokens, which
+    are ids or embeddings."""
+    batch, q_len = tokens.shape[:2]
+    kv_len, device = past + q_len, tokens.device
     told_by_positions = None if segment_ids is not None else position_ids
     from_mask = segment_ids_from(attention_mask, told_by_positions, batch, q_len, kv_len, device)
     if segment_ids is None:

@@ -156,6 +156,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            states_to_keep=max(0, logits_to_keep) if isinstance(logits_to_keep, int) else 0,
             return_dict=True,
         )
         hidden_states = outputs.last_hidden_state
