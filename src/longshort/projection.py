@@ -28,17 +28,14 @@ class Projection(nn.Linear):
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # compilers choose products of their own
+            return F.linear(x, self.weight)
         rows = math.prod(x.shape[:-1])
         if not 0 < rows <= _FEW or x.dtype != torch.float32 or x.device.type != "cpu":
             return F.linear(x, self.weight)
-        parts = math.gcd(self.out_features, _threads())
+        parts = math.gcd(self.out_features, torch.get_num_threads())
         if parts == 1 or self.weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return F.linear(x, self.weight)
         vectors = x.reshape(1, rows, self.in_features).expand(parts, rows, self.in_features)
         out = torch.bmm(vectors, self.weight.view(parts, -1, self.in_features).mT)
         return out.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
-
-
-@torch.compiler.assume_constant_result
-def _threads() -> int:
-    return torch.get_num_threads()
