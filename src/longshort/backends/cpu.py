@@ -21,6 +21,7 @@ from torch import Tensor
 
 from longshort.backends import operators
 from longshort.backends.call import AttentionCall, Output
+from longshort.layout import HeadLayout
 
 _kernels: Any = None
 _MISSING: str | None = None
@@ -89,10 +90,9 @@ def fma_peak() -> float | None:
 def attend(call: AttentionCall) -> Output:
     """Attention of all heads at once."""
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
-    of_kv_heads = call.layout.windows[:: call.layout.group_size]
     out, row_max, log_sum, max_logit, entropy = torch.ops.longshort.cpu_attention(
         call.q, call.k, call.v, call.alibi_slopes, call.segment_ids,
-        [_GLOBAL if window is None else min(window, _LONGEST) for window in of_kv_heads],
+        windows_of_kv_heads(call.layout),
         min(call.layout.sink_tokens, _LONGEST),
         call.causal, call.scale, call.softcap, call.out_dtype, call.with_stats, differentiable,
     )  # fmt: skip
@@ -101,6 +101,14 @@ def attend(call: AttentionCall) -> Output:
     # the gradient of log_sum is that of lse, for the row maximum counts as a constant
     lse = row_max.detach() + log_sum
     return Output(out, lse, max_logit.detach(), entropy.detach()) if call.with_stats else Output(out, lse)
+
+
+def windows_of_kv_heads(layout: HeadLayout) -> list[int]:
+    """The window of each key/value head as the kernels count it."""
+    return [
+        _GLOBAL if window is None else min(window, _LONGEST)
+        for window in layout.windows[:: layout.group_size]
+    ]
 
 
 def _forward(
@@ -238,10 +246,10 @@ def attend_cached(
     Args:
         q, k, v: of the new tokens; k and v in the dtype of the stores.
         stores: per group of heads that share a window what `describe_store` says, with room for the new
-        tokens.
+            tokens.
         firsts: per group the first position that is still in its store once the new ones are.
         group_of: per key/value head its group.
-        windows: per key/value head, -1 is global.
+        windows: what `windows_of_kv_heads` says.
         sink_tokens: so many first keys of a segment are sinks.
         length: positions before the new ones.
         scale, softcap, alibi_slopes, segment_ids: as of `AttentionCall`; the slopes in fp32.

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 _RECORDED = 1024
 """Most tokens that may be cropped again while recording; drafts are not longer."""
 
-_LONGEST = 2**30  # a window of more, as the kernels count positions
-
 
 class LayerCache:
     """Keys and values of one layer: for each window a ring of so many keys, for global heads a store of all.
@@ -58,8 +56,7 @@ class LayerCache:
         self._versions: list[int] | None = None
         self._descriptions: list[tuple[int, ...]] = []
         self._groups = [Group(group, layout) for group in layout.groups]
-        of_kv_heads = layout.windows[:: layout.group_size]
-        self._windows = [-1 if window is None else min(window, _LONGEST) for window in of_kv_heads]
+        self._windows = cpu.windows_of_kv_heads(layout)
         group_of = {head: i for i, group in enumerate(layout.groups) for head in group.kv_heads}
         self._group_of = [group_of[head] for head in range(layout.num_kv_heads)]
 

@@ -225,17 +225,19 @@ class LongShortModel(LongShortPreTrainedModel):
         where an observer is to see all keys, or where the cache could not keep the sinks of packed sequences.
         """
         batch, q_len = tokens.shape[:2]
-        layers = [module for module in self.modules() if isinstance(module, LongShortAttention)]
-        if any(layer.observer is not None for layer in layers):
-            return max(1, q_len)
-        if self.config.sink_tokens and segment_ids is not None and bool((segment_ids > 0).any()):
-            return max(1, q_len)
         weight = self.embed_tokens.weight
         widths = 2 * self.config.intermediate_size + 6 * self.config.hidden_size
         limit = prefill_limit(weight.device.type) if self.prefill_bytes is None else self.prefill_bytes
         longest = max(1, limit // max(1, batch * widths * weight.element_size()))
-        chunks = math.ceil(q_len / longest)
-        return max(1, math.ceil(q_len / max(1, chunks)))  # of about equal length
+        if q_len <= longest:  # before anything is looked at: so is every decoded token
+            return longest
+        layers = [module for module in self.modules() if isinstance(module, LongShortAttention)]
+        is_observed = any(layer.observer is not None for layer in layers)
+        if is_observed or (
+            self.config.sink_tokens and segment_ids is not None and bool((segment_ids > 0).any())
+        ):
+            return q_len
+        return math.ceil(q_len / math.ceil(q_len / longest))  # chunks of about equal length
 
     def _embedded(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """The embeddings of ids, or those given, with learned positions."""
