@@ -52,7 +52,39 @@ def test_ordinary_positions_are_one_sequence() -> None:
 def test_positions_that_restart_are_packed_sequences() -> None:
     assert segments(None, [[0, 1, 2, 0, 1, 0]]) == [[0, 0, 0, 1, 1, 2]]
     assert segments(None, [[0, 1, 2, 3], [0, 1, 0, 1]]) == [[0, 0, 0, 0], [0, 0, 1, 1]]
-    assert segments(None, [[0, 1, 5, 6]]) == [[0, 0, 1, 1]]
+    assert segments(None, [[3, 4, 2, 3]]) == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        pytest.param([0, 1, 2, 100, 101], id="position-skip-training"),
+        pytest.param([0, 2, 4, 6, 8], id="step-2"),
+        pytest.param([5, 5, 5, 5, 5], id="constant"),
+        pytest.param([0, 1, 1, 1, 2], id="tokens-that-share-a-position"),
+        pytest.param([-3, -2, 7, 8, 8], id="negative-at-first"),
+    ],
+)
+def test_positions_that_do_not_fall_are_one_sequence(positions: list[int]) -> None:
+    assert segments(None, [positions]) is None
+    assert segments([[0, 1, 1, 1, 1]], [[9, *positions[1:]]]) == [[-1, 0, 0, 0, 0]]
+
+
+@given(st.data())
+def test_a_document_begins_where_a_visible_position_falls(data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, 9))
+    positions = data.draw(st.lists(st.integers(-2, 5), min_size=length, max_size=length))
+    mask = data.draw(st.none() | st.lists(st.integers(0, 1), min_size=length, max_size=length))
+    expected, document, before = [], 0, None
+    for position, is_visible in zip(positions, mask or [1] * length, strict=True):
+        if not is_visible:
+            expected.append(-1)
+            continue
+        document += before is not None and (position < before or position == 0)
+        before = position
+        expected.append(document)
+    found = segments(None if mask is None else [mask], [positions])
+    assert (found or [[0] * length]) == [expected]
 
 
 def test_one_row_of_positions_holds_for_all_sequences() -> None:
@@ -129,11 +161,18 @@ def test_under_compile_nothing_is_looked_at() -> None:
     arange = torch.arange(4)[None]
     padded = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     packed = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])
+    jumping = torch.tensor([[0, 1, 7, 8], [4, 5, 2, 2]])
     assert compiled(None, None) is None
     for mask, positions in ((ones, None), (None, arange), (ones, arange)):
         result = compiled(mask, positions)
         assert result is not None and result.tolist() == [[0] * 4] * 2
-    for mask, positions in ((padded, None), (None, packed), (padded, arange), (ones, packed)):
+    for mask, positions in (
+        (padded, None),
+        (None, packed),
+        (padded, arange),
+        (ones, packed),
+        (ones, jumping),
+    ):
         result, eager = compiled(mask, positions), segment_ids_from(mask, positions, 2, 4, 4, CPU)
         assert result is not None and eager is not None and torch.equal(result, eager)
 

@@ -25,9 +25,11 @@ def segment_ids_from(
 ) -> Int[Tensor, "batch kv_len"] | None:
     """Segment ids of the keys, or None where nothing is padded and nothing is packed.
 
-    Masked keys are padding (-1). Without cached keys, position ids that do not count on by 1, neither from
-    the token before nor from the last one that is not masked, start a new segment: that is how Hugging Face
-    tells packed sequences. With cached keys only the mask speaks.
+    Masked keys are padding (-1). Without cached keys, a position that falls starts a new segment, which is
+    how packed sequences arrive: one that is 0, or smaller than that of the token before it. Positions that
+    jump ahead (as in position-skip training), step by 2 or repeat (but for 0) stay in their sequence, since
+    all of these are in use for tokens that see each other; transformers' own masks would cut there. Masked
+    tokens are passed over. With cached keys only the mask speaks.
 
     In eager mode, values are looked at, so that a mask of ones or ordinary positions cost attention nothing.
     Under `torch.compile` they cannot be: whatever is given then becomes segment ids.
@@ -88,15 +90,17 @@ def _other_value(attention_mask: Tensor) -> float:
 
 
 def _segment_starts(position_ids: Tensor, visible: Tensor | None) -> Tensor | None:
-    """Where a token does not continue the one before it; None where every token does."""
-    continues = position_ids.diff(dim=-1) == 1
+    """Where a position falls, from one visible token to the next; None where none does."""
+    before = position_ids[:, :-1]
     if visible is not None:
         slots = torch.arange(visible.shape[1], device=visible.device)
         last_visible = torch.where(visible, slots, 0).cummax(-1).values[:, :-1]
-        positions = position_ids.expand(visible.shape)
-        continues = continues | (positions[:, 1:] == positions.gather(1, last_visible) + 1) | ~visible[:, 1:]
-        # The first token that is not masked continues nothing, so it need not start a segment either.
-        continues = continues | (visible.cumsum(-1)[:, :-1] == 0)
-    if not torch.compiler.is_compiling() and bool(continues.all()):
+        position_ids = position_ids.expand(visible.shape)
+        before = position_ids.gather(1, last_visible)
+    falls = (position_ids[:, 1:] < before) | (position_ids[:, 1:] == 0)
+    if visible is not None:
+        follows_a_visible_one = visible.cumsum(-1)[:, :-1] > 0
+        falls = falls & visible[:, 1:] & follows_a_visible_one
+    if not torch.compiler.is_compiling() and not bool(falls.any()):
         return None
-    return F.pad(~continues, (1, 0))
+    return F.pad(falls, (1, 0))
