@@ -53,11 +53,22 @@ def rotate(
 
     In fp32 at least, so that a bf16 head is rounded only once, when attention gets it.
     """
-    head_dim = q.shape[3]
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=q.device) / head_dim
-    angles = position_ids[:, None, :, None].float() * (1.0 / base**exponents)
-    cos, sin = angles.cos(), angles.sin()
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = (x.to(q.device, dtype) for x in _cos_sin(position_ids, base, q.shape[3]))
     return _rotate_runs(q, cos, sin, runs, 1), _rotate_runs(k, cos, sin, runs, q.shape[1] // k.shape[1])
+
+
+def _cos_sin(position_ids: Tensor, base: float, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles, (batch, 1, q_len, head_dim/2), in float64.
+
+    In fp32 an angle near 131,072 would be off by up to 0.008. There is no table: for a few tokens these
+    operations take as long as looking them up, and for many n·head_dim/2 numbers are little beside attention.
+    """
+    if position_ids.device.type == "mps":  # has no float64
+        position_ids = position_ids.cpu()
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=position_ids.device) / -head_dim
+    angles = position_ids[:, None, :, None] * base**exponents
+    return angles.cos(), angles.sin()
 
 
 def rotated_runs(rotary: Rotary | None, layout: HeadLayout, head_dim: int) -> list[tuple[int, bool]]:
