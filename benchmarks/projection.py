@@ -1,4 +1,4 @@
-"""Time of projections of a few tokens: `Projection`, whose rows are split over threads, against nn.Linear.
+"""Time of projections of a few tokens: `project`, which splits the rows over threads, against nn.Linear.
 
     python benchmarks/projection.py --threads 2
 
@@ -13,10 +13,10 @@ import statistics
 import time
 
 import torch
-from torch.nn import functional as F
+from torch import nn
 
 from longshort.evaluation.benchmarking import processor_name
-from longshort.projection import Projection
+from longshort.projection import project
 
 _SHAPES = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
 
@@ -28,20 +28,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    layers = [Projection(*shape) for _ in range(12) for shape in _SHAPES]
+    layers = [nn.Linear(*shape, bias=False) for _ in range(12) for shape in _SHAPES]
     size = sum(layer.weight.nbytes for layer in layers)
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"# {processor_name()}, {capability}, torch {torch.__version__}, {args.threads} threads")
-    print(f"{'tokens':>6}{'nn.Linear ms':>14}{'Projection ms':>15}{'times faster':>14}{'GB/s':>7}")
+    print(f"{'tokens':>6}{'nn.Linear ms':>14}{'project ms':>15}{'times faster':>14}{'GB/s':>7}")
     for tokens in (1, 2, 4, 8, 16):
         inputs = {width: torch.randn(1, tokens, width) for width in (768, 3072)}
-        times: dict[str, list[float]] = {"linear": [], "projection": []}
+        times: dict[str, list[float]] = {"linear": [], "project": []}
         for round_number in range(args.rounds + 1):
             for name in times:
                 start = time.perf_counter()
                 for layer in layers:
                     x = inputs[layer.in_features]
-                    layer(x) if name == "projection" else F.linear(x, layer.weight)
+                    project(layer, x) if name == "project" else layer(x)
                 if round_number:  # the first one warms up
                     times[name].append(time.perf_counter() - start)
         linear, ours = (statistics.median(values) for values in times.values())

@@ -16,11 +16,12 @@ from longshort.layout import HeadLayout
 
 
 def llama_rotation(q: Tensor, k: Tensor, position_ids: Tensor, base: float) -> tuple[Tensor, Tensor]:
+    """As Hugging Face's Llama has it, with angles in float64."""
     dim = q.shape[-1]
-    frequencies = 1.0 / (base ** (torch.arange(0, dim, 2).float() / dim))
-    angles = position_ids[..., None].float() * frequencies
+    frequencies = 1.0 / (base ** (torch.arange(0, dim, 2).double() / dim))
+    angles = position_ids[..., None] * frequencies
     angles = torch.cat([angles, angles], -1)
-    return apply_rotary_pos_emb(q, k, angles.cos(), angles.sin())
+    return apply_rotary_pos_emb(q, k, angles.cos().to(q.dtype), angles.sin().to(q.dtype))
 
 
 def naive_forward(layer: LongShortAttention, x: Tensor, slopes: list[float] | None = None) -> Tensor:
@@ -131,23 +132,29 @@ def test_fused_projection_holds_queries_then_keys_then_values() -> None:
     torch.testing.assert_close((observation.q, observation.k, observation.v), (q, k, v), rtol=0, atol=0)
 
 
-def test_rotation_equals_llama_bit_for_bit() -> None:
-    layer = make_layer(rotary=Rotary(base=500_000.0))
-    plain = make_layer()
-    position_ids = torch.randint(0, 9000, (2, 11), generator=torch.Generator().manual_seed(3))
-    rotated, _ = attention_input_and_output(layer, make_input(), position_ids=position_ids)
-    straight, _ = attention_input_and_output(plain, make_input())
-    q, k = llama_rotation(straight.q, straight.k, position_ids, 500_000.0)
-    assert torch.equal(rotated.q, q)
-    assert torch.equal(rotated.k, k)
-    assert torch.equal(rotated.v, straight.v)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rotation_is_llamas_with_exact_angles(dtype: torch.dtype) -> None:
+    """Positions up to 131,071, where angles in fp32 are off by 0.008."""
+    layer = make_layer(rotary=Rotary(base=500_000.0)).to(dtype)
+    plain = make_layer().to(dtype)
+    position_ids = torch.randint(0, 131_072, (2, 11), generator=torch.Generator().manual_seed(3))
+    position_ids[0, 0] = 131_071
+    rotated, _ = attention_input_and_output(layer, make_input().to(dtype), position_ids=position_ids)
+    straight, _ = attention_input_and_output(plain, make_input().to(dtype))
+    q, k = llama_rotation(straight.q.double(), straight.k.double(), position_ids, 500_000.0)
+    size = max(q.abs().max().item(), k.abs().max().item())
+    tolerance = size * (3e-7 if dtype == torch.float32 else 1e-13)
+    torch.testing.assert_close(rotated.q.double(), q, rtol=0, atol=tolerance)
+    torch.testing.assert_close(rotated.k.double(), k, rtol=0, atol=tolerance)
+    assert rotated.q.dtype == dtype and torch.equal(rotated.v, straight.v)
 
 
 def test_rotation_is_relative() -> None:
     layer = make_layer(rotary=Rotary()).double()
     x = make_input().double()
-    shifted = layer(x, position_ids=torch.arange(7, 18)[None])
-    torch.testing.assert_close(shifted, layer(x), rtol=1e-4, atol=1e-5)  # the angles are fp32
+    for shift in (7, 131_000):
+        shifted = layer(x, position_ids=torch.arange(shift, shift + 11)[None])
+        torch.testing.assert_close(shifted, layer(x), rtol=1e-9, atol=1e-10)
     assert not torch.allclose(layer(x, position_ids=2 * torch.arange(11)[None]), layer(x), atol=1e-3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from longshort.attention import BACKENDS, AttentionStats, attention, autocast_is_on, require_tensor
 from longshort.convolution import ShortConvolution
 from longshort.layout import HeadLayout, is_finite, require_integer, require_positive
-from longshort.projection import Projection
+from longshort.projection import project
 from longshort.rotary import Rotary, rotate, rotated_runs
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ class Observation:
     options: dict[str, Any]
 
 
+Observer = Callable[[Observation], None]
+
+
 class LongShortAttention(nn.Module):
     """Causal LS-attention with its projections: one fused matrix for queries, keys and values, all heads of
     the layout in its order, and one output projection. No biases.
@@ -80,7 +85,8 @@ class LongShortAttention(nn.Module):
 
     Attributes:
         observer: called with an `Observation` in every forward pass (in a checkpointed one also when it is
-            recomputed) while it is not None; it changes no bit of outputs and gradients.
+            recomputed) while it is not None; it changes no bit of outputs and gradients. Whoever is not the
+            only one to watch takes `add_observer`.
 
     Raises:
         TypeError: layout is no HeadLayout, or rotary no Rotary.
@@ -139,14 +145,15 @@ class LongShortAttention(nn.Module):
         self.attention_precision = attention_precision
         self.softcap = softcap
         self.backend = backend
-        self.observer: Callable[[Observation], None] | None = None
+        self.observer: Observer | None = None
+        self._observers: dict[int, Observer] = OrderedDict()
         self._rotated_runs = rotated_runs(rotary, layout, head_dim)
         self._slopes = _checked_slopes(alibi_slopes, heads)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         channels = (heads + 2 * kv_heads) * head_dim
-        self.qkv_proj = Projection(embed_dim, channels, **factory)
-        self.o_proj = Projection(heads * head_dim, embed_dim, **factory)
+        self.qkv_proj = nn.Linear(embed_dim, channels, **factory, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, embed_dim, **factory, bias=False)
         self.q_norm = nn.LayerNorm(head_dim, eps=1e-5, bias=False, **factory) if qk_norm else None
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-5, bias=False, **factory) if qk_norm else None
         self.sink_logits = nn.Parameter(torch.zeros(heads, **factory)) if sink_logits else None
@@ -180,7 +187,7 @@ class LongShortAttention(nn.Module):
         past = self._check_input(hidden_states, segment_ids, position_ids, cache)
         batch, q_len, _ = hidden_states.shape
         heads, kv_heads = self.layout.num_heads, self.layout.num_kv_heads
-        qkv = self.qkv_proj(hidden_states)
+        qkv = project(self.qkv_proj, hidden_states)
         if self.short_convolution is not None:
             qkv = self.short_convolution(qkv, segment_ids)
         by_head = qkv.view(batch, q_len, heads + 2 * kv_heads, self.head_dim).transpose(1, 2)
@@ -194,7 +201,22 @@ class LongShortAttention(nn.Module):
         dtype = _DTYPES.get(self.attention_precision, qkv.dtype)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         out = self._attend(q, k, v, segment_ids, cache).to(qkv.dtype)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, q_len, heads * self.head_dim))
+        return project(self.o_proj, out.transpose(1, 2).reshape(batch, q_len, heads * self.head_dim))
+
+    def add_observer(self, observer: Observer) -> RemovableHandle:
+        """Let one more observer see every forward pass, beside `observer` and those added before.
+
+        Returns:
+            A handle whose `remove()` ends it, in any order with others.
+        """
+        handle = RemovableHandle(self._observers)
+        self._observers[handle.id] = observer
+        return handle
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether anyone watches the forward passes."""
+        return self.observer is not None or bool(self._observers)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None, cache: Any) -> Tensor:
         options: dict[str, Any] = {
@@ -207,15 +229,18 @@ class LongShortAttention(nn.Module):
         as_it_comes = self.attention_precision == "input"
         with nullcontext() if as_it_comes else torch.autocast(q.device.type, enabled=False):
             if cache is not None and hasattr(cache, "attend"):
-                if self.observer is None:
+                if not self.is_observed:
                     return cache.attend(q, k, v, backend=self.backend, **options)
                 cache.append(k, v, segment_ids)  # of an empty cache: the new keys are all there are
             elif cache is not None:
                 k, v = cache.update(k, v)
-            if self.observer is None:
+            if not self.is_observed:
                 return attention(q, k, v, self.layout, backend=self.backend, **options)
             out, stats = attention(q, k, v, self.layout, backend=self.backend, return_stats=True, **options)
-        self.observer(Observation(q, k, v, stats, options))
+        observation = Observation(q, k, v, stats, options)
+        for observer in (self.observer, *self._observers.values()):
+            if observer is not None:
+                observer(observation)
         return out
 
     def _check_input(self, hidden_states: Any, segment_ids: Any, position_ids: Any, cache: Any) -> int:
@@ -227,17 +252,9 @@ class LongShortAttention(nn.Module):
                 f"hidden_states must be (batch, sequence, embed_dim = {self.embed_dim}), "
                 f"got shape {tuple(hidden_states.shape)}"
             )
-        weight = self.qkv_proj.weight
-        if hidden_states.device != weight.device:
-            raise ValueError(
-                f"hidden_states must be on the device of the layer ({weight.device}), "
-                f"got {hidden_states.device}"
-            )
-        is_cast = autocast_is_on(weight.device) and hidden_states.is_floating_point()
-        if hidden_states.dtype != weight.dtype and not is_cast:
-            raise ValueError(
-                f"hidden_states must have the dtype of the layer ({weight.dtype}), got {hidden_states.dtype}"
-            )
+        weight = getattr(self.qkv_proj, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():  # not if quantized
+            self._check_kind(hidden_states, weight)
         if cache is not None and not any(
             callable(getattr(cache, name, None)) for name in ("attend", "update")
         ):
@@ -249,7 +266,7 @@ class LongShortAttention(nn.Module):
             )
         batch, q_len, _ = hidden_states.shape
         length = 0 if cache is None else getattr(cache, "length", None)
-        if length and self.observer is not None and hasattr(cache, "attend"):
+        if length and self.is_observed and hasattr(cache, "attend"):
             raise ValueError(
                 "cache must keep every key while there is an observer, which is to see them, got "
                 f"{type(cache).__name__}"
@@ -267,6 +284,19 @@ class LongShortAttention(nn.Module):
         elif self.rotary is not None and length is None:
             raise ValueError("position_ids are needed: rotary positions with a cache that has no `length`")
         return length or 0
+
+    @staticmethod
+    def _check_kind(hidden_states: Tensor, weight: Tensor) -> None:
+        if hidden_states.device != weight.device:
+            raise ValueError(
+                f"hidden_states must be on the device of the layer ({weight.device}), "
+                f"got {hidden_states.device}"
+            )
+        is_cast = autocast_is_on(weight.device) and hidden_states.is_floating_point()
+        if hidden_states.dtype != weight.dtype and not is_cast:
+            raise ValueError(
+                f"hidden_states must have the dtype of the layer ({weight.dtype}), got {hidden_states.dtype}"
+            )
 
     def reset_buffers(self) -> None:
         """Write the ALiBi slopes again, after a loader has left the non-persistent buffers undefined."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import hypothesis.strategies as st
 import pytest
@@ -180,6 +180,12 @@ def test_pairs_outside_the_band_do_not_count() -> None:
 
 
 @settings(max_examples=60)
+def show(layer: LongShortAttention, observation: Observation) -> None:
+    """Give those who watch the layer an observation that no pass of it made."""
+    for observer in layer._observers.values():
+        observer(observation)
+
+
 @given(data=st.data())
 def test_row_ranges_equal_the_logits_in_float64(data: st.DataObject) -> None:
     group_size = data.draw(st.integers(1, 3), "group size")
@@ -203,10 +209,9 @@ def test_row_ranges_equal_the_logits_in_float64(data: st.DataObject) -> None:
     layer = LongShortAttention(8, layout, head_dim)
     monitor = AttentionMonitor(Stack(layer), band, row_range=True)
     with monitor.observing():
-        assert layer.observer is not None
         _, stats = attention(q, k, k, layout, segment_ids=segment_ids, return_stats=True)
         observation = Observation(q, k, k, stats, {"segment_ids": segment_ids})
-        layer.observer(observation)
+        show(layer, observation)
     reading = monitor.reading()
 
     is_global = torch.tensor([window is None for window in heads])
@@ -233,8 +238,7 @@ def test_row_range_is_that_of_one_row() -> None:
     k = torch.tensor([100.0, 103.0, 99.0]).view(1, 1, 3, 1)
     with monitor.observing():
         _, stats = attention(q, k, k, layout, return_stats=True)
-        assert layer.observer is not None
-        layer.observer(Observation(q, k, k, stats, {}))
+        show(layer, Observation(q, k, k, stats, {}))
     reading = monitor.reading()
     assert reading.max_logit == 103
     assert reading.row_range == reading.row_range_global == 4
@@ -418,12 +422,48 @@ def test_reductions_join_the_numbers_of_all_processes() -> None:
         assert getattr(joint, name) == getattr(alone, name) + 100
 
 
-def test_observers_are_gone_after_an_error() -> None:
+def test_what_watched_before_watches_after_an_error() -> None:
     model = stack_of(MIXED)
-    monitor = AttentionMonitor(model, 4)
-    with pytest.raises(ZeroDivisionError), monitor.observing():
-        raise ZeroDivisionError
-    assert all(layer.observer is None for layer in model.layers)
+    x, seen = torch.randn(2, 9, 48), []
+    for layer in model.layers:
+        layer.observer = seen.append  # pyright: ignore[reportArgumentType]
+    outer, inner = AttentionMonitor(model, 4), AttentionMonitor(model, 4)
+    with outer.observing():
+        with suppress(ZeroDivisionError), inner.observing():
+            model(x)
+            raise ZeroDivisionError
+        model(x)
+    model(x)
+    assert len(seen) == 3 * len(model.layers)
+    assert inner.reading() == outer.reading()
+    for monitor in (outer, inner):
+        with pytest.raises(RuntimeError, match="no pass"):
+            monitor.reading()
+
+
+def test_monitors_come_and_go_in_any_order() -> None:
+    """Each of two monitors reads what it would read alone."""
+    model = stack_of(MIXED)
+    passes = [factor * torch.randn(2, 9, 48) for factor in (1.0, 3.0, 2.0)]
+    readings = []
+    for watched in (passes[:2], passes[1:]):
+        monitor = AttentionMonitor(model, 4, row_range=True)
+        with monitor.observing():
+            for x in watched:
+                model(x)
+        readings.append(monitor.reading())
+    first, second = (AttentionMonitor(model, 4, row_range=True) for _ in range(2))
+    watching_first, watching_second = first.observing(), second.observing()
+    watching_first.__enter__()
+    model(passes[0])
+    watching_second.__enter__()
+    model(passes[1])
+    watching_first.__exit__(None, None, None)
+    model(passes[2])
+    watching_second.__exit__(None, None, None)
+    model(passes[1] * 9)
+    assert [first.reading(), second.reading()] == readings
+    assert not any(layer.is_observed for layer in model.layers)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_reading_of_nothing_is_refused() -> None:

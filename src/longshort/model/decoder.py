@@ -22,7 +22,7 @@ from longshort.layers import LongShortAttention, Rotary, require_position_ids
 from longshort.layout import HeadLayout
 from longshort.model.config import LongShortConfig
 from longshort.model.inputs import check_range, segments_and_positions
-from longshort.projection import Projection
+from longshort.projection import project
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -37,11 +37,11 @@ class LongShortMLP(nn.Module):
 
     def __init__(self, config: LongShortConfig) -> None:
         super().__init__()
-        self.up_proj = Projection(config.hidden_size, config.intermediate_size)
-        self.down_proj = Projection(config.intermediate_size, config.hidden_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(hidden_states)))
+        return project(self.down_proj, F.gelu(project(self.up_proj, hidden_states)))
 
 
 class LongShortBlock(GradientCheckpointingLayer):
@@ -232,7 +232,7 @@ class LongShortModel(LongShortPreTrainedModel):
         if q_len <= longest:  # before anything is looked at: so is every decoded token
             return longest
         layers = [module for module in self.modules() if isinstance(module, LongShortAttention)]
-        is_observed = any(layer.observer is not None for layer in layers)
+        is_observed = any(layer.is_observed for layer in layers)
         if is_observed or (
             self.config.sink_tokens and segment_ids is not None and bool((segment_ids > 0).any())
         ):

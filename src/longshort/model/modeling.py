@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -15,7 +15,7 @@ from longshort.layout import require_integer
 from longshort.model.config import LongShortConfig
 from longshort.model.decoder import LongShortModel, LongShortPreTrainedModel
 from longshort.model.inputs import check_labels, kept
-from longshort.projection import Projection
+from longshort.projection import project
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -35,7 +35,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
     def __init__(self, config: LongShortConfig) -> None:
         super().__init__(config)
         self.model = LongShortModel(config)
-        self.lm_head = Projection(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _prepare_cache_for_generation(
@@ -117,7 +117,9 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
             attention_mask: 1 for tokens, 0 for padding on either side, cached tokens included. Under
                 `torch.compile` leave it out where nothing is padded: there even a mask of ones costs time.
             position_ids: (batch, q_len) or (1, q_len). None: tokens are counted from 0, padding not. Without
-                attention from earlier calls, positions that do not count on by 1 start a packed sequence.
+                cached tokens, a position that falls, to 0 or below that of the token before, starts a packed
+                sequence. Positions that jump ahead, step by 2 or repeat do not: their tokens see each other.
+                Where positions say nothing of borders, `segment_ids` do.
             past_key_values: what `new_cache` gives, or a cache that keeps every token, such as
                 `DynamicCache`; it is appended to.
             labels: the input ids, -100 where nothing is predicted; shifted inside. Their last token has no
@@ -163,7 +165,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
         assert hidden_states is not None
         for name, value in (("labels", labels), ("shift_labels", shift_labels)):
             check_labels(name, value, hidden_states)
-        logits = self.lm_head(kept(hidden_states, logits_to_keep))
+        logits = project(self.lm_head, kept(hidden_states, logits_to_keep))
         loss = None
         if has_labels:
             loss = self.loss_function(

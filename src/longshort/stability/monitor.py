@@ -116,14 +116,19 @@ class AttentionMonitor:
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Measure the passes inside, forward and backward; they add to what the next reading shows."""
-        for layer, observer in zip(self._layers, self._observers, strict=True):
-            layer.observer = observer
+        """Measure the passes inside, forward and backward; they add to what the next reading shows.
+
+        Other observers of the same layers see them too.
+        """
+        handles = [
+            layer.add_observer(observer)
+            for layer, observer in zip(self._layers, self._observers, strict=True)
+        ]
         try:
             yield
         finally:
-            for layer in self._layers:
-                layer.observer = None
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
     def _observe(self, index: int, observation: Observation) -> None:
