@@ -1,12 +1,13 @@
 import json
 import math
 import shutil
+from typing import get_args
 
 import pytest
 import torch
 
 from longshort.cli import main
-from longshort.data import DataFolder
+from longshort.data import DataFolder, DocumentStart
 from longshort.evaluation import evaluate_documents
 from longshort.training.trained import open_trained
 
@@ -37,6 +38,27 @@ def test_a_run_of_another_token_order_is_measured_on_text_and_says_so(run, capsy
     assert (note in capsys.readouterr().out.splitlines()) == (token_order == "permuted")
     content = json.loads((run / "evaluation" / "step-12-context-32.json").read_text())
     assert content["note"] == (note if token_order == "permuted" else None)
+
+
+@pytest.mark.parametrize("document_start", ["at-end-of-text", "after-end-of-text", None])
+def test_documents_begin_where_those_of_the_training_did(run, data, document_start):
+    config = json.loads((run / "config.json").read_text())
+    config["training"]["separate_documents"] = True
+    config["document_start"] = document_start
+    if document_start is None:  # as earlier versions wrote it
+        del config["document_start"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", str(run)]) == 0
+    content = json.loads((run / "evaluation" / "step-12-context-32.json").read_text())
+    model, validation = open_trained(run).model, DataFolder.open(data).validation
+    losses = [
+        evaluate_documents(
+            model, validation, context_length=32, separate_documents=True, document_start=start
+        ).loss
+        for start in get_args(DocumentStart)
+    ]
+    assert content["loss"] == losses[document_start != "at-end-of-text"]
+    assert losses[0] != losses[1]
 
 
 def test_settings_arrive(run, data, tmp_path, capsys):

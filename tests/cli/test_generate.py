@@ -78,6 +78,20 @@ def test_more_than_the_positions_allow_is_a_failure(fails, trained):
     assert "at most 28 here, got 40" in message
 
 
+@pytest.mark.parametrize(
+    ("document_start", "prompt_tokens"), [("at-end-of-text", 5), ("after-end-of-text", 4), (None, 4)]
+)
+def test_documents_begin_where_those_of_the_training_did(run, capsys, document_start, prompt_tokens):
+    config = json.loads((run / "config.json").read_text())
+    config["training"]["separate_documents"] = True
+    config["document_start"] = document_start
+    if document_start is None:  # as earlier versions wrote it
+        del config["document_start"]
+    (run / "config.json").write_text(json.dumps(config))
+    record = json.loads(generated(capsys, run, "--prompt", "word", "--max-new-tokens", "2", "--json"))
+    assert record["prompt_tokens"] == prompt_tokens
+
+
 def test_speed_and_cache_are_told_on_stderr_in_one_line(trained, capsys):
     capsys.readouterr()
     assert main(["generate", str(trained), "--prompt", "word", "--max-new-tokens", "9", "--seed", "1"]) == 0

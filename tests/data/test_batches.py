@@ -1,5 +1,5 @@
 import re
-from typing import Any
+from typing import Any, get_args
 
 import hypothesis.strategies as st
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from tests.data.conftest import WriteTokens
 
-from longshort.data import Batch, Batches, TokenFile, validation_windows
+from longshort.data import Batch, Batches, DocumentStart, TokenFile, validation_windows
 
 quick = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -19,13 +19,17 @@ def token_file(write_tokens: WriteTokens) -> TokenFile:
     return write_tokens([1, 7, 2, 2, 30, 1, 1, 57, 400])
 
 
-def documents_at(token_file: TokenFile, positions: torch.Tensor) -> torch.Tensor:
+def documents_at(token_file: TokenFile, positions: torch.Tensor, start: DocumentStart) -> torch.Tensor:
     """The document of each position, counted the slow way."""
     numbers = np.repeat(np.arange(token_file.documents), np.diff(token_file.document_offsets))
+    if start == "at-end-of-text":  # what ends a document begins the next
+        numbers = np.append(numbers[1:], token_file.documents)
     return torch.from_numpy(numbers)[positions]
 
 
-def assert_is_windows(batch: Batch, token_file: TokenFile, count: int, length: int) -> None:
+def assert_is_windows(
+    batch: Batch, token_file: TokenFile, count: int, length: int, start: DocumentStart = "at-end-of-text"
+) -> None:
     for tensor in batch:
         assert tensor.shape == (count, length)
         assert tensor.dtype == torch.int64
@@ -35,7 +39,7 @@ def assert_is_windows(batch: Batch, token_file: TokenFile, count: int, length: i
     assert torch.equal(batch.labels, positions + 1)
     assert int(positions.min()) >= 0
     assert int(batch.labels.max()) < len(token_file)
-    documents = documents_at(token_file, positions)
+    documents = documents_at(token_file, positions, start)
     assert torch.equal(batch.segment_ids, documents - documents[:, :1])
 
 
@@ -45,12 +49,13 @@ def assert_is_windows(batch: Batch, token_file: TokenFile, count: int, length: i
     size=st.integers(1, 5),
     step=st.integers(0, 2**64 - 1),
     seed=st.integers(0, 2**64 - 1),
+    start=st.sampled_from(get_args(DocumentStart)),
 )
 def test_a_batch_is_windows_with_shifted_labels_and_segments(
-    token_file: TokenFile, length: int, size: int, step: int, seed: int
+    token_file: TokenFile, length: int, size: int, step: int, seed: int, start: DocumentStart
 ) -> None:
-    batch = Batches(token_file, length, size, seed).batch(step)
-    assert_is_windows(batch, token_file, size, length)
+    batch = Batches(token_file, length, size, seed, document_start=start).batch(step)
+    assert_is_windows(batch, token_file, size, length, start)
 
 
 @quick
@@ -109,10 +114,13 @@ def test_ids_beyond_16_bits(write_tokens: WriteTokens) -> None:
     assert batch.labels.tolist() == [[70_000, 5]]
 
 
+@pytest.mark.parametrize("start", get_args(DocumentStart))
 @pytest.mark.parametrize("count", [1, 2, 7, 300])
-def test_validation_windows_span_the_file_evenly(token_file: TokenFile, count: int) -> None:
-    windows = validation_windows(token_file, 20, count)
-    assert_is_windows(windows, token_file, count, 20)
+def test_validation_windows_span_the_file_evenly(
+    token_file: TokenFile, count: int, start: DocumentStart
+) -> None:
+    windows = validation_windows(token_file, 20, count, document_start=start)
+    assert_is_windows(windows, token_file, count, 20, start)
     starts = windows.input_ids[:, 0]
     assert int(starts[0]) == 0
     if count > 1:
@@ -227,6 +235,7 @@ def test_a_file_of_one_window(write_tokens: WriteTokens) -> None:
         ({"seed": 2**64}, "seed must be an integer in 0 …"),
         ({"token_order": "random"}, "token_order must be one of text, permuted, interleaved, got 'random'"),
         ({"token_order": None}, "token_order must be one of text, permuted, interleaved, got None"),
+        ({"document_start": "E"}, "document_start must be one of at-end-of-text, after-end-of-text, got 'E'"),
         ({"token_order": "interleaved"}, "interleave must be an integer in 1 … 4, got 16"),
         ({"token_order": "interleaved", "interleave": 0}, "interleave must be an integer in 1 … 4, got 0"),
         (

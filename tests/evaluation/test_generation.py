@@ -86,11 +86,25 @@ def test_the_prompt_follows_an_end_of_text_and_is_read_once():
     assert model.seen == [END, *b"a<|endoftext|>", *b"xy"]
 
 
-@pytest.mark.parametrize(("prompt", "seen"), [("ab", [*b"ab"]), ("", [END])])
-def test_separate_documents_begin_with_the_prompt(prompt, seen):
+@pytest.mark.parametrize(
+    ("prompt", "document_start", "seen"),
+    [
+        ("ab", "at-end-of-text", [END, *b"ab"]),
+        ("", "at-end-of-text", [END]),
+        ("ab", "after-end-of-text", [*b"ab"]),
+        ("", "after-end-of-text", [END]),  # the model begins with something
+    ],
+)
+def test_separate_documents_begin_where_those_of_the_training_did(prompt, document_start, seen):
     model = script([END])
-    assert pieces(model, prompt, separate_documents=True) == []
+    assert pieces(model, prompt, separate_documents=True, document_start=document_start) == []
     assert model.seen == seen
+
+
+def test_documents_that_are_not_separate_always_follow_an_end_of_text():
+    model = script([END])
+    assert pieces(model, "ab", document_start="after-end-of-text") == []
+    assert model.seen == [END, *b"ab"]
 
 
 def biased():

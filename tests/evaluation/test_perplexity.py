@@ -1,17 +1,21 @@
 import math
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from longshort.data import Batches, DocumentStart
 from longshort.data.token_files import TokenFile, TokenFileWriter
 from longshort.evaluation import evaluate_documents
 from longshort.evaluation.perplexity import split_into_windows
+from longshort.model import LongShortConfig, LongShortForCausalLM
 
 VOCAB = 5
 END = 4
@@ -177,7 +181,14 @@ def test_progress_ends_at_the_total(tmp_path):
     assert len(seen) > 3
 
 
-def test_separate_documents_hide_the_end_of_text_before_a_document(tmp_path):
+@pytest.mark.parametrize(
+    ("document_start", "expected"),
+    [
+        ("at-end-of-text", [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1]]),
+        ("after-end-of-text", [[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1]]),
+    ],
+)
+def test_separate_documents_begin_where_those_of_the_training_did(tmp_path, document_start, expected):
     model = Fake(lambda ids, _: torch.zeros(*ids.shape, VOCAB))
     evaluate_documents(
         model,
@@ -185,10 +196,11 @@ def test_separate_documents_hide_the_end_of_text_before_a_document(tmp_path):
         context_length=4,
         batch_size=4,
         separate_documents=True,
+        document_start=document_start,
     )
     inputs, segments = model.calls[0]
     assert inputs[:, 0].tolist()[0] == END
-    assert segments.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert [row[: len(mine)] for row, mine in zip(segments.tolist(), expected, strict=True)] == expected
 
 
 def test_a_real_model_scores_the_same_at_every_batch_size(tmp_path):
@@ -210,10 +222,39 @@ def test_a_real_model_scores_the_same_at_every_batch_size(tmp_path):
     assert evaluate_documents(model, file, context_length=4).loss != pytest.approx(alone.loss, rel=1e-5)
 
 
-def test_separate_documents_do_not_see_the_end_of_text_token(tmp_path):
-    """Whatever is at its place, all tokens but the document's first are predicted alike."""
-    from longshort.model import LongShortConfig, LongShortForCausalLM
+@pytest.mark.parametrize("document_start", get_args(DocumentStart))
+def test_evaluation_sees_what_training_on_separate_documents_saw(tmp_path, document_start):
+    """In one window over the whole file every document has the loss that it is evaluated with, but for its
+    first token where that saw the document before."""
+    torch.manual_seed(0)
+    config = LongShortConfig(
+        vocab_size=VOCAB, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, local_window=3,
+        max_position_embeddings=64, position_embedding="none", initializer_range=1.0,
+    )  # fmt: skip
+    model = LongShortForCausalLM(config).eval()
+    file = token_file(tmp_path, random_documents([9, 1, 3, 14, 6]))
+    cut = {"document_start": document_start}
+    window = Batches(file, len(file) - 1, 1, seed=0, **cut).batch(0)
+    with torch.no_grad():
+        logits = model(window.input_ids, segment_ids=window.segment_ids).logits
+        trained = F.cross_entropy(logits[0], window.labels[0], reduction="none")
+    for document in range(1, file.documents):  # what is before the first, no window holds
+        begin, end = file.document_offsets[document : document + 2]
+        alone = tmp_path / f"{document}"
+        alone.mkdir()
+        text = file.tokens[begin : end - 1]
+        one = token_file(alone, [text], text_bytes=[max(1, len(text))])
+        evaluated = evaluate_documents(model, one, context_length=64, separate_documents=True, **cut)
+        first = evaluated.loss_by_position[0].loss
+        in_training, *others = trained[begin - 1 : end - 1].tolist()
+        assert evaluated.loss * evaluated.tokens - first == pytest.approx(sum(others), rel=1e-4, abs=1e-4)
+        is_alike = first == pytest.approx(in_training, rel=1e-4)
+        assert is_alike == (document_start == "at-end-of-text")
 
+
+@pytest.mark.parametrize("document_start", get_args(DocumentStart))
+def test_separate_documents_see_the_end_of_text_token_where_they_begin_at_it(tmp_path, document_start):
+    """Where they do not, all tokens but the document's first are predicted alike whatever is at its place."""
     torch.manual_seed(0)
     config = LongShortConfig(
         vocab_size=VOCAB, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, local_window=3,
@@ -226,11 +267,13 @@ def test_separate_documents_do_not_see_the_end_of_text_token(tmp_path):
         for scale in (1.0, -3.0):
             with torch.no_grad():
                 model.model.embed_tokens.weight[END] *= scale
-            result = evaluate_documents(model, file, context_length=16, separate_documents=separate)
+            result = evaluate_documents(
+                model, file, context_length=16, separate_documents=separate, document_start=document_start
+            )
             first, *others = result.loss_by_position
             assert (first.first, first.last, first.tokens) == (0, 0, 1)
             losses.append([position.loss for position in others])
-    assert losses[0] == losses[1]
+    assert (losses[0] == losses[1]) == (document_start == "after-end-of-text")
     assert losses[2] != losses[3]
 
 
@@ -254,6 +297,7 @@ def test_a_diverged_model_is_reported_as_it_is(tmp_path):
         ({"batch_size": 0}, "batch_size"),
         ({"max_documents": 0}, "max_documents"),
         ({"max_tokens": -1}, "max_tokens"),
+        ({"document_start": "E"}, "document_start must be one of at-end-of-text, after-end-of-text, got 'E'"),
         ({"context_length": 33}, "at most 32, the model's learned positions, got 33"),
     ],
     ids=lambda value: str(value)[:40],

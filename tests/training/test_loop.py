@@ -302,5 +302,5 @@ def test_every_setting_reaches_the_config_of_the_run(settings_for: SettingsFor) 
     settings = settings_for(steps=1)
     train(settings)
     written = json.loads((settings.out / "config.json").read_text())
-    assert list(written) == ["training", "model", "band", "data", "versions"]
+    assert list(written) == ["training", "model", "band", "data", "versions", "document_start"]
     assert list(written["training"]) == [field.name for field in fields(settings)]

@@ -1,6 +1,7 @@
 """A run that was killed, stopped or had its disk filled goes on as if nothing had happened."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.training.runs import (
     Recorder,
     SettingsFor,
@@ -22,12 +24,14 @@ from tests.training.runs import (
     without_speed,
 )
 
-from longshort.data import prepare
+from longshort.data import Batch, Batches, DataFolder, prepare
 from longshort.training import checkpoints
 from longshort.training.checkpoints import latest_checkpoint
 from longshort.training.loop import resume, train
 from longshort.training.metrics import METRICS_FILE, MetricsLog, read_metrics
-from longshort.training.run import read_run
+from longshort.training.optimization import batch_loss
+from longshort.training.parallel import Ranks
+from longshort.training.run import create_run, plan_run, read_run
 
 
 def names(run: Path) -> list[str]:
@@ -105,6 +109,32 @@ def test_other_settings_go_on_bit_by_bit_too(settings_for: SettingsFor, changes:
     shutil.rmtree(cut.out / "checkpoints" / "step-12")
     resume(cut.out)
     assert without_speed(cut.out) == without_speed(whole.out)
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_documents(settings_for: SettingsFor) -> None:
+    many_tokens = {"sequence_length": 384, "batch_size": 12}  # so that some end a document
+    changes = {"separate_documents": True, "steps": 6, "checkpoint_every": 4, **many_tokens}
+    new, whole, cut = (settings_for(name, **changes) for name in ("new", "whole", "cut"))
+    train(new)
+    for settings in (whole, cut):
+        create_run(*plan_run(settings))
+        file = settings.out / "config.json"
+        config = json.loads(file.read_text())
+        del config["document_start"]
+        file.write_text(json.dumps(config))
+        resume(settings.out)
+    shutil.rmtree(cut.out / "checkpoints" / "step-6")
+    resume(cut.out)
+    assert without_speed(cut.out) == without_speed(whole.out)
+
+    run, ranks = read_run(whole.out), Ranks(torch.device("cpu"), 0, 1)
+    batch = Batches(DataFolder.open(new.data).train, 384, 12, seed=0).batch(0)
+    ends = (batch.input_ids == 256).long()  # an end-of-text token is of the document that it ends
+    assert ends.any()
+    cut_after = Batch(batch.input_ids, batch.labels, ends.cumsum(1) - ends)
+    assert losses(whole.out)[0] == batch_loss(run.build_model(), cut_after, run.training, ranks).item()
+    assert losses(whole.out)[0] != losses(new.out)[0]
+    assert losses(new.out)[0] == batch_loss(run.build_model(), batch, run.training, ranks).item()
 
 
 class Interrupter(Recorder):

@@ -179,6 +179,20 @@ def test_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+def test_runs_of_earlier_versions_began_documents_after_the_end_of_text(settings_for: SettingsFor) -> None:
+    planned, data = plan_run(settings_for())
+    create_run(planned, data)
+    file = planned.training.out / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("document_start") == planned.document_start == "at-end-of-text"
+    file.write_text(json.dumps(config))
+    assert read_run(file.parent) == replace(planned, document_start="after-end-of-text")
+    for wrong in ("E", None, []):
+        file.write_text(json.dumps({**config, "document_start": wrong}))
+        with pytest.raises(ValueError, match=r"config\.json is not the config of a run: .*document_start"):
+            read_run(file.parent)
+
+
 @pytest.mark.parametrize("text", ["{", "{}", '{"training": {"steps": 3}}', "[]"])
 def test_damaged_config_is_named(settings_for: SettingsFor, text: str) -> None:
     planned, data = plan_run(settings_for())

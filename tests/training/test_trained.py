@@ -3,7 +3,7 @@ import shutil
 import pytest
 import torch
 
-from longshort.data import prepare
+from longshort.data import prepare, train_bpe
 from longshort.training.config import TrainConfig
 from longshort.training.loop import train
 from longshort.training.trained import open_trained
@@ -44,6 +44,13 @@ def test_weights_of_another_model_are_refused(trained, tmp_path):
     config = run / "config.json"
     config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 24'))
     with pytest.raises(ValueError, match="does not fit"):
+        open_trained(run)
+
+
+def test_the_tokenizer_of_other_data_is_refused(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    train_bpe(["other text"], 258).save_pretrained(run / "tokenizer")
+    with pytest.raises(ValueError, match=r"is not the tokenizer of the data that .* was trained on"):
         open_trained(run)
 
 

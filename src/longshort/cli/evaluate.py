@@ -95,6 +95,7 @@ def run(arguments: list[str]) -> int:
             batch_size=flags.batch_size,
             max_tokens=flags.max_tokens,
             separate_documents=settings.separate_documents,
+            document_start=trained.config.document_start,
             progress=lambda done, total: show("evaluating", done, total),
         )
     output = console()

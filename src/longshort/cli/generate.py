@@ -109,6 +109,7 @@ def run(arguments: list[str]) -> int:
             top_k=flags.top_k,
             seed=flags.seed,
             separate_documents=trained.config.training.separate_documents,
+            document_start=trained.config.document_start,
             prefill_chunk=flags.prefill_chunk,
         )
         for prompt in prompts

@@ -2,6 +2,7 @@
 
 from longshort.data.batches import Batch, Batches, TokenOrder, validation_windows
 from longshort.data.corpora import Corpus, Document, Skipped, open_corpus
+from longshort.data.documents import DocumentStart, begins_with_end_of_text, document_segments
 from longshort.data.prepare import Prepared, PreparedSplit, Progress, prepare
 from longshort.data.token_files import DataFolder, TokenFile, TokenFileWriter
 from longshort.data.tokenization import byte_tokenizer, load_tokenizer, tokenizer_hash, train_bpe
@@ -12,6 +13,7 @@ __all__ = [
     "Corpus",
     "DataFolder",
     "Document",
+    "DocumentStart",
     "Prepared",
     "PreparedSplit",
     "Progress",
@@ -19,7 +21,9 @@ __all__ = [
     "TokenFile",
     "TokenFileWriter",
     "TokenOrder",
+    "begins_with_end_of_text",
     "byte_tokenizer",
+    "document_segments",
     "load_tokenizer",
     "open_corpus",
     "prepare",

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longshort.data.documents import DocumentStart, begins_with_end_of_text, document_segments
 from longshort.data.token_files import TokenFile
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class Batch(NamedTuple):
     labels: Int64[Tensor, "batch sequence"]
     """Already shifted: `labels[:, t]` is the token after `input_ids[:, t]`."""
     segment_ids: Int64[Tensor, "batch sequence"]
-    """The documents inside each window, numbered 0, 1, 2 … in the order in which they come; all 0 where the
-    tokens are not in the text's order."""
+    """The documents inside each window, numbered 0, 1, 2 … in the order in which they come, each from where
+    `DocumentStart` says; all 0 where the tokens are not in the text's order."""
 
 
 class Batches:
@@ -50,6 +51,7 @@ class Batches:
         token_order: "text", or one of the other orders that this module's description explains.
         interleave: pieces per window, 1 … sequence_length, where they are interleaved; their places are drawn
             one by one.
+        document_start: where the segment of a document begins.
 
     Raises:
         ValueError: a value is out of its range, or the file is shorter than one window (one piece).
@@ -64,10 +66,11 @@ class Batches:
         *,
         token_order: TokenOrder = "text",
         interleave: int = 16,
+        document_start: DocumentStart = "at-end-of-text",
     ) -> None:
         _check_integer("batch_size", batch_size, 1)
         _check_integer("seed", seed, 0)
-        self._windows = _Windows(token_file, sequence_length, token_order, interleave)
+        self._windows = _Windows(token_file, sequence_length, token_order, interleave, document_start)
         self._batch_size = batch_size
         self._seed = seed
 
@@ -98,17 +101,18 @@ def validation_windows(
     *,
     token_order: TokenOrder = "text",
     interleave: int = 16,
+    document_start: DocumentStart = "at-end-of-text",
 ) -> Batch:
     """Returns `count` windows, evenly spaced from the file's first token to its last.
 
     In a short file they overlap. Interleaved pieces are evenly spaced too, those of one window far apart. The
-    tokens are ordered as `Batches` of the same sequence_length does.
+    tokens are ordered, and the documents numbered, as `Batches` of the same sequence_length does.
 
     Raises:
         ValueError: `count` < 1, or as `Batches`.
     """
     _check_integer("count", count, 1)
-    windows = _Windows(token_file, sequence_length, token_order, interleave)
+    windows = _Windows(token_file, sequence_length, token_order, interleave, document_start)
     pieces = count * windows.pieces
     starts = np.arange(pieces, dtype=np.int64) * (windows.number_of_starts - 1) // max(pieces - 1, 1)
     return windows.cut(starts.reshape(windows.pieces, count).T)
@@ -118,7 +122,12 @@ class _Windows:
     """Cuts windows out of a token file, each of `pieces` pieces, and puts their tokens in order."""
 
     def __init__(
-        self, token_file: TokenFile, sequence_length: int, token_order: TokenOrder, interleave: int
+        self,
+        token_file: TokenFile,
+        sequence_length: int,
+        token_order: TokenOrder,
+        interleave: int,
+        document_start: DocumentStart,
     ) -> None:
         _check_integer("sequence_length", sequence_length, 1)
         if token_order not in get_args(TokenOrder):
@@ -127,10 +136,12 @@ class _Windows:
             )
         if token_order == "interleaved":
             _check_integer("interleave", interleave, 1, sequence_length)
+        begins_with_end_of_text(document_start)  # checks it
         self.pieces = interleave if token_order == "interleaved" else 1
         self._token_file = token_file
         self._sequence_length = sequence_length
         self._token_order = token_order
+        self._document_start: DocumentStart = document_start
         self._piece_length = -(-(sequence_length + 1) // self.pieces)
         self.number_of_starts = len(token_file) - self._piece_length + 1
         if self.number_of_starts < 1:
@@ -149,10 +160,10 @@ class _Windows:
             woven = woven[:, _permutation(length + 1)]
         windows = torch.from_numpy(woven)
         if self._token_order == "text":
-            documents = np.searchsorted(
-                self._token_file.document_offsets, starts + np.arange(length), side="right"
+            segments = document_segments(
+                self._token_file.document_offsets, starts + np.arange(length), self._document_start
             )
-            segment_ids = torch.from_numpy(documents - documents[:, :1])
+            segment_ids = torch.from_numpy(segments - segments[:, :1])
         else:
             segment_ids = torch.zeros(len(starts), length, dtype=torch.int64)
         return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), segment_ids)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longshort.data.documents import begins_with_end_of_text
 from longshort.data.tokenization import Encoder
 from longshort.evaluation.positions import position_limit
 from longshort.huggingface import SplitCache
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
     from transformers.cache_utils import Cache
+
+    from longshort.data import DocumentStart
 
 _NEW_TOKENS = 200
 _INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
@@ -84,6 +87,7 @@ def generate_text(
     top_k: int | None = None,
     seed: int = 0,
     separate_documents: bool = False,
+    document_start: DocumentStart = "at-end-of-text",
     prefill_chunk: int | None = None,
 ) -> GeneratedText:
     """Continues a prompt that begins a document: it follows an end-of-text token, as in training.
@@ -101,7 +105,9 @@ def generate_text(
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_k: sample among the k likeliest tokens only; None: among all.
         seed: of the sampling.
-        separate_documents: the model was trained so that no document sees the end-of-text token before it.
+        separate_documents: the model was trained so that no document sees the one before it.
+        document_start: where separate documents began in that training. With "after-end-of-text" they did
+            not see the end-of-text token before them, and neither does a prompt.
         prefill_chunk: read so many tokens of the prompt at a time, which takes less memory and gives the same
             text; None: as many as the model takes at once.
 
@@ -130,7 +136,8 @@ def generate_text(
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a number >= 0, got {temperature!r}")
     ids = Encoder(tokenizer).encode([prompt])[0].tolist()
-    if not (separate_documents and ids):
+    sees_end_of_text = begins_with_end_of_text(document_start) or not separate_documents
+    if sees_end_of_text or not ids:
         ids = [tokenizer.eos_token_id, *ids]
     limit = position_limit(model)
     if max_new_tokens is None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from longshort.data import begins_with_end_of_text, document_segments
 from longshort.evaluation.positions import position_limit
 from longshort.layout import require_integer
 
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from jaxtyping import Float, Int
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from longshort.data import TokenFile
+    from longshort.data import DocumentStart, TokenFile
 
 _IGNORED = -100  # cross_entropy's label of a token that is not scored
 _POSITION_BINS = 24
@@ -112,6 +114,7 @@ def evaluate_documents(
     max_documents: int | None = None,
     max_tokens: int | None = None,
     separate_documents: bool = False,
+    document_start: DocumentStart = "at-end-of-text",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Scores whole documents, from the first on, as this module's description says.
@@ -125,8 +128,10 @@ def evaluate_documents(
         batch_size: windows per forward pass; None: about 8192 tokens. It does not change the result.
         max_documents: at most so many documents.
         max_tokens: as many whole documents as fit; the first is always taken.
-        separate_documents: the model was trained so that no document sees the one before it; then its tokens
-            do not see the end-of-text token before it either (segment ids say so; the model must take them).
+        separate_documents: the model was trained so that no document sees the one before it; it must take
+            segment ids.
+        document_start: where separate documents began in that training. With "after-end-of-text" they did
+            not see the end-of-text token before them; here it then predicts the first token and no more.
         progress: called after each pass with the tokens scored so far, and all of them.
 
     Raises:
@@ -141,6 +146,7 @@ def evaluate_documents(
     ):
         if value is not None:
             require_integer(name, value, minimum=1)
+    begins_with_end_of_text(document_start)  # checks it
     limit = position_limit(model)
     if limit is not None and context_length > limit:
         raise ValueError(
@@ -161,14 +167,13 @@ def evaluate_documents(
         )
     total = int(token_file.document_offsets[documents])
 
+    cut_at = document_start if separate_documents else None
     sums = torch.zeros(context_length, dtype=torch.float64)
     counts = torch.zeros(context_length, dtype=torch.int64)
     was_training = model.training
     model.eval()
     try:
-        for losses, scored in _losses(
-            model, token_file, documents, context_length, batch_size, separate_documents
-        ):
+        for losses, scored in _losses(model, token_file, documents, context_length, batch_size, cut_at):
             width = losses.shape[1]
             sums[:width] += losses.sum(0, dtype=torch.float64).cpu()
             counts[:width] += scored.sum(0).cpu()
@@ -208,7 +213,7 @@ def _losses(
     documents: int,
     context_length: int,
     batch_size: int | None,
-    separate_documents: bool,
+    cut_at: DocumentStart | None,
 ) -> Iterator[tuple[Float[Tensor, "batch width"], Int[Tensor, "batch width"]]]:
     """Per forward pass the loss of each scored token, 0 elsewhere, and 1 where a token was scored."""
     device = next(model.parameters()).device
@@ -223,8 +228,10 @@ def _losses(
     for first in range(0, len(windows), batch_size):
         inputs, labels = _read_windows(token_file, windows[first : first + batch_size])
         options: dict[str, Any] = {"use_cache": False}
-        if separate_documents:
-            options["segment_ids"] = _segments(windows[first : first + batch_size], inputs).to(device)
+        if cut_at is not None:
+            positions = _positions(token_file, windows[first : first + batch_size], inputs.shape[1])
+            segments = document_segments(token_file.document_offsets, positions, cut_at)
+            options["segment_ids"] = torch.from_numpy(segments).to(device)
         inputs, labels = inputs.to(device), labels.to(device)
         logits = model(inputs, **options).logits
         losses = F.cross_entropy(
@@ -251,13 +258,10 @@ def _read_windows(
     return torch.from_numpy(inputs), torch.from_numpy(labels)
 
 
-def _segments(
-    windows: Sequence[tuple[int, Window]], inputs: Int[Tensor, "batch width"]
-) -> Int[Tensor, "batch width"]:
-    segments = torch.ones_like(inputs)
-    begins_document = torch.tensor([window.start == 0 for _, window in windows])
-    segments[begins_document, 0] = 0
-    return segments
+def _positions(token_file: TokenFile, windows: Sequence[tuple[int, Window]], width: int) -> NDArray[np.int64]:
+    """(windows, width): where in the file each input stands; the one before the first document is at -1."""
+    starts = [int(token_file.document_offsets[document]) + window.start - 1 for document, window in windows]
+    return np.array(starts, dtype=np.int64)[:, None] + np.arange(width)
 
 
 def _bin_positions(sums: np.ndarray, counts: np.ndarray) -> list[PositionLoss]:

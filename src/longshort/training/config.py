@@ -143,7 +143,7 @@ class TrainConfig:
     """Compile the model with torch.compile."""
 
     separate_documents: bool = False
-    """Cut attention where a new document begins."""
+    """Cut attention where a new document begins, which is at the end-of-text token before it."""
 
     token_order: TokenOrder = "text"
     """Control experiments: permuted puts the tokens of every sequence into one random order, interleaved

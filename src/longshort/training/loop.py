@@ -174,7 +174,11 @@ def _prepare(run: RunConfig, data: DataFolder, ranks: Ranks) -> _Job:
         raise ValueError(
             f"--batch-size must be a multiple of the {ranks.world_size} processes, got {settings.batch_size}"
         )
-    order: dict[str, Any] = {"token_order": settings.token_order, "interleave": settings.interleave}
+    order: dict[str, Any] = {
+        "token_order": settings.token_order,
+        "interleave": settings.interleave,
+        "document_start": run.document_start,
+    }
     windows = None
     validation_length = min(length, len(data.validation.tokens) - 1)
     if settings.token_order != "text":

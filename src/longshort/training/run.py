@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from longshort import __version__
-from longshort.data import DataFolder, load_tokenizer
+from longshort.data import DataFolder, DocumentStart, begins_with_end_of_text, load_tokenizer
 from longshort.data.files import sync_folder, sync_tree
 from longshort.model import LongShortConfig, LongShortForCausalLM, preset
 from longshort.training.config import MODEL_SETTINGS, TrainConfig
@@ -57,6 +57,7 @@ class RunConfig:
             the model has no local head and its config no window.
         data: what the run was started on.
         versions: of longshort and torch.
+        document_start: where documents begin, if the run keeps them separate.
     """
 
     training: TrainConfig
@@ -64,6 +65,10 @@ class RunConfig:
     band: int | None
     data: DataIdentity
     versions: dict[str, str]
+    document_start: DocumentStart = "at-end-of-text"
+
+    def __post_init__(self) -> None:
+        begins_with_end_of_text(self.document_start)  # checks it
 
     def build_model(self) -> LongShortForCausalLM:
         """The model with the initial weights of the run's seed, on the CPU in fp32."""
@@ -166,6 +171,8 @@ def read_run(run: Path | str) -> RunConfig:
             band=content["band"],
             data=DataIdentity(**content["data"]),
             versions=content["versions"],
+            # Earlier versions did not record it: all their documents began there.
+            document_start=content.get("document_start", "after-end-of-text"),
         )
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not the config of a run: {error!r}") from error

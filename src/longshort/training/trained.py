@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from longshort.data import load_tokenizer
+from longshort.data import load_tokenizer, tokenizer_hash
 from longshort.training.checkpoints import latest_checkpoint, load_weights
 from longshort.training.run import TOKENIZER_FOLDER, RunConfig, read_run
 
@@ -47,11 +47,14 @@ def open_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet; `longshort train --resume {run}` goes on")
+    tokenizer = Path(run) / TOKENIZER_FOLDER
+    if tokenizer_hash(tokenizer) != config.data.tokenizer_hash:
+        raise ValueError(f"{tokenizer} is not the tokenizer of the data that {run} was trained on")
     model = config.build_model()
     load_weights(checkpoint, model)
     return TrainedModel(
         model=model.to(device).eval(),  # pyright: ignore[reportArgumentType]
-        tokenizer=load_tokenizer(Path(run) / TOKENIZER_FOLDER),
+        tokenizer=load_tokenizer(tokenizer),
         config=config,
         step=int(checkpoint.name.removeprefix("step-")),
     )
