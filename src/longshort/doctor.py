@@ -24,6 +24,8 @@ OPTIONAL_PACKAGES = {
     "datasets": "train",
     "tokenizers": "train",
     "numpy": "train",
+    "pyarrow": "train",
+    "zstandard": "train",
     "tyro": "train",
     "rich": "train",
     "scipy": "train",

@@ -1,4 +1,7 @@
+import sys
+
 import pytest
+import zstandard
 
 from longshort.cli import main
 from longshort.data import DataFolder, load_tokenizer
@@ -63,6 +66,44 @@ def test_wrong_usage(fails, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in fails(2, "data", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def flawed(tmp_path):
+    """A folder with a file that is not text, and a record without text."""
+    folder = tmp_path / "flawed"
+    folder.mkdir()
+    (folder / "a.npz").write_bytes(b"PK\3\4\0")
+    records = '{"text": "one"}\n{"text": null}\n{"text": "two"}\n'
+    (folder / "b.jsonl.zst").write_bytes(zstandard.compress(records.encode()))
+    return folder
+
+
+def test_what_is_left_out_is_told(flawed, tmp_path, capsys):
+    assert main(["data", str(flawed), "--out", str(tmp_path / "data")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = lines.index("left out   0 hidden, 1 not UTF-8 text, 1 without text, 0 empty")
+    assert lines[told + 1].startswith(f"           first: {flawed / 'a.npz'} is binary (NUL bytes), not text")
+    null = f"{flawed / 'b.jsonl.zst'}, line 2: field 'text' is null, not a string"
+    assert lines[told + 2] == f"           first: {null}"
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_strict_leaves_out_no_file_and_no_record(fails, flawed, tmp_path, tokenizer):
+    flags = ["--out", tmp_path / "data", "--strict", "--tokenizer", tokenizer]
+    assert f"{flawed / 'a.npz'} is binary" in fails(1, "data", flawed, *flags)
+    null = (
+        f"{flawed / 'b.jsonl.zst'}, line 2: field 'text' is null, not a string; strict does not leave it out"
+    )
+    assert null in fails(1, "data", flawed / "*.zst", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["flawed"]
+
+
+def test_a_missing_package_is_named_with_its_extra(fails, flawed, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    message = fails(1, "data", flawed, "--out", tmp_path / "data")
+    assert "this needs zstandard: pip install 'longshort[train]'" in message
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_missing_source_is_a_failure(fails, tmp_path):

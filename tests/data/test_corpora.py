@@ -3,6 +3,7 @@ import json
 import re
 import sysconfig
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ def write_jsonl(path: Path, records: list[object]) -> Path:
     return path
 
 
-def texts(source: object, **options: str) -> dict[str, str]:
-    return {document.name: document.text for document in open_corpus(str(source), **options)}
+def texts(source: object, text_field: str = "text") -> dict[str, str]:
+    return {document.name: document.text for document in open_corpus(str(source), text_field)}
 
 
 @pytest.fixture
@@ -38,7 +39,10 @@ def test_folder_yields_text_files_in_order_and_counts_what_it_leaves_out(folder:
     corpus = open_corpus(folder)
     documents = list(corpus)
     assert documents == [Document("a.md", "grüße"), Document("b/two.txt", "two\r\nlines\n")]
-    assert corpus.skipped == Skipped(hidden=2, not_text=2, empty=1)
+    assert corpus.skipped.examples == [corpus.skipped.first_not_text]
+    assert f"{folder / 'latin.txt'} is not UTF-8 text" in corpus.skipped.examples[0]
+    assert replace(corpus.skipped, first_not_text=None) == Skipped(hidden=2, not_text=2, empty=1)
+    assert str(corpus.skipped) == "2 hidden, 2 not UTF-8 text, 0 without text, 1 empty"
     visible = ("a.md", "b/two.txt", "latin.txt", "weights.bin")
     assert corpus.size == corpus.position == sum((folder / name).stat().st_size for name in visible)
 
@@ -108,7 +112,8 @@ def test_jsonl_is_one_document_a_line(tmp_path: Path, suffix: str) -> None:
     corpus = open_corpus(path)
     documents = list(corpus)
     assert documents == [Document(f"{path.name}:1", "one"), Document(f"{path.name}:4", "two\nlines é")]
-    assert corpus.skipped == Skipped(empty=1, not_text=1)
+    half = f"{path}, line 5: field 'text' holds half a surrogate pair, which is not text"
+    assert corpus.skipped == Skipped(empty=1, not_text=1, first_not_text=half)
     assert corpus.position == corpus.size == path.stat().st_size
 
 
@@ -125,27 +130,12 @@ def test_jsonl_shards_by_folder_and_by_glob(tmp_path: Path) -> None:
     [
         (b"{not json}", "line 2 is not JSON"),
         (b'{"text": "\xff"}', "line 2 is not JSON"),
-        (b'["text"]', "line 2 is a list, not an object with a field 'text'"),
-        (b'{"body": "x", "id": 1}', "line 2 has no field 'text' (text_field); its fields: 'body', 'id'"),
-        (b"{}", "line 2 has no field 'text' (text_field); its fields: none"),
-        (b'{"text": 7}', "line 2: field 'text' is a int, not a string"),
-        (b'{"text": null}', "line 2: field 'text' is a NoneType, not a string"),
     ],
 )
-def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+def test_a_line_that_is_not_json_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(ValueError, match=re.escape(f"{path}, {message}")):
-        list(open_corpus(path))
-
-
-@pytest.mark.parametrize(
-    "cut", [lambda data: data[:-20], lambda data: b"no gzip", lambda data: data[:40] + b"\xff" * 40]
-)
-def test_a_damaged_gzip_file_is_named(tmp_path: Path, cut) -> None:
-    path = tmp_path / "corpus.jsonl.gz"
-    path.write_bytes(cut(gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(1000)))))
-    with pytest.raises(ValueError, match=r"corpus\.jsonl\.gz"):
         list(open_corpus(path))
 
 

@@ -85,7 +85,7 @@ def test_bytes(corpus: Path, out: Path) -> None:
         validation=PreparedSplit(
             len(validation), len(data.validation), sum(len(text.encode()) for text in validation)
         ),
-        skipped=Skipped(hidden=1, not_text=1, empty=1),
+        skipped=Skipped(hidden=1, not_text=1, empty=1, first_not_text=prepared.skipped.first_not_text),
         vocab_size=257,
     )
     assert prepared.train.tokens == prepared.train.bytes + prepared.train.documents
@@ -282,7 +282,8 @@ def test_fewer_than_two_documents_are_refused(corpus: Path, out: Path, tokenizer
         (corpus / name).unlink()
     with pytest.raises(
         ValueError,
-        match=r"has 1 documents \(left out: 1 hidden, 1 not UTF-8 text, 1 empty\).*need at least 2",
+        match=r"has 1 documents \(left out: 1 hidden, 1 not UTF-8 text, 0 without text, 1 empty; "
+        r"\S+binary is not UTF-8 text \(it has a byte 0xff\); readable: .*\); .*need at least 2",
     ):
         prepare(corpus, out, tokenizer=tokenizer)
     assert list(out.parent.iterdir()) == []

@@ -18,9 +18,12 @@ class DataFlags:
     """Turn text into a folder of tokens for training: a training and a validation split, by document, and
     their tokenizer.
 
-    SOURCE is a folder or a glob of text files, where each file is a document; a .jsonl file, where each line
-    is one; hf:NAME, a dataset of the Hugging Face Hub; or stdlib, the source files of this Python's standard
-    library, which need no download.
+    SOURCE is a file, a folder or a glob: each text file is a document, each line of a .jsonl or .ndjson file,
+    each row of a .parquet file; text and lines may be compressed (.gz, .bz2, .xz, .zst). Or it is hf:NAME, a
+    dataset of the Hugging Face Hub; or stdlib, the source files of this Python's standard library, which need
+    no download.
+
+    What is not text, and records without text, are left out and counted.
     """
 
     out: Path
@@ -39,7 +42,10 @@ class DataFlags:
     """Share of the documents that is kept for validation."""
 
     text_field: str = "text"
-    """Field of a JSONL record or a dataset that holds the text."""
+    """Field of a JSONL record, a parquet file or a dataset that holds the text."""
+
+    strict: bool = False
+    """Fail at the first file or record that is not text, or without text, instead of leaving it out."""
 
     seed: int = 0
     """Chooses the validation documents."""
@@ -73,6 +79,7 @@ def run(arguments: list[str]) -> int:
             text_field=flags.text_field,
             seed=flags.seed,
             overwrite=flags.overwrite,
+            strict=flags.strict,
             progress=show,
         )
     output = console()
@@ -83,5 +90,7 @@ def run(arguments: list[str]) -> int:
         )
     output.print(f"vocabulary {prepared.vocab_size:>9,}")
     output.print(f"left out   {prepared.skipped}")
+    for example in prepared.skipped.examples:
+        output.print(f"           first: {example}", markup=False)
     output.print(f"written to {prepared.folder}", markup=False)
     return 0

@@ -1,4 +1,4 @@
-"""Where text comes from: one iterator of documents over files, JSONL and Hugging Face datasets.
+"""Where text comes from: one iterator of documents over files and Hugging Face datasets.
 
 A source is one of
 
@@ -6,27 +6,23 @@ A source is one of
 - a folder (all its files, recursively), a file, or a glob pattern (``**`` recurses);
 - ``hf:NAME`` or ``hf:NAME:CONFIG``: the ``train`` split of a Hugging Face dataset, streamed.
 
-A file is one document, except that each line of a JSONL file is one (``.jsonl`` or ``.ndjson``, also with
-``.gz``).
+`longshort.data.formats` says what files are read: text, JSONL and parquet, also compressed.
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
-import io
-import json
 import os
 import sysconfig
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-_JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-_READ_CHARACTERS = 1 << 20
+from longshort.data.formats import NoText, no_such_field, read_texts, require_packages, text_of
+
+_RECORDS_WITHOUT_TEXT = 10_000
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,8 @@ class Document:
     """One text of a corpus."""
 
     name: str
-    """Stable within its corpus whatever the machine: a relative path, `path:line` or `split:row`."""
+    """Stable within its corpus whatever the machine: a relative path, `path:line` or `path:row`, or
+    `split:row`."""
     text: str
     """Not empty, and encodable as UTF-8."""
 
@@ -47,10 +44,33 @@ class Skipped:
     """Files and folders of a source folder whose name begins with a dot."""
     not_text: int = 0
     """Files and records that are not UTF-8 text (a NUL byte counts as not text)."""
+    without_text: int = 0
+    """Records that have no text field, or something else than a string in it."""
     empty: int = 0
+    """Files and records whose text has no character."""
+    first_not_text: str | None = None
+    """A sentence about the first of them: which file, which line or row, what it is instead."""
+    first_without_text: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.hidden} hidden, {self.not_text} not UTF-8 text, {self.empty} empty"
+        return (
+            f"{self.hidden} hidden, {self.not_text} not UTF-8 text, {self.without_text} without text, "
+            f"{self.empty} empty"
+        )
+
+    @property
+    def examples(self) -> list[str]:
+        """The first of each kind, a sentence each."""
+        return [reason for reason in (self.first_not_text, self.first_without_text) if reason is not None]
+
+    def note(self, found: NoText) -> None:
+        """Counts a file or a record that gives no document."""
+        if found.kind == "not text":
+            self.not_text += 1
+            self.first_not_text = self.first_not_text or found.reason
+        else:
+            self.without_text += 1
+            self.first_without_text = self.first_without_text or found.reason
 
 
 class Corpus(ABC):
@@ -65,9 +85,10 @@ class Corpus(ABC):
     skipped: Skipped
     """What the present pass has left out so far."""
 
-    def __init__(self, source: str, size: int | None, hidden: int = 0) -> None:
+    def __init__(self, source: str, size: int | None, strict: bool, hidden: int = 0) -> None:
         self.source = source
         self.size = size
+        self._strict = strict
         self._hidden = hidden
         self._begin()
 
@@ -75,15 +96,26 @@ class Corpus(ABC):
         """Yields the documents.
 
         Raises:
-            ValueError: a record is not what the source promised: not JSON, no text field, not a string in it.
+            ValueError: something cannot be read: a file is damaged, a line is not JSON, a parquet file lacks
+                the column, the first 10,000 records have no text; or, if the corpus is strict, a file is not
+                text, or a record is not or has none.
         """
         self._begin()
+        has_documents = False
         for name, text in self._read():
-            if text is None:
-                self.skipped.not_text += 1
+            if isinstance(text, NoText):
+                if self._strict:
+                    raise ValueError(f"{text.reason}; strict does not leave it out")
+                self.skipped.note(text)
+                if not has_documents and self.skipped.without_text == _RECORDS_WITHOUT_TEXT:
+                    raise ValueError(
+                        f"source {self.source!r} begins with {_RECORDS_WITHOUT_TEXT:,} records without text: "
+                        f"{self.skipped.first_without_text}"
+                    )
             elif not text:
                 self.skipped.empty += 1
             else:
+                has_documents = True
                 yield Document(name, text)
 
     def _begin(self) -> None:
@@ -91,57 +123,43 @@ class Corpus(ABC):
         self.skipped = Skipped(hidden=self._hidden)
 
     @abstractmethod
-    def _read(self) -> Iterator[tuple[str, str | None]]:
-        """Yields names and texts, None for what is not text, and advances `position`."""
+    def _read(self) -> Iterator[tuple[str, str | NoText]]:
+        """Yields names and texts, or why there is no text, and advances `position`."""
 
 
 class FileCorpus(Corpus):
     """The files `root/name` for each of `names`, in that order."""
 
-    def __init__(self, source: str, root: Path, names: list[str], text_field: str, hidden: int = 0) -> None:
-        super().__init__(source, sum((root / name).stat().st_size for name in names), hidden)
+    def __init__(
+        self, source: str, root: Path, names: list[str], text_field: str, strict: bool, hidden: int = 0
+    ) -> None:
+        require_packages(names)
+        super().__init__(source, sum((root / name).stat().st_size for name in names), strict, hidden)
         self._root = root
         self._names = names
         self._text_field = text_field
 
-    def _read(self) -> Iterator[tuple[str, str | None]]:
+    def _read(self) -> Iterator[tuple[str, str | NoText]]:
         finished = 0
         for name in self._names:
             path = self._root / name
             size = path.stat().st_size
+            if not size:  # whatever its format
+                yield name, ""
+                continue
             with open(path, "rb") as file:
-                if name.lower().endswith(_JSONL_SUFFIXES):
-                    for line_number, text in self._read_jsonl(path, file):
-                        self.position = finished + file.tell()
-                        yield f"{name}:{line_number}", text
-                else:
-                    text = _read_text(file)
-                    self.position = finished + size
-                    yield name, text
+                for document_name, text in read_texts(path, name, file, self._text_field):
+                    self.position = finished + file.tell()
+                    yield document_name, text
             finished += size
             self.position = finished
-
-    def _read_jsonl(self, path: Path, file: BinaryIO) -> Iterator[tuple[int, str | None]]:
-        lines = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
-        try:
-            for line_number, line in enumerate(lines, start=1):
-                if line.isspace():
-                    continue
-                where = f"{path}, line {line_number}"
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where} is not JSON: {error}") from error
-                yield line_number, _text_of(record, self._text_field, where)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
 
 
 class HubCorpus(Corpus):
     """The `train` split of a Hugging Face dataset, by name on the Hub or by folder, streamed."""
 
-    def __init__(self, source: str, text_field: str) -> None:
-        super().__init__(source, size=None)
+    def __init__(self, source: str, text_field: str, strict: bool) -> None:
+        super().__init__(source, size=None, strict=strict)
         self._text_field = text_field
         name, _, config = source.removeprefix("hf:").partition(":")
         if not name:
@@ -154,12 +172,12 @@ class HubCorpus(Corpus):
             raise ValueError(f"source {source!r}: the dataset cannot be opened: {error}") from error
         columns = self._rows.column_names
         if columns is not None and text_field not in columns:
-            raise ValueError(_no_such_field(text_field, columns, f"source {source!r}"))
+            raise ValueError(no_such_field(text_field, columns, f"source {source!r}"))
 
-    def _read(self) -> Iterator[tuple[str, str | None]]:
+    def _read(self) -> Iterator[tuple[str, str | NoText]]:
         for index, row in enumerate(self._checked_rows()):
-            text = _text_of(row, self._text_field, f"source {self.source!r}, row {index}")
-            self.position += len(text.encode()) if text else 0
+            text = text_of(row, self._text_field, f"source {self.source!r}, row {index}")
+            self.position += len(text.encode()) if isinstance(text, str) else 0
             yield f"train:{index}", text
 
     def _checked_rows(self) -> Iterator[Any]:
@@ -169,17 +187,20 @@ class HubCorpus(Corpus):
             raise ValueError(f"source {self.source!r}: the dataset cannot be read: {error}") from error
 
 
-def open_corpus(source: str | os.PathLike[str], text_field: str = "text") -> Corpus:
+def open_corpus(source: str | os.PathLike[str], text_field: str = "text", *, strict: bool = False) -> Corpus:
     """Finds the files or the dataset behind `source`; nothing is read yet.
 
     Args:
         source: `stdlib`, a folder, a file, a glob pattern, or `hf:NAME[:CONFIG]`. A folder that is itself
             called `stdlib` is written `./stdlib`. In a folder, what is hidden is left out, and links to
             folders are not followed.
-        text_field: the field that holds the text in JSONL records and datasets.
+        text_field: the field that holds the text in JSONL records, parquet files and datasets.
+        strict: reading fails at the first file or record that is not text, or without text. Otherwise these
+            are left out, and counted.
 
     Raises:
         FileNotFoundError: no such file or folder, or no file in it, or no file matches the pattern.
+        ModuleNotFoundError: a package is missing that one of the files needs.
         ValueError: the dataset cannot be opened or has no such field.
     """
     source = os.fspath(source)
@@ -191,9 +212,9 @@ def open_corpus(source: str | os.PathLike[str], text_field: str = "text") -> Cor
         names = [name for name in names if name.endswith(".py")]
         if not names:
             raise FileNotFoundError(f"source 'stdlib': this Python keeps no *.py files in {root}")
-        return FileCorpus(source, root, names, text_field)
+        return FileCorpus(source, root, names, text_field, strict)
     if source.startswith("hf:"):
-        return HubCorpus(source, text_field)
+        return HubCorpus(source, text_field, strict)
     path = Path(source)
     if source and path.is_dir():
         names, hidden = _files_under(path)
@@ -201,9 +222,9 @@ def open_corpus(source: str | os.PathLike[str], text_field: str = "text") -> Cor
             raise FileNotFoundError(
                 f"source: folder {source!r} holds no file ({hidden} hidden ones left out)"
             )
-        return FileCorpus(source, path, names, text_field, hidden)
+        return FileCorpus(source, path, names, text_field, strict, hidden)
     if path.is_file():
-        return FileCorpus(source, path.parent, [path.name], text_field)
+        return FileCorpus(source, path.parent, [path.name], text_field, strict)
     if not _is_pattern(source):
         raise FileNotFoundError(
             f"source: there is no file or folder {source!r} (other sources: stdlib, a glob pattern, hf:NAME)"
@@ -213,7 +234,7 @@ def open_corpus(source: str | os.PathLike[str], text_field: str = "text") -> Cor
     names = [name for name in matches if (root / name).is_file()]
     if not names:
         raise FileNotFoundError(f"source: no file matches {source!r}")
-    return FileCorpus(source, root, names, text_field)
+    return FileCorpus(source, root, names, text_field, strict)
 
 
 def _files_under(root: Path, leave_out: tuple[str, ...] = ()) -> tuple[list[str], int]:
@@ -243,37 +264,3 @@ def _split_pattern(pattern: Path) -> tuple[Path, str]:
     while not _is_pattern(pattern.parts[fixed]):
         fixed += 1
     return Path(*pattern.parts[:fixed]), os.path.join(*pattern.parts[fixed:])
-
-
-def _read_text(file: BinaryIO) -> str | None:
-    pieces = []
-    try:
-        # In pieces, so that a huge binary file is given up at its first bytes.
-        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as reader:
-            while piece := reader.read(_READ_CHARACTERS):
-                if "\0" in piece:
-                    return None
-                pieces.append(piece)
-    except UnicodeDecodeError:
-        return None
-    return "".join(pieces)
-
-
-def _text_of(record: Any, text_field: str, where: str) -> str | None:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a {type(record).__name__}, not an object with a field {text_field!r}")
-    if text_field not in record:
-        raise ValueError(_no_such_field(text_field, list(record), where))
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: field {text_field!r} is a {type(text).__name__}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
-        return None
-    return None if "\0" in text else text
-
-
-def _no_such_field(text_field: str, fields: list[str], where: str) -> str:
-    known = ", ".join(map(repr, fields)) or "none"
-    return f"{where} has no field {text_field!r} (text_field); its fields: {known}"

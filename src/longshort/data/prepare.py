@@ -82,6 +82,7 @@ def prepare(
     text_field: str = "text",
     seed: int = 0,
     overwrite: bool = False,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
     """Tokenizes a corpus into a data folder that `DataFolder.open` reads.
@@ -94,16 +95,20 @@ def prepare(
         vocab_size: pieces of a BPE tokenizer; not used for the others.
         validation_fraction: between 0 and 1: the chance of a document to become validation. It hangs on the
             seed and the document's name alone, and each side gets at least one document.
-        text_field: the field that holds the text in JSONL records and datasets.
+        text_field: the field that holds the text in JSONL records, parquet files and datasets.
         seed: chooses the validation documents.
         overwrite: replace `out` if it is a data folder; the old one goes only after the new one is complete.
+        strict: fail at the first file or record that is not text, or without text; otherwise they are left
+            out, and `Prepared.skipped` counts them.
         progress: called after every batch of documents.
 
     Raises:
         FileExistsError: `out` is not empty and `overwrite` is not set, or it is not a data folder, or
             another process is preparing it.
         FileNotFoundError: there is no such source or tokenizer folder.
-        ValueError: an argument or a record of the corpus is not usable, or there are not two documents.
+        ModuleNotFoundError: a package is missing that one of the source's files needs.
+        ValueError: an argument is not usable, a part of the corpus cannot be read (see `Corpus.__iter__`), or
+            there are not two documents.
     """
     if not isinstance(validation_fraction, int | float) or not 0 < validation_fraction < 1:
         raise ValueError(
@@ -126,7 +131,7 @@ def prepare(
                 f"tokenizer must be 'bytes', 'bpe' or a saved tokenizer's folder, got {tokenizer!r}"
             )
         ready = load_tokenizer(tokenizer)
-    corpus = open_corpus(source, text_field)
+    corpus = open_corpus(source, text_field, strict=strict)
     is_folder = source != "stdlib" and Path(source).is_dir()
     if is_folder and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(
@@ -210,8 +215,9 @@ def _split(corpus: Corpus, validation_fraction: float, seed: int) -> Iterator[tu
                 held, held_hash, document = document, value, held
             yield document, split
     if documents < 2:
+        left_out = "; ".join([str(corpus.skipped), *corpus.skipped.examples])
         raise ValueError(
-            f"source {corpus.source!r} has {documents} documents (left out: {corpus.skipped}); "
+            f"source {corpus.source!r} has {documents} documents (left out: {left_out}); "
             "a training and a validation split need at least 2"
         )
     if held is not None:

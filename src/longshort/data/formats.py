@@ -1,0 +1,280 @@
+"""How the files of a corpus are read: what their names end in says which format, and which compression.
+
+- ``.jsonl``, ``.ndjson``: one text per line, in a field of an object;
+- ``.parquet``: one text per row, in a column;
+- anything else: the file is one text, in UTF-8.
+
+All but parquet may be compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``, as in ``.jsonl.zst``. Case does not
+matter. Files are read as streams: in memory are one text and a buffer, or a few rows of parquet.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+if TYPE_CHECKING:
+    import pyarrow
+
+READABLE = "UTF-8 text, .jsonl and .ndjson, each also as .gz, .bz2, .xz or .zst, and .parquet"
+_JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_READ_CHARACTERS = 1 << 20
+_BUFFER_BYTES = 1 << 20
+_ROWS = 64
+_JSON_TYPES = {
+    type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string",
+    list: "an array", dict: "an object",
+}  # fmt: skip
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class NoText:
+    """Why a file or a record gives no document."""
+
+    kind: Literal["not text", "without text"]
+    """Something that is not UTF-8 text, or a record that has no string where its text should be."""
+    reason: str
+    """A sentence that names the file, and the line or row."""
+
+
+def require_packages(names: list[str]) -> None:
+    """Fails before anything is read if one of these files needs a package that is missing.
+
+    Raises:
+        ModuleNotFoundError: it is missing; the message names the file and the extra.
+    """
+    needs = {"pyarrow": (".parquet",), "zstandard": (".zst",)}
+    for package, suffixes in needs.items():
+        name = next((name for name in names if name.lower().endswith(suffixes)), None)
+        if name is None:
+            continue
+        try:
+            __import__(package)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{name} is read with the package {package}: pip install 'longshort[train]'", name=package
+            ) from error
+
+
+def read_texts(path: Path, name: str, file: BinaryIO, text_field: str) -> Iterator[tuple[str, str | NoText]]:
+    """Yields the name and the text of each document of a file.
+
+    Args:
+        path: of the file, for messages.
+        name: of the file within its corpus. It is the document's, or begins it: `name:line`, from 1, or
+            `name:row`, from 0.
+        file: the file itself, opened; how far it is read shows in its position.
+        text_field: the field of a JSONL record, or the parquet column, that holds the text.
+
+    Raises:
+        ValueError: a compressed file or a parquet file is damaged or not one, a line is not JSON, or a
+            parquet file has no such column of strings. The message names the file.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from _read_parquet(path, name, file, text_field)
+        return
+    of_content = Path(path.stem).suffix.lower() if suffix in _OPENERS else suffix
+    with _decompressed(path, file) as stream:
+        if of_content in _JSONL_SUFFIXES:
+            yield from _read_jsonl(path, name, stream, text_field)
+        else:
+            text = _read_text(path, stream)
+            if isinstance(text, NoText) and suffix in _OPENERS:
+                while stream.read(_BUFFER_BYTES):  # only the end shows whether it is damaged instead
+                    pass
+            yield name, text
+
+
+def text_of(record: Any, text_field: str, where: str) -> str | NoText:
+    """The text of a record, or why it has none.
+
+    Args:
+        record: as JSON or a dataset gave it.
+        text_field: the field that holds the text.
+        where: names the record in the reason.
+    """
+    if not isinstance(record, dict):
+        reason = f"{where} is {_json_type(record)}, not an object with a field {text_field!r}"
+        return NoText("without text", reason)
+    if text_field not in record:
+        return NoText("without text", no_such_field(text_field, list(record), where))
+    text = record[text_field]
+    where = f"{where}: field {text_field!r}"
+    if not isinstance(text, str):
+        return NoText("without text", f"{where} is {_json_type(text)}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+        return NoText("not text", f"{where} holds half a surrogate pair, which is not text")
+    return NoText("not text", f"{where} holds a NUL, which is not text") if "\0" in text else text
+
+
+def no_such_field(text_field: str, fields: list[str], where: str) -> str:
+    """What to say where a record or a dataset lacks the field."""
+    known = ", ".join(map(repr, fields)) or "none"
+    return f"{where} has no field {text_field!r} (text_field); its fields: {known}"
+
+
+def _json_type(value: Any) -> str:
+    return _JSON_TYPES.get(type(value), f"of type {type(value).__name__}")
+
+
+def _read_text(path: Path, stream: BinaryIO) -> str | NoText:
+    pieces = []
+    reader = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    try:
+        # In pieces, so that a huge binary file is given up at its first bytes.
+        while piece := reader.read(_READ_CHARACTERS):
+            if "\0" in piece:
+                return _binary(path)
+            pieces.append(piece)
+    except UnicodeDecodeError as error:
+        if b"\0" in error.object:
+            return _binary(path)
+        found = f"a byte {error.object[error.start]:#04x}"
+        return NoText("not text", f"{path} is not UTF-8 text (it has {found}); readable: {READABLE}")
+    finally:
+        reader.detach()  # which would close the stream
+    return "".join(pieces)
+
+
+def _binary(path: Path) -> NoText:
+    return NoText("not text", f"{path} is binary (NUL bytes), not text; readable: {READABLE}")
+
+
+def _read_jsonl(
+    path: Path, name: str, stream: BinaryIO, text_field: str
+) -> Iterator[tuple[str, str | NoText]]:
+    for line_number, line in enumerate(stream, start=1):
+        if line_number == 1:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+        if not line or line.isspace():
+            continue
+        where = f"{path}, line {line_number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        yield f"{name}:{line_number}", text_of(record, text_field, where)
+
+
+def _read_parquet(
+    path: Path, name: str, file: BinaryIO, text_field: str
+) -> Iterator[tuple[str, str | NoText]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        table = ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)  # not the whole column at once
+        _require_strings(path, table.schema_arrow, text_field)
+        row = 0
+        for batch in table.iter_batches(_ROWS, columns=[text_field], use_threads=False):
+            for value in batch.column(0):
+                where = f"{path}, row {row}"
+                try:
+                    text = text_of({text_field: value.as_py()}, text_field, where)
+                except UnicodeDecodeError:
+                    text = NoText("not text", f"{where}: field {text_field!r} is not UTF-8 text")
+                yield f"{name}:{row}", text
+                row += 1
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is not a whole parquet file: {error}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{path} is not a whole parquet file: {error}") from error
+
+
+def _require_strings(path: Path, schema: pyarrow.Schema, text_field: str) -> None:
+    from pyarrow import types
+
+    if text_field not in schema.names:
+        known = ", ".join(map(repr, schema.names)) or "none"
+        raise ValueError(f"{path} has no column {text_field!r} (text_field); its columns: {known}")
+    kind = schema.field(text_field).type
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    is_string = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if not any(check(values) for check in is_string):
+        raise ValueError(f"{path}: column {text_field!r} (text_field) holds {kind}, not strings")
+
+
+@contextmanager
+def _decompressed(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
+    """The content of a file, as a stream; its damages are ValueErrors."""
+    suffix = path.suffix.lower()
+    if suffix not in _OPENERS:
+        yield file
+        return
+    kind, open_stream = _OPENERS[suffix]
+    try:
+        yield open_stream(file)
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # not of the content
+            raise
+        raise ValueError(f"{path} is not a whole {kind} file: {error}") from error
+
+
+class _ZstandardStream(io.RawIOBase):
+    """The content of frames one after another.
+
+    The package's own stream takes a file that is cut off for a whole one.
+    """
+
+    _PIECE = 1 << 8  # four bytes may stand for 128 KiB, so for 8 MiB at most
+
+    def __init__(self, file: BinaryIO) -> None:
+        import zstandard
+
+        self._error = zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # of `zstd --long=31`
+        self._file = file
+        self._frame: Any = None
+        self._compressed = b""
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._content:
+            compressed = self._compressed or self._file.read(self._PIECE)
+            if not compressed:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self._decompress(compressed)
+        count = min(len(buffer), len(self._content))
+        buffer[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+    def _decompress(self, compressed: bytes) -> None:
+        self._frame = self._frame or self._decompressor.decompressobj()
+        try:
+            self._content = memoryview(self._frame.decompress(compressed))
+        except self._error as error:
+            raise OSError(str(error)) from error
+        self._compressed = b""
+        if self._frame.eof:
+            self._compressed = self._frame.unused_data
+            self._frame = None
+
+
+_OPENERS: dict[str, tuple[str, Callable[[BinaryIO], Any]]] = {
+    ".gz": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
+    ".bz2": ("bzip2", bz2.BZ2File),
+    ".xz": ("xz", lzma.LZMAFile),
+    ".zst": ("zstandard", lambda file: io.BufferedReader(_ZstandardStream(file), _BUFFER_BYTES)),
+}
+"""For each suffix of compressed files the name of the format, and what opens it as a stream."""
