@@ -197,7 +197,13 @@ def explain(
 
 def _choose(call: AttentionCall, backend: str) -> str:
     if backend == "auto":
-        return next(name for name, module in BACKENDS.items() if module.supports(call) is None)
+        reasons = []
+        for name, module in BACKENDS.items():
+            reason = module.supports(call)
+            if reason is None:
+                return name
+            reasons.append(f"{name}: {reason}")
+        raise ValueError(f"no backend can serve this call; {'; '.join(reasons)}")
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     reason = BACKENDS[backend].supports(call)
@@ -211,10 +217,11 @@ def with_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
 
     As exp(logsigmoid), whose gradient does not cancel where the sink is small.
     """
-    seen = lse > -torch.inf
+    seen = (lse > -torch.inf) | lse.isnan()
     # lse - sink of rows that see nothing would be -inf, whose gradient is NaN where a sink is -inf too
-    lse = torch.where(seen | lse.isnan(), lse, 0.0)
-    return out * F.logsigmoid(lse - sink_logits[:, None]).exp()[..., None]
+    shares = F.logsigmoid(torch.where(seen, lse, 0.0) - sink_logits[:, None]).exp()
+    # nor does a sink or a gradient that is NaN pass through such rows
+    return out * torch.where(seen, shares, 0.0)[..., None]
 
 
 def _attend_to_nothing(call: AttentionCall) -> Output:

@@ -11,16 +11,16 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from longshort.backends import operators, sdpa_operator
 from longshort.backends.call import AttentionCall, Output
 from longshort.backends.tiled_operator import tiled_attention
 from longshort.layout import HeadGroup
 
 
 def supports(call: AttentionCall) -> str | None:
-    """This backend serves every call."""
-    return None
+    """Why this backend cannot serve a call, or None."""
+    return operators.NO_TANGENTS if operators.forward_mode_is_on() else None
 
 
 def attend(call: AttentionCall) -> Output:
@@ -81,10 +81,12 @@ def _attend_group(call: AttentionCall, group: HeadGroup) -> Output:
 
 def _sdpa_serves(call: AttentionCall) -> bool:
     """Whether SDPA's kernel without a mask computes this call for global heads."""
+    has_kernel = sdpa_operator.has_kernel(call.q.device, call.score_dtype, call.q.shape[3])
     aligned = call.q.shape[2] == call.k.shape[2] or not call.causal  # SDPA's causal mask is top-left
     plain = call.softcap is None and call.alibi_slopes is None and call.segment_ids is None
     # its CPU kernel scales the -inf of hidden pairs too, which a scale <= 0 turns into NaN or +inf
-    return aligned and plain and call.scale > 0 and not call.round_probabilities and not call.with_lse
+    plain = plain and call.scale > 0 and not call.round_probabilities and not call.with_lse
+    return has_kernel and aligned and plain
 
 
 def _sdpa(call: AttentionCall) -> Tensor:
@@ -95,5 +97,4 @@ def _sdpa(call: AttentionCall) -> Tensor:
     if call.q.shape[1] != call.k.shape[1]:
         group_size = call.q.shape[1] // call.k.shape[1]
         k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=call.causal, scale=call.scale)
-    return out.to(call.out_dtype)
+    return sdpa_operator.sdpa(q, k, v, call.causal, call.scale).to(call.out_dtype)

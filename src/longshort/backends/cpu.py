@@ -59,6 +59,8 @@ def supports(call: AttentionCall) -> str | None:
         return f"there are {call.k.shape[2]} keys; the kernels take fewer than {_LONGEST}"
     if call.round_probabilities:
         return "the kernels do not round probabilities"
+    if operators.forward_mode_is_on():
+        return operators.NO_TANGENTS
     return _MISSING
 
 
@@ -89,9 +91,11 @@ def fma_peak() -> float | None:
 
 def attend(call: AttentionCall) -> Output:
     """Attention of all heads at once."""
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v))
-    out, row_max, log_sum, max_logit, entropy = torch.ops.longshort.cpu_attention(
-        call.q, call.k, call.v, call.alibi_slopes, call.segment_ids,
+    differentiable = torch.is_grad_enabled() and (
+        any(x.requires_grad for x in (call.q, call.k, call.v)) or operators.transforms_are_active()
+    )
+    out, row_max, log_sum, max_logit, entropy = operators.call(
+        "cpu_attention", call.q, call.k, call.v, call.alibi_slopes, call.segment_ids,
         windows_of_kv_heads(call.layout),
         min(call.layout.sink_tokens, _LONGEST),
         call.causal, call.scale, call.softcap, call.out_dtype, call.with_stats, differentiable,
@@ -346,9 +350,7 @@ def _gradients(ctx, grad_out, grad_row_max, grad_lse, grad_max_logit, grad_entro
     if grad_out is None and grad_lse is None:
         return (None,) * 13
     # read once: under activation checkpointing a second look is an error
-    gradients = torch.ops.longshort.cpu_attention_backward(
-        *ctx.saved_tensors, grad_out, grad_lse, *ctx.options
-    )
+    gradients = operators.call("cpu_attention_backward", *ctx.saved_tensors, grad_out, grad_lse, *ctx.options)
     return *gradients, *(None,) * 10
 
 

@@ -5,18 +5,30 @@ By hand, since `torch.library.custom_op` imports the compiler on its first call:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _library = torch.library.Library("longshort", "FRAGMENT")
+NO_TANGENTS = "forward-mode differentiation is on, and this backend computes no tangents; 'reference' does"
+
+_functions: dict[str, Any] = {}  # by name of the operator
 
 
 def define(
-    name: str, dispatch_key: str, function: Callable, fake: Callable, mutates_args: tuple[str, ...] = ()
+    name: str,
+    dispatch_key: str,
+    function: Callable,
+    fake: Callable,
+    *,
+    mutates_args: tuple[str, ...] = (),
+    refuse_tangents: bool = True,
 ) -> None:
     """Defines torch.ops.longshort.NAME, without gradients.
 
@@ -26,10 +38,25 @@ def define(
         function: annotated; its annotations are the operator's schema.
         fake: the same for tensors without data: it gives shapes, dtypes and strides.
         mutates_args: names of the arguments that it writes to.
+        refuse_tangents: refuse to run under forward-mode differentiation.
     """
     _library.define(name + torch.library.infer_schema(function, mutates_args=mutates_args))
+    if refuse_tangents:
+        function, fake = _refusing_tangents(function), _refusing_tangents(fake)
     _library.impl(name, function, dispatch_key)
     torch.library.register_fake(f"longshort::{name}", fake, lib=_library)
+
+
+def differentiate(name: str, setup_context: Callable, gradients: Callable) -> None:
+    """Gives torch.ops.longshort.NAME gradients, as `torch.library.register_autograd` takes them."""
+    torch.library.register_autograd(
+        f"longshort::{name}", gradients, setup_context=setup_context, lib=_library
+    )
+
+
+def vectorize(name: str, rule: Callable) -> None:
+    """Says how `torch.vmap` calls torch.ops.longshort.NAME, as `torch.library.register_vmap` takes it."""
+    torch.library.register_vmap(f"longshort::{name}", rule, lib=_library)
 
 
 def register(
@@ -43,7 +70,8 @@ def register(
     backward: Callable,
     fake_backward: Callable,
 ) -> None:
-    """Defines torch.ops.longshort.NAME and NAME_backward.
+    """Defines torch.ops.longshort.NAME and NAME_backward; `call` calls them, under transforms of
+    `torch.func` too. Both refuse to run under forward-mode differentiation.
 
     Args:
         name: of the forward operator.
@@ -53,16 +81,68 @@ def register(
         save_for_backward: `setup_context` of `torch.library.register_autograd`.
         gradients: calls NAME_backward; it has no gradients itself, and says so.
     """
-    for operator, function, fake in (
-        (name, forward, fake_forward),
-        (f"{name}_backward", backward, fake_backward),
+    for operator, function, fake, setup_context, derivative in (
+        (name, forward, fake_forward, save_for_backward, gradients),
+        (f"{name}_backward", backward, fake_backward, _save_nothing, _refuse_second_derivatives),
     ):
         define(operator, dispatch_key, function, fake)
-    torch.library.register_autograd(
-        f"longshort::{name}", gradients, setup_context=save_for_backward, lib=_library
-    )
-    torch.library.register_autograd(f"longshort::{name}_backward", _refuse_second_derivatives, lib=_library)
+        differentiate(operator, setup_context, derivative)
+        _functions[operator] = _function(operator, setup_context, derivative)
+        vectorize(operator, _functions[operator].vmap)
 
 
-def _refuse_second_derivatives(ctx, *gradients) -> NoReturn:
+def call(name: str, *args: Any) -> Any:
+    """torch.ops.longshort.NAME(*args) of an operator of `register`, which `torch.vmap` calls once for each
+    of its slices."""
+    if transforms_are_active():  # what register_autograd makes does not know them
+        return _functions[name].apply(*args)
+    return getattr(torch.ops.longshort, name)(*args)
+
+
+def transforms_are_active() -> bool:
+    """Whether the caller is inside of `torch.func.grad`, `vmap` or another transform of torch.func."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode_is_on() -> bool:
+    """Whether tensors may carry tangents, of `torch.func.jvp`, `jacfwd`, `hessian` or
+    `torch.autograd.forward_ad`."""
+    return forward_ad._current_level >= 0  # compilers guard on it
+
+
+def _refusing_tangents(function: Callable) -> Callable:
+    """torch would take the tangents of an operator's results for zero, and say nothing."""
+
+    @wraps(function)
+    def checked(*args: Any) -> Any:
+        if forward_mode_is_on():
+            raise NotImplementedError(NO_TANGENTS)
+        return function(*args)
+
+    return checked
+
+
+def _function(name: str, setup_context: Callable, derivative: Callable) -> Any:
+    operator = getattr(torch.ops.longshort, name)
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        def part(x: Any, dim: Any, i: int) -> Any:
+            return x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+
+        results = [
+            call(name, *(part(x, dim, i) for x, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(slices) for slices in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    methods = {"forward": operator, "setup_context": setup_context, "backward": derivative, "vmap": vmap}
+    return type(name, (Function,), {key: staticmethod(method) for key, method in methods.items()})
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _refuse_second_derivatives(ctx: Any, *gradients: Any) -> NoReturn:
     raise NotImplementedError("this backend has no gradients of gradients; backend='reference' has")

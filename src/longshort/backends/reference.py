@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from longshort.backends import operators
 from longshort.backends.call import AttentionCall, Output
+from longshort.backends.visible_sums import visible_product, visible_scores
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 
 def supports(call: AttentionCall) -> str | None:
-    """The reference serves every call."""
+    """Why the reference cannot serve a call, or None: it serves all but one kind."""
+    if call.round_probabilities and operators.forward_mode_is_on():
+        return "forward-mode differentiation is on, for which round_probabilities is not defined"
     return None
 
 
@@ -29,7 +32,7 @@ def attend(call: AttentionCall) -> Output:
     visible = visible_pairs(call)
     seen = visible.any(-1, keepdim=True)
 
-    logits = call.scale * (q @ k.mT)
+    logits = call.scale * visible_scores(q, k, visible)
     if call.round_probabilities:
         logits = _RoundGradient.apply(logits, call.v.dtype)
     scores = logits
@@ -40,10 +43,11 @@ def attend(call: AttentionCall) -> Output:
     scores = scores.masked_fill(~visible, -torch.inf)
 
     if call.round_probabilities:
-        out, lse = _RoundedSoftmax.apply(scores, v, seen, call.v.dtype)
+        out, lse = _RoundedSoftmax.apply(scores, v, visible, call.v.dtype)
     else:
         weights, row_max, row_sum = _softmax_parts(scores, seen)
-        out = (weights / row_sum) @ v  # divided first: the gradient of a one-hot row is then exactly 0
+        # divided first: the gradient of a one-hot row is then exactly 0
+        out = visible_product(weights / row_sum, v, visible)
         lse = (row_max + row_sum.log()).masked_fill(~seen, -torch.inf).squeeze(-1)
     out = out.to(call.out_dtype)
     if not call.with_stats:
@@ -106,13 +110,17 @@ def _mean_entropy(scores: Tensor, seen: Tensor) -> Float[Tensor, " heads"]:
 class _RoundGradient(torch.autograd.Function):
     """Identity whose gradient (dS) is rounded to `dtype`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.rounding_dtype = dtype
+    def forward(logits: Tensor, dtype: torch.dtype) -> Tensor:
         return logits.view_as(logits)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
+        ctx.rounding_dtype = inputs[1]
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].to(ctx.rounding_dtype).to(grads[0].dtype), None
 
@@ -120,30 +128,34 @@ class _RoundGradient(torch.autograd.Function):
 class _RoundedSoftmax(torch.autograd.Function):
     """softmax(scores) @ v with the roundings of a flash kernel in `dtype`, forward and backward."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, scores: Tensor, v: Tensor, seen: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        weights, row_max, row_sum = _softmax_parts(scores, seen)
-        out = weights.to(dtype).to(v.dtype) @ v / row_sum
-        lse = (row_max + row_sum.log()).squeeze(-1)
-        ctx.save_for_backward(scores, v, out, lse)
-        ctx.rounding_dtype = dtype
-        ctx.set_materialize_grads(False)
-        return out, lse.masked_fill(~seen.squeeze(-1), -torch.inf)
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    def forward(scores: Tensor, v: Tensor, visible: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        seen = visible.any(-1, keepdim=True)
+        weights, row_max, row_sum = _softmax_parts(scores, seen)
+        out = visible_product(weights.to(dtype).to(v.dtype), v, visible) / row_sum
+        lse = (row_max + row_sum.log()).masked_fill(~seen, -torch.inf).squeeze(-1)
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, torch.dtype], output: Any) -> None:
+        scores, v, visible, ctx.rounding_dtype = inputs
+        ctx.save_for_backward(scores, v, visible, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, Tensor | None, None, None]:
-        scores, v, out, lse = ctx.saved_tensors
+        scores, v, visible, out, lse = ctx.saved_tensors
         grad_out, grad_lse = grads
-        probabilities = torch.exp(scores - lse[..., None])
+        probabilities = torch.exp(scores - lse[..., None]).masked_fill(~visible, 0.0)
         grad_scores, grad_v = torch.zeros_like(scores), None
         if grad_out is not None:
-            grad_v = probabilities.to(ctx.rounding_dtype).to(v.dtype).mT @ grad_out
+            rounded = probabilities.to(ctx.rounding_dtype).to(v.dtype)
+            grad_v = visible_product(rounded.mT, grad_out, visible.mT)
             rounded_out = out.to(ctx.rounding_dtype).to(v.dtype)
             row_dot = (grad_out * rounded_out).sum(-1, keepdim=True)
-            grad_scores = probabilities * (grad_out @ v.mT - row_dot)
+            grad_scores = probabilities * (visible_scores(grad_out, v, visible) - row_dot)
         if grad_lse is not None:
             grad_scores = grad_scores + probabilities * grad_lse[..., None]
         return grad_scores, grad_v, None, None

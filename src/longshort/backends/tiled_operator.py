@@ -8,12 +8,15 @@ torch.library, so that compilers see one opaque call instead of an unrolled loop
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from longshort.backends import operators
 from longshort.backends.call import AttentionCall
-from longshort.backends.tiles import ALL_BUT_HEADS, Problem, accumulation_dtype
+from longshort.backends.tiles import ALL_BUT_HEADS, Problem, Tile, accumulation_dtype
+from longshort.backends.visible_sums import add_terms, is_finite, nonfinite_terms, zero_nonfinite
 
 
 def tiled_attention(
@@ -30,7 +33,8 @@ def tiled_attention(
         out (batch, heads, q_len, head_dim) in `call.out_dtype`; lse (batch, heads, q_len), differentiable;
         max_logit and entropy (heads,), empty unless the call asks for statistics.
     """
-    out, row_max, log_sum, max_logit, entropy = torch.ops.longshort.tiled_attention(
+    out, row_max, log_sum, max_logit, entropy = operators.call(
+        "tiled_attention",
         call.q, call.k, call.v if with_values else None, call.alibi_slopes, call.segment_ids, window,
         call.layout.sink_tokens, call.causal, call.scale, call.softcap, call.round_probabilities,
         call.out_dtype, call.with_stats,
@@ -58,18 +62,34 @@ def _forward(
     The gradient of log_sum is that of lse, for the row maximum counts as a constant.
     """
     problem = Problem(q, k, alibi_slopes, segment_ids, window, sink_tokens, causal, scale, softcap)
+    options = (problem, v, round_probabilities, out_dtype, with_stats)
+    outputs = _attend(*options, times_keys=Tile.times_keys)
+    if is_finite(outputs[0]):
+        return outputs
+    return _attend(*options, times_keys=_times_visible_keys)
+
+
+def _attend(
+    problem: Problem,
+    v: Tensor | None,
+    round_probabilities: bool,
+    out_dtype: torch.dtype,
+    with_stats: bool,
+    times_keys: Callable[[Tile, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k = problem.q, problem.k
     out, row_maxima, log_sums, max_logit, entropy = _empty_outputs(q, v is not None, out_dtype, with_stats)
     for part in problem.parts():
         q_part = part.queries(q)
         k_part = part.keys(k)
         v_part = None if v is None else part.keys(v)
         for tile in part.tiles():
-            q_rows = tile.rows_of(q_part) * scale
+            q_rows = tile.rows_of(q_part) * problem.scale
             logits = tile.logits(q_rows, k_part)
             lowest = highest = None
             if with_stats:
                 lowest = tile.lowest_visible(logits)
-                if softcap is not None or alibi_slopes is not None:
+                if problem.softcap is not None or problem.alibi_slopes is not None:
                     highest = -tile.lowest_visible(-logits)
             scores = tile.hide(tile.bias(tile.cap(logits)))
             row_max = tile.where_seen(scores.amax(-1, keepdim=True), 0.0)
@@ -91,7 +111,8 @@ def _forward(
             if v_part is not None:
                 if round_probabilities:
                     weights = weights.to(q.dtype).to(weights.dtype)
-                tile.write_rows(part.queries(out, convert=False), tile.times_keys(weights, v_part) / row_sum)
+                rows = times_keys(tile, weights, v_part) / row_sum
+                tile.write_rows(part.queries(out, convert=False), rows)
     if with_stats:
         entropy /= problem.rows_that_see()
     return out, row_maxima, log_sums, max_logit, entropy
@@ -132,6 +153,25 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; `out` is given iff probabilities are rounded, as flash kernels do."""
     problem = Problem(q, k, alibi_slopes, segment_ids, window, sink_tokens, causal, scale, softcap)
+    tensors = (problem, v, out, row_maxima, log_sums, grad_out, grad_lse)
+    gradients = _differentiate(*tensors, over_visible=False)
+    return gradients if is_finite(*gradients) else _differentiate(*tensors, over_visible=True)
+
+
+def _differentiate(
+    problem: Problem,
+    v: Tensor | None,
+    out: Tensor | None,
+    row_maxima: Tensor,
+    log_sums: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    over_visible: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients; `over_visible` where there is NaN or inf, which hidden pairs are not to pass on."""
+    q, k, softcap = problem.q, problem.k, problem.softcap
+    times_keys = _times_visible_keys if over_visible else Tile.times_keys
+    add_to_keys = _add_to_visible_keys if over_visible else Tile.add_to_keys
     grad_q, grad_k, grad_v = _empty_gradients(q, k, v)
     for part in problem.parts():
         # converted once for all tiles
@@ -143,7 +183,7 @@ def _backward(
         grad_k_part = torch.zeros_like(k_part)
         grad_v_part = torch.zeros_like(k_part)
         for tile in part.tiles():
-            q_rows = tile.rows_of(q_part) * scale
+            q_rows = tile.rows_of(q_part) * problem.scale
             scores = tile.cap(tile.logits(q_rows, k_part))
             cap_slope = None if softcap is None else 1 - (scores / softcap).square_()
             scores = tile.hide(tile.bias(scores))
@@ -162,6 +202,8 @@ def _backward(
             else:
                 grad_rows = tile.rows_of(grad_out_part)
                 grad_weights = tile.logits(grad_rows, v_part)
+                if over_visible:
+                    tile.clear_hidden(grad_weights)
                 if out_part is None:
                     row_dot = (grad_weights * probabilities).sum(-1, keepdim=True)
                 else:
@@ -172,17 +214,43 @@ def _backward(
                 grad_scores = grad_weights.sub_(row_dot).mul_(probabilities)
                 if out is not None:
                     probabilities = probabilities.to(q.dtype).to(probabilities.dtype)
-                tile.add_to_keys(grad_v_part, probabilities, grad_rows)
+                add_to_keys(tile, grad_v_part, probabilities, grad_rows)
             if cap_slope is not None:
                 grad_scores = grad_scores.mul_(cap_slope)
             if out is not None:
                 grad_scores = grad_scores.to(q.dtype).to(grad_scores.dtype)
-            tile.write_rows(part.queries(grad_q, convert=False), tile.times_keys(grad_scores, k_part) * scale)
-            tile.add_to_keys(grad_k_part, grad_scores, q_rows)
+            if over_visible:
+                tile.clear_hidden(grad_scores)
+            rows = times_keys(tile, grad_scores, k_part) * problem.scale
+            tile.write_rows(part.queries(grad_q, convert=False), rows)
+            add_to_keys(tile, grad_k_part, grad_scores, q_rows)
         part.keys(grad_k, convert=False).copy_(grad_k_part)
         if v is not None:
             part.keys(grad_v, convert=False).copy_(grad_v_part)
     return grad_q, grad_k, grad_v
+
+
+def _times_visible_keys(tile: Tile, weights: Tensor, keys: Tensor) -> Tensor:
+    """`Tile.times_keys` over visible pairs alone, of weights that are 0 on hidden ones."""
+    terms = nonfinite_terms(tile.times_keys, weights, keys, _visible_like(weights, tile))
+    return add_terms(tile.times_keys(weights, zero_nonfinite(keys)), terms)
+
+
+def _add_to_visible_keys(tile: Tile, keys: Tensor, weights: Tensor, rows: Tensor) -> None:
+    """`Tile.add_to_keys` over visible pairs alone, of weights that are 0 on hidden ones."""
+
+    def multiply(weights: Tensor, rows: Tensor) -> Tensor:
+        total = torch.zeros_like(keys)
+        tile.add_to_keys(total, weights, rows)
+        return total
+
+    terms = nonfinite_terms(multiply, weights, rows, _visible_like(weights, tile))
+    tile.add_to_keys(keys, weights, zero_nonfinite(rows))
+    keys.copy_(add_terms(keys, terms))
+
+
+def _visible_like(weights: Tensor, tile: Tile) -> Tensor:
+    return tile.clear_hidden(torch.ones_like(weights, dtype=torch.bool))
 
 
 def _fake_backward(q, k, v, alibi_slopes, segment_ids, out, row_maxima, log_sums, grad_out, grad_lse, window,
@@ -212,8 +280,8 @@ def _gradients(ctx, grad_out, grad_row_maxima, grad_lse, grad_max_logit, grad_en
     if grad_out is None and grad_lse is None:
         return (None,) * 13
     saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
-    grad_q, grad_k, grad_v = torch.ops.longshort.tiled_attention_backward(
-        *saved, grad_out, grad_lse, *ctx.options
+    grad_q, grad_k, grad_v = operators.call(
+        "tiled_attention_backward", *saved, grad_out, grad_lse, *ctx.options
     )
     has_values = saved[2] is not None
     return grad_q, grad_k, grad_v if has_values else None, *(None,) * 10

@@ -207,8 +207,7 @@ class Tile:
     def _sink_keys(self, x: Tensor) -> Tensor:
         """The sink keys of each row: (batch, kv_heads, blocks, 1, size, sinks, dim); or without segments,
         those of all rows: (batch, kv_heads, 1, sinks, dim)."""
-        sinks = self.part.problem.sinks
-        index = self._sink_index
+        sinks, index = self.part.problem.sinks, self._sink_index
         if index is None:
             return x[:, :, None, :sinks]
         gathered = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
@@ -295,17 +294,20 @@ class Tile:
     def lowest_visible(self, logits: Tensor) -> Tensor:
         """Each row's lowest logit over visible pairs, inf if there is none; NaN wins."""
         partly = logits[..., self._first_hidden :].masked_fill(self._hidden, torch.inf)
-        parts = [part for part in (logits[..., : self._first_hidden], partly) if part.shape[-1]]
-        lowest = [part.amin(-1, keepdim=True) for part in parts]
+        parts = (logits[..., : self._first_hidden], partly)
+        lowest = [part.amin(-1, keepdim=True) for part in parts if part.shape[-1]]
         return lowest[0] if len(lowest) == 1 else torch.minimum(*lowest)
 
     def exp(self, scores: Tensor, in_place: bool) -> Tensor:
-        """exp(scores), exactly 0 on hidden pairs; the scores are clamped so that no result is denormal."""
+        """exp(scores), 0 on hidden pairs; the scores are clamped so that no result is denormal."""
         # exp() of -inf, or with a denormal result, takes a processor up to 20 times longer
         scores.clamp_min_(math.log(torch.finfo(scores.dtype).tiny) + 0.1)
-        weights = scores.exp_() if in_place else scores.exp()
-        weights[..., self._first_hidden :].masked_fill_(self._hidden, 0.0)
-        return weights
+        return self.clear_hidden(scores.exp_() if in_place else scores.exp())
+
+    def clear_hidden(self, scores: Tensor) -> Tensor:
+        """0 on pairs that do not see each other; in place."""
+        scores[..., self._first_hidden :].masked_fill_(self._hidden, 0.0)
+        return scores
 
     def where_seen(self, rows: Tensor, otherwise: float) -> Tensor:
         """rows, or `otherwise` in rows that see nothing: padding, since every other row sees itself."""
