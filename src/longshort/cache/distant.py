@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longshort.backends.visible_sums import visible_product
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
@@ -72,14 +74,16 @@ def attend_with_distant_sinks(
             scores = softcap * torch.tanh(scores / softcap)
         if alibi_slopes is not None:
             scores = scores - alibi_slopes.to(score_dtype)[:, None, None] * distance[:, None]
-        scores = scores.masked_fill(~seen[:, None], -torch.inf)
-        lse = scores.logsumexp(-1, keepdim=True)
-        row_max = scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        seen = seen[:, None]
+        scores = scores.masked_fill(~seen, -torch.inf)
+        sees_nothing = ~seen.any(-1, keepdim=True)
+        row_max = scores.amax(-1, keepdim=True).masked_fill(sees_nothing, 0.0)
         weights = torch.exp(scores - row_max)
         row_sum = weights.sum(-1, keepdim=True)
+        lse = row_max + row_sum.log()  # -inf where nothing is seen
         if round_probabilities:
             weights = weights.to(v.dtype).to(score_dtype)
-        out = weights @ values[:, :, index] / row_sum.masked_fill(lse == -torch.inf, 1.0)
+        out = visible_product(weights, values[:, :, index], seen) / row_sum.masked_fill(sees_nothing, 1.0)
         outs.append(out.to(q.dtype))
         lses.append(lse.squeeze(-1))
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)

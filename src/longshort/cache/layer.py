@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longshort.attention import attention, cast_as_autocast, explain, require_tensor, with_sink_logits
-from longshort.backends import cpu
+from longshort.backends import cpu, operators
 from longshort.cache.groups import Group, attend_to_store
 from longshort.cache.store import Store
 from longshort.layout import HeadLayout, require_integer
@@ -206,6 +206,11 @@ class LayerCache:
 
     def _check(self, q: Any, k: Any, v: Any, options: dict[str, Any]) -> None:
         """Refuse a call before anything is appended."""
+        if operators.transforms_are_active() or operators.forward_mode_is_on():
+            raise ValueError(
+                "a LayerCache keeps plain tensors: it cannot be filled inside of torch.func transforms or "
+                "forward-mode differentiation; call without a cache there"
+            )
         tensors = (k, v) if q is None else (k, v, q)
         # Calls like the last one are not looked at again: in decoding that would take as long as the rest.
         kind = [

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from longshort.attention import require_tensor
 from longshort.huggingface import segment_ids_from
@@ -68,8 +69,9 @@ def check_labels(name: str, labels: Any, hidden_states: Tensor) -> None:
 
 
 def check_range(name: str, ids: Tensor, limit_name: str, limit: int) -> None:
-    """Raise a ValueError for ids outside 0 ... limit - 1; a compiled forward pass cannot look."""
-    if torch.compiler.is_compiling() or ids.numel() == 0:
+    """Raise a ValueError for ids outside 0 ... limit - 1; a compiled forward pass, or one in a transform of
+    torch.func, cannot look."""
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(ids) or ids.numel() == 0:
         return
     low, high = torch.stack(ids.aminmax()).tolist()
     if low < 0 or high >= limit:
