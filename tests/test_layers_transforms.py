@@ -8,7 +8,6 @@ from torch.func import functional_call, grad, jvp, vmap
 OPTIONS = [{}, {"qk_norm": True, "sink_logits": True, "softcap": 5.0}, {"short_convolution": 3}]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_tangents_and_gradients_of_parameters(options: dict):
     layer = make_layer(dtype=torch.float64, **options)
@@ -30,7 +29,6 @@ def test_tangents_and_gradients_of_parameters(options: dict):
     torch.testing.assert_close({name: value.sum(0) for name, value in by_sample.items()}, gradients)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_a_named_backend_without_tangents_is_refused():
     layer, x = make_layer(backend="cpu"), make_input()
     with pytest.raises(ValueError, match="backend 'cpu' cannot serve this call: forward-mode"):

@@ -116,7 +116,8 @@ def attention(
     Scores are z = scale·q·k, then z <- softcap·tanh(z/softcap), then z <- z - slope·|i - j|, then softmax,
     whose denominator also holds exp(sink_logits[head]).
 
-    Under `torch.autocast`, q, k and v are first cast to its dtype, as SDPA does.
+    Under `torch.autocast`, q, k and v are first cast to its dtype, as SDPA does. NaN and inf reach the rows
+    that see them, and change no bit of others.
 
     Args:
         q, k, v: float64, float32, bfloat16 or float16, all alike, any strides; q_len <= kv_len. Scores and

@@ -14,9 +14,6 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 from longshort import HeadLayout, attention, explain
 from longshort.attention import BACKENDS
 
-# torch's own, when tangents are used for the first time
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
 LAYOUT = HeadLayout((3, 3, None, None), num_kv_heads=2, sink_tokens=1)
 NO_TANGENTS = "forward-mode differentiation is on, and this backend computes no tangents; 'reference' does"
 OPTIONS = [{}, {"causal": False, "softcap": 3.0, "segment_ids": torch.tensor([[0, 0, 1, 0, 1, 1, -1]])}]

@@ -129,7 +129,6 @@ def test_a_sink_that_moved_away_is_seen_for_ever(options: dict, value: float):
         assert torch.equal(ours[:, 2:], expected[:, 2:])
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("length", [0, 3])
 @pytest.mark.parametrize(
     "transform",

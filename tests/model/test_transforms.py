@@ -6,7 +6,6 @@ from tests.model.models import make_ids, make_model
 from torch.func import functional_call, grad, jvp, vmap
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "shape", [{}, {"num_key_value_heads": 2, "sink_logits": True, "num_global_heads": 2}]
 )

@@ -232,12 +232,18 @@ def _differentiate(
 
 def _times_visible_keys(tile: Tile, weights: Tensor, keys: Tensor) -> Tensor:
     """`Tile.times_keys` over visible pairs alone, of weights that are 0 on hidden ones."""
+    out = tile.times_keys(weights, keys)
+    if is_finite(out):
+        return out
     terms = nonfinite_terms(tile.times_keys, weights, keys, _visible_like(weights, tile))
     return add_terms(tile.times_keys(weights, zero_nonfinite(keys)), terms)
 
 
 def _add_to_visible_keys(tile: Tile, keys: Tensor, weights: Tensor, rows: Tensor) -> None:
     """`Tile.add_to_keys` over visible pairs alone, of weights that are 0 on hidden ones."""
+    if is_finite(rows):
+        tile.add_to_keys(keys, weights, rows)
+        return
 
     def multiply(weights: Tensor, rows: Tensor) -> Tensor:
         total = torch.zeros_like(keys)

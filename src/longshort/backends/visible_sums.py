@@ -6,6 +6,7 @@ keys, values and gradients into rows that do not see them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ def is_finite(*tensors: Tensor) -> bool:
         return True
     # a sum is the fastest look at all entries, but may overflow where no entry did
     return all(
-        bool(x.sum().isfinite()) or bool(torch.stack(torch.aminmax(x)).isfinite().all()) for x in tensors
+        math.isfinite(x.sum()) or all(math.isfinite(extreme) for extreme in torch.aminmax(x)) for x in tensors
     )
 
 
@@ -61,7 +62,7 @@ def zero_nonfinite(x: Tensor) -> Tensor:
         return x
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     memory = x.as_strided((span,), (1,))
-    return memory.masked_fill(~memory.isfinite(), 0.0).as_strided(x.shape, x.stride(), 0)
+    return memory.nan_to_num(0.0, 0.0, 0.0).as_strided(x.shape, x.stride(), 0)
 
 
 def nonfinite_terms(
@@ -79,12 +80,15 @@ def nonfinite_terms(
     def meet(those: Tensor, entries: Tensor) -> Tensor:
         return multiply(those.to(weights.dtype), entries.to(weights.dtype)) > 0
 
+    undefined = meet(visible, x.isnan())
+    terms = torch.zeros_like(undefined, dtype=weights.dtype)
     up, down = x == torch.inf, x == -torch.inf
+    if not (up | down).any():
+        return terms.masked_fill_(undefined, torch.nan)
     positive, negative = weights > 0, weights < 0
     rises = meet(positive, up) | meet(negative, down)
     falls = meet(positive, down) | meet(negative, up)
-    undefined = (rises & falls) | meet(visible, x.isnan()) | meet(visible & (weights == 0), up | down)
-    terms = torch.zeros_like(rises, dtype=weights.dtype)
+    undefined |= (rises & falls) | meet(visible & (weights == 0), up | down)
     terms.masked_fill_(rises, torch.inf).masked_fill_(falls, -torch.inf)
     return terms.masked_fill_(undefined, torch.nan)
 
