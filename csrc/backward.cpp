@@ -22,8 +22,8 @@ constexpr int kKeyBlock = Stride <= 64 ? 128 : 8192 / Stride;
 
 // What all blocks of keys need of a row.
 struct RowTerms {
-    float delta;   // Σ_j P·dP, less the gradient of the row's lse; 0 if it sees nothing
-    float factor;  // 1 / Σ exp(score - row maximum); 0 if it sees nothing
+    float delta;   // Σ_j P·dP
+    float factor;  // 1 / Σ exp(score - row maximum)
 };
 
 template <int Stride>
@@ -66,6 +66,7 @@ public:
         const size_t bytes = sizeof(float) * strips * kStrip * Stride;
         pack_columns(Rows(problem_.v, b_, kv_head_), value_columns_);  // key_rows_ lends its memory
         pack_columns(Rows(problem_.k, b_, kv_head_), key_columns_);
+        keys_are_finite_ = all_finite<Stride>(key_rows_, keys_.size(), head_dim);
         std::memset(grad_keys_, 0, bytes);
         std::memset(grad_values_, 0, bytes);
 
@@ -132,29 +133,31 @@ private:
             const Range keys = seen_[group];
             if (keys.empty()) continue;
             const int64_t row = group * kRowStep;
-            weighted_sum<1, kKeyStride, Stride>(grad_scores_ + row * kKeyStride + keys.begin,
-                                                key_rows_ + keys.begin * Stride, keys.size(), kRowStep,
-                                                problem_.head_dim, grad_queries_ + row * Stride);
+            sum_of_seen<1, kKeyStride>(
+                keys_are_finite_, grad_scores_ + row * kKeyStride + keys.begin, key_rows_ + keys.begin * Stride,
+                keys.size(), kRowStep, grad_queries_ + row * Stride, [&](int64_t j, int64_t r) {
+                    return sees(positions, row + r, keys.begin + j);
+                });
         }
         return true;
     }
 
     void pack_queries(int64_t head, Range rows) {
-        const int64_t head_dim = problem_.head_dim, count = rows.size(), padded = round_up(count, kRowStep);
-        std::memset(query_memory_ + count * Stride, 0, sizeof(float) * (padded - count) * Stride);
-        std::memset(grad_out_memory_ + count * Stride, 0, sizeof(float) * (padded - count) * Stride);
+        const int64_t head_dim = problem_.head_dim, count = rows.size();
         queries_ = Rows(problem_.q, b_, head)
                        .packed<Stride>(rows.begin, count, problem_.q_len, head_dim, query_memory_);
         grad_outs_ = Rows(call_.grad_out, b_, head)
                          .packed<Stride>(rows.begin, count, problem_.q_len, head_dim, grad_out_memory_);
+        queries_are_finite_ = all_finite<Stride>(queries_, count, head_dim);
+        grad_outs_are_finite_ = all_finite<Stride>(grad_outs_, count, head_dim);
         const int64_t plane = (b_ * problem_.heads + head) * problem_.q_len + rows.begin;
         for (int64_t r = 0; r < count; ++r) {
             row_max_[r] = call_.row_max[plane + r];
             factor_[r] = terms_[plane + r].factor;
             delta_[r] = terms_[plane + r].delta;
+            grad_lse_[r] = call_.grad_lse ? call_.grad_lse[plane + r] : 0.0f;
         }
-        for (int64_t r = count; r < padded; ++r) row_max_[r] = -kHidden, factor_[r] = delta_[r] = 0.0f;
-        std::memset(grad_scores_, 0, sizeof(float) * padded * kKeyStride);
+        std::memset(grad_scores_, 0, sizeof(float) * round_up(count, kRowStep) * kKeyStride);
     }
 
     // One strip of keys against the packed queries at these positions; false if none sees it.
@@ -162,9 +165,10 @@ private:
         const SegmentSpan key_segments(visibility_.segments, keys);
         const Range seeing = visibility_.trim_queries(positions, keys, key_segments);
         if (seeing.empty()) return false;
-        // as rows of the block, in whole groups of kRowStep
-        const Range rows{(seeing.begin - positions.begin) / kRowStep * kRowStep,
-                         round_up(seeing.end - positions.begin, kRowStep)};
+        // as rows of the block, in whole groups of kRowStep but for the last one
+        const Range rows = intersection({(seeing.begin - positions.begin) / kRowStep * kRowStep,
+                                         round_up(seeing.end - positions.begin, kRowStep)},
+                                        {0, positions.size()});
         Range unmasked{rows.end, rows.end};
         if (keys.size() == kStrip && key_segments.is_same(query_segments)) {
             const Range all = visibility_.queries_of_all(keys);
@@ -172,7 +176,7 @@ private:
             if (!full.empty()) unmasked = full;
         }
         const int64_t place = keys.begin - keys_.begin;
-        for (int64_t group = rows.begin / kRowStep; group < rows.end / kRowStep; ++group) {
+        for (int64_t group = rows.begin / kRowStep; group * kRowStep < rows.end; ++group) {
             Range& seen = seen_[group];
             seen = {place < seen.begin ? place : seen.begin, place + kStrip > seen.end ? place + kStrip : seen.end};
         }
@@ -192,11 +196,28 @@ private:
         scores_to_gradients<true>({rows.begin, unmasked.begin}, place, positions.begin, lanes, slopes);
         scores_to_gradients<false>(unmasked, place, positions.begin, lanes, slopes);
         scores_to_gradients<true>({unmasked.end, rows.end}, place, positions.begin, lanes, slopes);
-        weighted_sum<kStrip, 1, Stride>(probabilities_ + rows.begin * kStrip, grad_out_rows, rows.size(), kStrip,
-                                        problem_.head_dim, grad_values_ + place * Stride);
-        weighted_sum<kKeyStride, 1, Stride>(grad_scores, query_rows, rows.size(), kStrip, problem_.head_dim,
-                                            grad_keys_ + place * Stride);
+        const auto seen = [&](int64_t r, int64_t j) { return sees(positions, rows.begin + r, place + j); };
+        sum_of_seen<kStrip, 1>(grad_outs_are_finite_, probabilities_ + rows.begin * kStrip, grad_out_rows, rows.size(),
+                               kStrip, grad_values_ + place * Stride, seen);
+        sum_of_seen<kKeyStride, 1>(queries_are_finite_, grad_scores, query_rows, rows.size(), kStrip,
+                                   grad_keys_ + place * Stride, seen);
         return true;
+    }
+
+    // Whether a query of the block at these positions sees a key of this block; what is past either end does not.
+    bool sees(Range positions, int64_t row, int64_t key) const {
+        return row < positions.size() && key < keys_.size() &&
+               visibility_.sees(positions.begin + row, keys_.begin + key);
+    }
+
+    // weighted_sum over head_dim, whether all rows are finite or not.
+    template <int StrideX, int StrideR, class Sees>
+    LONGSHORT_INLINE void sum_of_seen(bool finite, const float* weights, const float* rows, int64_t count,
+                                      int64_t row_count, float* sums, const Sees& sees) const {
+        if (finite)
+            weighted_sum<StrideX, StrideR, Stride>(weights, rows, count, row_count, problem_.head_dim, sums);
+        else
+            weighted_sum_of_seen<StrideX, StrideR, Stride>(weights, rows, count, row_count, problem_.head_dim, sums, sees);
     }
 
     // Scores to P and dP to dS, in place; slopes: derivatives of the scores by the logits, null where they are 1.
@@ -204,17 +225,18 @@ private:
     LONGSHORT_INLINE void scores_to_gradients(Range rows, int64_t place, int64_t first_position,
                                               const StripLanes& lanes, const float* slopes) {
         for (int64_t r = rows.begin; r < rows.end; ++r) {
-            // rows past the last query count as it; their P is 0 anyway
-            const int64_t position = first_position + r < problem_.kv_len ? first_position + r : problem_.kv_len - 1;
 #pragma GCC unroll 4
             for (int i = 0; i < kStripVectors; ++i) {
                 float* p_at = probabilities_ + r * kStrip + i * kLanes;
                 float* ds_at = grad_scores_ + r * kKeyStride + place + i * kLanes;
-                Vec x = load(p_at);
-                if constexpr (Masked) x = lanes.seen_from(position, i, visibility_) ? x : splat(kHidden);
-                const Vec p = exp_of(x - row_max_[r]) * factor_[r];
-                Vec ds = p * (load(ds_at) - delta_[r]);
+                Vec p = exp_of(load(p_at) - row_max_[r]) * factor_[r];
+                // dP - delta first, which is exactly 0 where a row sees one key alone
+                Vec ds = p * (load(ds_at) - delta_[r] + grad_lse_[r]);
                 if (slopes) ds *= load(slopes + r * kStrip + i * kLanes);
+                if constexpr (Masked) {  // at the end, for all of the above may be NaN
+                    const IVec seen = lanes.seen_from(first_position + r, i, visibility_);
+                    p = keep_where(seen, p), ds = keep_where(seen, ds);
+                }
                 store(p_at, p);
                 store(ds_at, ds);
             }
@@ -239,43 +261,32 @@ private:
     float *key_rows_, *key_columns_, *value_columns_, *grad_keys_, *grad_values_;
     float *query_memory_, *grad_out_memory_, *grad_queries_, *probabilities_, *slopes_, *grad_scores_;
     const float *queries_, *grad_outs_;
-    float row_max_[kQueryBlock], factor_[kQueryBlock], delta_[kQueryBlock];
+    bool keys_are_finite_, queries_are_finite_, grad_outs_are_finite_;
+    float row_max_[kQueryBlock], factor_[kQueryBlock], delta_[kQueryBlock], grad_lse_[kQueryBlock];
     Range seen_[kQueryBlock / kRowStep];  // by group of rows: the keys of the block that dS may be other than 0 for
 };
 
-// Σ_j P·dP of a row is dO·out: summed like dP, so that dP - delta is exactly 0 where a row sees one key alone, whatever
-// the size of the logits.
+// Σ_j P·dP of a row is dO·out: summed like dP, rounding by rounding, so that dP - delta is exactly 0 where a row sees one
+// key alone, whatever the size of the logits.
 template <int Stride>
 void compute_terms(const Backward& call, RowTerms* terms) {
-    constexpr int kRows = 16;
     const Problem& problem = call.problem;
     const int64_t blocks = (problem.q_len + kQueryBlock - 1) / kQueryBlock;
-    for_each_task(problem.batch * problem.heads * blocks, 2 * kRows * Stride, [&](int64_t task, float* memory) {
+    for_each_task(problem.batch * problem.heads * blocks, 3 * kStrip * Stride, [&](int64_t task, float* memory) {
         const int64_t plane = task / blocks, b = plane / problem.heads, head = plane % problem.heads;
-        const Rows outs(call.out, b, head), grad_outs(call.grad_out, b, head);
-        const int64_t end = (task % blocks + 1) * kQueryBlock;
-        for (int64_t row = end - kQueryBlock; row < end && row < problem.q_len; row += kRows) {
-            const int64_t count = problem.q_len - row < kRows ? problem.q_len - row : kRows;
-            outs.pack<Stride>(row, count, problem.head_dim, memory);
-            grad_outs.pack<Stride>(row, count, problem.head_dim, memory + kRows * Stride);
-            DotFloat total[kRows] = {};
-            for (int64_t begin = 0; begin < problem.head_dim; begin += kDotBlock) {
-                const int64_t stop = begin + kDotBlock < problem.head_dim ? begin + kDotBlock : problem.head_dim;
-                DotFloat sum[kRows] = {};
-                for (int64_t d = begin; d < stop; ++d)
-#pragma GCC unroll 16
-                    for (int r = 0; r < kRows; ++r)
-                        sum[r] += DotFloat(memory[(kRows + r) * Stride + d]) * DotFloat(memory[r * Stride + d]);
-                for (int r = 0; r < kRows; ++r) total[r] += sum[r];
-            }
-            for (int64_t r = 0; r < count; ++r) {
-                const int64_t at = plane * problem.q_len + row + r;
-                const float log_sum = call.log_sum[at], grad_lse = call.grad_lse ? call.grad_lse[at] : 0.0f;
-                // a row that sees nothing passes on nothing, whatever the gradient of its lse
-                if (log_sum == -INFINITY)
-                    terms[at] = {0.0f, 0.0f};
-                else
-                    terms[at] = {float(total[r]) - grad_lse, std::exp(-log_sum)};
+        float *const rows = memory, *const outs = rows + kStrip * Stride, *const grad_outs = outs + kStrip * Stride;
+        const Range block = Range{0, problem.q_len}.part(task % blocks * kQueryBlock, kQueryBlock);
+        for (int64_t begin = block.begin; begin < block.end; begin += kStrip) {
+            const Range strip = block.part(begin, kStrip);
+            Rows(call.out, b, head).pack<Stride>(strip.begin, strip.size(), problem.head_dim, rows);
+            transpose_strip<Stride>(rows, problem.head_dim, outs);
+            Rows(call.grad_out, b, head).pack<Stride>(strip.begin, strip.size(), problem.head_dim, rows);
+            transpose_strip<Stride>(rows, problem.head_dim, grad_outs);
+            float deltas[kStrip];
+            dot_of_lanes(grad_outs, outs, problem.head_dim, deltas);
+            for (int64_t r = 0; r < strip.size(); ++r) {
+                const int64_t at = plane * problem.q_len + strip.begin + r;
+                terms[at] = {deltas[r], std::exp(-call.log_sum[at])};
             }
         }
     });

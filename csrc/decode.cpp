@@ -77,41 +77,48 @@ public:
                 .pack<Stride>(0, problem_.q_len, head_dim, queries_ + member * problem_.q_len * Stride);
         for (int64_t r = 0; r < rows_; ++r) partials_[r] = {{kNoMaximum, 0, 0, 0}, {}};
         for (int64_t begin = keys.begin; begin < keys.end; begin += kStrip) {
-            const Range strip = keys.part(begin, kStrip);
-            if (!piece_.positions && hidden({strip.begin + piece_.shift, strip.end + piece_.shift})) continue;
-            const StripLanes lanes = piece_.positions
-                                         ? StripLanes::of_sinks(piece_.positions, strip, visibility_)
-                                         : StripLanes({strip.begin + piece_.shift, strip.end + piece_.shift}, visibility_);
+            const Range strip = keys.part(begin, kStrip), at{strip.begin + piece_.shift, strip.end + piece_.shift};
+            const Seen seen = piece_.positions ? Seen::some : seen_of(at);
+            if (seen == Seen::none) continue;
+            const StripLanes lanes = piece_.positions ? StripLanes::of_sinks(piece_.positions, strip, visibility_)
+                                                      : StripLanes(at, visibility_);
             const float* key_rows = keys_.strip(strip);
             const float* value_rows = values_.strip(strip);
-            for (int64_t r = 0; r < rows_; ++r) attend(r, strip.size(), lanes, key_rows, value_rows);
+            for (int64_t r = 0; r < rows_; ++r)
+                seen == Seen::all ? attend<false>(r, strip.size(), lanes, key_rows, value_rows)
+                                  : attend<true>(r, strip.size(), lanes, key_rows, value_rows);
         }
     }
 
 private:
-    Range positions() const { return {problem_.first_position(), problem_.kv_len}; }
+    enum class Seen { none, some, all };  // pairs of the queries and a strip of keys
 
-    bool hidden(Range keys) const {
-        const bool in_band = !intersection(keys, visibility_.keys_of_some(positions())).empty();
-        return (!in_band && !visibility_.any_sink(keys)) ||
-               !SegmentSpan(visibility_.segments, positions()).overlaps(SegmentSpan(visibility_.segments, keys));
+    Seen seen_of(Range keys) const {
+        const Range queries{problem_.first_position(), problem_.kv_len};
+        const SegmentSpan of_queries(visibility_.segments, queries), of_keys(visibility_.segments, keys);
+        const bool in_band = !intersection(keys, visibility_.keys_of_some(queries)).empty();
+        if ((!in_band && !visibility_.any_sink(keys)) || !of_queries.overlaps(of_keys)) return Seen::none;
+        const bool in_all = intersection(keys, visibility_.keys_of_all(queries)).size() == kStrip;
+        return in_all && of_queries.is_same(of_keys) ? Seen::all : Seen::some;
     }
 
+    template <bool Masked>
     void attend(int64_t r, int64_t count, const StripLanes& lanes, const float* key_rows, const float* value_rows) {
         float scores[kStrip];
         logits(queries_ + r * Stride, key_rows, count, scores);
         const int64_t position = problem_.first_position() + r % problem_.q_len;
         Row& row = partials_[r].row;
         Vec maximum = splat(row.maximum), max_logit = splat(row.max_logit);
+        int32_t seen[kStrip];
         for (int i = 0; i < kStripVectors; ++i) {
-            const Vec size = abs_of(load(scores + i * kLanes));
-            max_logit = max_of(lanes.seen_from(position, i, visibility_) ? size : Vec{}, max_logit);
+            const IVec mask = Masked ? lanes.seen_from(position, i, visibility_) : ~IVec{};
+            store(seen + i * kLanes, mask);
+            max_logit = max_size_of(keep_where(mask, load(scores + i * kLanes)), max_logit);
         }
         Bias(problem_, kv_head_ * problem_.group_size() + r / problem_.q_len).apply(position, 1, lanes, scores, nullptr);
         for (int i = 0; i < kStripVectors; ++i) {
-            const Vec score = load(scores + i * kLanes);
-            const Vec x = lanes.seen_from(position, i, visibility_) ? score : splat(kHidden);
-            store(scores + i * kLanes, x);
+            Vec x = load(scores + i * kLanes);
+            if constexpr (Masked) store(scores + i * kLanes, x = load(seen + i * kLanes) ? x : splat(kHidden));
             maximum = max_of(x, maximum);
         }
         const auto larger = [](float a, float b) { return a > b ? a : b; };
@@ -126,8 +133,9 @@ private:
         }
         const float moved = row.maximum - new_maximum, factor = exp_of(splat(moved))[0];
         const float old_weighted = factor == 0.0f ? 0.0f : factor * (row.weighted + moved * row.sum);
-        row = {new_maximum, row.sum * factor + sum_of(sum), old_weighted + sum_of(weighted), fold(max_logit, larger)};
-        add_values(scores, value_rows, count, factor, partials_[r].values);
+        const float new_max_logit = fold(max_logit, [](float a, float b) { return max_size_of(a, b); });
+        row = {new_maximum, row.sum * factor + sum_of(sum), old_weighted + sum_of(weighted), new_max_logit};
+        add_values<Masked>(scores, seen, value_rows, count, factor, partials_[r].values);
     }
 
     // scale · query · key for each key of a strip.
@@ -149,9 +157,10 @@ private:
         }
     }
 
-    // sums = sums · factor + Σ weights · values
-    LONGSHORT_INLINE void add_values(const float* weights, const float* value_rows, int64_t count, float factor,
-                                     float* sums) const {
+    // sums = sums · factor + Σ weights · values of the keys that are seen: a hidden NaN would pass a weight of 0
+    template <bool Masked>
+    LONGSHORT_INLINE void add_values(const float* weights, const int32_t* seen, const float* value_rows, int64_t count,
+                                     float factor, float* sums) const {
         constexpr int kVectors = Stride / kLanes < 8 ? Stride / kLanes : 8;
         const int64_t vectors = (problem_.head_dim + kLanes - 1) / kLanes;
         for (int64_t first = 0; first < vectors; first += kVectors) {
@@ -159,15 +168,18 @@ private:
             const int64_t here = vectors - first < kVectors ? vectors - first : kVectors;
             if (here == kVectors) {
                 for (int v = 0; v < kVectors; ++v) sum[v] = load(sums + (first + v) * kLanes) * factor;
-                for (int64_t j = 0; j < count; ++j)
+                for (int64_t j = 0; j < count; ++j) {
+                    if (Masked && !seen[j]) continue;
                     for (int v = 0; v < kVectors; ++v)
                         sum[v] += weights[j] * load(value_rows + j * values_.stride + (first + v) * kLanes);
+                }
                 for (int v = 0; v < kVectors; ++v) store(sums + (first + v) * kLanes, sum[v]);
                 continue;
             }
             for (int64_t v = first; v < first + here; ++v) {
                 Vec one = load(sums + v * kLanes) * factor;
-                for (int64_t j = 0; j < count; ++j) one += weights[j] * load(value_rows + j * values_.stride + v * kLanes);
+                for (int64_t j = 0; j < count; ++j)
+                    if (!Masked || seen[j]) one += weights[j] * load(value_rows + j * values_.stride + v * kLanes);
                 store(sums + v * kLanes, one);
             }
         }
@@ -245,7 +257,7 @@ void run(const Forward& call) {
             for (int64_t chunk = first_chunks[plane]; chunk < first_chunks[plane + 1]; ++chunk) {
                 const Row& row = partial(chunk).row;
                 if (!(total.maximum >= row.maximum)) total.maximum = row.maximum;
-                if (row.max_logit > total.max_logit) total.max_logit = row.max_logit;
+                total.max_logit = max_size_of(row.max_logit, total.max_logit);
             }
             for (int64_t chunk = first_chunks[plane]; chunk < first_chunks[plane + 1]; ++chunk) {
                 const Partial<Stride>& part = partial(chunk);

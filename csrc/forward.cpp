@@ -20,8 +20,8 @@ constexpr int kKeyBlock = Stride <= 64 ? 384 : 24576 / Stride;
 struct Softmax {
     Vec maximum[kStripVectors], sum[kStripVectors];
     // for statistics
-    Vec weighted[kStripVectors];                          // Σ exp(x)·x with x = score - maximum
-    Vec lowest[kStripVectors], highest[kStripVectors];    // of the logits, and of 0
+    Vec weighted[kStripVectors];   // Σ exp(x)·x with x = score - maximum
+    Vec max_logit[kStripVectors];  // largest |logit|, NaN if one is
 };
 
 template <int Stride, bool kWithStatistics>
@@ -71,6 +71,7 @@ public:
             if (!query_segments.overlaps(SegmentSpan(visibility_.segments, block))) continue;
             keys_ = k.packed<Stride>(block.begin, block.size(), problem_.kv_len, problem_.head_dim, key_memory_);
             values_ = v.packed<Stride>(block.begin, block.size(), problem_.kv_len, problem_.head_dim, value_memory_);
+            values_are_finite_ = all_finite<Stride>(values_, block.size(), problem_.head_dim);
             for (int64_t s = 0; s < strips; ++s) visit(s, block);
         }
         Statistics statistics;
@@ -122,7 +123,16 @@ private:
         }
         rescale(before, softmax, sums);
         exponentials(keys.size(), softmax);
-        weighted_sum<kStrip, 1, Stride>(scores_, values_ + place * Stride, keys.size(), kStrip, problem_.head_dim, sums);
+        add_values(s, keys, values_ + place * Stride, sums);
+    }
+
+    void add_values(int64_t s, Range keys, const float* values, float* sums) const {
+        if (values_are_finite_)
+            return weighted_sum<kStrip, 1, Stride>(scores_, values, keys.size(), kStrip, problem_.head_dim, sums);
+        const Range queries = positions(s * kStrip, s * kStrip + rows_in(s));
+        weighted_sum_of_seen<kStrip, 1, Stride>(
+            scores_, values, keys.size(), queries.size(), problem_.head_dim, sums,
+            [&](int64_t j, int64_t r) { return visibility_.sees(queries.begin + r, keys.begin + j); });
     }
 
     LONGSHORT_INLINE IVec mask(int64_t j, int i, const StripLanes& lanes) const {
@@ -133,11 +143,11 @@ private:
         return seen;
     }
 
-    // Hides what is not seen, and finds the maximum. Record: the scores are the logits, keep their extremes.
+    // Hides what is not seen, and finds the maximum. Record: the scores are the logits, find the largest of them too.
     template <bool Masked, bool Record>
     LONGSHORT_INLINE void score(Range keys, int64_t origin, const StripLanes& lanes, Softmax& softmax) {
-        Vec maximum[kStripVectors], lowest[kStripVectors];
-        for (int i = 0; i < kStripVectors; ++i) maximum[i] = softmax.maximum[i], lowest[i] = softmax.lowest[i];
+        Vec maximum[kStripVectors], max_logit[kStripVectors];
+        for (int i = 0; i < kStripVectors; ++i) maximum[i] = softmax.maximum[i], max_logit[i] = softmax.max_logit[i];
         for (int64_t j = keys.begin; j < keys.end; ++j) {
 #pragma GCC unroll 4
             for (int i = 0; i < kStripVectors; ++i) {
@@ -145,28 +155,23 @@ private:
                 Vec x = load(at);
                 if constexpr (Masked) {
                     const IVec seen = mask(j, i, lanes);
-                    if constexpr (Record) lowest[i] = min_of(seen ? x : Vec{}, lowest[i]);
+                    if constexpr (Record) max_logit[i] = max_size_of(keep_where(seen, x), max_logit[i]);
                     x = seen ? x : splat(kHidden);
                     store(at, x);
                 } else if constexpr (Record) {
-                    lowest[i] = min_of(x, lowest[i]);
+                    max_logit[i] = max_size_of(x, max_logit[i]);
                 }
                 maximum[i] = max_of(x, maximum[i]);
             }
         }
-        for (int i = 0; i < kStripVectors; ++i) {
-            softmax.maximum[i] = maximum[i], softmax.lowest[i] = lowest[i];
-            if constexpr (Record) softmax.highest[i] = maximum[i];
-        }
+        for (int i = 0; i < kStripVectors; ++i) softmax.maximum[i] = maximum[i], softmax.max_logit[i] = max_logit[i];
     }
 
     void record_logits(Range keys, const StripLanes& lanes, Softmax& softmax) const {
         for (int64_t j = keys.begin; j < keys.end; ++j)
             for (int i = 0; i < kStripVectors; ++i) {
                 const Vec logit = load(scores_ + (j - keys.begin) * kStrip + i * kLanes);
-                const Vec x = mask(j, i, lanes) ? logit : Vec{};
-                softmax.lowest[i] = min_of(x, softmax.lowest[i]);
-                softmax.highest[i] = max_of(x, softmax.highest[i]);
+                softmax.max_logit[i] = max_size_of(keep_where(mask(j, i, lanes), logit), softmax.max_logit[i]);
             }
     }
 
@@ -214,7 +219,7 @@ private:
             store(maximum + i * kLanes, softmax.maximum[i]);
             store(sum + i * kLanes, softmax.sum[i]);
             store(weighted + i * kLanes, softmax.weighted[i]);
-            store(max_logit + i * kLanes, max_of(softmax.highest[i], -softmax.lowest[i]));
+            store(max_logit + i * kLanes, softmax.max_logit[i]);
         }
         for (int64_t r = 0; r < rows_in(s); ++r)
             finish_row<Stride>(call_, visibility_, b_, head_, first_ + s * kStrip + r,
@@ -229,6 +234,7 @@ private:
     const Bias bias_;
     float *columns_, *sums_, *key_memory_, *value_memory_, *rows_, *scores_;
     const float *keys_, *values_;
+    bool values_are_finite_;
     Softmax softmax_[kQueryBlock / kStrip];
 };
 

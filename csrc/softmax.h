@@ -12,7 +12,7 @@ struct Row {
     float maximum;
     float sum;        // Σ exp(x)
     float weighted;   // Σ exp(x)·x
-    float max_logit;  // largest |logit|
+    float max_logit;  // largest |logit|, NaN if one is
 };
 
 // Of some rows of one head.
@@ -22,7 +22,7 @@ struct Statistics {
     int64_t rows = 0;
 
     void add(float logit, double entropy_of_rows, int64_t count) {
-        if (!(max_logit >= logit) && max_logit == max_logit) max_logit = logit;  // NaN stays
+        max_logit = max_size_of(logit, max_logit);
         entropy += entropy_of_rows;
         rows += count;
     }
@@ -44,10 +44,8 @@ LONGSHORT_INLINE void finish_row(const Forward& call, const Visibility& visibili
     }
     Rows(call.out, b, head).write<Stride>(row, problem.head_dim, sees ? 1.0f / sum : 0.0f, weighted_values);
     if (!call.entropy || !sees) return;
-    // a NaN among the logits reaches the sum, and not the maximum; inf - inf is none of them
-    const bool logits_are_numbers = sum == sum || result.max_logit == INFINITY;
     // log of the sum less the mean of x: nothing large cancels, unlike in lse - Σ p·score
-    statistics.add(logits_are_numbers ? result.max_logit : NAN, log_sum - result.weighted / sum, 1);
+    statistics.add(result.max_logit, log_sum - result.weighted / sum, 1);
 }
 
 // Joins statistics[head][part], in this order.

@@ -81,6 +81,21 @@ LONGSHORT_INLINE void dot_tile(const float* rows, const float* columns, int64_t 
         for (int v = 0; v < kVectors; ++v) store_dot(out + r * OutStride + v * kDotLanes, total[r][v], factor);
 }
 
+// out[lane] = Σ_d a[d][lane] · b[d][lane], rounding by rounding as in dot_tile.
+LONGSHORT_NOINLINE inline void dot_of_lanes(const float* a, const float* b, int64_t head_dim, float* out) {
+    for (int lane = 0; lane < kStrip; lane += kDotLanes) {
+        DotVec total{};
+        for (int64_t begin = 0; begin < head_dim; begin += kDotBlock) {
+            const int64_t end = begin + kDotBlock < head_dim ? begin + kDotBlock : head_dim;
+            DotVec sum{};
+            for (int64_t d = begin; d < end; ++d)
+                sum += load_dot(a + d * kStrip + lane) * load_dot(b + d * kStrip + lane);
+            total += sum;
+        }
+        store_dot(out + lane, total, 1.0f);
+    }
+}
+
 // dot_tile over `count` rows; one more is read and written where count is odd.
 template <int Stride, int OutStride>
 LONGSHORT_NOINLINE void dot(const float* rows, const float* columns, int64_t count, int64_t head_dim, float factor,
@@ -141,6 +156,40 @@ LONGSHORT_NOINLINE void weighted_sum(const float* weights, const float* rows, in
         for (int64_t r = 0; r < row_count; r += kRowStep)
             sum_tile<kRowStep, 1, StrideX, StrideR, Stride>(weights + r * StrideR, rows + d, count,
                                                             sums + r * Stride + d);
+}
+
+// Whether packed rows hold neither NaN nor inf, for which alone 0 · x is not 0.
+template <int Stride>
+LONGSHORT_NOINLINE bool all_finite(const float* rows, int64_t count, int64_t head_dim) {
+    constexpr int kSums = Stride / kLanes < 4 ? Stride / kLanes : 4;
+    Vec sums[kSums] = {};
+    for (int64_t r = 0; r < count; ++r) {
+        const float* row = rows + r * Stride;
+        int64_t d = 0;
+        for (; d + kSums * kLanes <= head_dim; d += kSums * kLanes)
+#pragma GCC unroll 4
+            for (int i = 0; i < kSums; ++i) sums[i] += load(row + d + i * kLanes) * 0.0f;
+        for (; d < head_dim; d += kLanes) sums[0] += load(row + d) * 0.0f;
+    }
+    for (int i = 1; i < kSums; ++i) sums[0] += sums[i];
+    return sum_of(sums[0]) == 0.0f;
+}
+
+// weighted_sum of rows that are not all finite. A weight of 0 does not hide NaN and inf: a row x that holds one goes into
+// those sums r alone for which sees(x, r). All others get the bits that weighted_sum finds with a finite row there.
+template <int StrideX, int StrideR, int Stride, class Sees>
+LONGSHORT_NOINLINE void weighted_sum_of_seen(const float* weights, const float* rows, int64_t count, int64_t row_count,
+                                             int64_t head_dim, float* sums, const Sees& sees) {
+    for (int64_t x = 0; x < count; ++x) {
+        const float* row = rows + x * Stride;
+        const bool finite = all_finite<Stride>(row, 1, head_dim);
+        for (int64_t r = 0; r < row_count; ++r) {
+            if (!finite && !sees(x, r)) continue;
+            const Vec weight = splat(weights[x * StrideX + r * StrideR]);
+            float* sum = sums + r * Stride;
+            for (int64_t d = 0; d < head_dim; d += kLanes) store(sum + d, load(sum + d) + weight * load(row + d));
+        }
+    }
 }
 
 // Rows of one head of a tensor.

@@ -40,6 +40,7 @@ LONGSHORT_INLINE IVec load(const int32_t* p) {
     return x;
 }
 LONGSHORT_INLINE void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+LONGSHORT_INLINE void store(int32_t* p, IVec x) { std::memcpy(p, &x, sizeof x); }
 
 // bf16 is the upper half of fp32.
 LONGSHORT_INLINE Vec load(const uint16_t* p) {
@@ -70,8 +71,15 @@ LONGSHORT_INLINE void from_float(float x, uint16_t* p) {
 
 // A NaN in x is passed over.
 LONGSHORT_INLINE Vec max_of(Vec x, Vec so_far) { return x > so_far ? x : so_far; }
-LONGSHORT_INLINE Vec min_of(Vec x, Vec so_far) { return x < so_far ? x : so_far; }
 LONGSHORT_INLINE Vec abs_of(Vec x) { return (Vec)((IVec)x & 0x7fffffff); }
+// x in the lanes of a mask, else 0, even where x is NaN.
+LONGSHORT_INLINE Vec keep_where(IVec mask, Vec x) { return (Vec)((IVec)x & mask); }
+// The larger of |x| and the largest so far. NaN is the largest of all: its bits, as an integer, are above those of inf.
+LONGSHORT_INLINE Vec max_size_of(Vec x, Vec so_far) {
+    const IVec size = (IVec)abs_of(x);
+    return (Vec)(size > (IVec)so_far ? size : (IVec)so_far);
+}
+LONGSHORT_INLINE float max_size_of(float a, float b) { return a > b || a != a ? a : b; }
 
 template <class Fold>
 LONGSHORT_INLINE float fold(Vec x, Fold combine) {

@@ -110,6 +110,14 @@ struct Visibility {
         return queries;
     }
 
+    // One pair; the masks of lanes below say the same of many.
+    bool sees(int64_t query, int64_t key) const {
+        const int64_t distance = query - key;
+        const bool near = distance + band.shift >= 0 && distance + band.shift < band.span;
+        const bool far = sinks && sinks[key] && (!causal || distance >= 0);
+        return (near || far) && (!segments || (segments[query] >= 0 && segments[query] == segments[key]));
+    }
+
     // Mask of lanes, from the distances query position - key position.
     LONGSHORT_INLINE IVec in_band(IVec distance) const {
         return (IVec)((UVec)(distance + int32_t(band.shift)) < uint32_t(band.span));
