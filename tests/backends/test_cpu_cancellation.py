@@ -56,7 +56,7 @@ def test_a_row_that_sees_one_key(
 def mean_errors(seeds: range, scale: float) -> dict[str, tuple[float, float]]:
     """The mean errors of the kernels and of plain PyTorch in each gradient, relative to its largest value.
 
-    Over random calls whose rows see two keys.
+    The calls are random, and their rows see two keys.
     """
     totals = dict.fromkeys("qkv", (0.0, 0.0))
     for seed in seeds:

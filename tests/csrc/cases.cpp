@@ -197,6 +197,12 @@ void Memory::set(int64_t element, double value) const {
     std::memcpy(bytes_.get() + offset(element) * 2, &half, 2);
 }
 
+Memory Memory::copy() const {
+    const Memory other(shape_, strides_, lead_, dtype_);
+    std::memcpy(other.bytes_.get(), bytes_.get(), extent_ * (dtype_ == DType::f32 ? 4 : 2));
+    return other;
+}
+
 bool Memory::gaps_are_untouched() const {
     std::vector<bool> used(extent_);
     for (int64_t i = 0; i < size(); ++i) used[offset(i)] = true;

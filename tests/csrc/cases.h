@@ -31,6 +31,7 @@ public:
     std::vector<double> read() const;
     void write(const std::vector<double>& values) const;
     void set(int64_t element, double value) const;
+    Memory copy() const;
     // Whether all bits are still ones in what lies between the elements.
     bool gaps_are_untouched() const;
 

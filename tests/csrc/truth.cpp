@@ -34,7 +34,8 @@ public:
           q(c.q.read()),
           k(c.k.read()),
           v(c.v.read()),
-          grad_out(c.grad_out.read()) {
+          grad_out(c.grad_out.read()),
+          sees(c) {
         const int64_t rows = c.batch * c.heads * c.q_len;
         truth.out = truth.grad_q = Expected(q.size());
         truth.grad_k = truth.grad_v = Expected(k.size());
@@ -43,12 +44,6 @@ public:
         truth.sum_of_grad_v = Expected(c.batch * c.kv_heads * c.head_dim);
         truth.saved_out.resize(q.size());
         rows_that_see.resize(c.heads);
-        rank.resize(c.batch * c.kv_len);
-        for (int64_t b = 0; b < c.batch; ++b) {
-            std::map<int64_t, int64_t> keys_so_far;
-            for (int64_t j = b * c.kv_len; j < (b + 1) * c.kv_len; ++j)
-                rank[j] = keys_so_far[c.ids.empty() ? 0 : c.ids[j]]++;
-        }
     }
 
     Truth run() {
@@ -69,16 +64,6 @@ public:
     }
 
 private:
-    bool sees(int64_t b, int64_t kv_head, int64_t position, int64_t j) const {
-        if (!c.ids.empty()) {
-            const int64_t id = c.ids[b * c.kv_len + position];
-            if (id < 0 || id != c.ids[b * c.kv_len + j]) return false;
-        }
-        if (c.causal && j > position) return false;
-        const int64_t window = c.windows[kv_head];
-        return window < 0 || std::abs(position - j) < window || rank[b * c.kv_len + j] < c.sink_tokens;
-    }
-
     void attend(int64_t b, int64_t head, int64_t row) {
         const int64_t kv_head = head / c.group_size(), d_count = c.head_dim, position = c.kv_len - c.q_len + row;
         const int64_t at = (b * c.heads + head) * c.q_len + row, keys = (b * c.kv_heads + kv_head) * c.kv_len;
@@ -151,11 +136,14 @@ private:
         const double rows = double(c.q_len * c.group_size());  // that may see one key
         const double without_scores = of_scores(0) + of_sum(rows + double(pairs.size()));
         double delta = c.grad_lse.empty() ? 0.0 : -double(c.grad_lse[at]), delta_size = std::abs(delta);
+        double probabilities = 0;
+        for (const Pair& pair : pairs) probabilities += pair.probability;
+        const double one = std::isnan(probabilities) ? NAN : 1;
         for (int64_t d = 0; d < d_count; ++d) {
             const double product = grad[d] * truth.saved_out[at * d_count + d];
             delta += product;
             delta_size += std::abs(product);
-            truth.sum_of_grad_v.value[plane * d_count + d] += grad[d];
+            truth.sum_of_grad_v.value[plane * d_count + d] += one * grad[d];
             truth.sum_of_grad_v.tolerance[plane * d_count + d] += without_scores * std::abs(grad[d]);
         }
         const double in_column = tolerance + of_sum(rows);
@@ -206,7 +194,8 @@ private:
 
     const Case& c;
     const std::vector<double> q, k, v, grad_out;
-    std::vector<int64_t> rank, rows_that_see;
+    const Visible sees;
+    std::vector<int64_t> rows_that_see;
     std::vector<Pair> pairs;
     Truth truth;
 };
@@ -214,5 +203,23 @@ private:
 }  // namespace
 
 Truth truth_of(const Case& c) { return Computation(c).run(); }
+
+Visible::Visible(const Case& c) : case_(c), rank_(c.batch * c.kv_len) {
+    for (int64_t b = 0; b < c.batch; ++b) {
+        std::map<int64_t, int64_t> keys_so_far;
+        for (int64_t j = b * c.kv_len; j < (b + 1) * c.kv_len; ++j)
+            rank_[j] = keys_so_far[c.ids.empty() ? 0 : c.ids[j]]++;
+    }
+}
+
+bool Visible::operator()(int64_t b, int64_t kv_head, int64_t position, int64_t key) const {
+    const int64_t first = b * case_.kv_len, window = case_.windows[kv_head];
+    if (!case_.ids.empty()) {
+        const int64_t id = case_.ids[first + position];
+        if (id < 0 || id != case_.ids[first + key]) return false;
+    }
+    if (case_.causal && key > position) return false;
+    return window < 0 || std::abs(position - key) < window || rank_[first + key] < case_.sink_tokens;
+}
 
 }  // namespace longshort

@@ -20,4 +20,15 @@ struct Truth {
 
 Truth truth_of(const Case& c);
 
+// Which pairs see each other.
+class Visible {
+public:
+    explicit Visible(const Case& c);
+    bool operator()(int64_t b, int64_t kv_head, int64_t position, int64_t key) const;
+
+private:
+    const Case& case_;
+    std::vector<int64_t> rank_;  // of each key in its segment
+};
+
 }  // namespace longshort
