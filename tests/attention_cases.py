@@ -214,6 +214,26 @@ def errors(result: Result, truth: Result) -> dict[str, float]:
 _SLACK = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 5e-4}
 
 
+def errors_of_plain(case: Case, visible: Tensor, truth: Result) -> dict[str, float]:
+    """The largest error of plain PyTorch over a few orders of the numbers in queries and keys.
+
+    The order in which a library sums q·k changes by processor, and with it the error: at logits of thousands,
+    where a few pairs decide the largest error, one order alone is a matter of luck.
+    """
+    head_dim = case.q.shape[3]
+    generator = torch.Generator().manual_seed(3)
+    orders = [torch.arange(head_dim), *(torch.randperm(head_dim, generator=generator) for _ in range(3))]
+    found: dict[str, float] = {}
+    for order in orders:
+        reordered = Case(case.q[..., order], case.k[..., order], case.v, case.layout, case.options)
+        result = plain(reordered, visible)
+        back = order.argsort()
+        result.gradients[:2] = [gradient[..., back] for gradient in result.gradients[:2]]
+        for name, error in errors(result, truth).items():
+            found[name] = max(error, found.get(name, 0.0))
+    return found
+
+
 def assert_as_good_as_plain(
     case: Case, dtype: torch.dtype, backend: str, with_gradients: bool = True
 ) -> None:
@@ -222,7 +242,7 @@ def assert_as_good_as_plain(
     visible = visibility(case)
     truth = plain(case.cast(torch.float64), visible)
     ours = errors(computed(case, backend, with_gradients), truth)
-    theirs = errors(plain(case, visible), truth)
+    theirs = errors_of_plain(case, visible, truth)
     sizes = {
         "out": truth.out, "lse": truth.lse.clamp(min=0), "max_logit": truth.max_logit,
         "entropy": truth.entropy,
