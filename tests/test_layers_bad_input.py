@@ -1,13 +1,16 @@
 """What `LongShortAttention` and `Rotary` refuse, by name."""
 
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 from tests.layer_cases import LAYOUT, GrowingCache, make_input, make_layer
 
+from longshort.cache import LayerCache
 from longshort.layers import LongShortAttention, Rotary
+from longshort.layout import HeadLayout
 
 
 @pytest.mark.parametrize(
@@ -107,3 +110,24 @@ def test_a_short_convolution_takes_no_cache() -> None:
     with pytest.raises(ValueError, match=message):
         make_layer(short_convolution=3)(X, cache=cache)
     assert cache.length == 0
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        HeadLayout((4, *LAYOUT.windows[1:]), 6),
+        HeadLayout(LAYOUT.windows, LAYOUT.num_kv_heads, sink_tokens=LAYOUT.sink_tokens + 1),
+        HeadLayout(LAYOUT.windows),
+        HeadLayout(LAYOUT.windows * 2, LAYOUT.num_kv_heads * 2),
+    ],
+    ids=["windows", "sink-tokens", "kv-heads", "heads"],
+)
+@pytest.mark.parametrize("is_observed", [False, True], ids=["", "observed"])
+def test_a_cache_of_another_layout_is_refused(layout: HeadLayout, is_observed: bool) -> None:
+    layer, cache = make_layer(), LayerCache(layout)
+    layer.observer = (lambda _: None) if is_observed else None
+    message = f"cache must have the layout of the layer, {LAYOUT!r}, got {layout!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer(X, cache=cache)
+    assert cache.length == 0
+    layer(X, cache=LayerCache(HeadLayout(LAYOUT.windows, LAYOUT.num_kv_heads, LAYOUT.sink_tokens)))

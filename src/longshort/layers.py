@@ -33,6 +33,7 @@ class KeyValueCache(Protocol):
 
     An object that also has `length`, the number of tokens that it holds, spares the caller `position_ids`.
     One with an `attend`, such as `longshort.cache.LayerCache`, is not asked for all keys, but for the result.
+    One with a `layout` serves layers of an equal layout only.
     """
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,8 +182,9 @@ class LongShortAttention(nn.Module):
 
         Raises:
             TypeError: an argument is no tensor.
-            ValueError: a shape or dtype is not allowed, a cache comes to a short convolution, or rotary
-                positions cannot be told: the cache has no `length` and position_ids are not given.
+            ValueError: a shape or dtype is not allowed, the cache has another layout, a cache comes to a
+                short convolution, or rotary positions cannot be told: the cache has no `length` and
+                position_ids are not given.
         """
         past = self._check_input(hidden_states, segment_ids, position_ids, cache)
         batch, q_len, _ = hidden_states.shape
@@ -264,6 +266,9 @@ class LongShortAttention(nn.Module):
                 "cache must be None: short_convolution keeps no state for decoding, got "
                 f"{type(cache).__name__}"
             )
+        of_cache = getattr(cache, "layout", self.layout)
+        if of_cache is not self.layout and of_cache != self.layout:
+            raise ValueError(f"cache must have the layout of the layer, {self.layout!r}, got {of_cache!r}")
         batch, q_len, _ = hidden_states.shape
         length = 0 if cache is None else getattr(cache, "length", None)
         if length and self.is_observed and hasattr(cache, "attend"):
@@ -297,6 +302,23 @@ class LongShortAttention(nn.Module):
             raise ValueError(
                 f"hidden_states must have the dtype of the layer ({weight.dtype}), got {hidden_states.dtype}"
             )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make such a layer, but backend, device and dtype."""
+        convolution = self.short_convolution
+        return {
+            "embed_dim": self.embed_dim,
+            "layout": self.layout,
+            "head_dim": self.head_dim,
+            "qk_norm": self.q_norm is not None,
+            "rotary": self.rotary,
+            "attention_precision": self.attention_precision,
+            "softcap": self.softcap,
+            "alibi_slopes": self._slopes,
+            "sink_logits": self.sink_logits is not None,
+            "short_convolution": None if convolution is None else convolution.weight.shape[1],
+        }
 
     def reset_buffers(self) -> None:
         """Write the ALiBi slopes again, after a loader has left the non-persistent buffers undefined."""

@@ -44,6 +44,20 @@ def test_shift_labels_predict_after_every_token() -> None:
     torch.testing.assert_close(model(ids, labels=ids, shift_labels=following).loss, out.loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_a_loss_over_no_target_spoils_no_accumulated_batch(name: str, dtype: torch.dtype) -> None:
+    model = make_model().to(dtype)
+    nothing = {name: torch.full_like(make_ids(), -100)}
+    model(make_ids(), labels=make_ids()).loss.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    for items, loss in ((None, math.nan), (7, 0.0), (torch.tensor(7), 0.0), (0, math.nan)):
+        out = model(make_ids(), num_items_in_batch=items, **nothing)
+        (out.loss / 2).backward()
+        assert torch.equal(out.loss.isnan(), torch.tensor(math.isnan(loss))) and out.loss.nan_to_num() == 0
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected, rtol=0, atol=0)
+
+
 def test_autocast_trains_in_bf16() -> None:
     model = make_model().train()
     with torch.autocast("cpu", torch.bfloat16):

@@ -169,7 +169,12 @@ class LayerCache:
             store.crop(length)
 
     def expect(self, length: int) -> None:
-        """Say that the cache will soon hold `length` tokens, so that it makes room for them at once."""
+        """Say that the cache will soon hold `length` tokens, so that it makes room for them at once.
+
+        Raises:
+            ValueError: length is more than max_length.
+        """
+        self._require_room(length)
         for store in self.stores:
             store.expected = length
 
@@ -219,17 +224,15 @@ class LayerCache:
         ]
         ids = options["segment_ids"]
         kind.append((ids.ndim, ids.dtype, ids.device) if isinstance(ids, Tensor) else ids)
-        if kind != self._accepted:
+        if torch.compiler.is_compiling():  # what is checked in a graph costs nothing when it runs
+            self._check_all(q, k, v, options)
+        elif kind != self._accepted:
             self._check_all(q, k, v, options)
             self._accepted = kind
         if ids is not None and ids.shape != (k.shape[0], self.length + k.shape[2]):
             wanted = k.shape[0], self.length + k.shape[2]
             raise ValueError(f"segment_ids must be (batch, kv_len) = {wanted}, got {tuple(ids.shape)}")
-        if self.max_length is not None and self.length + k.shape[2] > self.max_length:
-            raise ValueError(
-                f"max_length = {self.max_length} tokens fit into the cache, got {self.length} and "
-                f"{k.shape[2]} more"
-            )
+        self._require_room(self.length + k.shape[2])
         if self.length == 0:
             return
         if self.layout.sink_tokens and any(store.has_several_segments for store in self.stores):
@@ -241,6 +244,13 @@ class LayerCache:
             raise ValueError(
                 "q, k and v must not require grad: the cache keeps no gradients of earlier tokens; use "
                 "torch.no_grad(), or another cache, such as DynamicCache"
+            )
+
+    def _require_room(self, length: int) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"max_length = {self.max_length} tokens fit into the cache, got {self.length} and "
+                f"{length - self.length} more"
             )
 
     def _check_all(self, q: Any, k: Any, v: Any, options: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@ other."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-    from longshort.layers import KeyValueCache
     from longshort.layout import HeadLayout
 
 
@@ -54,7 +53,11 @@ class SplitCache(Cache):
         return sum(layer.cache.nbytes_allocated for layer in self._split_layers())
 
     def expect(self, length: int) -> None:
-        """Say that the cache will soon hold `length` tokens, so that it makes room for them at once."""
+        """Say that the cache will soon hold `length` tokens, so that it makes room for them at once.
+
+        Raises:
+            ValueError: length is more than max_length.
+        """
         for layer in self._split_layers():
             layer.cache.expect(length)
 
@@ -163,8 +166,10 @@ class GrowingLayer:
         """Append (batch, kv_heads, new, head_dim) keys and values; return all of them, old and new.
 
         Raises:
-            ValueError: the cache gave back another number of tokens, as sliding caches do.
+            ValueError: the tokens are not like those in the cache; or it gave back another number of them, as
+                sliding caches do.
         """
+        self._require_alike(keys)
         self.length += keys.shape[2]
         keys, values = self._cache.update(keys, values, self._layer)
         if keys.shape[2] != self.length:
@@ -175,9 +180,56 @@ class GrowingLayer:
             )
         return keys, values
 
+    def _require_alike(self, keys: Tensor) -> None:
+        if self._layer >= len(self._cache.layers):
+            return
+        held = getattr(self._cache.layers[self._layer], "keys", None)
+        if held is None or held.ndim != 4:  # nothing yet, or kept in a form of its own
+            return
+        of_held, of_new = ((x.shape[0], x.shape[1], x.shape[3], x.dtype) for x in (held, keys))
+        if of_held != of_new:
+            raise ValueError(
+                "past_key_values must be of this model's (batch, kv_heads, head_dim, dtype) = "
+                f"{of_new}, got {of_held} in layer {self._layer}"
+            )
 
-def layer_of(cache: Cache, layer: int) -> KeyValueCache | LayerCache:
-    """One layer of a cache, as `LongShortAttention` takes it."""
+
+def layer_caches(cache: Cache, layouts: Sequence[HeadLayout]) -> list[LayerCache] | list[GrowingLayer]:
+    """The layers of a cache, as the `LongShortAttention` layers of these layouts take them.
+
+    Raises:
+        ValueError: the cache has another number of layers, layers of other layouts, or layers that hold
+            unequal numbers of tokens, as after a forward pass that was interrupted.
+    """
     if isinstance(cache, SplitCache):
-        return cache.layers[layer].cache  # pyright: ignore[reportAttributeAccessIssue]
-    return GrowingLayer(cache, layer)
+        split = caches = [layer.cache for layer in cache._split_layers()]
+        if [layer.layout for layer in split] != layouts:
+            _refuse_layouts([layer.layout for layer in split], layouts)
+    else:
+        caches = [GrowingLayer(cache, layer) for layer in range(max(len(cache), len(layouts)))]
+        if len(caches) > len(layouts):
+            raise ValueError(
+                f"past_key_values must be a cache of {len(layouts)} layers, as this model has, got one of "
+                f"{len(caches)}"
+            )
+    length = caches[0].length
+    for layer in caches:
+        if layer.length != length:
+            raise ValueError(
+                "past_key_values must hold equally many tokens in each layer, got "
+                f"{[layer.length for layer in caches]}"
+            )
+    return caches
+
+
+def _refuse_layouts(held: Sequence[HeadLayout], layouts: Sequence[HeadLayout]) -> NoReturn:
+    if len(held) != len(layouts):
+        raise ValueError(
+            f"past_key_values must be a cache of {len(layouts)} layers, as this model has, got one of "
+            f"{len(held)}"
+        )
+    layer = next(i for i, pair in enumerate(zip(held, layouts, strict=True)) if pair[0] != pair[1])
+    raise ValueError(
+        f"past_key_values must have the layouts of this model, {layouts[layer]!r} in layer {layer}, got "
+        f"{held[layer]!r}"
+    )

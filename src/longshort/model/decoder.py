@@ -17,10 +17,11 @@ from transformers.utils.generic import can_return_tuple
 
 from longshort.attention import require_tensor
 from longshort.convolution import ShortConvolution
-from longshort.huggingface import SplitCache, layer_of
+from longshort.huggingface import SplitCache, layer_caches
 from longshort.layers import LongShortAttention, Rotary, require_position_ids
 from longshort.layout import HeadLayout
 from longshort.model.config import LongShortConfig
+from longshort.model.consistency import require_own_config
 from longshort.model.inputs import check_range, segments_and_positions
 from longshort.projection import project
 
@@ -37,6 +38,7 @@ class LongShortMLP(nn.Module):
 
     def __init__(self, config: LongShortConfig) -> None:
         super().__init__()
+        self.width = config.intermediate_size
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
@@ -80,8 +82,18 @@ class LongShortPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
     def new_cache(self, rollback: int = 0, max_length: int | None = None) -> SplitCache:
-        """An empty cache of this model's layouts; arguments and errors as of `SplitCache`."""
-        return SplitCache(self.config.head_layouts(), rollback, max_length)
+        """An empty cache of the layouts of this model's layers; arguments and errors as of `SplitCache`."""
+        return SplitCache(_layouts(self.base_model.layers), rollback, max_length)
+
+    def save_pretrained(self, *args: Any, **options: Any) -> Any:
+        """Save config and weights, as every Hugging Face model does.
+
+        Raises:
+            ValueError: the config describes another model than this one, as after a change to either: what is
+                loaded again would not be what was saved.
+        """
+        require_own_config(self)
+        return super().save_pretrained(*args, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -169,31 +181,27 @@ class LongShortModel(LongShortPreTrainedModel):
             output_hidden_states = bool(self.config.output_hidden_states)
         tokens = self._checked(input_ids, inputs_embeds)
         past_key_values = self._cache_to_use(past_key_values, use_cache)
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        caches = None if past_key_values is None else layer_caches(past_key_values, _layouts(self.layers))
+        past = 0 if caches is None else caches[0].length
         self._check_positions(position_ids, past, tokens)
         segment_ids, position_ids = segments_and_positions(
             attention_mask, position_ids, segment_ids, past, tokens
         )
-        q_len = tokens.shape[1]
         all_hidden_states = [] if output_hidden_states else None
-        chunk = max(1, q_len)
-        if past_key_values is not None and not output_hidden_states and not torch.is_grad_enabled():
+        chunk = None
+        if caches is not None and not output_hidden_states and not torch.is_grad_enabled():
             chunk = self._chunk_length(tokens, segment_ids)
-        if chunk < q_len and isinstance(past_key_values, SplitCache):
-            past_key_values.expect(past + q_len)
-        kept = []
-        for start in range(0, max(1, q_len), chunk):
-            end = min(start + chunk, q_len)
+        if chunk is None:
+            embeddings = self._embedded(tokens, position_ids)
             hidden_states = self._through_blocks(
-                self._embedded(tokens[:, start:end], position_ids[:, start:end]),
-                None if segment_ids is None else segment_ids[:, : past + end],
-                position_ids[:, start:end],
-                past_key_values,
-                all_hidden_states,
+                embeddings, segment_ids, position_ids, caches, all_hidden_states
             )
-            if states_to_keep == 0 or end > q_len - states_to_keep:
-                kept.append(hidden_states)
-        hidden_states = kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
+        else:
+            if isinstance(past_key_values, SplitCache):
+                past_key_values.expect(past + tokens.shape[1])
+            hidden_states = self._through_blocks_in_chunks(
+                chunk, tokens, segment_ids, position_ids, caches, past, states_to_keep
+            )
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
@@ -205,7 +213,7 @@ class LongShortModel(LongShortPreTrainedModel):
         hidden_states: Tensor,
         segment_ids: Tensor | None,
         position_ids: Tensor,
-        cache: Cache | None,
+        caches: list[Any] | None,
         all_hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
         """All blocks and the final norm; the list, if there is one, gets what goes into each of them, and the
@@ -213,30 +221,61 @@ class LongShortModel(LongShortPreTrainedModel):
         for index, block in enumerate(self.layers):
             if all_hidden_states is not None:
                 all_hidden_states.append(hidden_states)
-            layer_cache = None if cache is None else layer_of(cache, index)
-            hidden_states = block(hidden_states, segment_ids, position_ids, layer_cache)
+            cache = None if caches is None else caches[index]
+            hidden_states = block(hidden_states, segment_ids, position_ids, cache)
         hidden_states = self.norm(hidden_states)
         if all_hidden_states is not None:
             all_hidden_states.append(hidden_states)
         return hidden_states
 
-    def _chunk_length(self, tokens: Tensor, segment_ids: Tensor | None) -> int:
-        """Tokens that go through the layers at once: those whose activations take about `prefill_bytes`; all
-        where an observer is to see all keys, or where the cache could not keep the sinks of packed sequences.
+    def _through_blocks_in_chunks(
+        self,
+        chunk: int,
+        tokens: Tensor,
+        segment_ids: Tensor | None,
+        position_ids: Tensor,
+        caches: list[Any] | None,
+        past: int,
+        states_to_keep: int,
+    ) -> Tensor:
+        """`_through_blocks` of `chunk` tokens at a time; the states of the last chunks, which hold at least
+        `states_to_keep`, or of all for 0."""
+        q_len = tokens.shape[1]
+        kept = []
+        for start in range(0, q_len, chunk):
+            end = min(start + chunk, q_len)
+            hidden_states = self._through_blocks(
+                self._embedded(tokens[:, start:end], position_ids[:, start:end]),
+                None if segment_ids is None else segment_ids[:, : past + end],
+                position_ids[:, start:end],
+                caches,
+            )
+            if states_to_keep == 0 or end > q_len - states_to_keep:
+                kept.append(hidden_states)
+        return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
+
+    def _chunk_length(self, tokens: Tensor, segment_ids: Tensor | None) -> int | None:
+        """Tokens that go through the layers at once: those whose activations take about `prefill_bytes`. None
+        is all: where that is not too many, where an observer is to see all keys, where the cache could not
+        keep the sinks of packed sequences, or under `torch.compile`, for which each number of chunks would be
+        another program.
         """
+        if torch.compiler.is_compiling():
+            return None
         batch, q_len = tokens.shape[:2]
         weight = self.embed_tokens.weight
-        widths = 2 * self.config.intermediate_size + 6 * self.config.hidden_size
+        block: Any = self.layers[0]
+        widths = 2 * block.mlp.width + 6 * weight.shape[1]
         limit = prefill_limit(weight.device.type) if self.prefill_bytes is None else self.prefill_bytes
         longest = max(1, limit // max(1, batch * widths * weight.element_size()))
         if q_len <= longest:  # before anything is looked at: so is every decoded token
-            return longest
+            return None
         layers = [module for module in self.modules() if isinstance(module, LongShortAttention)]
-        is_observed = any(layer.is_observed for layer in layers)
-        if is_observed or (
-            self.config.sink_tokens and segment_ids is not None and bool((segment_ids > 0).any())
-        ):
-            return q_len
+        if any(layer.is_observed for layer in layers):
+            return None
+        has_sinks = any(layer.layout.sink_tokens for layer in layers)
+        if has_sinks and segment_ids is not None and bool((segment_ids > 0).any()):
+            return None
         return math.ceil(q_len / math.ceil(q_len / longest))  # chunks of about equal length
 
     def _embedded(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
@@ -250,9 +289,10 @@ class LongShortModel(LongShortPreTrainedModel):
             raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}")
         if inputs_embeds is not None:
             require_tensor("inputs_embeds", inputs_embeds)
-            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.embed_tokens.embedding_dim:
                 raise ValueError(
-                    f"inputs_embeds must be (batch, sequence, hidden_size = {self.config.hidden_size}), "
+                    "inputs_embeds must be (batch, sequence, hidden_size = "
+                    f"{self.embed_tokens.embedding_dim}), "
                     f"got shape {tuple(inputs_embeds.shape)}"
                 )
             return inputs_embeds
@@ -271,7 +311,9 @@ class LongShortModel(LongShortPreTrainedModel):
             raise TypeError(
                 f"past_key_values must be a transformers Cache, got {type(past_key_values).__name__}"
             )
-        if self.config.short_convolution is not None and (use_cache or past_key_values is not None):
+        block: Any = self.layers[0]
+        is_convolved = block.attention.short_convolution is not None
+        if is_convolved and (use_cache or past_key_values is not None):
             raise ValueError(
                 "use_cache and past_key_values do not go with short_convolution, which keeps no state for "
                 "decoding"
@@ -287,17 +329,21 @@ class LongShortModel(LongShortPreTrainedModel):
 
     def _check_positions(self, position_ids: Any, past: int, tokens: Tensor) -> None:
         batch, q_len = tokens.shape[:2]
-        limit = self.config.max_position_embeddings
         if position_ids is not None:
             require_position_ids(position_ids, batch, q_len, tokens.device)
         if self.embed_positions is None:
             return
+        limit = self.embed_positions.num_embeddings
         if position_ids is not None:  # restarting ones may serve more tokens than there are positions
             check_range("position_ids", position_ids, "max_position_embeddings", limit)
         elif past + q_len > limit:
             raise ValueError(
                 f"a sequence may have max_position_embeddings = {limit} tokens, got {past + q_len}"
             )
+
+
+def _layouts(blocks: Any) -> list[HeadLayout]:
+    return [block.attention.layout for block in blocks]
 
 
 def _layer_norm(config: LongShortConfig) -> nn.LayerNorm:

@@ -112,6 +112,9 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits of the next token and, with labels, the loss: mean cross-entropy in nats, in fp32.
 
+        The mean over no target at all, as where all labels are -100, is NaN, as in every Hugging Face model;
+        its gradients are zeros, so that they spoil no accumulated batch.
+
         Args:
             input_ids: int64 or int32; or else inputs_embeds in the dtype of the parameters.
             attention_mask: 1 for tokens, 0 for padding on either side, cached tokens included. Under
@@ -120,8 +123,8 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
                 cached tokens, a position that falls, to 0 or below that of the token before, starts a packed
                 sequence. Positions that jump ahead, step by 2 or repeat do not: their tokens see each other.
                 Where positions say nothing of borders, `segment_ids` do.
-            past_key_values: what `new_cache` gives, or a cache that keeps every token, such as
-                `DynamicCache`; it is appended to.
+            past_key_values: what `new_cache` gives, of this model or of one with equal layouts; or a cache
+                that keeps every token, such as `DynamicCache`. It is appended to.
             labels: the input ids, -100 where nothing is predicted; shifted inside. Their last token has no
                 successor and their first no predecessor.
             segment_ids: (batch, kv_len) for packed sequences, instead of restarting position_ids; positions
@@ -132,7 +135,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
             output_attentions: must be false, no attention matrix is ever held.
             loss_arguments: `shift_labels` (batch, q_len): entry t is the token that follows input t, -100
                 where nothing is predicted; they take the place of labels. `num_items_in_batch`: the loss is
-                the sum of the cross-entropies divided by it.
+                the sum of the cross-entropies divided by it, so 0 over no target.
 
         Raises:
             TypeError: an argument is no tensor or no cache, or is not known.
@@ -171,7 +174,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
-                vocab_size=self.config.vocab_size,
+                vocab_size=self.lm_head.out_features,
                 shift_labels=None if shift_labels is None else shift_labels.contiguous(),
                 **loss_arguments,
             )
