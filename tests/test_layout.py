@@ -145,3 +145,13 @@ def test_bad_lengths_are_named():
         layout.kv_bytes(1, 0, torch.float32)
     with pytest.raises(TypeError, match=r"dtype must be a torch.dtype, got str"):
         layout.kv_bytes(1, 64, "float32")  # type: ignore[arg-type]
+
+
+def test_equals_compares_as_the_operator_does() -> None:
+    layout = HeadLayout((4, 4, None, None), 2, sink_tokens=1)
+    others = [
+        layout, HeadLayout((4, 4, None, None), 2, sink_tokens=1), HeadLayout((4, 4, None, None), 2),
+        HeadLayout((4, 4, None, None), sink_tokens=1), HeadLayout((5, 5, None, None), 2, sink_tokens=1),
+        HeadLayout((4, 4), 2, sink_tokens=1), None, (4, 4, None, None),
+    ]  # fmt: skip
+    assert [layout.equals(other) for other in others] == [layout == other for other in others]

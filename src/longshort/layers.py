@@ -267,7 +267,7 @@ class LongShortAttention(nn.Module):
                 f"{type(cache).__name__}"
             )
         of_cache = getattr(cache, "layout", self.layout)
-        if of_cache is not self.layout and of_cache != self.layout:
+        if not self.layout.equals(of_cache):
             raise ValueError(f"cache must have the layout of the layer, {self.layout!r}, got {of_cache!r}")
         batch, q_len, _ = hidden_states.shape
         length = 0 if cache is None else getattr(cache, "length", None)

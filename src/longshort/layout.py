@@ -104,6 +104,16 @@ class HeadLayout:
         windows = (window,) * (num_heads - num_global) + (None,) * num_global
         return cls(windows, num_kv_heads, sink_tokens)  # type: ignore[arg-type]
 
+    def equals(self, other: Any) -> bool:
+        """Compare as `==` does, but at once where both are one object, and in steps that `torch.compile` can
+        follow: it takes a frozen dataclass for a constant, which its numbers may no longer be."""
+        return self is other or (
+            isinstance(other, HeadLayout)
+            and self.windows == other.windows
+            and self.num_kv_heads == other.num_kv_heads
+            and self.sink_tokens == other.sink_tokens
+        )
+
     @property
     def num_heads(self) -> int:
         """Number of query heads."""

@@ -3,16 +3,17 @@ other."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+import weakref
+from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longshort.cache import LayerCache
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    import torch
     from jaxtyping import Int
     from torch import Tensor
 
@@ -40,6 +41,11 @@ class SplitCache(Cache):
         self, layouts: Sequence[HeadLayout], rollback: int = 0, max_length: int | None = None
     ) -> None:
         super().__init__(layers=[SplitCacheLayer(layout, rollback, max_length) for layout in layouts])
+        self._served: weakref.ref[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the owner of the layouts that it was compared with, which no copy is to hold."""
+        return {**self.__dict__, "_served": None}
 
     @property
     def nbytes_used(self) -> int:
@@ -66,6 +72,25 @@ class SplitCache(Cache):
         for layer in self._split_layers():
             layer.cache.to(device, dtype)
         return self
+
+    def require_layouts(self, layouts: Callable[[], list[HeadLayout]], owner: Any) -> None:
+        """Raise a ValueError unless the layers have the layouts of the owner's.
+
+        An owner is asked once in a row, since looking through a model takes a part of a small one's step.
+        """
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and self._served is not None and self._served() is owner:
+            return
+        pairs = zip(self._split_layers(), layouts(), strict=True)
+        for index, (layer, wanted) in enumerate(pairs):
+            held = layer.cache.layout
+            if not held.equals(wanted):
+                raise ValueError(
+                    f"past_key_values must have the layouts of this model, {wanted!r} in layer {index}, got "
+                    f"{held!r}"
+                )
+        if not is_compiling:
+            self._served = weakref.ref(owner)
 
     def _split_layers(self) -> list[SplitCacheLayer]:
         return self.layers  # type: ignore[return-value]
@@ -194,24 +219,21 @@ class GrowingLayer:
             )
 
 
-def layer_caches(cache: Cache, layouts: Sequence[HeadLayout]) -> list[LayerCache] | list[GrowingLayer]:
-    """The layers of a cache, as the `LongShortAttention` layers of these layouts take them.
+def layer_caches(cache: Cache, count: int) -> list[LayerCache] | list[GrowingLayer]:
+    """The layers of a cache for a model of `count` layers, as `LongShortAttention` takes them.
 
     Raises:
-        ValueError: the cache has another number of layers, layers of other layouts, or layers that hold
-            unequal numbers of tokens, as after a forward pass that was interrupted.
+        ValueError: the cache has another number of layers, or layers that hold unequal numbers of tokens, as
+            after a forward pass that was interrupted.
     """
     if isinstance(cache, SplitCache):
-        split = caches = [layer.cache for layer in cache._split_layers()]
-        if [layer.layout for layer in split] != layouts:
-            _refuse_layouts([layer.layout for layer in split], layouts)
-    else:
-        caches = [GrowingLayer(cache, layer) for layer in range(max(len(cache), len(layouts)))]
-        if len(caches) > len(layouts):
-            raise ValueError(
-                f"past_key_values must be a cache of {len(layouts)} layers, as this model has, got one of "
-                f"{len(caches)}"
-            )
+        caches = [layer.cache for layer in cache._split_layers()]
+    else:  # it may get layers as they are filled
+        caches = [GrowingLayer(cache, layer) for layer in range(max(len(cache), count))]
+    if len(caches) != count:
+        raise ValueError(
+            f"past_key_values must be a cache of {count} layers, as this model has, got one of {len(caches)}"
+        )
     length = caches[0].length
     for layer in caches:
         if layer.length != length:
@@ -220,16 +242,3 @@ def layer_caches(cache: Cache, layouts: Sequence[HeadLayout]) -> list[LayerCache
                 f"{[layer.length for layer in caches]}"
             )
     return caches
-
-
-def _refuse_layouts(held: Sequence[HeadLayout], layouts: Sequence[HeadLayout]) -> NoReturn:
-    if len(held) != len(layouts):
-        raise ValueError(
-            f"past_key_values must be a cache of {len(layouts)} layers, as this model has, got one of "
-            f"{len(held)}"
-        )
-    layer = next(i for i, pair in enumerate(zip(held, layouts, strict=True)) if pair[0] != pair[1])
-    raise ValueError(
-        f"past_key_values must have the layouts of this model, {layouts[layer]!r} in layer {layer}, got "
-        f"{held[layer]!r}"
-    )

@@ -181,7 +181,7 @@ class LongShortModel(LongShortPreTrainedModel):
             output_hidden_states = bool(self.config.output_hidden_states)
         tokens = self._checked(input_ids, inputs_embeds)
         past_key_values = self._cache_to_use(past_key_values, use_cache)
-        caches = None if past_key_values is None else layer_caches(past_key_values, _layouts(self.layers))
+        caches = None if past_key_values is None else self._layer_caches(past_key_values)
         past = 0 if caches is None else caches[0].length
         self._check_positions(position_ids, past, tokens)
         segment_ids, position_ids = segments_and_positions(
@@ -207,6 +207,14 @@ class LongShortModel(LongShortPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=None if all_hidden_states is None else tuple(all_hidden_states),
         )
+
+    def _layer_caches(self, cache: Cache) -> list[Any]:
+        """What each layer gets of a cache, which is compared with all of them before anything is appended."""
+        blocks = self.layers
+        caches = layer_caches(cache, len(blocks))
+        if isinstance(cache, SplitCache):
+            cache.require_layouts(lambda: _layouts(blocks), owner=blocks)
+        return caches
 
     def _through_blocks(
         self,
