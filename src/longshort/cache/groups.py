@@ -52,7 +52,7 @@ def attend_to_store(
     if begin < start:
         old_k, old_v = store.view(begin, start)
         near_k, near_v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
-    if store.first > 0 and store.sink_tokens:
+    if store.sink_tokens and store.first > 0:
         out = _attend_with_distant_sinks(store, begin, q, near_k, near_v, options)
     else:
         options = {**options, "segment_ids": None if ids is None else ids[:, begin:]}

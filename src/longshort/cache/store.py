@@ -25,7 +25,6 @@ class Store:
         window: of the heads; None is global.
         ring: positions that are kept, window + rollback; 0 keeps all.
         length: positions seen so far.
-        first: the first position that the ring still has.
         expected: positions that are about to come, so that room for them is made at once.
         data: (2, batch, kv_heads, slots, head_dim), keys and values; None before the first append, as all
             tensors.
@@ -48,7 +47,8 @@ class Store:
 
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
-        self.length = self.first = self.expected = 0
+        self.length = self.expected = 0
+        self._lost = 0  # so many first positions are gone, whatever the length
         self.version += 1
         self.has_several_segments = False
         self.data: Tensor | None = None
@@ -56,9 +56,14 @@ class Store:
         self.sink_positions: Tensor | None = None
         self._segment: Tensor | None = None
 
+    @property
+    def first(self) -> int:
+        """The first position that the ring still has."""
+        return self.next_first(0)
+
     def next_first(self, new: int) -> int:
         """`first` after `new` more positions."""
-        return max(self.first, self.length + new - self.ring) if self.ring else 0
+        return max(self._lost, self.length + new - self.ring) if self.ring else 0
 
     def loses_needed(self, new: int) -> bool:
         """Whether the ring has no room for `new` positions beside those that the first of them sees."""
@@ -109,21 +114,29 @@ class Store:
         start, end = self.length, self.length + keys.shape[2]
         self.move_sinks(keys, values, segment_ids)
         begin = self.next_first(keys.shape[2]) if self.ring else start
-        for low, high in self._runs(max(begin, start), end):
-            slot = self._slot(low)
+        begin = max(begin, start)
+        if self.ring and torch.compiler.is_compiling():
+            kept = torch.arange(begin - start, end - start, device=data.device)
             for target, new in zip(data, (keys, values), strict=True):
-                target[:, :, slot : slot + high - low] = new[:, :, low - start : high - start]
+                target.index_copy_(2, self._slots(begin, end), new.index_select(2, kept))
+        else:
+            for low, high in self._runs(begin, end):
+                slot = self._slot(low)
+                for target, new in zip(data, (keys, values), strict=True):
+                    target[:, :, slot : slot + high - low] = new[:, :, low - start : high - start]
         self.advance(keys.shape[2])
 
     def advance(self, new: int) -> None:
         """Count `new` positions that have been written."""
-        self.first = self.next_first(new)
         self.length += new
 
     def view(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of positions begin ... end - 1, none before `first`: a view where they lie in one
         piece, else a copy."""
         assert self.data is not None
+        if self.ring and torch.compiler.is_compiling():
+            keys, values = self.data.index_select(3, self._slots(begin, end)).unbind()
+            return keys, values
         parts = [
             self.data[:, :, :, self._slot(low) : self._slot(low) + high - low]
             for low, high in self._runs(begin, end)
@@ -172,6 +185,7 @@ class Store:
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on, at least `least_length`."""
+        self._lost = self.first
         self.length = length
 
     def least_length(self) -> int:
@@ -186,12 +200,13 @@ class Store:
         if self.data is None or self.length <= self.ring:
             self.ring = self.window + rollback  # nothing has gone round yet
             return
-        kept = torch.stack(self.view(self.first, self.length))
+        self._lost = first = self.first
+        kept = torch.stack(self.view(first, self.length))
         self.ring = self.window + rollback
         self._allocate(kept[0], self._capped(self.length))
-        for low, high in self._runs(self.first, self.length):
+        for low, high in self._runs(first, self.length):
             slot = self._slot(low)
-            self.data[:, :, :, slot : slot + high - low] = kept[:, :, :, low - self.first : high - self.first]
+            self.data[:, :, :, slot : slot + high - low] = kept[:, :, :, low - first : high - first]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put `change(x)` in the place of each tensor x of shape (2, batch, kv_heads, n, head_dim)."""
@@ -212,6 +227,12 @@ class Store:
 
     def _slot(self, position: int) -> int:
         return position % self.ring if self.ring else position
+
+    def _slots(self, begin: int, end: int) -> Int[Tensor, " positions"]:
+        """Slots of positions begin ... end - 1 in a ring, for compilers: with slices each place to turn at
+        would be another graph."""
+        assert self.data is not None
+        return torch.arange(begin, end, device=self.data.device) % self.ring
 
     def _runs(self, begin: int, end: int) -> list[tuple[int, int]]:
         """Positions begin ... end - 1, at most a ring of them, in runs that lie side by side."""
