@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from longshort.attention import BACKENDS, AttentionStats, attention, autocast_is_on, require_tensor
 from longshort.convolution import ShortConvolution
@@ -147,7 +145,7 @@ class LongShortAttention(nn.Module):
         self.softcap = softcap
         self.backend = backend
         self.observer: Observer | None = None
-        self._observers: dict[int, Observer] = OrderedDict()
+        self._observers: tuple[Observer, ...] = ()  # compilers look at it: equal ones are no new graph
         self._rotated_runs = rotated_runs(rotary, layout, head_dim)
         self._slopes = _checked_slopes(alibi_slopes, heads)
 
@@ -205,15 +203,20 @@ class LongShortAttention(nn.Module):
         out = self._attend(q, k, v, segment_ids, cache).to(qkv.dtype)
         return project(self.o_proj, out.transpose(1, 2).reshape(batch, q_len, heads * self.head_dim))
 
-    def add_observer(self, observer: Observer) -> RemovableHandle:
-        """Let one more observer see every forward pass, beside `observer` and those added before.
+    def add_observer(self, observer: Observer) -> None:
+        """Let one more observer see every forward pass, beside `observer` and those added before."""
+        self._observers = (*self._observers, observer)
 
-        Returns:
-            A handle whose `remove()` ends it, in any order with others.
+    def remove_observer(self, observer: Observer) -> None:
+        """Take out an observer that was added, in any order with others.
+
+        Raises:
+            ValueError: it was not added, or is out already.
         """
-        handle = RemovableHandle(self._observers)
-        self._observers[handle.id] = observer
-        return handle
+        if observer not in self._observers:
+            raise ValueError(f"observer must have been added to this layer, got {observer!r}")
+        last = len(self._observers) - 1 - self._observers[::-1].index(observer)
+        self._observers = self._observers[:last] + self._observers[last + 1 :]
 
     @property
     def is_observed(self) -> bool:
@@ -240,7 +243,7 @@ class LongShortAttention(nn.Module):
                 return attention(q, k, v, self.layout, backend=self.backend, **options)
             out, stats = attention(q, k, v, self.layout, backend=self.backend, return_stats=True, **options)
         observation = Observation(q, k, v, stats, options)
-        for observer in (self.observer, *self._observers.values()):
+        for observer in (self.observer, *self._observers):
             if observer is not None:
                 observer(observation)
         return out

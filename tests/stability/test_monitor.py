@@ -182,7 +182,7 @@ def test_pairs_outside_the_band_do_not_count() -> None:
 @settings(max_examples=60)
 def show(layer: LongShortAttention, observation: Observation) -> None:
     """Give those who watch the layer an observation that no pass of it made."""
-    for observer in layer._observers.values():
+    for observer in layer._observers:
         observer(observation)
 
 
@@ -464,6 +464,34 @@ def test_monitors_come_and_go_in_any_order() -> None:
     model(passes[1] * 9)
     assert [first.reading(), second.reading()] == readings
     assert not any(layer.is_observed for layer in model.layers)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_watching_again_compiles_nothing_new() -> None:
+    torch.compiler.reset()
+    model = stack_of(MIXED)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count)
+    x, monitor = torch.randn(2, 9, 48), AttentionMonitor(model, 4)
+    counts = []
+    with torch.no_grad():
+        for _ in range(4):
+            compiled(x)
+            with monitor.observing():
+                compiled(x)
+            counts.append(len(graphs))
+    assert counts[1] == counts[-1], counts
+    assert monitor.reading().max_logit > 0
+
+
+def test_an_observer_that_was_not_added_is_refused() -> None:
+    layer = LongShortAttention(8, HeadLayout((None,)), head_dim=8)
+    with pytest.raises(ValueError, match="observer must have been added"):
+        layer.remove_observer(print)
 
 
 def test_reading_of_nothing_is_refused() -> None:

@@ -120,15 +120,13 @@ class AttentionMonitor:
 
         Other observers of the same layers see them too.
         """
-        handles = [
+        for layer, observer in zip(self._layers, self._observers, strict=True):
             layer.add_observer(observer)
-            for layer, observer in zip(self._layers, self._observers, strict=True)
-        ]
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for layer, observer in zip(self._layers, self._observers, strict=True):
+                layer.remove_observer(observer)
 
     @torch.no_grad()
     def _observe(self, index: int, observation: Observation) -> None:
