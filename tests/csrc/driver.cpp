@@ -209,7 +209,7 @@ public:
         changed = changed.copy();
         const int64_t row = int64_t(random() % (changed.size() / c.head_dim));
         for (int64_t d = 0; d < c.head_dim; ++d) changed.set(row * c.head_dim + d, value_);
-        find_reach(rows_not_finite(changed));
+        find_reach(changed_rows(before_.*input, changed));
     }
 
     void run() {
@@ -238,16 +238,19 @@ public:
     }
 
 private:
-    std::vector<bool> rows_not_finite(const Memory& memory) const {
-        const std::vector<double> values = memory.read();
+    static bool equal(double x, double y) { return x == y || (x != x && y != y); }
+
+    // Several where an input has strides of 0.
+    std::vector<bool> changed_rows(const Memory& before, const Memory& after) const {
+        const std::vector<double> values = before.read(), changed = after.read();
         std::vector<bool> rows(values.size() / before_.head_dim);
         for (size_t i = 0; i < values.size(); ++i)
-            if (!std::isfinite(values[i])) rows[i / before_.head_dim] = true;
+            if (!equal(values[i], changed[i])) rows[i / before_.head_dim] = true;
         return rows;
     }
 
-    // Queries that see a row of NaN or inf, or are one and see anything; keys that one of them sees.
-    void find_reach(const std::vector<bool>& not_finite) {
+    // Queries that see a changed row, or are one and see anything; keys that one of them sees.
+    void find_reach(const std::vector<bool>& changed) {
         const Case& c = before_;
         const Visible sees(c);
         const bool in_keys = name_ == "k" || name_ == "v";
@@ -260,7 +263,7 @@ private:
                     const int64_t at = (b * c.heads + head) * c.q_len + i, kv_head = head / c.group_size();
                     const int64_t position = c.kv_len - c.q_len + i, keys = (b * c.kv_heads + kv_head) * c.kv_len;
                     for (int64_t j = 0; j < c.kv_len && !rows_[at]; ++j)
-                        rows_[at] = (in_keys ? not_finite[keys + j] : not_finite[at]) && sees(b, kv_head, position, j);
+                        rows_[at] = (in_keys ? changed[keys + j] : changed[at]) && sees(b, kv_head, position, j);
                     if (!rows_[at]) continue;
                     heads_[head] = true;
                     for (int64_t j = 0; j < c.kv_len; ++j)
@@ -284,7 +287,6 @@ private:
     // One result, of as many parts as `reached`, which says what sees the planted row. `changes`: a NaN there is to be seen.
     void compare(const char* name, const std::vector<double>& before, const std::vector<double>& after,
                  const std::vector<bool>& reached, bool changes) const {
-        const auto equal = [](double x, double y) { return x == y || (x != x && y != y); };
         for (size_t i = 0; i < before.size(); ++i) {
             const bool sees = reached[i / (before.size() / reached.size())];
             if (!sees && !equal(before[i], after[i])) fail(std::string(name) + " sees what it may not");
