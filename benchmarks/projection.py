@@ -15,7 +15,7 @@ import time
 import torch
 from torch import nn
 
-from longshort.evaluation.benchmarking import processor_name
+from longshort.bench.benchmarking import processor_name
 from longshort.projection import project
 
 _SHAPES = ((768, 2304), (768, 768), (768, 3072), (3072, 768))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from longshort.bench import benchmarking
 from longshort.cli import main
-from longshort.evaluation import benchmarking
 
 TINY = ["--lengths", "32", "64", "--heads", "4", "--window", "9", "--head-dim", "8", "--repeats", "1"]
 

@@ -5,6 +5,7 @@ import math
 import pytest
 from tests.studies.planted import language_result, swept
 
+from longshort.reporting.intervals import Interval
 from longshort.studies.comparison import (
     edge_text,
     interval_text,
@@ -18,7 +19,6 @@ from longshort.studies.comparison import (
     trained_arms,
 )
 from longshort.studies.settings import LS, MHSA, tiny
-from longshort.studies.statistics import Interval
 from longshort.studies.study import Outcome
 
 SETTING = tiny(512, batch=1, steps=100)

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
+from longshort.reporting.intervals import Interval
 from longshort.studies.dense_local_figures import draw_bounds, draw_grid, draw_growth, draw_heat_maps
-from longshort.studies.statistics import Interval
 
 UNKNOWN = Interval(math.nan, -math.inf, math.inf, 3)
 ONE = Interval(-1.0, -math.inf, math.inf, 1)

@@ -1,8 +1,8 @@
 import pytest
 from tests.studies.dense_local_results import make, run_all
 
+from longshort.reporting.page import Report, render_report
 from longshort.studies.dense_local_findings import find
-from longshort.training.report import Report, render_report
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ from functools import partial
 import pytest
 from tests.studies.dense_local_results import make, result, run_all
 
+from longshort.reporting.intervals import Interval
 from longshort.studies.dense_local_arms import LOSS_FLOOR, illustrated_pair, pairs, sweep
 from longshort.studies.dense_local_task import Fit
 from longshort.studies.dense_local_verdicts import CLAIMS, compare, judge, verdicts
-from longshort.studies.statistics import Interval
 from longshort.studies.study import Outcome
 
 BELOW, ABOVE, AROUND = Interval(-2, -3, -1, 3), Interval(2, 1, 3, 3), Interval(0, -1, 1, 3)

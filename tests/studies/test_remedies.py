@@ -5,8 +5,8 @@ import math
 import pytest
 from tests.studies.planted import judge, language_result, noise, swept
 
+from longshort.reporting.intervals import Interval
 from longshort.studies.remedies import FIGURE_5, Remedies, figure_5_outcome
-from longshort.studies.statistics import Interval
 from longshort.studies.study import Outcome
 
 STUDY = Remedies()

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+from longshort.reporting.page import Section, Table
 from longshort.studies.study import Claim, Findings, Outcome, Verdict
 from longshort.studies.study_report import write_study_report
-from longshort.training.report import Section, Table
 
 CLAIM = Claim("F9", "Logits <grow>.", "They do not.", "Shown if they do.")
 MANIFEST = {"scale": "smoke", "source": "stdlib", "made_with": ["longshort 1, torch 2, CPU with AVX2"]}

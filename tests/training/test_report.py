@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 import pytest
 from tests.training.synthetic import metric_lines, write_run
 
-from longshort.training.report import (
+from longshort.reporting.page import (
     Figure,
     Report,
     Sample,
@@ -12,9 +12,8 @@ from longshort.training.report import (
     Table,
     number,
     render_report,
-    summarize,
-    write_report,
 )
+from longshort.training.report import summarize, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

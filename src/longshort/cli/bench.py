@@ -46,29 +46,29 @@ def run(arguments: list[str]) -> int:
 
 
 def _attention(arguments: list[str], show: Callable[[str], None]) -> None:
-    from longshort.evaluation.attention_speed import measure_attention
-    from longshort.evaluation.speed_settings import SpeedSettings
+    from longshort.bench.attention_speed import measure_attention
+    from longshort.bench.speed_settings import SpeedSettings
 
     measure_attention(parse(SpeedSettings, "bench attention", arguments), show)
 
 
 def _prefill(arguments: list[str], show: Callable[[str], None]) -> None:
-    from longshort.evaluation.inference_prefill import measure_prefill
-    from longshort.evaluation.inference_settings import PrefillSettings
+    from longshort.bench.inference_prefill import measure_prefill
+    from longshort.bench.inference_settings import PrefillSettings
 
     measure_prefill(parse(PrefillSettings, "bench prefill", arguments), show)
 
 
 def _decode(arguments: list[str], show: Callable[[str], None]) -> None:
-    from longshort.evaluation.inference_decode import measure_decode
-    from longshort.evaluation.inference_settings import DecodeSettings
+    from longshort.bench.inference_decode import measure_decode
+    from longshort.bench.inference_settings import DecodeSettings
 
     measure_decode(parse(DecodeSettings, "bench decode", arguments), show)
 
 
 def _memory(arguments: list[str], show: Callable[[str], None]) -> None:
-    from longshort.evaluation.inference_memory import measure_memory
-    from longshort.evaluation.inference_settings import MemorySettings
+    from longshort.bench.inference_memory import measure_memory
+    from longshort.bench.inference_settings import MemorySettings
 
     measure_memory(parse(MemorySettings, "bench memory", arguments), show)
 

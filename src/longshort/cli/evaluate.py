@@ -15,7 +15,7 @@ from longshort.cli.flags import parse
 from longshort.data import DataFolder
 from longshort.evaluation import Evaluation, evaluate_documents
 from longshort.layout import require_integer
-from longshort.training.files import replace_file, strict_json
+from longshort.reporting.files import replace_file, strict_json
 from longshort.training.parallel import connect
 from longshort.training.plots import plot_loss_by_position
 from longshort.training.trained import TrainedModel, open_trained

@@ -16,8 +16,8 @@ from longshort.cli.flags import parse
 from longshort.cli.units import format_bytes
 from longshort.evaluation import generate_text
 from longshort.layout import require_integer
+from longshort.reporting.files import parse_json_line
 from longshort.training.config import require_seed
-from longshort.training.files import parse_json_line
 from longshort.training.parallel import connect
 from longshort.training.trained import open_trained
 

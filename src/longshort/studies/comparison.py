@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from longshort.studies.language import Arm, Setting, Sweep, language_trial, main_trials, sweep
-from longshort.studies.language_run import loss_at_flops
-from longshort.studies.statistics import (
+from longshort.reporting.intervals import (
     Interval,
     log_prediction_interval,
     paired_difference,
     paired_log_ratio,
     prediction_interval,
 )
+from longshort.reporting.page import Table, number
+from longshort.studies.language import Arm, Setting, Sweep, language_trial, main_trials, sweep
+from longshort.studies.language_run import loss_at_flops
 from longshort.studies.study import Outcome, Plan, Results, Trial
-from longshort.training.report import Table, number
 
 Rate = Literal["best", "lower"]
 RATES: tuple[Rate, ...] = ("best", "lower")

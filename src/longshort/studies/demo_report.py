@@ -5,19 +5,17 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from longshort.studies.demo import MODELS, PROMPT, SETTING, training_arguments
-from longshort.training.files import replace_file
-from longshort.training.plots import compare_runs, plot_loss_by_position
-from longshort.training.report import (
-    REPORT_FILE,
+from longshort.reporting.page import (
     Figure,
     Report,
     Sample,
     Section,
     Table,
     number,
-    render_report,
+    write_page,
 )
+from longshort.studies.demo import MODELS, PROMPT, SETTING, training_arguments
+from longshort.training.plots import compare_runs, plot_loss_by_position
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -184,9 +182,7 @@ def write_demo_report(settings: DemoSettings, results: Results) -> Path:
             ),
         ],
     )
-    file = out / REPORT_FILE
-    replace_file(file, render_report(report).encode())
-    return file
+    return write_page(report, out)
 
 
 def _commands(settings: DemoSettings) -> str:

@@ -13,9 +13,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from longshort.studies.dense_local_arms import LOSS_FLOOR
-from longshort.studies.statistics import Interval
-from longshort.training.figure_style import (
+from longshort.reporting.intervals import Interval
+from longshort.reporting.style import (
     COLOURS,
     INK,
     label_log_axis,
@@ -24,6 +23,7 @@ from longshort.training.figure_style import (
     save_figure,
     style_axes,
 )
+from longshort.studies.dense_local_arms import LOSS_FLOOR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from longshort.reporting.intervals import Interval, confidence_interval, log_prediction_interval
+from longshort.reporting.page import Figure, Section, Table, number
+from longshort.reporting.plots import Panel, draw_curves
 from longshort.studies.dense_local_arms import (
     SIZES,
     Pair,
@@ -37,10 +40,7 @@ from longshort.studies.dense_local_verdicts import (
     speaking,
     verdicts,
 )
-from longshort.studies.figures import Panel, draw_curves
-from longshort.studies.statistics import Interval, confidence_interval, log_prediction_interval
 from longshort.studies.study import Findings, Results, Scale
-from longshort.training.report import Figure, Section, Table, number
 
 _WINDOW_NAMES = dict(zip(WINDOWS_PER_SPAN, ("½·l'", "l'", "2·l'", "4·l'"), strict=True))
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from longshort.reporting.intervals import Interval, confidence_interval
+from longshort.reporting.page import Figure, Section, Table, number
 from longshort.studies.comparison import interval_text
 from longshort.studies.dense_local_arms import (
     ALIBI_SLOPE,
@@ -39,9 +41,7 @@ from longshort.studies.dense_local_verdicts import (
     Side,
     compare,
 )
-from longshort.studies.statistics import Interval, confidence_interval
 from longshort.studies.study import Results, Scale
-from longshort.training.report import Figure, Section, Table, number
 
 _TOLERANCES = (0.1, 0.01, 0.001)
 _BOUND_POINTS = 60

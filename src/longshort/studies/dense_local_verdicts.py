@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longshort.reporting.intervals import Interval, paired_log_ratio
 from longshort.studies.dense_local_arms import LOSS_FLOOR, Pair, Sweep, pairs, sweep, trial_of
 from longshort.studies.dense_local_task import Fit
-from longshort.studies.statistics import Interval, paired_log_ratio
 from longshort.studies.study import Claim, Outcome, Results, Scale, Verdict, weaker
 
 _RULE = (

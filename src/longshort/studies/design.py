@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 from longshort.model import kv_bytes
+from longshort.reporting.intervals import Interval, confidence_interval, slope
+from longshort.reporting.page import Figure, Section, Table, number
+from longshort.reporting.plots import draw_intervals, draw_points
 from longshort.studies.comparison import (
     RATES,
     Trained,
@@ -27,13 +30,10 @@ from longshort.studies.comparison import (
     trained_arms,
     without_doubles,
 )
-from longshort.studies.figures import draw_intervals, draw_points
 from longshort.studies.language import Arm, Setting, model_config
 from longshort.studies.language_run import LanguageStudy
 from longshort.studies.settings import LS, LS_ROPE, MHSA, MHSA_ROPE, PAPER_SMALL, tiny, with_model
-from longshort.studies.statistics import Interval, confidence_interval, slope
 from longshort.studies.study import Claim, Findings, Outcome, Plan, Results, Scale, Verdict, weaker
-from longshort.training.report import Figure, Section, Table, number
 
 TOLERANCE = 0.02
 """Nats per token: losses nearer than this are called alike."""

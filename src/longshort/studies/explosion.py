@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from longshort.reporting.intervals import Interval
+from longshort.reporting.page import Figure, Section, Table
+from longshort.reporting.plots import Panel, draw_curves, draw_intervals
 from longshort.studies.comparison import (
     Trained,
     arm_table,
@@ -31,13 +34,10 @@ from longshort.studies.explosion_claims import (
     judge_mechanism,
     judge_ratio,
 )
-from longshort.studies.figures import Panel, draw_curves, draw_intervals
 from longshort.studies.language import Arm, Setting, language_trial, model_config
 from longshort.studies.language_run import LanguageStudy
 from longshort.studies.settings import DEEP_LS, HYBRID, LS, MHSA, PAPER_SMALL, tiny, with_model, with_train
-from longshort.studies.statistics import Interval
 from longshort.studies.study import Findings, Plan, Results, Scale, Trial
-from longshort.training.report import Figure, Section, Table
 
 INTERLEAVED = with_train(MHSA, "MHSA, interleaved text", token_order="interleaved")
 LS_PERMUTED = with_train(LS, "LS, permuted text", token_order="permuted")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from longshort.reporting.intervals import Interval, confidence_interval
 from longshort.studies.comparison import (
     RATES,
     Rate,
@@ -18,7 +19,6 @@ from longshort.studies.comparison import (
     loss_difference_at_equal_flops,
 )
 from longshort.studies.settings import LS, MHSA, MHSA_ROPE, with_model, with_train
-from longshort.studies.statistics import Interval, confidence_interval
 from longshort.studies.study import Claim, Outcome, Verdict, weaker
 
 ALIBI = with_model(MHSA, "MHSA + ALiBi", position_embedding="alibi")

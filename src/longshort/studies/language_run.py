@@ -13,11 +13,11 @@ from typing import Any
 from longshort.data import DataFolder, prepare
 from longshort.evaluation import measure_needle
 from longshort.model import parameter_count, training_flops
+from longshort.reporting.files import replace_file, strict_json
 from longshort.stability import SpikeDetector, divergence_step
 from longshort.studies.language import model_config
 from longshort.studies.study import Study, Trial, Workplace
 from longshort.training.config import TrainConfig
-from longshort.training.files import replace_file, strict_json
 from longshort.training.loop import Progress, resume, train
 from longshort.training.metrics import read_metrics
 from longshort.training.run import CONFIG_FILE

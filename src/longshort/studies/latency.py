@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from longshort.evaluation.inference_prefill import amdahl_bound
-from longshort.evaluation.inference_providers import prepare_provider
-from longshort.evaluation.inference_results import wall_seconds
+from longshort.bench.inference_prefill import amdahl_bound
+from longshort.bench.inference_providers import prepare_provider
+from longshort.bench.inference_results import wall_seconds
 from longshort.model import prefill_flops, preset
-from longshort.studies.figures import draw_points
+from longshort.reporting.intervals import Interval
+from longshort.reporting.page import Figure, Section, Table, number
+from longshort.reporting.plots import draw_points
 from longshort.studies.settings import LS, MHSA
-from longshort.studies.statistics import Interval
 from longshort.studies.study import (
     Claim,
     Findings,
@@ -30,7 +31,6 @@ from longshort.studies.study import (
     Verdict,
     Workplace,
 )
-from longshort.training.report import Figure, Section, Table, number
 
 SAVING = Claim(
     "F6, T1",

@@ -9,6 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from longshort.reporting.intervals import (
+    Interval,
+    confidence_interval,
+    log_or_none,
+    slope_interval,
+)
+from longshort.reporting.page import Figure, Section, Table
+from longshort.reporting.plots import Panel, draw_curves, draw_points
 from longshort.studies.comparison import (
     PREDICTED,
     RATES,
@@ -26,18 +34,10 @@ from longshort.studies.comparison import (
     trained_arm,
     without_doubles,
 )
-from longshort.studies.figures import Panel, draw_curves, draw_points
 from longshort.studies.language import Arm, Setting, Sweep, main_trials, sweep
 from longshort.studies.language_run import LanguageStudy
 from longshort.studies.settings import LS, LS_ROPE, MHSA, MHSA_ROPE, paper_base, tiny
-from longshort.studies.statistics import (
-    Interval,
-    confidence_interval,
-    log_or_none,
-    slope_interval,
-)
 from longshort.studies.study import Claim, Findings, Outcome, Plan, Results, Scale, Trial, Verdict, weaker
-from longshort.training.report import Figure, Section, Table
 
 TOKENS, SEQUENCES = "equal tokens a step", "equal sequences a step"
 """Budgets: with equal sequences every learned position is trained as often, whatever the length."""

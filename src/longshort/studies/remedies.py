@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from longshort.data import prepare
+from longshort.reporting.intervals import Interval, paired_log_ratio
+from longshort.reporting.page import Figure, Section, Table, number
+from longshort.reporting.plots import Panel, draw_curves, draw_points
 from longshort.studies.comparison import (
     RATES,
     Rate,
@@ -23,11 +26,9 @@ from longshort.studies.comparison import (
     sweep_table,
     trained_arms,
 )
-from longshort.studies.figures import Panel, draw_curves, draw_points
 from longshort.studies.language import Arm, Setting
 from longshort.studies.language_run import LanguageStudy, cost_to_reach, train_language_model
 from longshort.studies.settings import DEEP_LS, HYBRID, LS, MHSA, paper_base, tiny, with_model, with_train
-from longshort.studies.statistics import Interval, paired_log_ratio
 from longshort.studies.study import (
     Claim,
     Findings,
@@ -40,7 +41,6 @@ from longshort.studies.study import (
     Workplace,
     weaker,
 )
-from longshort.training.report import Figure, Section, Table, number
 
 FP32 = with_train(with_model(MHSA, "MHSA, fp32", attention_precision="fp32"), "MHSA, fp32", precision="fp32")
 QK_NORM = with_model(MHSA, "MHSA + QK-norm", qk_norm=True)

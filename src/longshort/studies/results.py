@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from longshort.reporting.files import finite_or_none, parse_json_line, replace_file
 from longshort.studies.study import Trial
-from longshort.training.files import finite_or_none, parse_json_line, replace_file
 
 RESULTS_FILE = "results.jsonl"
 TIMING_FILE = "timing.jsonl"

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from longshort.studies.statistics import Interval
-from longshort.training.report import Section
+from longshort.reporting.intervals import Interval
+from longshort.reporting.page import Section
 
 Scale = Literal["smoke", "laptop", "overnight", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)

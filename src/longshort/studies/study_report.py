@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longshort.reporting.page import Card, Report, Section, Table, write_page
 from longshort.studies.study import Findings, Outcome, Verdict
-from longshort.training.files import replace_file
-from longshort.training.report import REPORT_FILE, Card, Report, Section, Table, render_report
 
 _TONES = {
     Outcome.SHOWN: "good",
@@ -36,9 +35,7 @@ def write_study_report(folder: Path, manifest: Mapping[str, Any], found: Mapping
         subtitle=f"Scale {manifest['scale']}, corpus {manifest['source']}; {made_with}",
         sections=sections,
     )
-    file = folder / REPORT_FILE
-    replace_file(file, render_report(report).encode())
-    return file
+    return write_page(report, folder)
 
 
 def _overview(found: Mapping[str, Findings]) -> Section:

@@ -23,7 +23,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from longshort.data.files import sync_folder, sync_tree
-from longshort.training.files import replace_file
+from longshort.reporting.files import replace_file
 
 FOLDER = "checkpoints"
 _WEIGHTS = "model.safetensors"

@@ -31,7 +31,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longshort.training.files import finite_or_none, parse_json_line
+from longshort.reporting.files import finite_or_none, parse_json_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -14,7 +14,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from longshort.training.figure_style import (
+from longshort.reporting.style import (
     COLOURS,
     INK,
     label_log_axis,

@@ -20,8 +20,8 @@ from longshort import __version__
 from longshort.data import DataFolder, DocumentStart, begins_with_end_of_text, load_tokenizer
 from longshort.data.files import sync_folder, sync_tree
 from longshort.model import LongShortConfig, LongShortForCausalLM, preset
+from longshort.reporting.files import replace_file
 from longshort.training.config import MODEL_SETTINGS, TrainConfig
-from longshort.training.files import replace_file
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "tokenizer"

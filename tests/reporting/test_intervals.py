@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longshort.studies.statistics import (
+from longshort.reporting.intervals import (
     confidence_interval,
     paired_difference,
     paired_log_ratio,

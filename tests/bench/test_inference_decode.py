@@ -5,10 +5,10 @@ from itertools import chain
 
 import pytest
 
-from longshort.evaluation import inference_decode
-from longshort.evaluation.inference_decode import DecodeRow, measure_decode
-from longshort.evaluation.inference_providers import PROVIDERS, Provider
-from longshort.evaluation.inference_settings import DecodeSettings
+from longshort.bench import inference_decode
+from longshort.bench.inference_decode import DecodeRow, measure_decode
+from longshort.bench.inference_providers import PROVIDERS, Provider
+from longshort.bench.inference_settings import DecodeSettings
 from longshort.model import kv_bytes, preset
 
 SMALL = {"preset": "tiny", "lengths": (64,), "global_heads": 2, "window": 9, "rounds": 2, "tokens": 3}

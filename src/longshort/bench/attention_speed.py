@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from longshort.evaluation.attention_providers import (
+from longshort.bench.attention_providers import (
     BASELINE,
     Problem,
     UnsuitableError,
     first_line,
     prepare,
 )
-from longshort.evaluation.benchmarking import (
+from longshort.bench.benchmarking import (
     Remark,
     check_out,
     csv_rows,
@@ -37,14 +37,14 @@ from longshort.evaluation.benchmarking import (
     stopwatch,
     summary,
 )
-from longshort.evaluation.speed_settings import DTYPES, PASSES, Setting, SpeedSettings, count_threads
+from longshort.bench.speed_settings import DTYPES, PASSES, Setting, SpeedSettings, count_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from longshort.evaluation.attention_providers import Kernel
+    from longshort.bench.attention_providers import Kernel
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def measure_attention(
     finally:
         torch.set_num_threads(threads_before)
     if settings.out is not None:
-        from longshort.evaluation.speed_plot import plot_speed
+        from longshort.bench.speed_plot import plot_speed
 
         plot = settings.out.with_suffix(".png")
         plot_speed(results.rows, plot)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import transformers
 
-from longshort.evaluation.attention_providers import UnsuitableError, first_line
-from longshort.evaluation.benchmarking import (
+from longshort.bench.attention_providers import UnsuitableError, first_line
+from longshort.bench.benchmarking import (
     Remark,
     check_out,
     csv_rows,
@@ -22,7 +22,7 @@ from longshort.evaluation.benchmarking import (
     stopwatch,
     summary,
 )
-from longshort.evaluation.inference_providers import local_windows, prepare_provider
+from longshort.bench.inference_providers import local_windows, prepare_provider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from longshort.evaluation.inference_providers import Provider
-    from longshort.evaluation.inference_settings import InferenceSettings
+    from longshort.bench.inference_providers import Provider
+    from longshort.bench.inference_settings import InferenceSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from longshort.training.files import replace_file
+from longshort.reporting.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

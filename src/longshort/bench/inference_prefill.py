@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from longshort.evaluation.benchmarking import five_digits
-from longshort.evaluation.inference_plot import plot_inference
-from longshort.evaluation.inference_providers import BASELINES
-from longshort.evaluation.inference_results import (
+from longshort.bench.benchmarking import five_digits
+from longshort.bench.inference_plot import plot_inference
+from longshort.bench.inference_providers import BASELINES
+from longshort.bench.inference_results import (
     Column,
     InferenceResults,
     Models,
@@ -38,7 +38,7 @@ from longshort.evaluation.inference_results import (
     suitable_providers,
     wall_seconds,
 )
-from longshort.evaluation.speed_plot import Point
+from longshort.bench.speed_plot import Point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from longshort.evaluation.benchmarking import Remark
-    from longshort.evaluation.inference_providers import Provider
-    from longshort.evaluation.inference_settings import PrefillSettings
+    from longshort.bench.benchmarking import Remark
+    from longshort.bench.inference_providers import Provider
+    from longshort.bench.inference_settings import PrefillSettings
 
 
 @dataclass(frozen=True, kw_only=True)

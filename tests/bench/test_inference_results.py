@@ -2,8 +2,8 @@ import weakref
 
 import pytest
 
-from longshort.evaluation.benchmarking import Remark
-from longshort.evaluation.inference_results import (
+from longshort.bench.benchmarking import Remark
+from longshort.bench.inference_results import (
     Models,
     failures_told,
     groups_in_memory,
@@ -12,7 +12,7 @@ from longshort.evaluation.inference_results import (
     suitable_providers,
     take_turns,
 )
-from longshort.evaluation.inference_settings import PrefillSettings
+from longshort.bench.inference_settings import PrefillSettings
 
 SETTINGS = PrefillSettings(preset="tiny", lengths=(32,), global_heads=2)
 NEED = {"gpt2": 3, "ls": 2, "hybrid": 2, "mhsa": 4, "mistral": 1}

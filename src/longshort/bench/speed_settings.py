@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from longshort.evaluation.attention_providers import BASELINE, PROVIDERS
+from longshort.bench.attention_providers import BASELINE, PROVIDERS
 from longshort.layout import HeadLayout, require_integer
 
 if TYPE_CHECKING:

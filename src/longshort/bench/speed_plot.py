@@ -6,9 +6,9 @@ import io
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from longshort.evaluation.attention_providers import BASELINE, PROVIDERS
-from longshort.evaluation.benchmarking import partial_name
-from longshort.evaluation.speed_settings import count_threads, describe_layout
+from longshort.bench.attention_providers import BASELINE, PROVIDERS
+from longshort.bench.benchmarking import partial_name
+from longshort.bench.speed_settings import count_threads, describe_layout
 from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from longshort.evaluation.attention_speed import Row
+    from longshort.bench.attention_speed import Row
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the baseline is grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

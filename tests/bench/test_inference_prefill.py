@@ -6,10 +6,10 @@ from itertools import chain
 import pytest
 import torch
 
-from longshort.evaluation import inference_prefill
-from longshort.evaluation.inference_prefill import PrefillRow, amdahl_bound, measure_prefill
-from longshort.evaluation.inference_providers import PROVIDERS, Provider
-from longshort.evaluation.inference_settings import PrefillSettings
+from longshort.bench import inference_prefill
+from longshort.bench.inference_prefill import PrefillRow, amdahl_bound, measure_prefill
+from longshort.bench.inference_providers import PROVIDERS, Provider
+from longshort.bench.inference_settings import PrefillSettings
 from longshort.layout import HeadLayout
 
 SMALL = {"preset": "tiny", "lengths": (64, 32), "global_heads": 2, "window": 9, "rounds": 2}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from longshort.evaluation.benchmarking import free_memory
-from longshort.evaluation.inference_providers import PROVIDERS
-from longshort.evaluation.speed_settings import DTYPES, count_threads, require_among, require_any, require_csv
+from longshort.bench.benchmarking import free_memory
+from longshort.bench.inference_providers import PROVIDERS
+from longshort.bench.speed_settings import DTYPES, count_threads, require_among, require_any, require_csv
 from longshort.layout import require_integer
 from longshort.model import preset
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from longshort.attention import BACKENDS, attention
 from longshort.backends import cpu
-from longshort.evaluation import attention_speed, benchmarking
-from longshort.evaluation.attention_providers import (
+from longshort.bench import attention_speed, benchmarking
+from longshort.bench.attention_providers import (
     PROVIDERS,
     Kernel,
     Problem,
@@ -19,9 +19,9 @@ from longshort.evaluation.attention_providers import (
     prepare,
     visible_pairs,
 )
-from longshort.evaluation.attention_speed import COLUMNS, measure_attention
-from longshort.evaluation.speed_plot import plot_speed
-from longshort.evaluation.speed_settings import PASSES, SpeedSettings
+from longshort.bench.attention_speed import COLUMNS, measure_attention
+from longshort.bench.speed_plot import plot_speed
+from longshort.bench.speed_settings import PASSES, SpeedSettings
 from longshort.layout import HeadLayout
 
 SMALL = {"lengths": (64,), "heads": 4, "window": (9,), "head_dim": 8, "repeats": 2}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from longshort.studies.figures import Panel, draw_curves, draw_intervals, draw_points
-from longshort.studies.statistics import Interval
+from longshort.reporting.intervals import Interval
+from longshort.reporting.plots import Panel, draw_curves, draw_intervals, draw_points
 
 
 def is_drawn(file):

@@ -3,14 +3,14 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, GPT2LMHeadModel
 
-from longshort.evaluation.attention_providers import UnsuitableError, visible_pairs
-from longshort.evaluation.generation import cache_bytes
-from longshort.evaluation.inference_providers import (
+from longshort.bench.attention_providers import UnsuitableError, visible_pairs
+from longshort.bench.inference_providers import (
     PROVIDERS,
     bytes_of_weights_read,
     local_windows,
     prepare_provider,
 )
+from longshort.evaluation.generation import cache_bytes
 from longshort.huggingface import SplitCache
 from longshort.layout import HeadLayout
 from longshort.model import LongShortConfig, kv_bytes, prefill_limit, preset

@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from longshort.studies.statistics import Interval
-from longshort.training.figure_style import (
+from longshort.reporting.intervals import Interval
+from longshort.reporting.style import (
     COLOURS,
     INK,
     label_log_axis,

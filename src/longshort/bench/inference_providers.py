@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from longshort.attention import attention
-from longshort.evaluation.attention_providers import UnsuitableError, visible_pairs
+from longshort.bench.attention_providers import UnsuitableError, visible_pairs
 from longshort.huggingface import SplitCache
 from longshort.layout import HeadLayout
 from longshort.model import LongShortConfig, LongShortForCausalLM, hybrid_layers, prefill_limit
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from transformers.cache_utils import Cache
 
-    from longshort.evaluation.attention_providers import Attend
+    from longshort.bench.attention_providers import Attend
 
 BASELINES = ("mhsa", "gpt2")
 """The providers that the others are compared with."""

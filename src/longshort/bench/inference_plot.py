@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from longshort.evaluation.inference_providers import PROVIDERS
-from longshort.evaluation.speed_plot import draw_by_length, finish_figure
+from longshort.bench.inference_providers import PROVIDERS
+from longshort.bench.speed_plot import draw_by_length, finish_figure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from longshort.evaluation.inference_results import Row
-    from longshort.evaluation.speed_plot import Point
+    from longshort.bench.inference_results import Row
+    from longshort.bench.speed_plot import Point
 
 _BASELINE = "mhsa"
 _OTHERS = tuple(name for name in PROVIDERS if name != _BASELINE)

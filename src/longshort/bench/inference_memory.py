@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from longshort.evaluation.benchmarking import Remark, five_digits
-from longshort.evaluation.generation import cache_bytes
-from longshort.evaluation.inference_plot import plot_inference
-from longshort.evaluation.inference_providers import prepare_provider
-from longshort.evaluation.inference_results import (
+from longshort.bench.benchmarking import Remark, five_digits
+from longshort.bench.inference_plot import plot_inference
+from longshort.bench.inference_providers import prepare_provider
+from longshort.bench.inference_results import (
     Column,
     InferenceResults,
     Row,
@@ -31,8 +30,9 @@ from longshort.evaluation.inference_results import (
     measure_sweep,
     suitable_providers,
 )
-from longshort.evaluation.inference_settings import MemorySettings
-from longshort.evaluation.speed_plot import Point
+from longshort.bench.inference_settings import MemorySettings
+from longshort.bench.speed_plot import Point
+from longshort.evaluation.generation import cache_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,7 +161,7 @@ def _peaks_of_process(settings: MemorySettings, name: str, length: int) -> Peaks
     values = asdict(settings) | {
         "providers": [name], "lengths": [length], "threads": settings.num_threads, "out": None,
     }  # fmt: skip
-    command = [sys.executable, "-m", "longshort.evaluation.inference_memory", json.dumps(values)]
+    command = [sys.executable, "-m", "longshort.bench.inference_memory", json.dumps(values)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode < 0:
         raise ChildProcessError(f"its process was ended by signal {-result.returncode}: out of memory?")

@@ -6,9 +6,9 @@ from dataclasses import fields
 import pytest
 import torch
 
-from longshort.evaluation import inference_memory
-from longshort.evaluation.inference_memory import MemoryRow, Peaks, measure_memory, peaks_of
-from longshort.evaluation.inference_settings import MemorySettings
+from longshort.bench import inference_memory
+from longshort.bench.inference_memory import MemoryRow, Peaks, measure_memory, peaks_of
+from longshort.bench.inference_settings import MemorySettings
 from longshort.model import kv_bytes, preset
 
 SMALL = {"lengths": (4096,), "threads": 1}
@@ -64,8 +64,8 @@ def test_the_peak_is_that_of_the_prompt_alone():
         pytest.skip("only Linux forgets peaks")
     code = """if True:
         import torch
-        from longshort.evaluation.inference_memory import peaks_of
-        from longshort.evaluation.inference_settings import MemorySettings
+        from longshort.bench.inference_memory import peaks_of
+        from longshort.bench.inference_settings import MemorySettings
 
         torch.ones(2**26)  # 256 MiB
         found = peaks_of(MemorySettings(lengths=(8192,), providers=("gpt2",), threads=1))

@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from longshort.training import files
+from longshort.reporting import files
 
 
 def test_a_file_is_written_with_its_folder(tmp_path):

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from longshort.evaluation import inference_settings
-from longshort.evaluation.inference_settings import DecodeSettings, MemorySettings, PrefillSettings
+from longshort.bench import inference_settings
+from longshort.bench.inference_settings import DecodeSettings, MemorySettings, PrefillSettings
 
 
 def test_the_sweep():

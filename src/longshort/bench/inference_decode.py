@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from longshort.evaluation.benchmarking import five_digits
-from longshort.evaluation.generation import cache_bytes
-from longshort.evaluation.inference_plot import plot_inference
-from longshort.evaluation.inference_providers import bytes_of_weights_read
-from longshort.evaluation.inference_results import (
+from longshort.bench.benchmarking import five_digits
+from longshort.bench.inference_plot import plot_inference
+from longshort.bench.inference_providers import bytes_of_weights_read
+from longshort.bench.inference_results import (
     Column,
     InferenceResults,
     Models,
@@ -36,7 +35,8 @@ from longshort.evaluation.inference_results import (
     suitable_providers,
     wall_seconds,
 )
-from longshort.evaluation.speed_plot import Point
+from longshort.bench.speed_plot import Point
+from longshort.evaluation.generation import cache_bytes
 from longshort.huggingface import SplitCache
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
 
-    from longshort.evaluation.benchmarking import Remark
-    from longshort.evaluation.inference_providers import Provider
-    from longshort.evaluation.inference_settings import DecodeSettings
+    from longshort.bench.benchmarking import Remark
+    from longshort.bench.inference_providers import Provider
+    from longshort.bench.inference_settings import DecodeSettings
 
 
 @dataclass(frozen=True, kw_only=True)

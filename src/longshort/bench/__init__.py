@@ -1,0 +1,1 @@
+"""Benchmarks: speed and memory of attention and of whole models, each a command of `longshort bench`."""

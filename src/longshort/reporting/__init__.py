@@ -1,0 +1,1 @@
+"""What results are written and shown with: files, intervals, pictures and pages."""
