@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longshort.layout import require_integer
+from longshort.checks import require_integer
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

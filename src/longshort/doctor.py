@@ -19,6 +19,7 @@ Report = list[tuple[str, Rows]]
 
 # Which extra brings a package.
 OPTIONAL_PACKAGES = {
+    "annotated-types": "train",
     "transformers": "hf",
     "safetensors": "hf",
     "datasets": "train",

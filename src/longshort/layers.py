@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from longshort.attention import BACKENDS, AttentionStats, attention, autocast_is_on, require_tensor
+from longshort.checks import is_finite, require_integer, require_positive
 from longshort.convolution import ShortConvolution
-from longshort.layout import HeadLayout, is_finite, require_integer, require_positive
+from longshort.layout import HeadLayout
 from longshort.projection import project
 from longshort.rotary import Rotary, rotate, rotated_runs
 

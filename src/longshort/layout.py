@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
-from numbers import Integral
 from typing import Any
 
 import torch
+
+from longshort.checks import require_integer
 
 
 @dataclass(frozen=True)
@@ -183,23 +183,6 @@ class HeadLayout:
         if self.sink_tokens:
             parts.append(f"sink_tokens={self.sink_tokens}")
         return f"HeadLayout({', '.join(parts)})"
-
-
-def require_integer(name: str, value: Any, minimum: int) -> None:
-    """Raise a ValueError that names the argument unless value is an integer (not a bool) >= minimum."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
-
-
-def require_positive(name: str, value: Any) -> None:
-    """Raise a ValueError that names the argument unless value is a finite number > 0."""
-    if not is_finite(value) or value <= 0:
-        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
-
-
-def is_finite(value: Any) -> bool:
-    """Whether value is a number, neither a bool nor infinite nor NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require_divisor(num_kv_heads: Any, num_heads: int) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longshort.layout import HeadLayout, require_integer, require_positive
+from longshort.checks import require_integer, require_positive
+from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

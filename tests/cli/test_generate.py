@@ -48,7 +48,7 @@ def test_greedy_is_sampling_from_the_likeliest_alone(trained, capsys):
         (["--temperature", "nan"], "--temperature"),
         (["--top-k", "0"], "--top-k"),
         (["--seed", "-1"], "--seed"),
-        (["--seed", str(2**63)], "--seed must be below 2**63"),
+        (["--seed", str(2**63)], "--seed must be an integer >= 0 and < 2**63"),
         (["--prompt", "\udcff"], "--prompt must be UTF-8 text"),
         (["--threads", "0"], "--threads"),
         (["--device", "abacus"], "--device"),

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from longshort.checks import flag
 from longshort.model import LongShortConfig
-from longshort.training.config import MODEL_SETTINGS, TrainConfig, flag
+from longshort.training.config import MODEL_SETTINGS, TrainConfig
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -33,7 +34,7 @@ def settings(**changes: Any) -> TrainConfig:
         ("evaluate_every", -1, "--evaluate-every must be an integer >= 0, got -1"),
         ("checkpoint_every", 0, "--checkpoint-every must be an integer >= 1, got 0"),
         ("keep_checkpoints", 0, "--keep-checkpoints must be an integer >= 1, got 0"),
-        ("seed", -1, "--seed must be an integer >= 0, got -1"),
+        ("seed", -1, "--seed must be an integer >= 0 and < 2**63, got -1"),
         ("threads", 0, "--threads must be an integer >= 1, got 0"),
         ("learning_rate", 0, "--learning-rate must be a number > 0, got 0"),
         ("learning_rate", float("nan"), "--learning-rate must be a number > 0, got nan"),

@@ -11,7 +11,7 @@ import torch
 from longshort.bench.benchmarking import free_memory
 from longshort.bench.inference_providers import PROVIDERS
 from longshort.bench.speed_settings import DTYPES, count_threads, require_among, require_any, require_csv
-from longshort.layout import require_integer
+from longshort.checks import require_integer
 from longshort.model import preset
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longshort.bench.attention_providers import BASELINE, PROVIDERS
-from longshort.layout import HeadLayout, require_integer
+from longshort.checks import require_integer
+from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

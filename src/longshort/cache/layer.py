@@ -12,7 +12,8 @@ from longshort.attention import attention, cast_as_autocast, explain, require_te
 from longshort.backends import cpu, operators
 from longshort.cache.groups import Group, attend_to_store
 from longshort.cache.store import Store
-from longshort.layout import HeadLayout, require_integer
+from longshort.checks import require_integer
+from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

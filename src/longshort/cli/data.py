@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
+from longshort.checks import require_integer
 from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
-from longshort.layout import require_integer
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
+from annotated_types import Ge
 from rich.table import Table
 
+from longshort.checks import check_fields
 from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
 from longshort.data import DataFolder
 from longshort.evaluation import Evaluation, evaluate_documents
-from longshort.layout import require_integer
 from longshort.reporting.files import replace_file, strict_json
 from longshort.training.parallel import connect
 from longshort.training.plots import plot_loss_by_position
@@ -39,13 +40,13 @@ class EvaluateFlags:
     data: Path | None = None
     """Folder with the validation documents. None: the run's own."""
 
-    context: int | None = None
+    context: Annotated[int, Ge(1)] | None = None
     """Tokens per window. None: the sequence length of the training."""
 
-    batch_size: int | None = None
+    batch_size: Annotated[int, Ge(1)] | None = None
     """Windows per forward pass; it does not change the result. None: about 8192 tokens."""
 
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Ge(1)] | None = None
     """Take the first documents, as many as fit in so many tokens, at least one. None: all."""
 
     json: Path | None = None
@@ -57,14 +58,11 @@ class EvaluateFlags:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
 
-    threads: int | None = None
+    threads: Annotated[int, Ge(1)] | None = None
     """CPU threads. None: torch's default."""
 
     def __post_init__(self) -> None:
-        for name in ("context", "batch_size", "max_tokens", "threads"):
-            value = getattr(self, name)
-            if value is not None:
-                require_integer("--" + name.replace("_", "-"), value, minimum=1)
+        check_fields(self)
 
 
 def run(arguments: list[str]) -> int:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
+from annotated_types import Ge, Gt
 
+from longshort.checks import check_fields
 from longshort.cli.flags import parse
 from longshort.cli.units import format_bytes
 from longshort.evaluation import generate_text
-from longshort.layout import require_integer
 from longshort.reporting.files import parse_json_line
-from longshort.training.config import require_seed
+from longshort.training.config import Seed
 from longshort.training.parallel import connect
 from longshort.training.trained import open_trained
 
@@ -45,23 +46,23 @@ class GenerateFlags:
     """Take each line of the file as a prompt of its own, in a .jsonl file the "prompt" of each object; empty
     lines are skipped."""
 
-    max_new_tokens: int | None = None
+    max_new_tokens: Annotated[int, Ge(1)] | None = None
     """The text ends after so many tokens, or where the model ends it. None: 200, or as many as the model has
     positions for."""
 
-    temperature: float | None = None
+    temperature: Annotated[float, Gt(0)] | None = None
     """Divides the logits: below 1 safer text, above 1 wilder. None: 1."""
 
-    top_k: int | None = None
+    top_k: Annotated[int, Ge(1)] | None = None
     """Sample among the so many likeliest tokens. None: among all."""
 
     greedy: bool = False
     """Take the likeliest token each time."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Of the sampling, for each prompt anew."""
 
-    prefill_chunk: int | None = None
+    prefill_chunk: Annotated[int, Ge(1)] | None = None
     """Read so many tokens of the prompt at a time: less memory, the same text. None: as many as fit into 32
     MiB of activations on a CPU, 512 MiB elsewhere."""
 
@@ -71,23 +72,17 @@ class GenerateFlags:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
 
-    threads: int | None = None
+    threads: Annotated[int, Ge(1)] | None = None
     """CPU threads. None: torch's default."""
 
     def __post_init__(self) -> None:
-        require_seed("--seed", self.seed)
+        check_fields(self)
         if self.prompt is not None:
             _require_text("--prompt", self.prompt)
             if self.prompt_file is not None:
                 raise ValueError("--prompt and --prompt-file exclude each other, got both")
         if self.each_line and self.prompt_file is None:
             raise ValueError("--each-line is about the lines of --prompt-file, which is not given")
-        for name in ("max_new_tokens", "top_k", "prefill_chunk", "threads"):
-            value = getattr(self, name)
-            if value is not None:
-                require_integer("--" + name.replace("_", "-"), value, minimum=1)
-        if self.temperature is not None and not 0 < self.temperature < float("inf"):
-            raise ValueError(f"--temperature must be a number > 0, got {self.temperature}")
         if self.greedy and (self.temperature is not None or self.top_k is not None):
             raise ValueError("--greedy samples nothing: it does not go with --temperature or --top-k")
 

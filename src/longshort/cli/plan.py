@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from rich.table import Table
 
+from longshort.checks import check_fields
 from longshort.cli.console import console
 from longshort.cli.flags import parse
 from longshort.cli.units import format_bytes, format_count, parse_bytes
-from longshort.layout import require_integer
 from longshort.model import parameter_count, plan_layouts, preset
 
 if TYPE_CHECKING:
@@ -28,46 +29,46 @@ class PlanFlags:
     share of the time where memory is the limit. Positions count as free, activations are not counted.
     """
 
-    length: int
+    length: Annotated[int, Ge(1)]
     """Tokens of the prompt."""
 
     preset: str = "paper-base"
     """Shape of the model: a preset's name or a JSON file, as of `longshort train`. The flags below override
     it."""
 
-    layers: int | None = None
+    layers: Annotated[int, Ge(1)] | None = None
     """Blocks."""
 
-    heads: int | None = None
+    heads: Annotated[int, Ge(1)] | None = None
     """Query heads per block."""
 
-    head_dim: int | None = None
+    head_dim: Annotated[int, Ge(1)] | None = None
     """Width of a head."""
 
-    kv_heads: int | None = None
+    kv_heads: Annotated[int, Ge(1)] | None = None
     """Key/value heads per block."""
 
-    hidden_size: int | None = None
+    hidden_size: Annotated[int, Ge(1)] | None = None
     """Width of the hidden states. None: the preset's, or heads × head dim if one of them is given."""
 
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, Ge(1)] | None = None
     """Tokens that there are."""
 
-    sink_tokens: int | None = None
+    sink_tokens: Annotated[int, Ge(0)] | None = None
     """First tokens that local heads always see."""
 
-    global_heads: tuple[int, ...] = ()
+    global_heads: tuple[Annotated[int, Ge(0)], ...] = ()
     """How many heads of a block are global; one number or several. None given: the fewest, one key/value
     head's."""
 
-    windows: tuple[int, ...] = ()
+    windows: tuple[Annotated[int, Ge(1)], ...] = ()
     """Tokens that a local head sees, the query's own included; one number or several. None given: the
     preset's."""
 
-    hybrid_window: int = 1024
+    hybrid_window: Annotated[int, Ge(1)] = 1024
     """The same for the local layers of hybrids; Gemma 3's by default."""
 
-    batch: int = 1
+    batch: Annotated[int, Ge(1)] = 1
     """Sequences at a time."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -80,20 +81,9 @@ class PlanFlags:
     """Print JSON instead of a table."""
 
     def __post_init__(self) -> None:
-        for name in ("length", "layers", "heads", "head_dim", "kv_heads", "hidden_size", "vocab_size"):
-            self._require(name, getattr(self, name), minimum=1)
-        for name, minimum in (("windows", 1), ("global_heads", 0)):
-            for value in getattr(self, name):
-                self._require(name, value, minimum)
-        self._require("sink_tokens", self.sink_tokens, minimum=0)
-        self._require("hybrid_window", self.hybrid_window, minimum=1)
-        self._require("batch", self.batch, minimum=1)
+        check_fields(self)
         if self.memory is not None:
             parse_bytes("--memory", self.memory)
-
-    def _require(self, name: str, value: int | None, minimum: int) -> None:
-        if value is not None:
-            require_integer("--" + name.replace("_", "-"), value, minimum)
 
 
 def run(arguments: list[str]) -> int:

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import tyro
+from annotated_types import Ge
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from longshort.checks import check_fields, flag
 from longshort.cli.console import SECONDS_BETWEEN_LINES, console, discard_output
 from longshort.cli.errors import UsageError
 from longshort.cli.flags import parse
 from longshort.model import LongShortConfig, parameter_count, preset
-from longshort.training.config import MODEL_SETTINGS, TrainConfig, flag
+from longshort.training.config import MODEL_SETTINGS, TrainConfig
 from longshort.training.loop import Progress, resume, train
 from longshort.training.metrics import read_metrics
 from longshort.training.report import write_report
@@ -56,20 +58,17 @@ class ResumeFlags:
     resume: Path
     """Folder of the run."""
 
-    steps: int | None = None
+    steps: Annotated[int, Ge(1)] | None = None
     """New number of steps; the learning rate's schedule stays as it was laid out."""
 
-    threads: int | None = None
+    threads: Annotated[int, Ge(1)] | None = None
     """CPU threads from now on; another number may change the last bits of the losses."""
 
     data: Path | None = None
     """Where the data folder is now, if it was moved."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
+        check_fields(self)
 
 
 def run(arguments: list[str]) -> int:

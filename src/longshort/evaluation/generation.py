@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longshort.checks import require_integer
 from longshort.data.documents import begins_with_end_of_text
 from longshort.data.tokenization import Encoder
 from longshort.evaluation.positions import position_limit
 from longshort.huggingface import SplitCache
-from longshort.layout import require_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from longshort.checks import require_integer
 from longshort.data.tokenization import Encoder, vocabulary_size
 from longshort.evaluation.positions import position_limit
-from longshort.layout import require_integer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from longshort.checks import require_integer
 from longshort.data import begins_with_end_of_text, document_segments
 from longshort.evaluation.positions import position_limit
-from longshort.layout import require_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from longshort.checks import require_integer, require_positive
 from longshort.layers import ATTENTION_PRECISIONS
-from longshort.layout import HeadLayout, require_integer, require_positive
+from longshort.layout import HeadLayout
 
 POSITION_EMBEDDINGS = ("learned", "rope", "alibi", "none")
 

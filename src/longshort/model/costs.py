@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from longshort.layout import require_integer
+from longshort.checks import require_integer
 from longshort.model.config import LongShortConfig
 from longshort.model.modeling import LongShortForCausalLM
 

@@ -11,7 +11,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from longshort.layout import require_integer
+from longshort.checks import require_integer
 from longshort.model.config import LongShortConfig
 from longshort.model.decoder import LongShortModel, LongShortPreTrainedModel
 from longshort.model.inputs import check_labels, kept

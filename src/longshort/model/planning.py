@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longshort.layout import require_integer
+from longshort.checks import require_integer
 from longshort.model.config import LongShortConfig
 from longshort.model.costs import Flops, decode_flops, kv_bytes, parameter_count, prefill_flops
 

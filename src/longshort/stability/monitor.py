@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longshort.checks import require_integer
 from longshort.layers import LongShortAttention, Observation
-from longshort.layout import HeadGroup, require_integer
+from longshort.layout import HeadGroup
 
 Reduction = Callable[[Tensor], Tensor]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from longshort.attention import require_tensor
-from longshort.layers import LongShortAttention, require_positive
+from longshort.checks import require_positive
+from longshort.layers import LongShortAttention
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from longshort.layers import require_positive
-from longshort.layout import require_integer
+from longshort.checks import require_integer, require_positive
 
 _GAUSSIAN = 1.4826  # the standard deviation of a normal distribution in units of its MAD
 

@@ -21,12 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from longshort.checks import require_integer, require_seed
 from longshort.data import DataFolder, open_corpus, prepare
 from longshort.evaluation import Evaluation, evaluate_documents, generate_text
-from longshort.layout import require_integer
 from longshort.reporting.files import replace_file, strict_json
 from longshort.studies.processes import ended_by_signals
-from longshort.training.config import require_seed
 from longshort.training.metrics import METRICS_FILE, MetricsLog, has_values, read_metrics
 from longshort.training.trained import open_trained
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from longshort.layout import require_integer
-from longshort.training.config import require_seed
+from longshort.checks import require_integer, require_seed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

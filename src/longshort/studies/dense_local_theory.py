@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longshort.layout import require_integer
+from longshort.checks import require_integer
 
 if TYPE_CHECKING:
     from jaxtyping import Float

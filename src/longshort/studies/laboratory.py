@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from longshort.checks import require_integer, require_seed
 from longshort.data import open_corpus
-from longshort.layout import require_integer
 from longshort.reporting.files import replace_file, strict_json
 from longshort.studies.dense_local import DenseLocal
 from longshort.studies.design import Design
@@ -26,7 +26,6 @@ from longshort.studies.results import RESULTS_FILE, ResultsFile
 from longshort.studies.runner import Display, run_trials
 from longshort.studies.study import SCALES, Findings, Scale, Study, Verdict, Workplace
 from longshort.studies.study_report import write_study_report
-from longshort.training.config import require_seed
 from longshort.training.run import current_versions
 
 STUDIES: Mapping[str, Study] = {
