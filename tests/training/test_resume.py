@@ -160,7 +160,7 @@ def test_signal_saves_and_says_how_to_go_on(settings_for: SettingsFor, number: i
     assert (outcome.step, outcome.steps, outcome.signal, outcome.exit_code) == (7, 12, number, code)
     assert interrupter.messages[0].startswith("stopping; a checkpoint is written first")
     command = f"longshort train --resume '{stopped.out}'"
-    assert interrupter.messages[1] == f"stopped after step 7; to go on: {command}"
+    assert interrupter.messages[1] == f"stopped after step 7; to resume: {command}"
     assert names(stopped.out) == ["step-5", "step-7"]
     assert resume(stopped.out).exit_code == 0
     assert without_speed(stopped.out) == without_speed(whole.out)
@@ -192,7 +192,7 @@ def test_ctrl_c_from_a_terminal(settings_for: SettingsFor) -> None:
     process.send_signal(signal.SIGINT)
     code, output = finish(process)
     assert code == 130, output
-    assert f"to go on: longshort train --resume {settings.out}" in output
+    assert f"to resume: longshort train --resume {settings.out}" in output
     latest = latest_checkpoint(settings.out)
     assert latest is not None
     assert read_metrics(settings.out)[-1]["step"] == int(latest.name.removeprefix("step-"))

@@ -109,7 +109,7 @@ def test_a_spike_stops_the_run_which_can_go_on(
     assert (outcome.step, outcome.signal, outcome.stopped_by_spike, outcome.exit_code) == (16, None, True, 3)
     assert checkpoint_steps(stopped.out)[-1] == 16
     assert recorder.messages[0].endswith("; stopping; a checkpoint is written first")
-    assert recorder.messages[1].startswith("stopped after step 16; to go on: longshort train --resume ")
+    assert recorder.messages[1].startswith("stopped after step 16; to resume: longshort train --resume ")
     assert resume(stopped.out).exit_code == 0
     assert losses(stopped.out) == losses(reported.out)
 

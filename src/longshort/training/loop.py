@@ -9,21 +9,17 @@ step s takes batch s - 1 + `batches_skipped`.
 
 from __future__ import annotations
 
-import math
-import os
-import shlex
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longshort.data import Batch, Batches, DataFolder, validation_windows
 from longshort.model import LongShortForCausalLM
-from longshort.stability import MAX_LOGITS, AttentionMonitor, QKClip, Reading, SpikeDetector
+from longshort.stability import AttentionMonitor, QKClip, Reading, SpikeDetector
 from longshort.training.checkpoints import (
     TrainState,
     keep_checkpoints,
@@ -35,12 +31,14 @@ from longshort.training.checkpoints import (
 )
 from longshort.training.config import TrainConfig
 from longshort.training.interrupts import Interrupts
+from longshort.training.job import Job, prepare_job
 from longshort.training.metrics import MetricsLog
 from longshort.training.optimization import learning_rate_at, make_optimizer, optimizer_step, validation_loss
 from longshort.training.parallel import Ranks, connect
+from longshort.training.progress import Outcome, Progress, resume_command
+from longshort.training.recorder import Recorder, Taken, is_due
 from longshort.training.rollback import checkpoints_to_keep, describe, respond
 from longshort.training.run import (
-    RunConfig,
     create_run,
     current_versions,
     open_same_data,
@@ -48,45 +46,6 @@ from longshort.training.run import (
     read_run,
     write_config,
 )
-
-
-class Progress:
-    """What a run tells whoever watches it, on its main process; override what you want to show."""
-
-    def on_start(self, run: RunConfig, step: int) -> None:
-        """Training begins, or goes on, after `step` steps."""
-
-    def on_step(self, step: int, record: dict[str, Any] | None) -> None:
-        """A step is done; `record` is its line of metrics.jsonl, if it has one."""
-
-    def on_message(self, text: str) -> None:
-        """Something happened that a reader should know."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a call of `train` or `resume` ended.
-
-    Attributes:
-        run: the run's folder.
-        step: optimizer steps done; a checkpoint of this step is there.
-        steps: how many the run is to have.
-        signal: number of the signal that stopped it early; None: none did.
-        stopped_by_spike: whether a spike ended it.
-    """
-
-    run: Path
-    step: int
-    steps: int
-    signal: int | None
-    stopped_by_spike: bool = False
-
-    @property
-    def exit_code(self) -> int:
-        """For the shell: 0; 128 + the signal's number (130 after Ctrl-C); 3 after a spike."""
-        if self.stopped_by_spike:
-            return 3
-        return 0 if self.signal is None else 128 + self.signal
 
 
 def train(settings: TrainConfig, progress: Progress | None = None) -> Outcome:
@@ -106,7 +65,7 @@ def train(settings: TrainConfig, progress: Progress | None = None) -> Outcome:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         run, data = plan_run(settings)
-        job = _prepare(run, data, ranks)
+        job = prepare_job(run, data, ranks)
         ranks.barrier()  # all have seen that the folder is free
         if ranks.is_main:
             create_run(run, data)
@@ -146,7 +105,7 @@ def resume(
     with connect(planned.training.device) as ranks:
         assert planned.training.threads is not None
         torch.set_num_threads(planned.training.threads)
-        job = _prepare(planned, open_same_data(planned), ranks)
+        job = prepare_job(planned, open_same_data(planned), ranks)
         if ranks.is_main and planned.versions != current_versions():
             progress.on_message(
                 f"started with {planned.versions}, going on with {current_versions()}: "
@@ -155,41 +114,7 @@ def resume(
         return _run_steps(job, ranks, progress)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What the steps of a run work on, ready before its folder is touched."""
-
-    run: RunConfig
-    model: LongShortForCausalLM
-    batches: Batches
-    windows: Batch | None
-    """For the validation loss."""
-
-
-def _prepare(run: RunConfig, data: DataFolder, ranks: Ranks) -> _Job:
-    settings = run.training
-    length = settings.sequence_length
-    assert length is not None
-    if settings.batch_size % ranks.world_size:
-        raise ValueError(
-            f"--batch-size must be a multiple of the {ranks.world_size} processes, got {settings.batch_size}"
-        )
-    order: dict[str, Any] = {
-        "token_order": settings.token_order,
-        "interleave": settings.interleave,
-        "document_start": run.document_start,
-    }
-    windows = None
-    validation_length = min(length, len(data.validation.tokens) - 1)
-    if settings.token_order != "text":
-        validation_length = length  # a shorter window has its tokens in another order
-    if settings.evaluate_every and validation_length > 0:
-        windows = validation_windows(data.validation, validation_length, settings.validation_windows, **order)
-    batches = Batches(data.train, length, settings.batch_size, settings.seed, **order)
-    return _Job(run, run.build_model(), batches, windows)
-
-
-def _run_steps(job: _Job, ranks: Ranks, progress: Progress) -> Outcome:
+def _run_steps(job: Job, ranks: Ranks, progress: Progress) -> Outcome:
     folder = job.run.training.out
     log = MetricsLog(folder) if ranks.is_main else None  # keeps other processes out of the folder
     try:
@@ -200,8 +125,8 @@ def _run_steps(job: _Job, ranks: Ranks, progress: Progress) -> Outcome:
             log.close()
 
 
-def _go_on(job: _Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) -> Outcome:
-    """Train from the latest checkpoint on, and once more from there whenever a rollback has set it back."""
+def _go_on(job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) -> Outcome:
+    """Train from the latest checkpoint on."""
     settings = job.run.training
     training = _Training(job, ranks, progress, log)
     state = training.load()
@@ -217,9 +142,7 @@ def _go_on(job: _Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) 
         if state.step == settings.steps:
             progress.on_message(f"all {state.step} steps are done; --steps goes further")
     with Interrupts(is_patient=ranks.world_size > 1) as interrupts:
-        while (outcome := training.run(state, interrupts)) is None:
-            state = training.load()
-            training.begin(state)
+        outcome = training.run(state, interrupts)
     ranks.barrier()  # the last checkpoint is there
     return outcome
 
@@ -227,7 +150,7 @@ def _go_on(job: _Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) 
 class _Training:
     """What the steps of a run share. Only the main process has a log; only it writes."""
 
-    def __init__(self, job: _Job, ranks: Ranks, progress: Progress, log: MetricsLog | None):
+    def __init__(self, job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None):
         self._job, self._ranks, self._progress, self._log = job, ranks, progress, log
         self._settings = settings = job.run.training
         self._model = job.model.to(ranks.device).train()  # pyright: ignore[reportArgumentType]
@@ -238,7 +161,7 @@ class _Training:
         if settings.qk_clip is not None:
             self._clip = QKClip(self._model, settings.qk_clip)
             self._clip_monitor = AttentionMonitor(self._model, None)  # what the clip needs and no more
-        self._max_logits: dict[str, Any] = {}  # as last measured
+        self._recorder = Recorder(settings, log, progress)
 
     def load(self) -> TrainState:
         """Go back to the latest checkpoint, if there is one."""
@@ -259,100 +182,74 @@ class _Training:
         self._trained = self._ranks.wrap(self._model)
 
     def begin(self, state: TrainState) -> None:
-        """Let the metrics go on after the steps that are done."""
-        if self._log is None:
-            return
-        last_line = self._log.begin(state.step, self._settings.tensorboard, state.attempt) or {}
-        self._max_logits = {name: last_line[name] for name in MAX_LOGITS if name in last_line}
-        if self._settings.on_spike == "rollback" and latest_checkpoint(self._settings.out) is None:
+        """Continue the metrics after the steps that are done."""
+        self._recorder.begin(state)
+        needs_start = self._settings.on_spike == "rollback" and self._log is not None
+        if needs_start and latest_checkpoint(self._settings.out) is None:
             self._save(state)  # what the first rollbacks go back to
 
-    def run(self, state: TrainState, interrupts: Interrupts) -> Outcome | None:
-        """Do the steps after `state`; None: a rollback has made another checkpoint the latest."""
-        settings, ranks, log, progress = self._settings, self._ranks, self._log, self._progress
-        busy_seconds, busy_tokens, was_finite = 0.0, 0, True
+    def run(self, state: TrainState, interrupts: Interrupts) -> Outcome:
+        """Do the steps after `state`: each is taken, observed and responded to."""
+        settings = self._settings
         while state.step < settings.steps:
-            step = state.step + 1
-            is_monitored = _is_due(step, settings.monitor_every, settings.steps)
-            is_monitored |= step == 1 and settings.monitor_every > 0
-            is_evaluated = _is_due(step, settings.evaluate_every, settings.steps)
-            has_line = _is_due(step, settings.log_every, settings.steps) or is_monitored or is_evaluated
-            record: dict[str, Any] | None = None
-            learning_rate = learning_rate_at(settings, state.step)
-            monitor = self._monitor if is_monitored else self._clip_monitor
-            started = time.perf_counter()
-            batch = self._job.batches.batch(state.step + state.batches_skipped, ranks.rank, ranks.world_size)
-            with nullcontext() if monitor is None else monitor.observing():
-                loss, norm = optimizer_step(
-                    self._trained, self._optimizer, batch, learning_rate, settings, ranks
-                )
-            reading = None if monitor is None else monitor.reading(ranks.reduce_max, ranks.reduce_mean)
-            clipped = 0
-            if self._clip is not None and reading is not None:
-                clipped = self._clip.apply(reading.max_logit_by_head)
-            tokens = settings.batch_size * batch.input_ids.shape[1]
-            state = replace(state, step=step, tokens=state.tokens + tokens)
-            busy_tokens += tokens
-            spike: dict[str, Any] | None = None
-            if has_line or self._detector is not None:
-                loss, norm = ranks.reduce_mean(torch.stack([loss, norm])).tolist()  # waits for a GPU
-                spike = self._respond_to_spike(loss, norm, reading, state)
-            busy_seconds += time.perf_counter() - started
-            if has_line or spike is not None:
-                record = {
-                    "step": step,
-                    "tokens": state.tokens,
-                    "loss": loss,
-                    "learning_rate": learning_rate,
-                    "grad_norm": norm,
-                    "tokens_per_second": busy_tokens / busy_seconds,
-                }
-                busy_seconds, busy_tokens = 0.0, 0
-                measured: dict[str, Any] = {}
-                if is_monitored and reading is not None:
-                    measured = reading.as_metrics()
-                    self._max_logits = {name: measured[name] for name in MAX_LOGITS}
-                record |= self._max_logits | measured
-                if is_evaluated and self._job.windows is not None:
-                    record["validation_loss"] = validation_loss(
-                        self._model, self._job.windows, settings, ranks
-                    )
-                if self._clip is not None:
-                    record["qk_clipped"] = clipped
-                if state.attempt:
-                    record["attempt"] = state.attempt
-                if spike is not None:
-                    record["spike"] = spike
-                if log is not None:
-                    log.write(record)
-                    if self._detector is None and was_finite and not math.isfinite(record["loss"]):
-                        progress.on_message(f"the loss is not finite at step {step}; the run goes on")
-                    was_finite = math.isfinite(record["loss"])
-            if log is not None:
-                progress.on_step(step, record)
-                if spike is not None:
-                    progress.on_message(describe(spike, settings, state))
+            state, taken = self._step(state)
+            spike = self._observe(state, taken)
             action = None if spike is None else spike["action"]
             if spike is not None and action == "rollback":
-                self._roll_back(spike, state)
-                return None
-            is_interrupted = ranks.any(interrupts.signal is not None)
-            is_stopped = is_interrupted or action == "stop"
-            if log is not None and (is_stopped or _is_due(step, settings.checkpoint_every, settings.steps)):
-                if is_interrupted:
-                    progress.on_message("stopping; a checkpoint is written first, Ctrl-C again stops at once")
-                log.sync()
-                self._save(state)
-            if log is not None and is_stopped and step < settings.steps:
-                command = resume_command(settings.out, ranks)
-                progress.on_message(f"stopped after step {step}; to go on: {command}")
+                state = self._roll_back(spike, state)
+                continue
+            is_interrupted = self._ranks.any(interrupts.signal is not None)
+            self._checkpoint(state, is_interrupted, is_interrupted or action == "stop")
             if action == "stop":
-                return Outcome(settings.out, step, settings.steps, None, stopped_by_spike=True)
-            if is_interrupted and step < settings.steps:
-                return Outcome(settings.out, step, settings.steps, interrupts.signal or signal.SIGTERM)
+                return Outcome(settings.out, state.step, settings.steps, None, stopped_by_spike=True)
+            if is_interrupted and state.step < settings.steps:
+                number = interrupts.signal or signal.SIGTERM
+                return Outcome(settings.out, state.step, settings.steps, number)
         return Outcome(settings.out, state.step, settings.steps, None)
 
-    def _respond_to_spike(
+    def _step(self, state: TrainState) -> tuple[TrainState, Taken]:
+        """One optimizer step, its attention measured where that is due, and QK-clip after it."""
+        settings, ranks, step = self._settings, self._ranks, state.step + 1
+        every = settings.monitor_every
+        is_monitored = is_due(step, every, settings.steps) or (step == 1 and every > 0)
+        monitor = self._monitor if is_monitored else self._clip_monitor
+        started = time.perf_counter()
+        batch = self._job.batches.batch(state.step + state.batches_skipped, ranks.rank, ranks.world_size)
+        learning_rate = learning_rate_at(settings, state.step)
+        with nullcontext() if monitor is None else monitor.observing():
+            loss, norm = optimizer_step(self._trained, self._optimizer, batch, learning_rate, settings, ranks)
+        reading = None if monitor is None else monitor.reading(ranks.reduce_max, ranks.reduce_mean)
+        clipped = None
+        if self._clip is not None and reading is not None:
+            clipped = self._clip.apply(reading.max_logit_by_head)
+        tokens = settings.batch_size * batch.input_ids.shape[1]
+        self._recorder.add_work(tokens, time.perf_counter() - started)
+        state = replace(state, step=step, tokens=state.tokens + tokens)
+        return state, Taken(torch.stack([loss, norm]), learning_rate, reading, is_monitored, clipped)
+
+    def _observe(self, state: TrainState, taken: Taken) -> dict[str, Any] | None:
+        """Record the step, if that is due; returns the entry of a spike that it shows."""
+        record = spike = None
+        has_line = self._recorder.is_due(state.step, taken)
+        if has_line or self._detector is not None:
+            started = time.perf_counter()
+            loss, norm = self._ranks.reduce_mean(taken.loss_and_norm).tolist()  # waits for a GPU
+            spike = self._look_for_spike(loss, norm, taken.reading, state)
+            self._recorder.add_work(0, time.perf_counter() - started)
+            if has_line or spike is not None:
+                validate = None if self._job.windows is None else self._validation_loss
+                record = self._recorder.write(state, taken, loss, norm, spike, validate)
+        if self._log is not None:
+            self._progress.on_step(state.step, record)
+            if spike is not None:
+                self._progress.on_message(describe(spike, self._settings, state))
+        return spike
+
+    def _validation_loss(self) -> float:
+        assert self._job.windows is not None
+        return validation_loss(self._model, self._job.windows, self._settings, self._ranks)
+
+    def _look_for_spike(
         self, loss: float, norm: float, reading: Reading | None, state: TrainState
     ) -> dict[str, Any] | None:
         """The entry of metrics.jsonl for a spike, if the step that was just done shows one."""
@@ -361,12 +258,30 @@ class _Training:
         spike = self._detector.observe(state.step, loss, norm, None if reading is None else reading.max_logit)
         return None if spike is None else respond(spike, self._settings, state)
 
-    def _roll_back(self, spike: dict[str, Any], state: TrainState) -> None:
+    def _checkpoint(self, state: TrainState, is_interrupted: bool, is_stopped: bool) -> None:
+        """Write a checkpoint, if one is due or the run stops here."""
+        settings = self._settings
+        is_regular = is_due(state.step, settings.checkpoint_every, settings.steps)
+        if self._log is None or not (is_regular or is_stopped):
+            return
+        if is_interrupted:
+            self._progress.on_message("stopping; a checkpoint is written first, Ctrl-C again stops at once")
+        self._log.sync()
+        self._save(state)
+        if is_stopped and state.step < settings.steps:
+            command = resume_command(settings.out, self._ranks)
+            self._progress.on_message(f"stopped after step {state.step}; to resume: {command}")
+
+    def _roll_back(self, spike: dict[str, Any], state: TrainState) -> TrainState:
+        """Make an earlier checkpoint the latest, and start from it once more."""
         self._ranks.barrier()  # nobody reads checkpoints any more
         if self._log is not None:
             self._log.sync()
             rewind(self._settings.out, spike["to_step"], state.attempt + 1, spike["batches_skipped"])
         self._ranks.barrier()
+        state = self.load()
+        self.begin(state)
+        return state
 
     def _save(self, state: TrainState) -> None:
         run, onset = self._settings.out, state.step + 1
@@ -382,17 +297,3 @@ def _checkpoint_activations(model: LongShortForCausalLM) -> None:
         model.activation_checkpointing_enable()
     else:  # the method's name in earlier releases of transformers 5
         model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def resume_command(run: Path, ranks: Ranks) -> str:
-    """What to type to go on with a run."""
-    program = "longshort"
-    if ranks.world_size > 1:
-        local = os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)
-        program = f"torchrun --nproc-per-node {local} -m longshort"
-    return f"{program} train --resume {shlex.quote(str(run))}"
-
-
-def _is_due(step: int, every: int, last: int) -> bool:
-    """Whether what is done every so many steps (0: never), and on the last one, is done on this one."""
-    return every > 0 and (step % every == 0 or step == last)

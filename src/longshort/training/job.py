@@ -1,0 +1,50 @@
+"""What the steps of a run work on: model, batches, windows for the validation loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from longshort.data import Batch, Batches, DataFolder, validation_windows
+from longshort.model import LongShortForCausalLM
+from longshort.training.parallel import Ranks
+from longshort.training.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the steps of a run work on, ready before its folder is touched."""
+
+    run: RunConfig
+    model: LongShortForCausalLM
+    batches: Batches
+    windows: Batch | None
+    """For the validation loss."""
+
+
+def prepare_job(run: RunConfig, data: DataFolder, ranks: Ranks) -> Job:
+    """Build the model and open the data; no file is touched.
+
+    Raises:
+        ValueError: the settings do not fit the processes, or the data.
+    """
+    settings = run.training
+    length = settings.sequence_length
+    assert length is not None
+    if settings.batch_size % ranks.world_size:
+        raise ValueError(
+            f"--batch-size must be a multiple of the {ranks.world_size} processes, got {settings.batch_size}"
+        )
+    order: dict[str, Any] = {
+        "token_order": settings.token_order,
+        "interleave": settings.interleave,
+        "document_start": run.document_start,
+    }
+    windows = None
+    validation_length = min(length, len(data.validation.tokens) - 1)
+    if settings.token_order != "text":
+        validation_length = length  # a shorter window has its tokens in another order
+    if settings.evaluate_every and validation_length > 0:
+        windows = validation_windows(data.validation, validation_length, settings.validation_windows, **order)
+    batches = Batches(data.train, length, settings.batch_size, settings.seed, **order)
+    return Job(run, run.build_model(), batches, windows)

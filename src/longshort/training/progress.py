@@ -1,0 +1,60 @@
+"""What a run reports while it trains, and how a call of `train` or `resume` ends."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longshort.training.parallel import Ranks
+from longshort.training.run import RunConfig
+
+
+class Progress:
+    """Reports of a run on its main process; override what you want to show."""
+
+    def on_start(self, run: RunConfig, step: int) -> None:
+        """Training starts, or resumes, after `step` steps."""
+
+    def on_step(self, step: int, record: dict[str, Any] | None) -> None:
+        """A step is done; `record` is its line of metrics.jsonl, if it has one."""
+
+    def on_message(self, text: str) -> None:
+        """Something happened that a reader should know."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` or `resume` ended.
+
+    Attributes:
+        run: the run's folder.
+        step: optimizer steps done; a checkpoint of this step is there.
+        steps: how many the run is to have.
+        signal: number of the signal that stopped it early; None: none did.
+        stopped_by_spike: whether a spike ended it.
+    """
+
+    run: Path
+    step: int
+    steps: int
+    signal: int | None
+    stopped_by_spike: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """For the shell: 0; 128 + the signal's number (130 after Ctrl-C); 3 after a spike."""
+        if self.stopped_by_spike:
+            return 3
+        return 0 if self.signal is None else 128 + self.signal
+
+
+def resume_command(run: Path, ranks: Ranks) -> str:
+    """The command that resumes a run."""
+    program = "longshort"
+    if ranks.world_size > 1:
+        local = os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)
+        program = f"torchrun --nproc-per-node {local} -m longshort"
+    return f"{program} train --resume {shlex.quote(str(run))}"

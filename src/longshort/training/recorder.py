@@ -1,0 +1,123 @@
+"""What a step has shown, and its line of metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from longshort.stability import MAX_LOGITS, Reading
+from longshort.training.checkpoints import TrainState
+from longshort.training.config import TrainConfig
+from longshort.training.metrics import MetricsLog
+from longshort.training.progress import Progress
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken.
+
+    Attributes:
+        loss_and_norm: (2,), on this rank.
+        learning_rate: that of the step.
+        reading: what the monitor read, of all ranks; None where nothing was measured.
+        is_monitored: whether the reading is meant for the metrics, and not for QK-clip alone.
+        clipped: heads that QK-clip scaled; None without it.
+    """
+
+    loss_and_norm: Tensor
+    learning_rate: float
+    reading: Reading | None
+    is_monitored: bool
+    clipped: int | None
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether what is done every `every` steps (0: never), and on the last one, is done on this one."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+class Recorder:
+    """Makes the lines of a run's metrics, and reports the first loss that is not finite.
+
+    Args:
+        settings: those of the run.
+        log: takes the lines; None on all processes but the main one.
+        progress: takes what a reader should know.
+    """
+
+    def __init__(self, settings: TrainConfig, log: MetricsLog | None, progress: Progress) -> None:
+        self._settings, self._log, self._progress = settings, log, progress
+
+    def begin(self, state: TrainState) -> None:
+        """Continue after the steps that are done."""
+        self._tokens, self._seconds, self._was_finite = 0, 0.0, True
+        self._max_logits: dict[str, Any] = {}  # as last measured
+        if self._log is not None:
+            last_line = self._log.begin(state.step, self._settings.tensorboard, state.attempt) or {}
+            self._max_logits = {name: last_line[name] for name in MAX_LOGITS if name in last_line}
+
+    def add_work(self, tokens: int, seconds: float) -> None:
+        """Count training alone: checkpoints and validation take no part in the speed."""
+        self._tokens += tokens
+        self._seconds += seconds
+
+    def is_due(self, step: int, taken: Taken) -> bool:
+        """Whether the step has a line."""
+        settings = self._settings
+        intervals = (settings.log_every, settings.evaluate_every)
+        return taken.is_monitored or any(is_due(step, every, settings.steps) for every in intervals)
+
+    def write(
+        self,
+        state: TrainState,
+        taken: Taken,
+        loss: float,
+        norm: float,
+        spike: dict[str, Any] | None,
+        validate: Callable[[], float] | None,
+    ) -> dict[str, Any]:
+        """Write the line of a step, see `longshort.training.metrics`; returns it.
+
+        Args:
+            state: after the step.
+            taken: the step.
+            loss, norm: the means over all ranks.
+            spike: the entry of a spike.
+            validate: computes the validation loss; None where there is nothing to compute it on.
+        """
+        record: dict[str, Any] = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "loss": loss,
+            "learning_rate": taken.learning_rate,
+            "grad_norm": norm,
+            "tokens_per_second": self._tokens / self._seconds,
+        }
+        self._tokens, self._seconds = 0, 0.0
+        measured: dict[str, Any] = {}
+        if taken.is_monitored and taken.reading is not None:
+            measured = taken.reading.as_metrics()
+            self._max_logits = {name: measured[name] for name in MAX_LOGITS}
+        record |= self._max_logits | measured
+        if validate is not None and is_due(state.step, self._settings.evaluate_every, self._settings.steps):
+            record["validation_loss"] = validate()
+        if taken.clipped is not None:
+            record["qk_clipped"] = taken.clipped
+        if state.attempt:
+            record["attempt"] = state.attempt
+        if spike is not None:
+            record["spike"] = spike
+        if self._log is not None:
+            self._log.write(record)
+            self._report_divergence(record)
+        return record
+
+    def _report_divergence(self, record: dict[str, Any]) -> None:
+        is_finite = math.isfinite(record["loss"])
+        if self._settings.on_spike is None and self._was_finite and not is_finite:
+            self._progress.on_message(f"the loss is not finite at step {record['step']}; the run goes on")
+        self._was_finite = is_finite
