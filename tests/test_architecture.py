@@ -72,11 +72,6 @@ def test_rooms_import_each_other_not_the_front_door(path: Path) -> None:
     assert through_the_front == []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_file_is_at_most_400_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
-
-
 def test_no_path_of_one_machine_in_the_project() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],

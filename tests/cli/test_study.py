@@ -5,8 +5,8 @@ import pytest
 
 from longshort.cli import main
 from longshort.cli.study import StudyDisplay, describe_time
-from longshort.studies.runner import Running, State
-from longshort.studies.study import Trial
+from longshort.studies.framework.runner import Running, State
+from longshort.studies.framework.study import Trial
 
 
 def test_a_study_ends_with_its_verdicts_and_report(tmp_path, capsys):

@@ -44,3 +44,11 @@ def test_points_along_lengths_rates_and_depths(tmp_path, base):
     panels = {"One": {"LS": points}, "Two": {"LS": points, "MHSA": points[:1]}}
     file = draw_points(panels, tmp_path / "points.png", "x", ("a", "b"), log_x_base=base)
     assert is_drawn(file)
+
+
+@pytest.mark.parametrize(
+    "points", [[], [(8, Interval(-1.0, -math.inf, math.inf, 1))], [(8, Interval(2.0, 1.0, 3.0, 3))]]
+)
+def test_panels_may_share_their_y_axis_and_differ_in_x(tmp_path, points):
+    panels = {"Length": {"LS": points, "MHSA": points}, "Width": {"LS": [], "MHSA": []}}
+    assert is_drawn(draw_points(panels, tmp_path / "points.png", ("tokens", "width"), "logit"))

@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from longshort.model import training_flops
-from longshort.studies.language import model_config
-from longshort.studies.study import Findings, Scale, Study, Trial
+from longshort.studies.framework.study import Findings, Scale, Study, Trial
+from longshort.studies.language.arms import model_config
 
 
 def fill(
-    study: Study, scale: Scale, seeds: Sequence[int], result_of: Callable[[Trial], Mapping[str, Any]]
+    study: Study,
+    scale: Scale,
+    seeds: Sequence[int],
+    result_of: Callable[[Trial], Mapping[str, Any]],
+    results: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Mapping[str, Any]]:
     """Results for the whole plan, also for trials that are known only when others are done."""
-    results: dict[str, Mapping[str, Any]] = {}
+    results = dict(results or {})
     while True:
         left = [trial for trial in study.plan(scale, seeds, results).trials if trial.key not in results]
         if not left:

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 from tests.studies.planted import fill, judge, language_result, noise, swept
 
-from longshort.studies.explosion import Explosion
-from longshort.studies.explosion_claims import DIVERGENCE, MECHANISM, RATIO
+from longshort.studies.explosion import DIVERGENCE, MECHANISM, RATIO, Explosion
 
 STUDY = Explosion()
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from tests.studies.planted import fill, outcomes
 
+from longshort.studies.framework.study import Outcome, Workplace
 from longshort.studies.latency import GPT2, SAVING, Latency, saving_outcome
-from longshort.studies.study import Outcome, Workplace
 
 STUDY = Latency()
 SEEDS = range(1)

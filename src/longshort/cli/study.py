@@ -12,13 +12,13 @@ from rich.table import Table
 
 from longshort.cli.console import SECONDS_BETWEEN_LINES, console
 from longshort.cli.flags import parse
-from longshort.studies.laboratory import StudySettings, run_studies
-from longshort.studies.runner import Display, State
+from longshort.studies.catalogue import StudySettings, run_studies
+from longshort.studies.framework.runner import State, StudyProgress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from longshort.studies.study import Trial
+    from longshort.studies.framework.study import Trial
 
 _SECONDS_BETWEEN_LINES = 6 * SECONDS_BETWEEN_LINES
 
@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-class StudyDisplay(Display):
+class StudyDisplay(StudyProgress):
     """What runs and how long is left: a live table on a terminal, a line now and then elsewhere."""
 
     def __init__(self, output: Console) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,14 +40,12 @@ class Panel:
     Attributes:
         title, x, y: what it shows, with units.
         curves: by arm, one curve per seed.
-        log_x: base 2, for lengths.
     """
 
     title: str
     x: str
     y: str
     curves: Mapping[str, Sequence[Curve]]
-    log_x: bool = False
 
 
 def draw_curves(panels: Sequence[Panel], file: Path, columns: int = 2, height: float = 3.4) -> Path:
@@ -64,13 +62,9 @@ def draw_curves(panels: Sequence[Panel], file: Path, columns: int = 2, height: f
         for arm, curves in panel.curves.items():
             _draw_arm(axes, curves, *_look(arms.index(arm)), label=arm)
         scale_logarithmically(axes)
-        if panel.log_x:
-            _label_lengths(
-                axes, [x for curves in panel.curves.values() for curve in curves for x, _ in curve]
-            )
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    _shared_legend(figure, grid.flat)
+    shared_legend(figure, grid.flat)
     save_figure(figure, file)
     return file
 
@@ -118,7 +112,7 @@ def draw_intervals(
 def draw_points(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, Interval]]]],
     file: Path,
-    x: str,
+    x: str | Sequence[str],
     y: str | Sequence[str],
     *,
     log_y: bool = True,
@@ -129,19 +123,26 @@ def draw_points(
     Args:
         panels: by title, then arm: points (x, interval).
         file: the PNG; an old one is replaced.
-        x: label of the x axis.
-        y: label of the y axes, or one for each.
+        x: label of the x axes, or one for each panel.
+        y: label of the y axis that all panels share, or one for each panel's own axis.
         log_y: logarithmic y axes.
         log_x_base: of logarithmic x axes; 0: linear.
     """
-    figure = Figure(figsize=(4.1 * len(panels) + 0.4, 4.0), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure = Figure(figsize=(max(4.5, min(4.1 * len(panels) + 0.4, 9.0)), 4.0), layout="constrained")
+    is_shared = isinstance(y, str)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=is_shared)[0]
     arms = list(dict.fromkeys(arm for lines in panels.values() for arm in lines))
-    labels = [y] * len(panels) if isinstance(y, str) else y
-    for axes, label, (title, lines) in zip(grid, labels, panels.items(), strict=True):
-        style_axes(axes, title, x, label)
+    x_labels = [x] * len(panels) if isinstance(x, str) else x
+    y_labels = [y, *[""] * (len(panels) - 1)] if is_shared else y
+    means = {
+        title: [row.mean for line in lines.values() for _, row in line if math.isfinite(row.mean)]
+        for title, lines in panels.items()
+    }
+    if is_shared:
+        means = {key: [mean for values in means.values() for mean in values] for key in panels}
+    for axes, x_label, y_label, (title, lines) in zip(grid, x_labels, y_labels, panels.items(), strict=True):
+        style_axes(axes, title, x_label, y_label)
         axes.title.set_fontsize(10)
-        means = [row.mean for line in lines.values() for _, row in line if math.isfinite(row.mean)]
         for arm, line in lines.items():
             colour, style = _look(arms.index(arm))
             points = [(at, row) for at, row in line if math.isfinite(row.mean)]
@@ -153,12 +154,12 @@ def draw_points(
                 [max(row.low, 1e-3 * row.mean) if log_y else row.low for _, row in known],
                 [row.high for _, row in known], color=colour, lw=1, alpha=0.6,
             )  # fmt: skip
-        if log_y and means and min(means) > 0:
+        if log_y and means[title] and min(means[title]) > 0:
             axes.set_yscale("log")
-            axes.set_ylim(min(means) / 2, max(means) * 2)
+            axes.set_ylim(min(means[title]) / 2, max(means[title]) * 2)
             label_log_axis(axes.yaxis)
         _label_lengths(axes, [at for line in lines.values() for at, _ in line], log_x_base)
-    _shared_legend(figure, grid)
+    shared_legend(figure, grid)
     save_figure(figure, file)
     return file
 
@@ -196,9 +197,10 @@ def _label_lengths(axes: Axes, values: Sequence[float], base: int = 2) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
 
 
-def _shared_legend(figure: Figure, panels: object) -> None:
+def shared_legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One legend below all panels."""
     handles = {}
-    for axes in panels:  # pyright: ignore[reportGeneralTypeIssues]
+    for axes in panels:
         handles |= {name: mark for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
         figure.legend(

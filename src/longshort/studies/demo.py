@@ -25,7 +25,7 @@ from longshort.checks import require_integer, require_seed
 from longshort.data import DataFolder, open_corpus, prepare
 from longshort.evaluation import Evaluation, evaluate_documents, generate_text
 from longshort.reporting.files import replace_file, strict_json
-from longshort.studies.processes import ended_by_signals
+from longshort.studies.framework.processes import ended_by_signals
 from longshort.training.metrics import METRICS_FILE, MetricsLog, has_values, read_metrics
 from longshort.training.trained import open_trained
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -15,28 +15,33 @@ from longshort.model import kv_bytes
 from longshort.reporting.intervals import Interval, confidence_interval, slope
 from longshort.reporting.page import Figure, Section, Table, number
 from longshort.reporting.plots import draw_intervals, draw_points
-from longshort.studies.comparison import (
-    RATES,
-    Trained,
+from longshort.studies.framework.comparison import ArmResults, difference_text, judge, measure_arms
+from longshort.studies.framework.study import Claim, Findings, Outcome, Plan, Results, Scale, Verdict, unique
+from longshort.studies.framework.sweep import Arm, Rate, plan_arms
+from longshort.studies.language.arms import (
+    LS,
+    LS_ROPE,
+    MHSA,
+    MHSA_ROPE,
+    PAPER_SMALL,
+    Setting,
+    Variant,
+    model_config,
+    tiny,
+)
+from longshort.studies.language.measures import (
     arm_table,
-    difference_text,
-    edge_text,
+    curves,
     loss_difference,
     loss_difference_at_equal_flops,
-    plan_arms,
     predictions,
     split_by_depth,
-    sweep_table,
-    trained_arms,
-    without_doubles,
+    sweep_section,
 )
-from longshort.studies.language import Arm, Setting, model_config
-from longshort.studies.language_run import LanguageStudy
-from longshort.studies.settings import LS, LS_ROPE, MHSA, MHSA_ROPE, PAPER_SMALL, tiny, with_model
-from longshort.studies.study import Claim, Findings, Outcome, Plan, Results, Scale, Verdict, weaker
+from longshort.studies.language.trial import LanguageStudy
 
 TOLERANCE = 0.02
-"""Nats per token: losses nearer than this are called alike."""
+"""Losses nearer than this, in nats per token, are called alike."""
 
 _CACHE_LENGTH = 32_768
 
@@ -66,41 +71,26 @@ SPREAD = Claim(
 )
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """`spread` is the arm that the `gathered` ones are compared with."""
-
-    setting: Setting
-    seeds: int
-    counts: Sequence[Arm]
-    windows: Sequence[Arm]
-    gathered: Sequence[Arm]
-    positions: Sequence[Arm]
-    spread: Arm
-    needle: Mapping[str, Any]
-
-
-def _counts(*numbers: int) -> tuple[Arm, ...]:
+def _counts(*numbers: int) -> tuple[Variant, ...]:
     return tuple(
-        with_model(LS, f"{count} global head" + ("s" if count != 1 else ""), num_global_heads=count)
+        LS.with_model(f"{count} global head" + ("s" if count != 1 else ""), num_global_heads=count)
         for count in numbers
     )
 
 
-def _windows(*sizes: int) -> tuple[Arm, ...]:
-    return tuple(with_model(LS, f"window {size}", local_window=size) for size in sizes)
+def _windows(*sizes: int) -> tuple[Variant, ...]:
+    return tuple(LS.with_model(f"window {size}", local_window=size) for size in sizes)
 
 
-MIXED = with_model(LS, "windows 8, 16, 64", layouts=[[8, 16, 64, None]] * 2)
-NO_POSITIONS = with_model(
-    LS, "LS + RoPE, none on global heads", position_embedding="rope", global_position_embedding="none"
-)
-BOTTOM = with_model(LS, "2 global heads, bottom layer", num_global_heads=[2, 0])
-TOP = with_model(LS, "2 global heads, top layer", num_global_heads=[0, 2])
-
-DEEP = with_model(LS, "4 layers, 1 global head each", num_hidden_layers=4)
+NO_GLOBAL = _counts(0)[0]
+MIXED = LS.with_model("windows 8, 16, 64", layouts=[[8, 16, 64, None]] * 2)
+NO_POSITIONS = LS_ROPE.with_model("LS + RoPE, none on global heads", global_position_embedding="none")
+POSITIONS = (LS_ROPE, MHSA_ROPE, NO_POSITIONS)
+BOTTOM = LS.with_model("2 global heads, bottom layer", num_global_heads=[2, 0])
+TOP = LS.with_model("2 global heads, top layer", num_global_heads=[0, 2])
+DEEP = LS.with_model("4 layers, 1 global head each", num_hidden_layers=4)
 DEEP_GATHERED = tuple(
-    with_model(LS, f"4 layers, 4 global heads, {place}", num_hidden_layers=4, num_global_heads=heads)
+    DEEP.with_model(f"4 layers, 4 global heads, {place}", num_global_heads=heads)
     for place, heads in (
         ("bottom", [4, 0, 0, 0]),
         ("middle", [0, 2, 2, 0]),
@@ -108,36 +98,42 @@ DEEP_GATHERED = tuple(
         ("top", [0, 0, 0, 4]),
     )
 )
+PAPER_GATHERED = tuple(
+    LS.with_model(f"6 global heads, {place}", num_global_heads=heads)
+    for place, heads in (
+        ("bottom", [6, 0, 0, 0, 0, 0]),
+        ("middle", [0, 0, 3, 3, 0, 0]),
+        ("alternate", [0, 2, 0, 2, 0, 2]),
+    )
+)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """`spread` is the layout that the `gathered` ones are compared with; `others` are in no verdict."""
+
+    setting: Setting
+    seeds: int
+    gathered: Sequence[Variant]
+    others: Sequence[Variant]
+    needle: Mapping[str, Any]
+    spread: Variant = LS
+
+    @property
+    def deciding(self) -> list[Arm]:
+        """The arms that verdicts rest on."""
+        return self._arms((LS, MHSA, self.spread, NO_GLOBAL, *self.gathered))
+
+    @property
+    def arms(self) -> list[Arm]:
+        return [*self.deciding, *self._arms(self.others)]
+
+    def _arms(self, variants: Sequence[Variant]) -> list[Arm]:
+        measured = [replace(variant, measure={"needle": self.needle}) for variant in variants]
+        return list({arm.name: arm for arm in self.setting.arms(measured)}.values())
+
 
 _NEEDLE = {"lengths": [128, 512], "depths": [0.1, 0.5, 0.9], "samples": 64}
-_SCALES: Mapping[Scale, _Scale] = {
-    "smoke": _Scale(
-        replace(tiny(128, batch=2, steps=12), rates=(1e-2,)), 2, _counts(0), (), (BOTTOM,), (NO_POSITIONS,),
-        LS, {"lengths": [128], "depths": [0.5], "samples": 2},
-    ),
-    "laptop": _Scale(
-        tiny(512, batch=4, steps=2000), 3, _counts(0, 2), (*_windows(64, 256), MIXED), (BOTTOM, TOP),
-        (LS_ROPE, MHSA_ROPE, NO_POSITIONS), LS, _NEEDLE,
-    ),
-    "overnight": _Scale(
-        tiny(1024, batch=2, steps=4000), 5, _counts(0, 2), (*_windows(8, 32, 64, 128, 256, 512), MIXED),
-        DEEP_GATHERED, (LS_ROPE, MHSA_ROPE, NO_POSITIONS), DEEP,
-        {"lengths": [128, 512, 1024], "depths": [0.1, 0.3, 0.5, 0.7, 0.9], "samples": 128},
-    ),
-    "paper": _Scale(
-        PAPER_SMALL, 3, _counts(0, 2, 4), _windows(16, 100, 256, 512),
-        tuple(
-            with_model(LS, f"6 global heads, {place}", num_global_heads=heads)
-            for place, heads in (
-                ("bottom", [6, 0, 0, 0, 0, 0]),
-                ("middle", [0, 0, 3, 3, 0, 0]),
-                ("alternate", [0, 2, 0, 2, 0, 2]),
-            )
-        ),
-        (LS_ROPE, MHSA_ROPE, NO_POSITIONS), LS,
-        {"lengths": [512, 2048], "depths": [0.1, 0.5, 0.9], "samples": 128},
-    ),
-}  # fmt: skip
 
 
 class Design(LanguageStudy):
@@ -146,74 +142,75 @@ class Design(LanguageStudy):
     name = "design"
     title = "Choosing a layout (beyond the paper)"
     claims = (ENOUGH, NEEDED, SPREAD)
-
-    def default_seeds(self, scale: Scale) -> int:
-        return _SCALES[scale].seeds
+    scales: Mapping[Scale, _Scale] = {
+        "smoke": _Scale(
+            tiny(128, batch=2, steps=12, rates=(1e-2,)), 2, (BOTTOM,), (NO_GLOBAL, NO_POSITIONS),
+            {"lengths": [128], "depths": [0.5], "samples": 2},
+        ),
+        "laptop": _Scale(
+            tiny(512, batch=4, steps=2000), 3, (BOTTOM, TOP),
+            (*_counts(0, 2), *_windows(64, 256), MIXED, *POSITIONS), _NEEDLE,
+        ),
+        "overnight": _Scale(
+            tiny(1024, batch=2, steps=4000), 5, DEEP_GATHERED,
+            (*_counts(0, 2), *_windows(8, 32, 64, 128, 256, 512), MIXED, *POSITIONS),
+            {"lengths": [128, 512, 1024], "depths": [0.1, 0.3, 0.5, 0.7, 0.9], "samples": 128}, DEEP,
+        ),
+        "paper": _Scale(
+            PAPER_SMALL, 3, PAPER_GATHERED,
+            (*_counts(0, 2, 4), *_windows(16, 100, 256, 512), *POSITIONS),
+            {"lengths": [512, 2048], "depths": [0.1, 0.5, 0.9], "samples": 128},
+        ),
+    }  # fmt: skip
 
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
-        chosen = _SCALES[scale]
-        deciding = plan_arms(chosen.setting, _deciding(chosen), seeds, results)
-        others = plan_arms(chosen.setting, _arms(chosen), seeds, results, at_lower=False)
-        trials = without_doubles([*deciding.trials, *others.trials])
+        chosen = self.scales[scale]
+        deciding = plan_arms(chosen.deciding, seeds, results)
+        others = plan_arms(chosen.arms, seeds, results, ("best",))
+        trials = unique([*deciding.trials, *others.trials])
         return Plan(trials, deciding.later_work + others.later_work)
 
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
-        chosen = _SCALES[scale]
-        found = trained_arms(chosen.setting, _arms(chosen), seeds, results, at_lower=False)
-        deciding = trained_arms(chosen.setting, _deciding(chosen), seeds, results)
-        gathered = [arm.name for arm in chosen.gathered]
+        chosen = self.scales[scale]
+        arms = measure_arms(chosen.arms, seeds, results, ("best",))
+        deciding = measure_arms(chosen.deciding, seeds, results)
+        gathered = [variant.name for variant in chosen.gathered]
         verdicts = [
             _judge(ENOUGH, deciding, LS.name, [MHSA.name], _below_tolerance),
-            _judge(NEEDED, deciding, LS.name, [_counts(0)[0].name], _sign),
+            _judge(NEEDED, deciding, LS.name, [NO_GLOBAL.name], _sign),
             _judge(SPREAD, deciding, chosen.spread.name, gathered, _sign),
         ]
-        return Findings(verdicts, _sections(chosen, found, folder), predictions(found))
-
-
-def _deciding(chosen: _Scale) -> list[Arm]:
-    """The arms that verdicts rest on."""
-    return _measured(chosen, (LS, MHSA, chosen.spread, *_counts(0), *chosen.gathered))
-
-
-def _arms(chosen: _Scale) -> list[Arm]:
-    return [
-        *_deciding(chosen),
-        *_measured(chosen, (*chosen.counts, *chosen.windows, *chosen.positions)),
-    ]
-
-
-def _measured(chosen: _Scale, arms: Sequence[Arm]) -> list[Arm]:
-    by_name = {arm.name: replace(arm, measure={"needle": chosen.needle}) for arm in arms}
-    return list(by_name.values())
+        return Findings(verdicts, _sections(chosen, arms, folder), predictions(arms))
 
 
 def _judge(
     claim: Claim,
-    found: Mapping[str, Trained],
+    arms: Mapping[str, ArmResults],
     reference: str,
     names: Sequence[str],
     rule: Callable[[Sequence[Interval]], Outcome],
 ) -> Verdict:
-    """Losses of some layouts minus that of a reference, judged at the best rates and at the next lower
-    ones."""
-    if any(name not in found for name in (reference, *names)):
-        return Verdict(claim, Outcome.NOT_MEASURED, "The trials are not done.")
-    by_rate = {
-        rate: [loss_difference(found[name], found[reference], rate) for name in names] for rate in RATES
-    }
-    at_flops = [loss_difference_at_equal_flops(found[name], found[reference]) for name in names]
-    texts = [
-        f"{name}: {difference_text(best)} at the best rates, {difference_text(lower)} at the next lower "
-        f"ones, {difference_text(equal)} at equal FLOPs"
-        for name, best, lower, equal in zip(names, by_rate["best"], by_rate["lower"], at_flops, strict=True)
-    ]
-    edges = edge_text(found[name] for name in (reference, *names))
-    evidence = f"Validation loss minus that of {reference}, nats per token. {'; '.join(texts)}.{edges}"
-    return Verdict(claim, weaker(*map(rule, by_rate.values())), evidence)
+    """Judge the losses of some layouts minus that of a reference."""
+
+    def differences(rate: Rate) -> list[Interval]:
+        return [loss_difference(arms[name], arms[reference], rate) for name in names]
+
+    def evidence() -> str:
+        at_flops = [loss_difference_at_equal_flops(arms[name], arms[reference]) for name in names]
+        texts = [
+            f"{name}: {difference_text(best)} at the best rates, {difference_text(lower)} at the next lower "
+            f"ones, {difference_text(equal)} at equal FLOPs"
+            for name, best, lower, equal in zip(
+                names, differences("best"), differences("lower"), at_flops, strict=True
+            )
+        ]
+        return f"Validation loss minus that of {reference}, nats per token. {'; '.join(texts)}."
+
+    return judge(claim, arms, [reference, *names], lambda rate: rule(differences(rate)), evidence)
 
 
 def _below_tolerance(intervals: Sequence[Interval]) -> Outcome:
-    """Of all global heads minus one per layer."""
+    """The rule for all heads global minus one global head per layer."""
     (interval,) = intervals
     if interval.low > -TOLERANCE:
         return Outcome.SHOWN
@@ -230,25 +227,25 @@ def _sign(intervals: Sequence[Interval]) -> Outcome:
     return Outcome.PARTLY if any(above) and not is_mixed else Outcome.NOT_SHOWN
 
 
-def recommend(found: Mapping[str, Trained]) -> str:
-    """Of the layouts whose mean loss is within `TOLERANCE` of the lowest, the one with the smallest cache."""
-    losses = {name: _mean(arm.values("validation_loss")) for name, arm in found.items()}
+def _recommend(arms: Mapping[str, ArmResults]) -> str:
+    """Name the layout of the smallest cache whose mean loss is within `TOLERANCE` of the lowest."""
+    losses = {name: arm.mean("validation_loss") for name, arm in arms.items()}
     known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
     if not known:
         return "No layout trained."
     best = min(known, key=known.__getitem__)
     near = [name for name, loss in known.items() if loss <= known[best] + TOLERANCE]
-    cheapest = min(near, key=lambda name: _cache_share(found[name]))
+    cheapest = min(near, key=lambda name: _cache_share(arms[name]))
     return (
         f"The lowest loss has {best} ({known[best]:.3f} nats per token). Of the layouts within {TOLERANCE} "
-        f"of it ({', '.join(near)}), {cheapest} keeps the fewest keys: {_cache_share(found[cheapest]):.0%} "
+        f"of it ({', '.join(near)}), {cheapest} keeps the fewest keys: {_cache_share(arms[cheapest]):.0%} "
         f"of MHSA's at {_CACHE_LENGTH:,} tokens."
     )
 
 
-def describe_late(found: Mapping[str, Trained]) -> str:
-    """Who is still catching up at the end, LS among them."""
-    slopes = {name: _late_slope(arm) for name, arm in found.items()}
+def _describe_late(arms: Mapping[str, ArmResults]) -> str:
+    """Say which layouts are still catching up at the end, LS among them."""
+    slopes = {name: _late_slope(arm) for name, arm in arms.items()}
     known = {name: value for name, value in slopes.items() if value is not None}
     if LS.name not in known or MHSA.name not in known:
         return ""
@@ -266,11 +263,11 @@ def describe_late(found: Mapping[str, Trained]) -> str:
     return text + f"MHSA is catching up with LS, but not with {', '.join(keeping_up)}."
 
 
-def describe_rotary(found: Mapping[str, Trained]) -> str:
-    """Whether local heads still help where all heads have rotary positions."""
-    if LS_ROPE.name not in found or MHSA_ROPE.name not in found:
+def _describe_rotary(arms: Mapping[str, ArmResults]) -> str:
+    """Say whether local heads still help where all heads have rotary positions."""
+    if LS_ROPE.name not in arms or MHSA_ROPE.name not in arms:
         return ""
-    pair = found[LS_ROPE.name], found[MHSA_ROPE.name]
+    pair = arms[LS_ROPE.name], arms[MHSA_ROPE.name]
     return (
         f"Validation loss of {LS_ROPE.name} minus that of {MHSA_ROPE.name}: "
         f"{difference_text(loss_difference(*pair))} at equal steps, "
@@ -278,44 +275,60 @@ def describe_rotary(found: Mapping[str, Trained]) -> str:
     )
 
 
-def _sections(chosen: _Scale, found: Mapping[str, Trained], folder: Path) -> list[Section]:
-    if not found:
+def _sections(chosen: _Scale, arms: Mapping[str, ArmResults], folder: Path) -> list[Section]:
+    if not arms:
         return []
-    found, deep = split_by_depth(found)
+    plain, deep = split_by_depth(arms)
+    differences = {
+        name: loss_difference(arm, plain[LS.name])
+        for name, arm in plain.items()
+        if LS.name in plain and name != LS.name
+    }
+    lengths = chosen.needle["lengths"]
     rows = [
         (
             name,
-            _loss_to_ls(found, name),
+            difference_text(differences[name]) if name in differences else "",
             number(_late_slope(arm)),
-            *(number(_needle(arm, length)) for length in chosen.needle["lengths"]),
+            *(number(_mean(_needle_gains(arm, length))) for length in lengths),
             f"{_cache_share(arm):.1%}",
         )
-        for name, arm in found.items()
+        for name, arm in plain.items()
     ]
-    lengths = [f"needle at {length:,}" for length in chosen.needle["lengths"]]
-    header = ("layout", "loss − LS's", "late slope", *lengths, "cache at 32k")
-    intervals = [
-        (name, loss_difference(arm, found[LS.name]))
-        for name, arm in found.items()
-        if LS.name in found and name != LS.name
-    ]
+    header = (
+        "layout", "loss − LS's", "late slope", *(f"needle at {length:,}" for length in lengths),
+        "cache at 32k",
+    )  # fmt: skip
+    needles = {
+        f"{length:,} tokens": {
+            name: [
+                (depth, confidence_interval(_needle_gains(arm, length, depth)))
+                for depth in chosen.needle["depths"]
+            ]
+            for name, arm in plain.items()
+        }
+        for length in lengths
+    }
     figures = [
-        Figure(_needle_figure(chosen, found, folder), "Nats per token gained by the needle, by its depth.")
-    ]
-    if intervals:
-        file = draw_intervals(
-            intervals,
-            folder / "design.png",
-            "Validation loss relative to LS",
-            "nats per token",
-            references={0.0: "LS"},
+        Figure(
+            draw_points(
+                needles, folder / "needle.png", "depth of the needle (0: beginning)", "nats per token gained",
+                log_y=False, log_x_base=0,
+            ),
+            "Nats per token gained by the needle, by its depth.",
         )
+    ]  # fmt: skip
+    if differences:
+        file = draw_intervals(
+            list(differences.items()), folder / "design.png", "Validation loss relative to LS",
+            "nats per token", references={0.0: "LS"},
+        )  # fmt: skip
         figures.insert(0, Figure(file, "Paired differences over seeds, means and 95 % intervals."))
     return [
         Section(
             "Layouts side by side",
-            [chosen.setting.description, recommend(found), describe_late(found), describe_rotary(found)],
-            table=arm_table(found),
+            [chosen.setting.description, _recommend(plain), _describe_late(plain), _describe_rotary(plain)],
+            table=arm_table(plain),
         ),
         Section(
             "What they can do, and what they cost",
@@ -332,67 +345,39 @@ def _sections(chosen: _Scale, found: Mapping[str, Trained], folder: Path) -> lis
             figures=figures,
         ),
         *([Section("Layouts of four layers", table=arm_table(deep))] if deep else []),
-        Section("Learning rates", table=sweep_table({**found, **deep})),
+        sweep_section(arms),
     ]
 
 
-def _needle_figure(chosen: _Scale, found: Mapping[str, Trained], folder: Path) -> Path:
-    panels: dict[str, dict[str, list[tuple[float, Interval]]]] = {}
-    for length in chosen.needle["lengths"]:
-        panels[f"{length:,} tokens"] = {
-            name: [
-                (depth, confidence_interval(_needle_values(arm, length, depth)))
-                for depth in chosen.needle["depths"]
-            ]
-            for name, arm in found.items()
-        }
-    return draw_points(
-        panels, folder / "needle.png", "depth of the needle (0: beginning)", "nats per token gained",
-        log_y=False, log_x_base=0,
-    )  # fmt: skip
-
-
-def _needle_values(arm: Trained, length: int, depth: float | None = None) -> list[float | None]:
-    """By seed; the mean over depths if none is given."""
-    values = []
-    for result in arm.results["best"].values():
-        gains = [
+def _needle_gains(arm: ArmResults, length: int, depth: float | None = None) -> list[float | None]:
+    """The needle's gain at a length by seed; the mean over depths if none is given."""
+    return [
+        _mean(
             cell["gain"]
             for cell in result["needle"]
             if cell["length"] == length and depth in (None, cell["depth"])
-        ]
-        values.append(None if None in gains else fmean(gains))
-    return values
+        )
+        for result in arm.results()
+    ]
 
 
-def _needle(arm: Trained, length: int) -> float | None:
-    values = _needle_values(arm, length)
-    return None if None in values else fmean(value for value in values if value is not None)
-
-
-def _late_slope(arm: Trained) -> float | None:
-    slopes = []
-    for curve in arm.curves("validation_curve"):
-        late = [(math.log2(step), loss) for step, loss in curve if step >= curve[-1][0] / 2]
-        slopes.append(slope(late))
-    return None if None in slopes else fmean(value for value in slopes if value is not None)
-
-
-def _cache_share(arm: Trained) -> float:
-    """Of the bytes that MHSA keeps at `_CACHE_LENGTH` tokens."""
-    full = model_config(
-        {name: value for name, value in arm.model.items() if name not in ("num_global_heads", "layouts")},
-        {**arm.training, "mhsa": True},
+def _late_slope(arm: ArmResults) -> float | None:
+    return _mean(
+        slope([(math.log2(step), loss) for step, loss in curve if step >= curve[-1][0] / 2])
+        for curve in curves(arm, "validation_curve")
     )
-    config = model_config(arm.model, arm.training)
-    return kv_bytes(config, _CACHE_LENGTH, torch.bfloat16) / kv_bytes(full, _CACHE_LENGTH, torch.bfloat16)
 
 
-def _loss_to_ls(found: Mapping[str, Trained], name: str) -> str:
-    if name == LS.name or LS.name not in found:
-        return ""
-    return difference_text(loss_difference(found[name], found[LS.name]))
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean; None if a value is missing."""
+    known = list(values)
+    return None if None in known else fmean(value for value in known if value is not None)
 
 
-def _mean(values: Mapping[int, float | None]) -> float:
-    return confidence_interval(values.values()).mean
+def _cache_share(arm: ArmResults) -> float:
+    """The bytes of the cache at `_CACHE_LENGTH` tokens relative to MHSA's."""
+    model, training = arm.settings["model"], arm.settings["train"]
+    plain = {name: value for name, value in model.items() if name not in ("num_global_heads", "layouts")}
+    configs = model_config(model, training), model_config(plain, {**training, "mhsa": True})
+    ours, full = (kv_bytes(config, _CACHE_LENGTH, torch.bfloat16) for config in configs)
+    return ours / full

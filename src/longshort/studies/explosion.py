@@ -8,78 +8,158 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longshort.reporting.intervals import Interval
+from longshort.reporting.intervals import Interval, confidence_interval
 from longshort.reporting.page import Figure, Section, Table
 from longshort.reporting.plots import Panel, draw_curves, draw_intervals
-from longshort.studies.comparison import (
-    Trained,
-    arm_table,
-    log_ratio,
-    plan_arms,
-    predictions,
+from longshort.studies.framework.comparison import (
+    ArmResults,
+    difference_text,
+    interval_text,
+    judge,
+    judge_below,
+    measure_arms,
     rate_text,
+    ratio,
+)
+from longshort.studies.framework.study import (
+    Claim,
+    Findings,
+    Outcome,
+    Plan,
+    Results,
+    Scale,
+    Trial,
+    Verdict,
+    not_measured,
+    unique,
+)
+from longshort.studies.framework.sweep import RATES, Arm, Rate, plan_arms
+from longshort.studies.language.arms import (
+    DEEP_LS,
+    HYBRID,
+    LS,
+    MHSA,
+    MHSA_ROPE,
+    PAPER_SMALL,
+    Setting,
+    Variant,
+    model_config,
+    tiny,
+)
+from longshort.studies.language.measures import (
+    arm_table,
+    curves,
+    loss_difference,
+    loss_difference_at_equal_flops,
+    predictions,
     split_by_depth,
-    sweep_table,
-    trained_arms,
-    without_doubles,
+    sweep_section,
 )
-from longshort.studies.explosion_claims import (
-    DIVERGENCE,
-    EXPLANATIONS,
-    MECHANISM,
-    PERMUTED,
-    RATIO,
-    Divergences,
-    judge_divergence,
-    judge_mechanism,
-    judge_ratio,
-)
-from longshort.studies.language import Arm, Setting, language_trial, model_config
-from longshort.studies.language_run import LanguageStudy
-from longshort.studies.settings import DEEP_LS, HYBRID, LS, MHSA, PAPER_SMALL, tiny, with_model, with_train
-from longshort.studies.study import Findings, Plan, Results, Scale, Trial
+from longshort.studies.language.trial import LanguageStudy
 
-INTERLEAVED = with_train(MHSA, "MHSA, interleaved text", token_order="interleaved")
-LS_PERMUTED = with_train(LS, "LS, permuted text", token_order="permuted")
-LS_INTERLEAVED = with_train(LS, "LS, interleaved text", token_order="interleaved")
-PRECISIONS = tuple(
-    with_model(arm, f"{arm.name}, {precision}", attention_precision=precision)
-    for precision in ("fp32", "bf16-flash")
-    for arm in (MHSA, LS)
+ALIBI = MHSA.with_model("MHSA + ALiBi", position_embedding="alibi")
+CONVOLUTION = MHSA.with_model("MHSA + convolution", short_convolution=4)
+PERMUTED = MHSA.with_train("MHSA, permuted text", token_order="permuted")
+EXPLANATIONS = (MHSA_ROPE, ALIBI, CONVOLUTION)
+TEXT_ORDERS = (
+    MHSA.with_train("MHSA, interleaved text", token_order="interleaved"),
+    LS.with_train("LS, permuted text", token_order="permuted"),
+    LS.with_train("LS, interleaved text", token_order="interleaved"),
 )
+PRECISIONS = tuple(
+    variant.with_model(f"{variant.name}, {precision}", attention_precision=precision)
+    for precision in ("fp32", "bf16-flash")
+    for variant in (MHSA, LS)
+)
+
+FLAT = 1.1
+"""Logits that grow by less over the second half of the training are called flat."""
+
+DIVERGENCE = Claim(
+    "F1, F4: divergence",
+    "With MHSA the training loss begins to diverge after some steps; the same model with LS-attention is "
+    "stable.",
+    "LS diverges where MHSA does not, or no setting is found where MHSA alone diverges.",
+    "Shown: at some setting MHSA diverges in at least 2 of 3 seeds (two thirds of them) and LS in none. "
+    "Contradicted: the same with the names exchanged, at some setting, and never as claimed. Otherwise not "
+    "shown. Diverged is a loss that is not finite, or a running loss (mean of 50 steps) 0.5 nats above its "
+    "minimum for 100 steps. Settings: every learning rate that both arms ran on all seeds, the stress rate "
+    "among them, and the map's.",
+)
+RATIO = Claim(
+    "F1: ratio of logits",
+    "LS-attention keeps the largest logit below 1/20 of MHSA's.",
+    "LS's largest logit is as large as MHSA's, or larger.",
+    "The 95 % interval of LS/MHSA, paired over seeds, largest logits of the last tenth of the training, each "
+    "arm at its own rate. Shown: upper end below 1/20. Partly: below 1. Contradicted: lower end above 1. It "
+    "must hold at the best rates and at the next lower ones.",
+)
+MECHANISM = Claim(
+    "mechanism",
+    "MHSA's logits grow because text depends densely on nearby tokens, which full attention cannot draw.",
+    "MHSA's logits grow alike on permuted text, where no dependency is local; or a tuned MHSA + RoPE stays "
+    "flat, for it is full attention of the same rank.",
+    "95 % intervals of the ratio of largest logits to those of MHSA with learned positions, paired over "
+    "seeds. Shown: below 1 on permuted text, and with RoPE, ALiBi and convolution. Partly: below 1 on "
+    "permuted text and with at least one of the three. Not shown: otherwise, or if MHSA + RoPE is flat (its "
+    f"largest logit at the end at most {FLAT} times that at half of the training, in the mean). "
+    "Contradicted: above 1 on permuted text and with all three. It must hold at the best rates and at the "
+    "next lower ones.",
+)
+
+Divergences = Mapping[str, Mapping[str, Sequence[int | None]]]
+"""For each setting and arm the step of each seed at which it diverged."""
 
 
 @dataclass(frozen=True)
 class _Scale:
     setting: Setting
     seeds: int
-    controls: Sequence[Arm] = ()
+    controls: Sequence[Variant] = ()
     stress_rate: float = 1e-2
     depths: Sequence[int] = ()
     lengths: Sequence[int] = ()
     precisions: Sequence[str] = ()
     map_rates: Sequence[float] = ()
 
+    @property
+    def pair(self) -> list[Arm]:
+        return self.setting.arms((MHSA, LS))
 
-_SCALES: Mapping[Scale, _Scale] = {
-    "smoke": _Scale(tiny(64, batch=2, steps=12), seeds=2),
-    "laptop": _Scale(tiny(512, batch=4, steps=2000), seeds=3),
-    "overnight": _Scale(
-        tiny(512, batch=4, steps=4000),
-        seeds=5,
-        controls=(
-            INTERLEAVED, LS_PERMUTED, LS_INTERLEAVED, *PRECISIONS, DEEP_LS, HYBRID,
-        ),
-        stress_rate=3e-2,
-        depths=(2, 4),
-        lengths=(512, 2048),
-        precisions=("bf16", "bf16-flash"),
-        map_rates=(3e-3, 1e-2, 3e-2),
-    ),
-    "paper": _Scale(
-        PAPER_SMALL, seeds=3, controls=(INTERLEAVED, LS_PERMUTED, LS_INTERLEAVED), stress_rate=6e-3
-    ),
-}  # fmt: skip
+    @property
+    def others(self) -> list[Arm]:
+        return self.setting.arms((PERMUTED, *EXPLANATIONS, *self.controls))
+
+    @property
+    def map(self) -> dict[str, tuple[Setting, float]]:
+        """Learning rate × length × precision × depth, at equal tokens a step."""
+        tokens = self.setting.train["batch_size"] * self.setting.train["sequence_length"]
+        found = {}
+        for depth in self.depths:
+            for length in self.lengths:
+                train = {
+                    **self.setting.train, "sequence_length": length, "batch_size": max(1, tokens // length)
+                }  # fmt: skip
+                for precision in self.precisions:
+                    model = {
+                        **self.setting.model, "num_hidden_layers": depth, "attention_precision": precision
+                    }  # fmt: skip
+                    setting = replace(self.setting, model=model, train=train)
+                    for rate in self.map_rates:
+                        name = f"{depth} layers, n = {length}, {precision}, rate {rate_text(rate)}"
+                        found[name] = (setting, rate)
+        return found
+
+    def stress_trials(self, seeds: Sequence[int]) -> list[Trial]:
+        return [arm.trial(self.stress_rate, seed) for arm in self.pair for seed in seeds]
+
+    def map_trials(self, seeds: Sequence[int]) -> list[Trial]:
+        return [
+            setting.trial(variant, rate, seed)
+            for setting, rate in self.map.values()
+            for variant in (MHSA, LS)
+            for seed in seeds
+        ]
 
 
 class Explosion(LanguageStudy):
@@ -88,94 +168,163 @@ class Explosion(LanguageStudy):
     name = "explosion"
     title = "Logit explosion and divergence (figures 1 and 4)"
     claims = (DIVERGENCE, RATIO, MECHANISM)
-
-    def default_seeds(self, scale: Scale) -> int:
-        return _SCALES[scale].seeds
+    scales: Mapping[Scale, _Scale] = {
+        "smoke": _Scale(tiny(64, batch=2, steps=12), seeds=2),
+        "laptop": _Scale(tiny(512, batch=4, steps=2000), seeds=3),
+        "overnight": _Scale(
+            tiny(512, batch=4, steps=4000),
+            seeds=5,
+            controls=(*TEXT_ORDERS, *PRECISIONS, DEEP_LS, HYBRID),
+            stress_rate=3e-2,
+            depths=(2, 4),
+            lengths=(512, 2048),
+            precisions=("bf16", "bf16-flash"),
+            map_rates=(3e-3, 1e-2, 3e-2),
+        ),
+        "paper": _Scale(PAPER_SMALL, seeds=3, controls=TEXT_ORDERS, stress_rate=6e-3),
+    }
 
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
-        chosen = _SCALES[scale]
-        main = plan_arms(chosen.setting, (MHSA, LS), seeds, results)
-        rest = plan_arms(chosen.setting, _other_arms(chosen), seeds, results)
-        trials = [*main.trials, *_stress_trials(chosen, seeds), *rest.trials, *_map_trials(chosen, seeds[:3])]
-        return Plan(without_doubles(trials), main.later_work + rest.later_work)
+        chosen = self.scales[scale]
+        main = plan_arms(chosen.pair, seeds, results)
+        rest = plan_arms(chosen.others, seeds, results)
+        trials = [
+            *main.trials, *chosen.stress_trials(seeds), *rest.trials, *chosen.map_trials(seeds[:3])
+        ]  # fmt: skip
+        return Plan(unique(trials), main.later_work + rest.later_work)
 
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
-        chosen = _SCALES[scale]
-        arms = trained_arms(chosen.setting, (MHSA, LS, *_other_arms(chosen)), seeds, results)
+        chosen = self.scales[scale]
+        arms = measure_arms([*chosen.pair, *chosen.others], seeds, results)
         diverged = _divergences(chosen, seeds, results)
-        verdicts = [judge_divergence(diverged), judge_ratio(arms), judge_mechanism(arms)]
-        return Findings(
-            verdicts, [*_sections(chosen, arms, folder), _divergence_section(diverged)], predictions(arms)
-        )
-
-
-def _other_arms(chosen: _Scale) -> tuple[Arm, ...]:
-    return (PERMUTED, *EXPLANATIONS, *chosen.controls)
-
-
-def _stress_trials(chosen: _Scale, seeds: Sequence[int]) -> list[Trial]:
-    return [
-        language_trial(chosen.setting, arm, chosen.stress_rate, seed) for arm in (MHSA, LS) for seed in seeds
-    ]
-
-
-def _map_settings(chosen: _Scale) -> dict[str, tuple[Setting, float]]:
-    """Learning rate × length × precision × depth, at equal tokens a step."""
-    found = {}
-    tokens = chosen.setting.train["batch_size"] * chosen.setting.train["sequence_length"]
-    for depth in chosen.depths:
-        for length in chosen.lengths:
-            for precision in chosen.precisions:
-                for rate in chosen.map_rates:
-                    train = {
-                        **chosen.setting.train,
-                        "sequence_length": length,
-                        "batch_size": max(1, tokens // length),
-                    }
-                    model = {
-                        **chosen.setting.model,
-                        "num_hidden_layers": depth,
-                        "attention_precision": precision,
-                    }
-                    name = f"{depth} layers, n = {length}, {precision}, rate {rate_text(rate)}"
-                    found[name] = (replace(chosen.setting, model=model, train=train), rate)
-    return found
-
-
-def _map_trials(chosen: _Scale, seeds: Sequence[int]) -> list[Trial]:
-    return [
-        language_trial(setting, arm, rate, seed)
-        for setting, rate in _map_settings(chosen).values()
-        for arm in (MHSA, LS)
-        for seed in seeds
-    ]
+        verdicts = [_judge_divergence(diverged), _judge_ratio(arms), _judge_mechanism(arms)]
+        sections = [*_sections(chosen, arms, folder), _divergence_section(diverged)]
+        return Findings(verdicts, sections, predictions(arms))
 
 
 def _divergences(chosen: _Scale, seeds: Sequence[int], results: Results) -> Divergences:
-    settings = {
-        f"rate {rate_text(rate)}": (chosen.setting, rate, seeds)
-        for rate in sorted(
-            {trial.settings["train"]["learning_rate"] for trial in _all_rates(chosen, seeds, results)}
-        )
-    }
-    settings |= {name: (*at, seeds[:3]) for name, at in _map_settings(chosen).items()}
+    swept = plan_arms(chosen.pair, seeds[:1], results).trials
+    rates = {trial.settings["train"]["learning_rate"] for trial in (*swept, *chosen.stress_trials(seeds[:1]))}
+    settings = {f"rate {rate_text(rate)}": (chosen.setting, rate, seeds) for rate in sorted(rates)}
+    settings |= {name: (*at, seeds[:3]) for name, at in chosen.map.items()}
     found: dict[str, dict[str, list[int | None]]] = {}
     for name, (setting, rate, at) in settings.items():
         rows: dict[str, list[int | None]] = {}
-        for arm in (MHSA, LS):
-            known = [results.get(language_trial(setting, arm, rate, seed).key) for seed in at]
-            rows[arm.name] = [result["diverged_at"] for result in known if result is not None]
+        for variant in (MHSA, LS):
+            known = [results.get(setting.trial(variant, rate, seed).key) for seed in at]
+            rows[variant.name] = [result["diverged_at"] for result in known if result is not None]
         if all(len(row) == len(at) for row in rows.values()):
             found[name] = rows
     return found
 
 
-def _all_rates(chosen: _Scale, seeds: Sequence[int], results: Results) -> list[Trial]:
-    plan = plan_arms(chosen.setting, (MHSA, LS), seeds[:1], results)
-    return [*plan.trials, *_stress_trials(chosen, seeds[:1])]
+def _judge_divergence(diverged: Divergences) -> Verdict:
+    if all(len(rows[MHSA.name]) < 2 for rows in diverged.values()):
+        return not_measured(DIVERGENCE, "No setting was run on at least two seeds.")
+
+    def alone(first: str, second: str) -> list[str]:
+        return [
+            setting
+            for setting, rows in diverged.items()
+            if _count(rows[first]) >= max(2, 2 * len(rows[first]) / 3) and _count(rows[second]) == 0
+        ]
+
+    as_claimed, reverse = alone(MHSA.name, LS.name), alone(LS.name, MHSA.name)
+    counts = {name: sum(_count(rows[name]) for rows in diverged.values()) for name in (MHSA.name, LS.name)}
+    runs = sum(len(rows[MHSA.name]) for rows in diverged.values())
+    evidence = (
+        f"{counts[MHSA.name]} of {runs} runs of MHSA and {counts[LS.name]} of {runs} of LS diverged, over "
+        f"{len(diverged)} settings."
+    )
+    if as_claimed:
+        return Verdict(DIVERGENCE, Outcome.SHOWN, f"{evidence} MHSA alone: {'; '.join(as_claimed)}.")
+    if reverse:
+        return Verdict(DIVERGENCE, Outcome.CONTRADICTED, f"{evidence} LS alone: {'; '.join(reverse)}.")
+    return Verdict(DIVERGENCE, Outcome.NOT_SHOWN, evidence)
 
 
-def _sections(chosen: _Scale, arms: Mapping[str, Trained], folder: Path) -> list[Section]:
+def _count(steps: Sequence[int | None]) -> int:
+    return sum(step is not None for step in steps)
+
+
+def _judge_ratio(arms: Mapping[str, ArmResults]) -> Verdict:
+    def compared(quantity: str, rate: Rate = "best") -> Interval:
+        return ratio(arms[LS.name], arms[MHSA.name], quantity, rate)
+
+    def evidence() -> str:
+        best, lower, in_band, row_range = map(
+            interval_text,
+            (
+                *(compared("max_logit", rate) for rate in RATES),
+                compared("max_logit_in_band"),
+                compared("row_range"),
+            ),
+        )
+        equal_steps, equal_flops = (
+            difference_text(rule(arms[LS.name], arms[MHSA.name]))
+            for rule in (loss_difference, loss_difference_at_equal_flops)
+        )
+        return (
+            f"LS/MHSA is {best} at the best rates and {lower} at the next lower ones. Inside the window, "
+            f"over equal sets of pairs: {in_band}; of the row ranges: {row_range}. Validation loss, LS − "
+            f"MHSA: {equal_steps} nats per token at equal steps, {equal_flops} at equal FLOPs."
+        )
+
+    return judge(
+        RATIO, arms, (LS.name, MHSA.name),
+        lambda rate: judge_below(compared("max_logit", rate), 1 / 20, 1.0),
+        evidence,
+    )  # fmt: skip
+
+
+def _judge_mechanism(arms: Mapping[str, ArmResults]) -> Verdict:
+    tests = [variant.name for variant in (PERMUTED, *EXPLANATIONS)]
+
+    def ratios(rate: Rate) -> dict[str, Interval]:
+        return {name: ratio(arms[name], arms[MHSA.name], "max_logit", rate) for name in tests}
+
+    def growth(rate: Rate) -> float:
+        return _late_growth(arms[MHSA_ROPE.name], rate).mean
+
+    def text(rate: Rate) -> str:
+        numbers = "; ".join(f"{name} {interval_text(interval)}" for name, interval in ratios(rate).items())
+        return (
+            f"At the {'best' if rate == 'best' else 'next lower'} rates, relative to MHSA with learned "
+            f"positions: {numbers}. MHSA + RoPE's largest logit grows {growth(rate):.2f} times over the "
+            "second half."
+        )
+
+    return judge(
+        MECHANISM, arms, (MHSA.name, *tests),
+        lambda rate: _mechanism_outcome(ratios(rate), growth(rate)),
+        lambda: " ".join(map(text, RATES)),
+    )  # fmt: skip
+
+
+def _mechanism_outcome(ratios: Mapping[str, Interval], rope_growth: float) -> Outcome:
+    """The outcome by the ratios to MHSA, and by RoPE's growth over the second half."""
+    permuted, *others = ratios.values()
+    below = [interval.high < 1 for interval in others]
+    if all(interval.low > 1 for interval in ratios.values()):
+        return Outcome.CONTRADICTED
+    if not permuted.high < 1 or not any(below) or not rope_growth > FLAT:
+        return Outcome.NOT_SHOWN
+    return Outcome.SHOWN if all(below) else Outcome.PARTLY
+
+
+def _late_growth(arm: ArmResults, rate: Rate) -> Interval:
+    """Factor between the largest logit at half of the training and at its end, by the curves' last tenths."""
+    ratios: list[float | None] = []
+    for curve in curves(arm, "max_logit", rate):
+        last = curve[-1][0]
+        end = [value for step, value in curve if step > 0.9 * last]
+        middle = [value for step, value in curve if 0.4 * last < step <= 0.5 * last]
+        largest = [max(part) if part and None not in part else None for part in (end, middle)]  # pyright: ignore[reportArgumentType]
+        ratios.append(None if None in largest else largest[0] / largest[1])  # pyright: ignore[reportOptionalOperand]
+    return confidence_interval(ratios)
+
+
+def _sections(chosen: _Scale, arms: Mapping[str, ArmResults], folder: Path) -> list[Section]:
     main = {name: arm for name, arm in arms.items() if name in (MHSA.name, LS.name)}
     plain, deep = split_by_depth(arms)
     tests = {name: arm for name, arm in plain.items() if name != LS.name}
@@ -188,7 +337,18 @@ def _sections(chosen: _Scale, arms: Mapping[str, Trained], folder: Path) -> list
                 table=arm_table(main),
                 figures=[
                     Figure(
-                        draw_curves(_main_panels(main), folder / "explosion.png"),
+                        draw_curves(
+                            [
+                                _loss_panel(main),
+                                _logit_panel(main, "Largest logit, all visible pairs"),
+                                _logit_panel(main, "Largest logit inside the window", "max_logit_in_band"),
+                                Panel(
+                                    "Row range (max − min of a query)", "step", "logits",
+                                    _curves(main, "row_range"),
+                                ),
+                            ],
+                            folder / "explosion.png",
+                        ),
                         "Thick: mean over seeds, each arm at its best rate; faint: the seeds. Logits are the "
                         "largest |scale · q·k| over all visible pairs; inside the window both are measured "
                         "over the same pairs.",
@@ -199,34 +359,31 @@ def _sections(chosen: _Scale, arms: Mapping[str, Trained], folder: Path) -> list
                     ),
                 ],
             )
-        )
-    if len(tests) > 1:
-        ratios: list[tuple[str, Interval]] = [
-            (name, log_ratio(arm, arms[MHSA.name], "max_logit").exp())
+        )  # fmt: skip
+    if len(tests) > 1 and MHSA.name in tests:
+        ratios = [
+            (name, ratio(arm, arms[MHSA.name], "max_logit"))
             for name, arm in tests.items()
             if name != MHSA.name
         ]
-        panels = [
-            Panel(
-                "Training loss", "step", "nats per token",
-                {n: a.curves("loss_curve") for n, a in tests.items()},
-            ),
-            Panel(
-                "Largest logit", "step", "largest |scale · q·k|",
-                {n: a.curves("max_logit") for n, a in tests.items()},
-            ),
-        ]  # fmt: skip
         sections.append(
             Section(
                 "Why do they grow?",
-                [("RoPE, ALiBi and a short convolution on q, k and v give full attention a sense of what "
+                [
+                    ("RoPE, ALiBi and a short convolution on q, k and v give full attention a sense of what "
                     "is near; permuted text has as many dependencies, none of them local. Losses of permuted "
                     "and interleaved text do not compare with the others. RoPE and ALiBi have no position "
-                    "table, so fewer "
-                    "parameters; all weights that two arms share start alike.")],
+                    "table, so fewer parameters; all weights that two arms share start alike.")
+                ],
                 table=arm_table(tests),
                 figures=[
-                    Figure(draw_curves(panels, folder / "mechanism.png"), "As above."),
+                    Figure(
+                        draw_curves(
+                            [_loss_panel(tests), _logit_panel(tests, "Largest logit")],
+                            folder / "mechanism.png",
+                        ),
+                        "As above.",
+                    ),
                     Figure(
                         draw_intervals(
                             ratios, folder / "mechanism_ratios.png", "Largest logit relative to MHSA",
@@ -240,36 +397,33 @@ def _sections(chosen: _Scale, arms: Mapping[str, Trained], folder: Path) -> list
     if deep:
         text = "Four layers and four global heads: one in each layer, or all in the last, as in Gemma 3."
         sections.append(Section("The hybrid by layers", [text], table=arm_table(deep)))
-    if arms:
-        sections.append(
-            Section("Learning rates", ["The best rate of each arm is marked."], table=sweep_table(arms))
-        )
-    return sections
+    return [*sections, sweep_section(arms)] if arms else sections
 
 
-def _main_panels(main: Mapping[str, Trained]) -> list[Panel]:
-    def both(name: str) -> dict[str, Any]:
-        return {arm: trained.curves(name) for arm, trained in main.items()}
-
-    return [
-        Panel("Training loss", "step", "nats per token", both("loss_curve")),
-        Panel("Largest logit, all visible pairs", "step", "largest |scale · q·k|", both("max_logit")),
-        Panel("Largest logit inside the window", "step", "largest |scale · q·k|", both("max_logit_in_band")),
-        Panel("Row range (max − min of a query)", "step", "logits", both("row_range")),
-    ]
+def _curves(arms: Mapping[str, ArmResults], name: str) -> dict[str, Any]:
+    return {arm: curves(results, name) for arm, results in arms.items()}
 
 
-def _head_panels(main: Mapping[str, Trained]) -> list[Panel]:
+def _loss_panel(arms: Mapping[str, ArmResults]) -> Panel:
+    return Panel("Training loss", "step", "nats per token", _curves(arms, "loss_curve"))
+
+
+def _logit_panel(arms: Mapping[str, ArmResults], title: str, quantity: str = "max_logit") -> Panel:
+    return Panel(title, "step", "largest |scale · q·k|", _curves(arms, quantity))
+
+
+def _head_panels(main: Mapping[str, ArmResults]) -> list[Panel]:
     """Per arm the largest logit of each layer and kind of head, a line per seed and their mean."""
     panels = []
     for name, arm in main.items():
         lines: dict[str, list[Any]] = {}
-        for layer, layout in enumerate(model_config(arm.model, arm.training).head_layouts()):
+        config = model_config(arm.settings["model"], arm.settings["train"])
+        for layer, layout in enumerate(config.head_layouts()):
             for kind, heads in (("global", layout.global_heads), ("local", layout.local_heads)):
                 if heads:
                     lines[f"layer {layer}, {kind}"] = [
                         [(step, _largest(rows[layer], heads)) for step, rows in result["max_logit_by_head"]]
-                        for result in arm.results["best"].values()
+                        for result in arm.results()
                     ]
         panels.append(Panel(f"{name}, by layer and kind of head", "step", "largest |scale · q·k|", lines))
     return panels
@@ -282,7 +436,7 @@ def _largest(values: Sequence[float | None], heads: Sequence[int]) -> float | No
 
 def _divergence_section(diverged: Divergences) -> Section:
     rows = [
-        (setting, *(_divergence_text(by_arm[arm.name]) for arm in (MHSA, LS)))
+        (setting, *(_divergence_text(by_arm[variant.name]) for variant in (MHSA, LS)))
         for setting, by_arm in diverged.items()
     ]
     return Section(

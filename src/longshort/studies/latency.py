@@ -14,12 +14,11 @@ import torch
 from longshort.bench.inference_prefill import amdahl_bound
 from longshort.bench.inference_providers import prepare_provider
 from longshort.bench.inference_results import wall_seconds
-from longshort.model import prefill_flops, preset
+from longshort.model import LongShortConfig, prefill_flops, preset
 from longshort.reporting.intervals import Interval
 from longshort.reporting.page import Figure, Section, Table, number
 from longshort.reporting.plots import draw_points
-from longshort.studies.settings import LS, MHSA
-from longshort.studies.study import (
+from longshort.studies.framework.study import (
     Claim,
     Findings,
     Outcome,
@@ -30,7 +29,9 @@ from longshort.studies.study import (
     Trial,
     Verdict,
     Workplace,
+    not_measured,
 )
+from longshort.studies.language.arms import LS, MHSA
 
 SAVING = Claim(
     "F6, T1",
@@ -55,14 +56,7 @@ class _Scale:
     preset: str
     lengths: Sequence[int]
     repeats: int
-
-
-_SCALES: Mapping[Scale, _Scale] = {
-    "smoke": _Scale("tiny", (64, 128), 5),
-    "laptop": _Scale("paper-base", (512, 2048, 8192), 5),
-    "overnight": _Scale("paper-base", (512, 1024, 2048, 4096, 8192, 16_384, 32_768), 5),
-    "paper": _Scale("paper-base", (512, 1024, 2048, 4096, 8192, 16_384, 32_768), 20),
-}
+    seeds: int = 1
 
 
 class Latency(Study):
@@ -71,71 +65,105 @@ class Latency(Study):
     name = "latency"
     title = "Inference latency (last figure and table)"
     claims = (SAVING,)
-
-    def default_seeds(self, scale: Scale) -> int:
-        return 1
+    scales: Mapping[Scale, _Scale] = {
+        "smoke": _Scale("tiny", (64, 128), 5),
+        "laptop": _Scale("paper-base", (512, 2048, 8192), 5),
+        "overnight": _Scale("paper-base", (512, 1024, 2048, 4096, 8192, 16_384, 32_768), 5),
+        "paper": _Scale("paper-base", (512, 1024, 2048, 4096, 8192, 16_384, 32_768), 20),
+    }
 
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
-        return Plan(_trials(scale))
+        chosen = self.scales[scale]
+        settings = {"pass": "prompt, with cache", "preset": chosen.preset, "repeats": chosen.repeats}
+        return Plan(
+            [
+                Trial(
+                    f"n = {length}", 0, {**settings, "length": length},
+                    work=length / 60 * (chosen.repeats + 1) if chosen.preset != "tiny" else 1.0,
+                )
+                for length in chosen.lengths
+            ]
+        )  # fmt: skip
 
-    @torch.no_grad()
     def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
         settings, device = trial.settings, workplace.torch_device
         length = settings["length"]
-        config = preset(settings["preset"], max_position_embeddings=length)
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, 256, (1, length), generator=generator).to(device)
-        shape = (1, config.num_attention_heads, length, config.head_dim)
-        qkv = [torch.randn(shape, generator=generator).to(device) for _ in range(3)]
-        passes: dict[str, Callable[[], object]] = {}
-        attention: dict[str, Callable[[], object]] = {}
-        pairs = {}
-        for name, provider_name in PROVIDERS.items():
-            provider = prepare_provider(provider_name, config)
-            model = provider.build(device, torch.float32)
-            passes[name] = partial(model, tokens, use_cache=True, logits_to_keep=1)
-            attention[name] = partial(provider.attend(provider.layouts[0], length, device), *qkv)
-            pairs[name] = sum(layout.score_count(length, length) for layout in provider.layouts)
-        seconds: dict[str, list[float]] = {name: [] for name in PROVIDERS}
-        attention_seconds: dict[str, list[float]] = {name: [] for name in PROVIDERS}
-        for turn in range(settings["repeats"] + 1):
-            order = list(PROVIDERS)
-            for name in order if turn % 2 else reversed(order):
-                taken = wall_seconds(passes[name], device)
-                of_a_layer = wall_seconds(attention[name], device)
-                if turn > 0:  # the first is a warm-up
-                    seconds[name].append(taken)
-                    attention_seconds[name].append(config.num_hidden_layers * of_a_layer)
-            workplace.report_progress((turn + 1) / (settings["repeats"] + 1))
-        all_global = preset(settings["preset"], mhsa=True, max_position_embeddings=length)
+        sizes = {"max_position_embeddings": length}
+        config, all_global = (
+            preset(settings["preset"], **sizes),
+            preset(settings["preset"], mhsa=True, **sizes),
+        )
         flops = {
-            LS.name: prefill_flops(config, length).total,
-            MHSA.name: prefill_flops(all_global, length).total,
+            name: prefill_flops(sized, length).total
+            for name, sized in ((LS.name, config), (MHSA.name, all_global))
         }
-        timing = {
-            "seconds": seconds,
-            "attention_seconds": attention_seconds,
-            "device": device.type if device.type != "cpu" else f"cpu, {torch.get_num_threads()} threads",
-        }
+        timing, pairs = _time(config, length, settings["repeats"], device, workplace.report_progress)
+        timing["device"] = device.type if device.type != "cpu" else f"cpu, {torch.get_num_threads()} threads"
         return {"flops": flops, "pairs": pairs, "timing": timing}
 
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
-        trials = _trials(scale)
-        rows = [(trial, results[trial.key]) for trial in trials if results.get(trial.key, {}).get("timing")]
+        trials = self.plan(scale, seeds, results).trials
+        rows = {
+            trial.settings["length"]: results[trial.key]
+            for trial in trials
+            if results.get(trial.key, {}).get("timing")
+        }
         if len(rows) < len(trials):
-            return Findings([Verdict(SAVING, Outcome.NOT_MEASURED, "The trials are not done.")], [])
-        seconds = {trial.settings["length"]: result["timing"]["seconds"] for trial, result in rows}
+            return Findings([not_measured(SAVING)], [])
+        seconds = {length: result["timing"]["seconds"] for length, result in rows.items()}
         texts = [f"n = {n:,}: {_saving(times):.0%}" for n, times in seconds.items()]
         evidence = (
             f"Medians of LS lower than those of the faster baseline by: {', '.join(texts)}. The paper: up to "
             "36 %."
         )
         verdict = Verdict(SAVING, saving_outcome(seconds), evidence)
-        return Findings([verdict], [_section(scale, rows, folder)])
+        return Findings([verdict], [_section(self.scales[scale].preset, rows, folder)])
+
+
+@torch.no_grad()
+def _time(
+    config: LongShortConfig,
+    length: int,
+    repeats: int,
+    device: torch.device,
+    report_progress: Callable[[float], None],
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Let the models take turns at a prompt, and so do their attention layers.
+
+    Returns:
+        seconds, attention_seconds (of all layers): by model, one per turn; and the (query, key) pairs of each
+        model.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 256, (1, length), generator=generator).to(device)
+    shape = (1, config.num_attention_heads, length, config.head_dim)
+    qkv = [torch.randn(shape, generator=generator).to(device) for _ in range(3)]
+    passes: dict[str, Callable[[], object]] = {}
+    attention: dict[str, Callable[[], object]] = {}
+    pairs = {}
+    for name, provider_name in PROVIDERS.items():
+        provider = prepare_provider(provider_name, config)
+        model = provider.build(device, torch.float32)
+        passes[name] = partial(model, tokens, use_cache=True, logits_to_keep=1)
+        attention[name] = partial(provider.attend(provider.layouts[0], length, device), *qkv)
+        pairs[name] = sum(layout.score_count(length, length) for layout in provider.layouts)
+    timing: dict[str, dict[str, list[float]]] = {
+        part: {name: [] for name in PROVIDERS} for part in ("seconds", "attention_seconds")
+    }
+    for turn in range(repeats + 1):
+        order = list(PROVIDERS)
+        for name in order if turn % 2 else reversed(order):
+            taken = wall_seconds(passes[name], device)
+            of_a_layer = wall_seconds(attention[name], device)
+            if turn > 0:  # the first is a warm-up
+                timing["seconds"][name].append(taken)
+                timing["attention_seconds"][name].append(config.num_hidden_layers * of_a_layer)
+        report_progress((turn + 1) / (repeats + 1))
+    return dict(timing), pairs
 
 
 def saving_outcome(seconds: Mapping[int, Mapping[str, Sequence[float]]]) -> Outcome:
-    """By the rule of the claim, from the times of all passes by length and model."""
+    """The outcome by the rule of the claim, from the times of all passes by length and model."""
     ratios = {n: max(times[LS.name]) / min(map(min, _baselines(times))) for n, times in seconds.items()}
     if any(ratio <= 0.64 for n, ratio in ratios.items() if n <= 32_768):
         return Outcome.SHOWN
@@ -150,27 +178,9 @@ def _baselines(times: Mapping[str, Sequence[float]]) -> list[Sequence[float]]:
 
 
 def _saving(times: Mapping[str, Sequence[float]], baseline: str | None = None) -> float:
-    """By how much the median of LS is below that of a baseline; None: of the faster one."""
+    """The share by which the median of LS is below that of a baseline, None being the faster one."""
     others = _baselines(times) if baseline is None else [times[baseline]]
     return 1 - median(times[LS.name]) / min(map(median, others))
-
-
-def _trials(scale: Scale) -> list[Trial]:
-    chosen = _SCALES[scale]
-    return [
-        Trial(
-            f"n = {length}",
-            0,
-            {
-                "pass": "prompt, with cache",
-                "preset": chosen.preset,
-                "length": length,
-                "repeats": chosen.repeats,
-            },
-            work=length / 60 * (chosen.repeats + 1) if chosen.preset != "tiny" else 1.0,
-        )
-        for length in chosen.lengths
-    ]
 
 
 def _allowed(result: Mapping[str, Any], baseline: str) -> float:
@@ -179,31 +189,27 @@ def _allowed(result: Mapping[str, Any], baseline: str) -> float:
     return 1 - amdahl_bound(total, attention, result["pairs"][LS.name], result["pairs"][baseline]) / total
 
 
-def _section(scale: Scale, rows: Sequence[tuple[Trial, Mapping[str, Any]]], folder: Path) -> Section:
+def _section(preset_name: str, rows: Mapping[int, Mapping[str, Any]], folder: Path) -> Section:
     baselines = [name for name in PROVIDERS if name != LS.name]
-    header = ("n", *(f"{name} (s)" for name in PROVIDERS))
+    header = ["n", *(f"{name} (s)" for name in PROVIDERS)]
     for name in baselines:
-        header += (f"lower than {name}", "allowed")
+        header += [f"lower than {name}", "allowed"]
     cells = []
-    for trial, result in rows:
+    lines: dict[str, list[tuple[float, Interval]]] = {name: [] for name in PROVIDERS}
+    for length, result in rows.items():
         times = result["timing"]["seconds"]
-        row = [f"{trial.settings['length']:,}", *(number(median(times[name])) for name in PROVIDERS)]
+        row = [f"{length:,}", *(number(median(times[name])) for name in PROVIDERS)]
         for name in baselines:
             row += [f"{_saving(times, name):.0%}", f"{_allowed(result, name):.0%}"]
         cells.append((*row, f"{1 - result['flops'][LS.name] / result['flops'][MHSA.name]:.0%}"))
-    lines = {
-        name: [
-            (float(trial.settings["length"]), _spread(result["timing"]["seconds"][name]))
-            for trial, result in rows
-        ]
-        for name in PROVIDERS
-    }
+        for name, line in lines.items():
+            line.append((float(length), _spread(times[name])))
     file = draw_points({"Prefill": lines}, folder / "latency.png", "prompt (tokens)", "seconds")
     text = (
-        f"The preset {_SCALES[scale].preset} with untrained weights, fp32, batch 1, on "
-        f"{rows[0][1]['timing']['device']}; the models take turns, but other trials may run beside. Allowed: "
-        "what Amdahl's law allows, the baseline's time less the attention that LS avoids, at the baseline's "
-        "own rate. The paper saw up to 36 % on its GPU."
+        f"The preset {preset_name} with untrained weights, fp32, batch 1, on "
+        f"{next(iter(rows.values()))['timing']['device']}; the models take turns, but other trials may run "
+        "beside. Allowed: what Amdahl's law allows, the baseline's time less the attention that LS avoids, "
+        "at the baseline's own rate. The paper saw up to 36 % on its GPU."
     )
     table = Table((*header, "FLOPs lower by"), cells)
     return Section(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,8 @@ from longshort.data import prepare
 from longshort.reporting.intervals import Interval, paired_log_ratio
 from longshort.reporting.page import Figure, Section, Table, number
 from longshort.reporting.plots import Panel, draw_curves, draw_points
-from longshort.studies.comparison import (
-    RATES,
-    Rate,
-    Trained,
-    arm_table,
-    edge_text,
-    interval_text,
-    loss_difference,
-    plan_arms,
-    predictions,
-    split_by_depth,
-    sweep_table,
-    trained_arms,
-)
-from longshort.studies.language import Arm, Setting
-from longshort.studies.language_run import LanguageStudy, cost_to_reach, train_language_model
-from longshort.studies.settings import DEEP_LS, HYBRID, LS, MHSA, paper_base, tiny, with_model, with_train
-from longshort.studies.study import (
+from longshort.studies.framework.comparison import ArmResults, interval_text, judge, measure_arms
+from longshort.studies.framework.study import (
     Claim,
     Findings,
     Outcome,
@@ -39,20 +23,44 @@ from longshort.studies.study import (
     Trial,
     Verdict,
     Workplace,
-    weaker,
+    unique,
 )
+from longshort.studies.framework.sweep import Arm, Rate, plan_arms
+from longshort.studies.language.arms import (
+    DEEP_LS,
+    HYBRID,
+    LS,
+    MHSA,
+    Setting,
+    Variant,
+    paper_base,
+    tiny,
+)
+from longshort.studies.language.measures import (
+    arm_table,
+    cost_to_reach,
+    curves,
+    good_decades,
+    loss_difference,
+    predictions,
+    seconds_per_step,
+    spent,
+    split_by_depth,
+    sweep_section,
+)
+from longshort.studies.language.trial import LanguageStudy
 
-FP32 = with_train(with_model(MHSA, "MHSA, fp32", attention_precision="fp32"), "MHSA, fp32", precision="fp32")
-QK_NORM = with_model(MHSA, "MHSA + QK-norm", qk_norm=True)
+FP32 = Variant("MHSA, fp32", {"attention_precision": "fp32"}, {**MHSA.train, "precision": "fp32"})
+QK_NORM = MHSA.with_model("MHSA + QK-norm", qk_norm=True)
 PAPER_ARMS = (LS, MHSA, FP32, QK_NORM)
 """The paper's four; LS and MHSA in bf16."""
 
 FURTHER_ARMS = (
-    with_model(LS, "LS + QK-norm", qk_norm=True),
-    with_train(MHSA, "MHSA + QK-clip", qk_clip=30.0),
-    with_model(MHSA, "MHSA + softcap", softcap=30.0),
-    with_train(MHSA, "MHSA + z-loss", z_loss=1e-4),
-    with_model(MHSA, "MHSA + sink logits", sink_logits=True),
+    LS.with_model("LS + QK-norm", qk_norm=True),
+    MHSA.with_train("MHSA + QK-clip", qk_clip=30.0),
+    MHSA.with_model("MHSA + softcap", softcap=30.0),
+    MHSA.with_train("MHSA + z-loss", z_loss=1e-4),
+    MHSA.with_model("MHSA + sink logits", sink_logits=True),
 )
 
 PIECES = 10_000
@@ -73,54 +81,54 @@ FIGURE_5 = Claim(
 )
 
 
+_DECADES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
 @dataclass(frozen=True)
 class _Scale:
     setting: Setting
     seeds: int
-    arms: Sequence[Arm] = PAPER_ARMS
+    variants: Sequence[Variant] = PAPER_ARMS
 
-
-_DECADES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-_SCALES: Mapping[Scale, _Scale] = {
-    "smoke": _Scale(
-        replace(tiny(64, batch=2, steps=12), rates=(1e-2,)), seeds=2, arms=(*PAPER_ARMS, *FURTHER_ARMS)
-    ),
-    "laptop": _Scale(replace(tiny(1024, batch=2, steps=2000), rates=_DECADES[1:-1]), seeds=3),
-    "overnight": _Scale(
-        replace(tiny(2048, batch=2, steps=3000), rates=_DECADES),
-        seeds=5,
-        arms=(*PAPER_ARMS, *FURTHER_ARMS, DEEP_LS, HYBRID),
-    ),
-    "paper": _Scale(paper_base(8192), seeds=3, arms=(*PAPER_ARMS, *FURTHER_ARMS)),
-}
+    @property
+    def arms(self) -> list[Arm]:
+        return self.setting.arms(self.variants)
 
 
 class Remedies(LanguageStudy):
-    """Perplexity and cost of LS-attention and of other remedies, and their sensitivity to the learning
+    """The perplexity and cost of LS-attention and of other remedies, and their sensitivity to the learning
     rate."""
 
     name = "remedies"
     title = "LS-attention against other remedies (figure 5)"
     claims = (FIGURE_5,)
-
-    def default_seeds(self, scale: Scale) -> int:
-        return _SCALES[scale].seeds
+    scales: Mapping[Scale, _Scale] = {
+        "smoke": _Scale(
+            tiny(64, batch=2, steps=12, rates=(1e-2,)), seeds=2, variants=(*PAPER_ARMS, *FURTHER_ARMS)
+        ),
+        "laptop": _Scale(tiny(1024, batch=2, steps=2000, rates=_DECADES[1:-1]), seeds=3),
+        "overnight": _Scale(
+            tiny(2048, batch=2, steps=3000, rates=_DECADES),
+            seeds=5,
+            variants=(*PAPER_ARMS, *FURTHER_ARMS, DEEP_LS, HYBRID),
+        ),
+        "paper": _Scale(paper_base(8192), seeds=3, variants=(*PAPER_ARMS, *FURTHER_ARMS)),
+    }
 
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
-        chosen = _SCALES[scale]
-        plan = plan_arms(chosen.setting, chosen.arms, seeds, results)
-        return Plan([_pieces_trial(), *plan.trials], plan.later_work)
+        plan = plan_arms(self.scales[scale].arms, seeds, results)
+        return Plan([_pieces_trial(), *unique(plan.trials)], plan.later_work)
 
     def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
         if trial.key != _pieces_trial().key:
-            return train_language_model(trial, workplace)
+            return super().run(trial, workplace)
         folder = workplace.folder / "pieces"
         made = prepare(workplace.source, folder, tokenizer="bpe", vocab_size=PIECES, overwrite=True)
         return {"bytes_per_piece": made.validation.bytes_per_token, "pieces": made.vocab_size}
 
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
-        chosen = _SCALES[scale]
-        arms = trained_arms(chosen.setting, chosen.arms, seeds, results)
+        chosen = self.scales[scale]
+        arms = measure_arms(chosen.arms, seeds, results)
         pieces = results.get(_pieces_trial().key)
         # At the scale "paper" models read pieces themselves.
         bytes_per_piece = 1.0 if scale == "paper" else pieces["bytes_per_piece"] if pieces else math.nan
@@ -135,131 +143,98 @@ def _pieces_trial() -> Trial:
     return Trial("bytes per piece", 0, {"pieces": PIECES}, work=20.0)
 
 
-def _judge(arms: Mapping[str, Trained], bytes_per_piece: float) -> Verdict:
-    if any(arm.name not in arms for arm in (LS, FP32, QK_NORM)):
-        return Verdict(FIGURE_5, Outcome.NOT_MEASURED, "The trials are not done.")
-    outcomes = []
-    for rate in RATES:
-        perplexity = {
-            name: _perplexity_ratio(arms[LS.name], arms[name], bytes_per_piece, rate)
-            for name in (FP32.name, QK_NORM.name)
-        }
-        cost = {name: _cost_ratio(arms[LS.name], arms[name], "flops", rate) for name in perplexity}
-        outcomes.append(figure_5_outcome(perplexity, cost))
-    texts = []
-    for name in (FP32.name, QK_NORM.name):
-        ratio = _perplexity_ratio(arms[LS.name], arms[name], bytes_per_piece)
-        flops, tokens = (_cost_ratio(arms[LS.name], arms[name], unit) for unit in ("flops", "tokens"))
-        texts.append(
-            f"Against {name}: perplexity ratio {interval_text(ratio)}; to reach its final loss LS needs "
-            f"{_cost_text(flops)} of its FLOPs and {_cost_text(tokens)} of its tokens"
-        )
-    return Verdict(
-        FIGURE_5, weaker(*outcomes), f"{'. '.join(texts)}. (At the best rates.){edge_text(arms.values())}"
-    )
+def _judge(arms: Mapping[str, ArmResults], bytes_per_piece: float) -> Verdict:
+    remedies = (FP32.name, QK_NORM.name)
+
+    def perplexity(name: str, rate: Rate = "best") -> Interval:
+        return _perplexity_ratio(arms[LS.name], arms[name], bytes_per_piece, rate)
+
+    def cost(name: str, unit: str = "flops", rate: Rate = "best") -> Interval:
+        return _cost_ratio(arms[LS.name], arms[name], unit, rate)
+
+    def evidence() -> str:
+        texts = [
+            f"Against {name}: perplexity ratio {interval_text(perplexity(name))}; to reach its final loss LS "
+            f"needs {_cost_text(cost(name))} of its FLOPs and {_cost_text(cost(name, 'tokens'))} of its "
+            "tokens"
+            for name in remedies
+        ]
+        return f"{'. '.join(texts)}. (At the best rates.)"
+
+    return judge(
+        FIGURE_5, arms, (LS.name, *remedies),
+        lambda rate: figure_5_outcome(
+            [perplexity(name, rate) for name in remedies], [cost(name, rate=rate) for name in remedies]
+        ),
+        evidence,
+    )  # fmt: skip
 
 
-def figure_5_outcome(perplexity: Mapping[str, Interval], cost: Mapping[str, Interval]) -> Outcome:
-    """By the rule of the claim, from the ratios against each of the two remedies."""
-    for one, other in (tuple(perplexity), tuple(perplexity)[::-1]):
-        if perplexity[one].high < 1 / 2 and cost[other].high < 1 / 10:
+def figure_5_outcome(perplexity: Sequence[Interval], cost: Sequence[Interval]) -> Outcome:
+    """The outcome by the ratios of perplexity and of cost against each of the two remedies."""
+    for lower, cheaper in zip(perplexity, reversed(cost), strict=True):
+        if lower.high < 1 / 2 and cheaper.high < 1 / 10:
             return Outcome.PARTLY
-    if all(ratio.low > 1 for ratio in perplexity.values()):
-        return Outcome.CONTRADICTED
-    return Outcome.NOT_SHOWN
+    return Outcome.CONTRADICTED if all(ratio.low > 1 for ratio in perplexity) else Outcome.NOT_SHOWN
 
 
 def _perplexity_ratio(
-    first: Trained, second: Trained, bytes_per_piece: float, rate: Rate = "best"
+    first: ArmResults, second: ArmResults, bytes_per_piece: float, rate: Rate = "best"
 ) -> Interval:
-    """Of perplexities per piece: a difference of losses per byte, times the bytes of a piece."""
-    difference = loss_difference(first, second, rate)
-    return difference.times(bytes_per_piece).exp()
+    """The ratio of perplexities per piece: a difference of losses per byte, times the bytes of a piece."""
+    return loss_difference(first, second, rate).times(bytes_per_piece).exp()
 
 
-def _cost_ratio(first: Trained, second: Trained, unit: str, rate: Rate = "best") -> Interval:
-    """What the first needs to reach the second's final loss, relative to what that spent."""
-    spent, needed = {}, {}
-    for seed, result in second.results[rate].items():
-        spent[seed] = result["validation_curve"][-1][0] * result[f"{unit}_per_step"]
+def _cost_ratio(first: ArmResults, second: ArmResults, unit: str, rate: Rate = "best") -> Interval:
+    """What the first needs to reach the second's final loss, relative to what the second spent."""
+    budget, needed = {}, {}
+    for seed, result in second.by_rate[rate].items():
         loss = result["validation_loss"]
-        needed[seed] = None if loss is None else cost_to_reach(first.results[rate][seed], loss, unit)
-    return paired_log_ratio(needed, spent).exp()
+        budget[seed] = spent(result, unit)
+        needed[seed] = None if loss is None else cost_to_reach(first.by_rate[rate][seed], loss, unit)
+    return paired_log_ratio(needed, budget).exp()
 
 
 def _cost_text(ratio: Interval) -> str:
-    return (
-        interval_text(ratio)
-        if ratio.mean == ratio.mean
-        else "more than all (it did not reach it on every seed)"
-    )
+    is_reached = ratio.mean == ratio.mean
+    return interval_text(ratio) if is_reached else "more than all (it did not reach it on every seed)"
 
 
 def _sections(
-    chosen: _Scale, arms: Mapping[str, Trained], bytes_per_piece: float, folder: Path
+    chosen: _Scale, arms: Mapping[str, ArmResults], bytes_per_piece: float, folder: Path
 ) -> list[Section]:
     if LS.name not in arms:
         return []
-    arms, deep = split_by_depth(arms)
-    rows = []
-    for name, arm in arms.items():
-        flops = _cost_ratio(arms[LS.name], arm, "flops")
-        hours = flops.mean * _peak(name) / PEAK_TFLOPS["bf16"] if name != LS.name else 1.0
-        seconds = arm.seconds_per_step()
-        rows.append(
-            (
-                name,
-                interval_text(_perplexity_ratio(arms[LS.name], arm, bytes_per_piece))
-                if name != LS.name
-                else "1",
-                _short_cost(flops) if name != LS.name else "1",
-                number(hours) if hours == hours else "not reached",
-                f"{arm.sweep.good_decades:.1f}",
-                "" if seconds is None else f"{1000 * seconds:.0f}",
-            )
-        )
-    ratios = Table(
-        (
-            "", "perplexity, LS relative to it", "FLOPs for LS to reach it", "GPU hours, modelled",
-            "decades of good rates", "ms a step",
-        ),
-        rows,
-    )  # fmt: skip
+    plain, deep = split_by_depth(arms)
     by_rate = {
         "Validation loss, first seed": {
             name: [
                 (rate, Interval(math.nan if loss is None else loss, -math.inf, math.inf, 1))
                 for rate, loss in sorted(arm.sweep.losses.items())
             ]
-            for name, arm in arms.items()
+            for name, arm in plain.items()
         }
     }
     return [
-        Section("Remedies side by side", [chosen.setting.description], table=arm_table(arms)),
+        Section("Remedies side by side", [chosen.setting.description], table=arm_table(plain)),
         Section(
             "Perplexity and cost",
             [
-                (
-                    f"Perplexities are per piece of a {PIECES:,}-piece tokenizer of the same corpus, "
-                    f"{bytes_per_piece:.2f} bytes each, so that they can stand beside the paper's. GPU hours "
-                    "are not measured: FLOPs over the published peaks of an A100 (bf16 312, fp32 19.5 "
-                    "TFLOP/s). Decades of good rates: the width of the range of learning rates within 0.1 "
-                    "nats of the best. Milliseconds: medians on this machine, other trials "
-                    "running beside; blank where times were not kept."
-                )
+                (f"Perplexities are per piece of a {PIECES:,}-piece tokenizer of the same corpus, "
+                f"{bytes_per_piece:.2f} bytes each, so that they can stand beside the paper's. GPU hours are "
+                "not measured: FLOPs over the published peaks of an A100 (bf16 312, fp32 19.5 TFLOP/s). "
+                "Decades of good rates: the width of the range of learning rates within 0.1 nats of the "
+                "best. Milliseconds: medians on this machine, other trials running beside; blank where times "
+                "were not kept.")
             ],
-            table=ratios,
+            table=_cost_table(plain, bytes_per_piece),
             figures=[
                 Figure(
-                    draw_curves(_cost_panels(arms), folder / "remedies.png"), "Each arm at its best rate."
+                    draw_curves(_cost_panels(plain), folder / "remedies.png"), "Each arm at its best rate."
                 ),
                 Figure(
                     draw_points(
-                        by_rate,
-                        folder / "rates.png",
-                        "learning rate",
-                        "nats per token",
-                        log_y=False,
+                        by_rate, folder / "rates.png", "learning rate", "nats per token", log_y=False,
                         log_x_base=10,
                     ),
                     "Sensitivity to the learning rate: the loss at the end of a full run at each rate.",
@@ -267,43 +242,55 @@ def _sections(
             ],
         ),
         *([Section("The hybrid by layers, of four layers", table=arm_table(deep))] if deep else []),
-        Section("Learning rates", table=sweep_table({**arms, **deep})),
-    ]
+        sweep_section(arms),
+    ]  # fmt: skip
 
 
-def _short_cost(ratio: Interval) -> str:
-    return number(ratio.mean) if ratio.mean == ratio.mean else "not reached"
+def _cost_table(arms: Mapping[str, ArmResults], bytes_per_piece: float) -> Table:
+    rows = []
+    for name, arm in arms.items():
+        perplexity, flops, hours = "1", "1", "1"
+        if name != LS.name:
+            perplexity = interval_text(_perplexity_ratio(arms[LS.name], arm, bytes_per_piece))
+            share = _cost_ratio(arms[LS.name], arm, "flops").mean
+            peak = PEAK_TFLOPS["fp32" if name == FP32.name else "bf16"]
+            flops, hours = (
+                number(value) if value == value else "not reached"
+                for value in (share, share * peak / PEAK_TFLOPS["bf16"])
+            )
+        seconds = seconds_per_step(arm)
+        milliseconds = "" if seconds is None else f"{1000 * seconds:.0f}"
+        rows.append((name, perplexity, flops, hours, f"{good_decades(arm.sweep):.1f}", milliseconds))
+    header = (
+        "", "perplexity, LS relative to it", "FLOPs for LS to reach it", "GPU hours, modelled",
+        "decades of good rates", "ms a step",
+    )  # fmt: skip
+    return Table(header, rows)
 
 
-def _peak(name: str) -> float:
-    return PEAK_TFLOPS["fp32" if name == FP32.name else "bf16"]
-
-
-def _cost_panels(arms: Mapping[str, Trained]) -> list[Panel]:
+def _cost_panels(arms: Mapping[str, ArmResults]) -> list[Panel]:
     """Loss by cost, by time where that was measured for all arms, and the largest logit by step."""
 
-    def panel(title: str, x: str, unit: Mapping[str, float]) -> Panel:
-        curves = {
+    def panel(title: str, x: str, per_step: Mapping[str, float]) -> Panel:
+        lines = {
             name: [
-                [(step * unit[name], loss) for step, loss in curve]
-                for curve in arm.curves("validation_curve")
+                [(step * per_step[name], loss) for step, loss in curve]
+                for curve in curves(arm, "validation_curve")
             ]
             for name, arm in arms.items()
         }
-        return Panel(title, x, "validation loss (nats per token)", curves)
+        return Panel(title, x, "validation loss (nats per token)", lines)
 
-    def per_step(name: str, factor: float) -> dict[str, float]:
-        return {
-            arm: factor * next(iter(trained.results["best"].values()))[name] for arm, trained in arms.items()
-        }
+    def cost(unit: str, factor: float) -> dict[str, float]:
+        return {name: factor * arm.results()[0][f"{unit}_per_step"] for name, arm in arms.items()}
 
     panels = [
-        panel("By tokens", "million tokens", per_step("tokens_per_step", 1e-6)),
-        panel("By FLOPs", "TFLOPs", per_step("flops_per_step", 1e-12)),
+        panel("By tokens", "million tokens", cost("tokens", 1e-6)),
+        panel("By FLOPs", "TFLOPs", cost("flops", 1e-12)),
     ]
-    seconds = {name: arm.seconds_per_step() for name, arm in arms.items()}
+    seconds = {name: seconds_per_step(arm) for name, arm in arms.items()}
     measured = {name: value for name, value in seconds.items() if value is not None}
     if len(measured) == len(arms):
         panels.append(panel("By time on this machine", "seconds of training, one core", measured))
-    logits = {name: arm.curves("max_logit") for name, arm in arms.items()}
+    logits = {name: curves(arm, "max_logit") for name, arm in arms.items()}
     return [*panels, Panel("Largest logit", "step", "largest |scale · q·k|", logits)]

@@ -1,0 +1,209 @@
+"""`longshort study`: which studies there are, their folder, their report."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from longshort.checks import require_integer, require_seed
+from longshort.data import open_corpus
+from longshort.reporting.files import replace_file, strict_json
+from longshort.studies.dense_local.study import DenseLocal
+from longshort.studies.design import Design
+from longshort.studies.explosion import Explosion
+from longshort.studies.framework.page import write_study_report
+from longshort.studies.framework.runner import StudyProgress, run_trials
+from longshort.studies.framework.store import RESULTS_FILE, ResultsFile
+from longshort.studies.framework.study import SCALES, Findings, Scale, Study, Verdict, Workplace
+from longshort.studies.latency import Latency
+from longshort.studies.length import Length
+from longshort.studies.remedies import Remedies
+from longshort.training.run import current_versions
+
+STUDIES: Mapping[str, Study] = {
+    study.name: study for study in (DenseLocal(), Explosion(), Length(), Remedies(), Design(), Latency())
+}
+ALL = "all"
+_MANIFEST = "study.json"
+_FINDINGS = "findings.json"
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Run a study of the paper's claims, or go on with one, and write its report.
+
+    Each study states its claims and the rules of its verdicts before it runs. What is finished is not run
+    again: the same command goes on after Ctrl-C, and draws the report anew when all is done.
+    """
+
+    name: str
+    """dense-local, explosion, length, remedies, design, latency, or all."""
+
+    scale: Scale = "laptop"
+    """smoke: seconds, shows that it works. laptop: up to 40 minutes a study on two cores. overnight: hours,
+    with controls. paper: the author's sizes, for GPUs."""
+
+    seeds: int | None = None
+    """Seeds of each arm. None: those of the scale."""
+
+    first_seed: int = 0
+    """Seeds are this one and those that follow."""
+
+    out: Path | None = None
+    """Folder for results and report. None: runs/study-SCALE."""
+
+    source: str = "stdlib"
+    """Text to train on, as for `longshort data`."""
+
+    jobs: int | None = None
+    """Trials at once, each on one CPU thread. None: one per core; 1 at the scale paper."""
+
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where trials run. None: cpu; auto at the scale paper."""
+
+    def __post_init__(self) -> None:
+        if self.name != ALL and self.name not in STUDIES:
+            raise ValueError(f"NAME must be one of {', '.join(STUDIES)} or {ALL}, got {self.name!r}")
+        if self.scale not in SCALES:
+            raise ValueError(f"--scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
+        require_seed("--first-seed", self.first_seed)
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) is not None:
+                require_integer(f"--{name}", getattr(self, name), minimum=1)
+
+    @property
+    def folder(self) -> Path:
+        """Where results and report go."""
+        return Path("runs") / f"study-{self.scale}" if self.out is None else self.out
+
+    def seeds_of(self, study: Study) -> list[int]:
+        """The seeds of one of them."""
+        count = self.seeds or study.default_seeds(self.scale)
+        return list(range(self.first_seed, self.first_seed + count))
+
+    @property
+    def studies(self) -> list[Study]:
+        """Those that are asked for."""
+        return list(STUDIES.values()) if self.name == ALL else [STUDIES[self.name]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call has come to: the page, and the verdicts of each study that was asked for."""
+
+    file: Path
+    verdicts: Mapping[str, Sequence[Verdict]]
+
+
+def run_studies(settings: StudySettings, display: StudyProgress | None = None) -> Report:
+    """Run the trials that are not done yet, judge the claims, and write figures and report.
+
+    Raises:
+        ValueError: the folder holds results of another scale or corpus, or a file there is damaged.
+        FileExistsError: the folder holds something else.
+        FileNotFoundError: there is no such corpus.
+        BlockingIOError: another process works there.
+        ChildProcessError: a trial failed; what is finished stays.
+        OSError: a file could not be written.
+    """
+    open_corpus(settings.source)  # complains of a wrong source before anything is made
+    folder = settings.folder
+    is_paper = settings.scale == "paper"
+    device = settings.device or ("auto" if is_paper else "cpu")
+    manifest = {"scale": settings.scale, "source": settings.source, "device": device}
+    _check_folder(folder, manifest)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        seeds = {study.name: settings.seeds_of(study) for study in settings.studies}
+        _write_manifest(folder, manifest, seeds)
+        work = {study.name: (study, ResultsFile(folder / study.name)) for study in settings.studies}
+        workplace = Workplace(
+            folder=folder.absolute(),
+            source=settings.source,
+            tokenizer="bpe" if is_paper else "bytes",
+            device=device,
+        )
+        jobs = settings.jobs or (1 if is_paper else len(os.sched_getaffinity(0)))
+        run_trials(work, settings.scale, seeds, workplace, jobs, display)
+        found = judge_all(settings.scale, folder)
+        page = write_study_report(
+            folder,
+            _read_manifest(folder),
+            {STUDIES[name].title: findings for name, findings in found.items()},
+        )
+        return Report(page, {name: found[name].verdicts for name in work})
+
+
+def judge_all(scale: Scale, folder: Path) -> dict[str, Findings]:
+    """Of all studies that have results in the folder: draw their figures and write their findings down."""
+    seeds = _read_manifest(folder)["seeds"]
+    found = {}
+    for name, study in STUDIES.items():
+        if not (folder / name / RESULTS_FILE).is_file():
+            continue
+        found[name] = study.findings(scale, seeds[name], ResultsFile(folder / name).results, folder / name)
+        content = {
+            "verdicts": [
+                {
+                    "claim": asdict(verdict.claim),
+                    "outcome": verdict.outcome.value,
+                    "evidence": verdict.evidence,
+                }
+                for verdict in found[name].verdicts
+            ],
+            "prediction_intervals": {
+                arm: {quantity: [interval.low, interval.high] for quantity, interval in row.items()}
+                for arm, row in found[name].predictions.items()
+            },
+        }
+        replace_file(folder / name / _FINDINGS, strict_json(content).encode())
+    return found
+
+
+def _check_folder(folder: Path, manifest: Mapping[str, str]) -> None:
+    path = folder / _MANIFEST
+    if path.is_file():
+        content = _read_manifest(folder)
+        found = {name: content.get(name) for name in manifest}
+        if found != manifest:
+            raise ValueError(
+                f"--out: {folder} holds results of {found}, not of {dict(manifest)}; take another folder"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"--out: {folder} exists and holds no study; it stays as it is")
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, str], seeds: Mapping[str, list[int]]) -> None:
+    """Add the seeds, and the machine and versions of this call to those that worked here before."""
+    path = folder / _MANIFEST
+    before: dict[str, Any] = _read_manifest(folder) if path.is_file() else {}
+    versions = ", ".join(f"{name} {version}" for name, version in current_versions().items())
+    here = f"{versions}, CPU with {torch.backends.cpu.get_cpu_capability()}"
+    content = {
+        **manifest,
+        "seeds": {**before.get("seeds", {}), **seeds},
+        "made_with": list(dict.fromkeys([*before.get("made_with", []), here])),
+    }
+    replace_file(path, strict_json(content).encode())
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / _MANIFEST).read_text())
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with open(folder / ".lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process works on the studies in {folder}") from None
+        yield

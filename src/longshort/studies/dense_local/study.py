@@ -1,0 +1,167 @@
+"""The study `dense-local`, the paper's figure 2: global and local attention fit a dense random band.
+
+Trials are single fits. The plan: every arm's sweep, then every arm on all seeds at its best rate and, where
+verdicts rest on it, at the next lower one; then the fits that are drawn, and those within a limit of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longshort.reporting.intervals import Interval, log_prediction_interval
+from longshort.studies.dense_local.arms import (
+    LOSS_FLOOR,
+    SIZES,
+    MeasuredPair,
+    Pair,
+    arm_of,
+    frontier_trials,
+    grid_ratios,
+    illustrated_pair,
+    illustration,
+    measure_pairs,
+    pairs,
+    speaking,
+)
+from longshort.studies.dense_local.findings import sections
+from longshort.studies.dense_local.layer import run_layer_fit
+from longshort.studies.dense_local.task import Fit, run_fit
+from longshort.studies.framework.comparison import judge
+from longshort.studies.framework.study import (
+    Claim,
+    Findings,
+    Outcome,
+    Plan,
+    Results,
+    Scale,
+    Study,
+    Trial,
+    Verdict,
+    Workplace,
+    unique,
+)
+from longshort.studies.framework.sweep import RATES, Rate, plan_arms, sweep
+
+_RULE = (
+    "In each combination of l'/d (½, 1, 4) and w/l' (½, 1, 2, 4) the 95 % interval over paired seeds of the "
+    "log of {quantity}, local over global, each at its best rate, speaks for the claim if it lies below 0, "
+    "against it if above 0. Shown: for it in all combinations. Contradicted: against it in more than half. "
+    "Partly shown: for it in at least half, and not contradicted. Else not shown. The weaker outcome of best "
+    "rates and next lower rates counts. Windows narrower than the dependency (w < l') cannot reach the "
+    "target and count as all others do."
+)
+
+CLAIMS = (
+    Claim(
+        "F2a,b",
+        "Global attention draws O(n²) scores from O(n·d) degrees of freedom, local attention O(n·l') scores.",
+        "None: it is counting.",
+        "Illustrated: target and fits are drawn from measured numbers; there is no verdict.",
+    ),
+    Claim(
+        "F2c",
+        "On a dense local dependency local attention reaches a lower training loss than global attention.",
+        "Global attention reaches as low a loss, or a lower one, with other spans or windows than "
+        "l' = d = w, where local attention wins by counting alone.",
+        _RULE.format(quantity=f"final losses (at least {LOSS_FLOOR:g} nats, fp32's noise)"),
+    ),
+    Claim(
+        "F2d",
+        "On a dense local dependency local attention resists the explosion of logits.",
+        "Local attention's largest logit grows as large as global attention's.",
+        _RULE.format(quantity="largest logits at the end"),
+    ),
+)
+
+
+class DenseLocal(Study):
+    """A dense random band, fitted by global and by local attention (figure 2)."""
+
+    name = "dense-local"
+    title = "Dense local dependencies (figure 2)"
+    claims = CLAIMS
+    scales = SIZES
+
+    def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
+        on_grid = _fits(pair for pair in pairs(scale) if pair.topic == "grid")
+        others = [fit for fit in _fits(pairs(scale)) if fit not in on_grid]
+        grid = plan_arms(map(arm_of, on_grid), seeds, results)
+        rest = plan_arms(map(arm_of, others), seeds, results, ("best",))
+        trials = [*grid.trials, *rest.trials]
+        later_work = grid.later_work + rest.later_work
+        for fit in illustrated_pair(scale).fits:
+            found, drawn = sweep(arm_of(fit), results, seeds[0]), illustration(fit)
+            if found.is_done:
+                trials.append(drawn.trial(found.best, seeds[0]))
+            else:
+                later_work += found.trials[0].work
+        return Plan(unique([*trials, *frontier_trials(scale, seeds[0])], keep="first"), later_work)
+
+    def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
+        fit = Fit(**trial.settings)
+        run = run_fit if fit.form == "free" else run_layer_fit
+        return run(fit, str(workplace.torch_device), workplace.report_progress)
+
+    def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
+        found = measure_pairs(scale, seeds, results)
+        predictions = {
+            side.arm.name: {
+                quantity: log_prediction_interval(side.values(quantity).values())
+                for quantity in ("loss", "max_logit")
+            }
+            for measured in found.values()
+            for side in (measured.local, measured.other)
+        }
+        drawn = sections(scale, seeds, results, found, folder)
+        return Findings(verdicts(scale, found), drawn, predictions)
+
+
+def _fits(chosen: Iterable[Pair]) -> list[Fit]:
+    return list(dict.fromkeys(fit for pair in chosen for fit in pair.fits))
+
+
+def verdicts(scale: Scale, found: Mapping[Pair, MeasuredPair]) -> list[Verdict]:
+    """Judge each claim by its rule."""
+    drawn, losses, logits = CLAIMS
+    return [
+        Verdict(drawn, Outcome.ILLUSTRATED, "Target, global fit and local fit are drawn below."),
+        _judge(losses, scale, found, "loss", "loss"),
+        _judge(logits, scale, found, "max_logit", "largest logit"),
+    ]
+
+
+def _judge(
+    claim: Claim, scale: Scale, found: Mapping[Pair, MeasuredPair], quantity: str, word: str
+) -> Verdict:
+    def ratios(rate: Rate) -> list[Interval | None]:
+        return list(grid_ratios(scale, found, quantity, rate).values())
+
+    def text(rate: Rate) -> str:
+        known = [interval for interval in ratios(rate) if interval is not None]
+        speak_for, against = speaking(known)
+        missing = len(ratios(rate)) - len(known)
+        return (
+            f"at {'best' if rate == 'best' else 'next lower'} rates lower in {speak_for} and higher in "
+            f"{against}" + (f", {missing} not run" if missing else "")
+        )
+
+    def evidence() -> str:
+        count = len(ratios("best"))
+        return f"Local attention's {word}, of {count} combinations: {'; '.join(map(text, RATES))}."
+
+    return judge(claim, {}, (), lambda rate: outcome(ratios(rate)), evidence)
+
+
+def outcome(intervals: Sequence[Interval | None]) -> Outcome:
+    """The outcome by the log ratios (local / global) of all combinations at one choice of rates."""
+    known = [interval for interval in intervals if interval is not None]
+    if not known or len(known) < len(intervals) or any(interval.count < 2 for interval in known):
+        return Outcome.NOT_MEASURED
+    speak_for, against = speaking(known)
+    if speak_for == len(known):
+        return Outcome.SHOWN
+    if 2 * against > len(known):
+        return Outcome.CONTRADICTED
+    return Outcome.PARTLY if 2 * speak_for >= len(known) else Outcome.NOT_SHOWN

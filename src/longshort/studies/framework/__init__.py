@@ -1,0 +1,1 @@
+"""The framework of all studies: what a study is, sweeps, comparisons, the runner, its files and page."""

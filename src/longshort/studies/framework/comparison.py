@@ -1,0 +1,163 @@
+"""Comparing arms over paired seeds, at their best rates and at the next lower ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from longshort.reporting.intervals import Interval, confidence_interval, paired_difference, paired_log_ratio
+from longshort.reporting.page import number
+from longshort.studies.framework.study import Claim, Outcome, Results, Verdict, not_measured
+from longshort.studies.framework.sweep import RATES, Arm, Rate, Sweep, sweep
+
+
+@dataclass(frozen=True)
+class ArmResults:
+    """The main trials of an arm.
+
+    Attributes:
+        arm: the arm.
+        sweep: of its learning rates.
+        by_rate: results by rate and seed; a rate is there once it was run on all seeds.
+    """
+
+    arm: Arm
+    sweep: Sweep
+    by_rate: Mapping[Rate, Mapping[int, Mapping[str, Any]]]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings of its first trial at the best rate."""
+        return self.arm.trial(self.sweep.best, next(iter(self.by_rate["best"]))).settings
+
+    def results(self, rate: Rate = "best") -> list[Mapping[str, Any]]:
+        """Its results, one per seed."""
+        return list(self.by_rate[rate].values())
+
+    def values(self, quantity: str, rate: Rate = "best") -> dict[int, float | None]:
+        """A number of the results by seed, None where it was not finite; losses are the ladder's floor at
+        least."""
+        values = {seed: result.get(quantity) for seed, result in self.by_rate[rate].items()}
+        if quantity == self.arm.ladder.loss:
+            floor = self.arm.ladder.floor
+            values = {seed: None if value is None else max(value, floor) for seed, value in values.items()}
+        return values
+
+    def mean(self, quantity: str) -> float:
+        """The mean over seeds at the best rate; NaN if a value was not finite."""
+        return confidence_interval(self.values(quantity).values()).mean
+
+
+def measure(
+    arm: Arm, seeds: Sequence[int], results: Results, rates: Sequence[Rate] = RATES
+) -> ArmResults | None:
+    """The main trials of an arm; None until they are done at all of `rates`."""
+    found = sweep(arm, results, seeds[0])
+    if not found.is_done:
+        return None
+    by_rate = {}
+    for rate in RATES:
+        keys = {seed: arm.trial(found.rate(rate), seed).key for seed in seeds}
+        if all(key in results for key in keys.values()):
+            by_rate[rate] = {seed: results[key] for seed, key in keys.items()}
+    return ArmResults(arm, found, by_rate) if by_rate.keys() >= set(rates) else None
+
+
+def measure_arms(
+    arms: Iterable[Arm], seeds: Sequence[int], results: Results, rates: Sequence[Rate] = RATES
+) -> dict[str, ArmResults]:
+    """The arms by name whose main trials are done at all of `rates`."""
+    measured = {arm.name: measure(arm, seeds, results, rates) for arm in arms}
+    return {name: arm for name, arm in measured.items() if arm is not None}
+
+
+def log_ratio(first: ArmResults, second: ArmResults, quantity: str, rate: Rate = "best") -> Interval:
+    """Paired log-ratio of a number of two arms, each at its own rate."""
+    return paired_log_ratio(first.values(quantity, rate), second.values(quantity, rate))
+
+
+def ratio(first: ArmResults, second: ArmResults, quantity: str, rate: Rate = "best") -> Interval:
+    """Paired ratio of a number of two arms, each at its own rate."""
+    return log_ratio(first, second, quantity, rate).exp()
+
+
+def difference(first: ArmResults, second: ArmResults, quantity: str, rate: Rate = "best") -> Interval:
+    """Paired difference of a number of two arms, each at its own rate."""
+    return paired_difference(first.values(quantity, rate), second.values(quantity, rate))
+
+
+def judge(
+    claim: Claim,
+    arms: Mapping[str, ArmResults],
+    needed: Sequence[str],
+    rule: Callable[[Rate], Outcome],
+    evidence: Callable[[], str],
+) -> Verdict:
+    """The weaker of a claim's outcomes at the best rates and at the next lower ones.
+
+    Args:
+        claim: what is judged.
+        arms: those whose trials are done; sweeps that end at an edge are named in the evidence.
+        needed: names of the arms without which nothing is judged.
+        rule: the outcome at one choice of rates.
+        evidence: the numbers in words.
+    """
+    if any(name not in arms for name in needed):
+        return not_measured(claim)
+    return Verdict(claim, weaker(*map(rule, RATES)), evidence() + edge_text(arms[name] for name in needed))
+
+
+def weaker(first: Outcome, second: Outcome) -> Outcome:
+    """The outcome of a claim that must hold twice, such as at two learning rates."""
+    if first == second:
+        return first
+    order = (Outcome.SHOWN, Outcome.PARTLY, Outcome.NOT_SHOWN)
+    if first in order and second in order:
+        return max(first, second, key=order.index)
+    return Outcome.NOT_MEASURED if Outcome.NOT_MEASURED in (first, second) else Outcome.NOT_SHOWN
+
+
+def judge_below(interval: Interval, shown: float, partly: float) -> Outcome:
+    """Shown if the interval lies below `shown`, partly if below `partly`, contradicted if above that."""
+    if interval.high < shown:
+        return Outcome.SHOWN
+    if interval.high < partly:
+        return Outcome.PARTLY
+    return Outcome.CONTRADICTED if interval.low > partly else Outcome.NOT_SHOWN
+
+
+def edge_text(arms: Iterable[ArmResults]) -> str:
+    """A warning that names the arms whose best rate lies at the edge of their sweep; empty if none does."""
+    sweeps = {arm.sweep.name: arm.sweep for arm in arms}
+    names = [f"{name} ({rate_text(found.best)})" for name, found in sweeps.items() if found.is_at_edge]
+    return f" Best rate at the edge of the sweep: {', '.join(names)}." if names else ""
+
+
+def mean_text(values: Iterable[float | None]) -> str:
+    """The mean to four digits."""
+    return number(confidence_interval(values).mean)
+
+
+def interval_text(interval: Interval) -> str:
+    """Mean and ends, to three digits."""
+    if not interval.is_known:
+        return _short(interval.mean)
+    return f"{_short(interval.mean)} [{_short(interval.low)}, {_short(interval.high)}]"
+
+
+def difference_text(interval: Interval) -> str:
+    """Mean and ends with signs."""
+    if not interval.is_known:
+        return f"{interval.mean:+.3f}" if interval.mean == interval.mean else "not finite"
+    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate as it is written in the settings: 3e-3."""
+    mantissa, exponent = f"{rate:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def _short(value: float) -> str:
+    return "not finite" if value != value else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

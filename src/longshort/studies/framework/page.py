@@ -1,0 +1,71 @@
+"""The report page of the studies: every claim beside what was measured, then numbers and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longshort.reporting.page import Card, Report, Section, Table, write_page
+from longshort.studies.framework.study import Findings, Outcome, Verdict
+
+_TONES = {
+    Outcome.SHOWN: "good",
+    Outcome.PARTLY: "mixed",
+    Outcome.NOT_SHOWN: "neutral",
+    Outcome.CONTRADICTED: "bad",
+    Outcome.ILLUSTRATED: "neutral",
+    Outcome.NOT_MEASURED: "neutral",
+}
+
+
+def write_study_report(folder: Path, manifest: Mapping[str, Any], found: Mapping[str, Findings]) -> Path:
+    """Write FOLDER/report.html from the findings of each study, by its title.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    sections = [_overview(found)]
+    for title, findings in found.items():
+        sections.append(Section(title, cards=[_card(verdict) for verdict in findings.verdicts]))
+        sections += findings.sections
+    made_with = "; ".join(manifest["made_with"])
+    report = Report(
+        title="LS-attention: the paper's claims, measured",
+        subtitle=f"Scale {manifest['scale']}, corpus {manifest['source']}; {made_with}",
+        sections=sections,
+    )
+    return write_page(report, folder)
+
+
+def _overview(found: Mapping[str, Findings]) -> Section:
+    rows = [
+        (verdict.claim.id, verdict.outcome.value, title)
+        for title, findings in found.items()
+        for verdict in findings.verdicts
+    ]
+    return Section(
+        paragraphs=[
+            (
+                "Each claim has a rule that was written down before the trials were run; the rules stand "
+                "beside the verdicts below. Intervals are 95 % confidence intervals over seeds, paired where "
+                "two arms are compared; in tables of arms they are prediction intervals: where another "
+                "seed's value will lie."
+            )
+        ],
+        table=Table(("claim", "verdict", "study"), rows),
+    )
+
+
+def _card(verdict: Verdict) -> Card:
+    return Card(
+        title=verdict.claim.id,
+        badge=verdict.outcome.value,
+        tone=_TONES[verdict.outcome],
+        text=verdict.claim.statement,
+        rows=[
+            ("measured", verdict.evidence),
+            ("against it", verdict.claim.falsifier),
+            ("rule", verdict.claim.rule),
+        ],
+    )

@@ -1,0 +1,200 @@
+"""What a study is: trials to run, claims to judge, and findings.
+
+A study states its claims and the rule of each verdict before anything runs. Its plan follows from the results
+so far alone, so a study that was stopped resumes where it was: the rates of the main trials, say, follow from
+the sweeps. Findings are drawn and judged from results alone too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+
+from longshort.reporting.intervals import Interval
+from longshort.reporting.page import Section
+
+Scale = Literal["smoke", "laptop", "overnight", "paper"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
+"""smoke: whether the machinery works, in seconds. laptop: what decides the verdicts, within 40 minutes on 2
+cores. overnight: controls and interventions too, at least 5 seeds. paper: the author's sizes, for GPUs."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a study.
+
+    Attributes:
+        arm: what is compared, such as "MHSA"; trials of one arm differ in seed or learning rate.
+        seed: trials of unlike arms and the same seed are pairs.
+        settings: everything that decides the result, seed included; JSON.
+        work: how long it takes, in a unit common to the study's trials, such as FLOPs.
+    """
+
+    arm: str
+    seed: int
+    settings: Mapping[str, Any]
+    work: float = field(default=1.0, compare=False)
+
+    @property
+    def key(self) -> str:
+        """A hash of the settings, by which results are found."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+Results = Mapping[str, Mapping[str, Any]]
+"""Results of finished trials by `Trial.key`, JSON; numbers that were not finite are None."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trials that are known by now.
+
+    Attributes:
+        trials: in the order in which they are run and written down.
+        later_work: work of the trials that follow once these are done, for the estimate of the time left.
+    """
+
+    trials: Sequence[Trial]
+    later_work: float = 0.0
+
+
+def unique(trials: Iterable[Trial], keep: Literal["first", "last"] = "last") -> list[Trial]:
+    """Drop repeated trials, keeping the place of each one's first or last occurrence."""
+    trials = list(trials)
+    if keep == "first":
+        return list({trial.key: trial for trial in trials}.values())
+    return list({trial.key: trial for trial in reversed(trials)}.values())[::-1]
+
+
+class Outcome(Enum):
+    """How a claim stands after a study."""
+
+    SHOWN = "shown"
+    PARTLY = "partly shown"
+    NOT_SHOWN = "not shown at this scale"
+    CONTRADICTED = "contradicted at this scale"
+    ILLUSTRATED = "illustrated"
+    NOT_MEASURED = "not measured at this scale"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper, or a question of ours.
+
+    Attributes:
+        id: the paper's figure or table, such as "F2c", or a word for questions of ours.
+        statement: what is claimed.
+        falsifier: what would speak against it.
+        rule: when it counts as shown, and what the other outcomes are; fixed before the trials are run.
+    """
+
+    id: str
+    statement: str
+    falsifier: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome for a claim, and the numbers that it rests on, in words."""
+
+    claim: Claim
+    outcome: Outcome
+    evidence: str
+
+
+def not_measured(claim: Claim, reason: str = "The trials are not done.") -> Verdict:
+    """The verdict on a claim whose trials do not suffice to judge it."""
+    return Verdict(claim, Outcome.NOT_MEASURED, reason)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The results of a study, judged and drawn.
+
+    Attributes:
+        verdicts: one per claim.
+        sections: for the report.
+        predictions: by arm and quantity, where another seed's value will lie with 95 % confidence.
+    """
+
+    verdicts: Sequence[Verdict]
+    sections: Sequence[Section]
+    predictions: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)
+
+
+def _ignore_progress(_share: float) -> None:  # a lambda cannot be sent to another process
+    pass
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where and with what trials run.
+
+    Attributes:
+        folder: the folder of all studies of one scale; corpora and training runs that they share lie here.
+        source: the corpus, as for `longshort data`.
+        tokenizer: "bytes" or "bpe" (10,000 pieces, as in the paper).
+        threads: CPU threads of one trial.
+        device: "cpu", "cuda" or "auto".
+        report_progress: called with the share of the trial that is done, 0 ... 1.
+    """
+
+    folder: Path
+    source: str
+    tokenizer: str = "bytes"
+    threads: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    report_progress: Callable[[float], None] = _ignore_progress
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device, "auto" resolved: a GPU where there is one."""
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Study(ABC):
+    """A figure or table of the paper, or a question of ours, as an experiment.
+
+    Attributes:
+        name: for the command line.
+        title: for the report.
+        claims: what is judged.
+        scales: the sizes of each scale, its number of seeds among them.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    claims: ClassVar[Sequence[Claim]]
+    scales: ClassVar[Mapping[Scale, Any]]
+
+    def default_seeds(self, scale: Scale) -> int:
+        """Give the number of seeds of a scale."""
+        return self.scales[scale].seeds
+
+    @abstractmethod
+    def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
+        """List the trials that follow from the results so far: a pure function. Sweeps run on the first
+        seed."""
+
+    def prepare(self, workplace: Workplace) -> None:  # noqa: B027  # most need nothing
+        """Make what all trials need, once, before the first of them runs."""
+
+    @abstractmethod
+    def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
+        """Run one trial. The result is JSON and a pure function of the trial's settings and the corpus,
+        except for the key "timing", which holds measured times."""
+
+    @abstractmethod
+    def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
+        """Judge the claims by their rules and draw the figures into a folder."""

@@ -1,0 +1,1 @@
+"""Studies that train language models: arms, trials, and what their results say."""

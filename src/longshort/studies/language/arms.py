@@ -1,0 +1,160 @@
+"""The language models that studies compare, and the settings in which they are trained.
+
+Arms of one seed start from the same weights and see the same batches, at equal steps and a constant rate
+after the warm-up. Variants and settings that several studies share lie here, so that the studies share the
+trials too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from longshort.model import LongShortConfig, preset, training_flops
+from longshort.studies.framework.study import Trial
+from longshort.studies.framework.sweep import Arm, Ladder
+
+_FLOPS_PER_SECOND = 4e10  # of a laptop's core, overhead included: for the estimate of the time left
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one arm has of its own.
+
+    Attributes:
+        name: for tables and legends.
+        model: fields of `LongShortConfig`.
+        train: fields of `TrainConfig`.
+        measure: what is measured after the training; see `train_language_model`.
+    """
+
+    name: str
+    model: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    measure: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_model(self, name: str, **model: Any) -> Variant:
+        """A variant with further fields of its model's config."""
+        return replace(self, name=name, model={**self.model, **model})
+
+    def with_train(self, name: str, **train: Any) -> Variant:
+        """A variant with further settings of its training."""
+        return replace(self, name=name, train={**self.train, **train})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms of a comparison share.
+
+    Attributes:
+        model: fields of `LongShortConfig` over the preset that its key "preset" names.
+        train: fields of `TrainConfig`.
+        description: for the report.
+        rates: learning rates that every sweep tries, rising, from … 1e-3, 3e-3, 1e-2 …
+    """
+
+    model: Mapping[str, Any]
+    train: Mapping[str, Any]
+    description: str
+    rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
+
+    def trial(self, variant: Variant, rate: float, seed: int) -> Trial:
+        """The trial of a variant at a learning rate."""
+        model = {**self.model, **variant.model}
+        training = {"schedule": "constant", **self.train, **variant.train}
+        training |= {"learning_rate": rate, "seed": seed}
+        flops = training_flops(model_config(model, training), training["sequence_length"]).total
+        settings: dict[str, Any] = {"model": model, "train": training}
+        if variant.measure:
+            settings["measure"] = dict(variant.measure)
+        sequences = training["steps"] * training["batch_size"]
+        return Trial(variant.name, seed, settings, flops * sequences / _FLOPS_PER_SECOND)
+
+    def arm(self, variant: Variant) -> Arm:
+        """The arm of a variant, with a sweep of its own."""
+        return Arm(variant.name, partial(self.trial, variant), Ladder(self.rates))
+
+    def arms(self, variants: Sequence[Variant]) -> list[Arm]:
+        """The arms of variants."""
+        return [self.arm(variant) for variant in variants]
+
+
+def model_config(model: Mapping[str, Any], training: Mapping[str, Any]) -> LongShortConfig:
+    """The config of a trial's model."""
+    fields = {key: value for key, value in model.items() if key != "preset"}
+    length = training["sequence_length"]
+    return preset(model["preset"], mhsa=training.get("mhsa", False), **fields, max_position_embeddings=length)
+
+
+LS = Variant("LS")
+"""The preset's layout: one global head, the others local."""
+
+MHSA = Variant("MHSA", train={"mhsa": True})
+"""Every head global."""
+
+MHSA_ROPE = MHSA.with_model("MHSA + RoPE", position_embedding="rope")
+LS_ROPE = LS.with_model("LS + RoPE", position_embedding="rope")
+DEEP_LS = LS.with_model("LS, 4 layers", num_hidden_layers=4)
+HYBRID = LS.with_model("hybrid by layers, 4 layers", num_hidden_layers=4, num_global_heads=[0, 0, 0, 4])
+"""As many global heads as `DEEP_LS`, all in the last layer, as in Gemma 3."""
+
+
+def tiny(length: int, batch: int, steps: int, rates: Sequence[float] = Setting.rates) -> Setting:
+    """The preset `tiny` on bytes: 2 layers, width 64, 4 heads of 16, window 16; attention in bf16, as in the
+    paper."""
+    return Setting(
+        {"preset": "tiny", "attention_precision": "bf16"},
+        {
+            "sequence_length": length,
+            "batch_size": batch,
+            "steps": steps,
+            "warmup_steps": min(100, steps // 4),
+            "validation_windows": max(1, min(32, steps // 3) * 512 // length),
+        },
+        f"Models of 2 layers, width 64 and 4 heads of 16, on bytes: {steps:,} steps of {batch} sequences of "
+        f"{length} bytes, a constant learning rate after the warm-up, attention in bf16; LS has one global "
+        "head and three with a window of 16. All arms of a seed start from the same weights and see the same "
+        "batches.",
+        rates,
+    )
+
+
+PAPER_RATES: Sequence[float] = (3e-4, 1e-3, 3e-3)
+"""Rates around the author's 6e-4."""
+
+PAPER_SMALL = Setting(
+    {"preset": "paper-small", "attention_precision": "bf16", "local_window": 50},
+    {
+        "sequence_length": 2048,
+        "batch_size": 256,
+        "micro_batch_size": 16,
+        "steps": 50_000,
+        "warmup_steps": 2000,
+        "precision": "bf16",
+        "validation_windows": 64,
+    },
+    "The author's small model: 6 layers, 6 heads of 32, width 192, n = 2048, window 50, 256 sequences.",
+    PAPER_RATES,
+)
+"""The author's small model."""
+
+
+def paper_base(length: int) -> Setting:
+    """The author's base model at a sequence length, half a million tokens a step."""
+    batch = max(1, 524_288 // length)
+    return Setting(
+        {"preset": "paper-base", "attention_precision": "bf16"},
+        {
+            "sequence_length": length,
+            "batch_size": batch,
+            "micro_batch_size": max(1, 16_384 // length),
+            "steps": 50_000,
+            "warmup_steps": 2000,
+            "precision": "bf16",
+            "validation_windows": 32,
+        },
+        f"The author's base model: 12 layers, 12 heads of 64, width 768, n = {length}, window 100.",
+        PAPER_RATES,
+    )

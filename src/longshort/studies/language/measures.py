@@ -1,0 +1,171 @@
+"""What the results of trained language models say: losses at equal cost, curves, and tables of arms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from longshort.reporting.intervals import (
+    Interval,
+    log_prediction_interval,
+    paired_difference,
+    prediction_interval,
+)
+from longshort.reporting.page import Section, Table, number
+from longshort.studies.framework.comparison import ArmResults, difference, interval_text, rate_text
+from longshort.studies.framework.sweep import Rate, Sweep
+
+QUANTITIES = ("validation_loss", "max_logit", "max_logit_in_band", "row_range")
+"""The numbers that tables show of an arm, and that are predicted for another seed."""
+
+_GOOD = 0.1  # nats above the lowest loss, within which a rate is good
+
+
+def loss_difference(first: ArmResults, second: ArmResults, rate: Rate = "best") -> Interval:
+    """Paired difference of the validation loss at equal steps, nats per token."""
+    return difference(first, second, "validation_loss", rate)
+
+
+def loss_difference_at_equal_flops(first: ArmResults, second: ArmResults, rate: Rate = "best") -> Interval:
+    """Paired difference of the validation loss when both had spent what the cheaper one spends in all."""
+    losses = []
+    for arm, other in ((first, second), (second, first)):
+        by_seed = {}
+        for seed, result in arm.by_rate[rate].items():
+            budget = min(spent(result, "flops"), spent(other.by_rate[rate][seed], "flops"))
+            by_seed[seed] = loss_at_flops(result, budget)
+        losses.append(by_seed)
+    return paired_difference(*losses)
+
+
+def spent(result: Mapping[str, Any], unit: str) -> float:
+    """What a run spent in all, in "tokens" or "flops"."""
+    return result["validation_curve"][-1][0] * result[f"{unit}_per_step"]
+
+
+def loss_at_flops(result: Mapping[str, Any], flops: float) -> float | None:
+    """The validation loss of a run when it had spent these FLOPs, interpolated between two measurements."""
+    step = flops / result["flops_per_step"]
+    curve = result["validation_curve"]
+    before = curve[0]
+    for after in curve:
+        if after[0] >= step * (1 - 1e-9):
+            if after[1] is None or before[1] is None:
+                return None
+            if after is before:
+                return after[1]
+            share = (step - before[0]) / (after[0] - before[0])
+            return before[1] + share * (after[1] - before[1])
+        before = after
+    return curve[-1][1]
+
+
+def cost_to_reach(result: Mapping[str, Any], loss: float, unit: str) -> float | None:
+    """What a run had spent when its validation loss first was as low, in "tokens" or "flops"; None if it
+    never was."""
+    per_step = result[f"{unit}_per_step"]
+    before: list[Any] | None = None
+    for step, value in result["validation_curve"]:
+        if value is not None and value <= loss:
+            if before is None or before[1] is None:
+                return step * per_step
+            share = (before[1] - loss) / (before[1] - value)
+            return (before[0] + share * (step - before[0])) * per_step
+        before = [step, value]
+    return None
+
+
+def diverged(arm: ArmResults, rate: Rate = "best") -> int:
+    """How many seeds of an arm diverged."""
+    return sum(result["diverged_at"] is not None for result in arm.results(rate))
+
+
+def curves(arm: ArmResults, name: str, rate: Rate = "best") -> list[list[tuple[float, float | None]]]:
+    """A curve per seed: "loss_curve", "validation_curve" or one of the logit curves."""
+    return [
+        [
+            tuple(point)
+            for point in (result if name.endswith("_curve") else result["logit_curves"]).get(name, [])
+        ]
+        for result in arm.results(rate)
+    ]
+
+
+def seconds_per_step(arm: ArmResults) -> float | None:
+    """Median seconds of a training step at the best rate; None where it was not measured."""
+    seconds = [
+        result["tokens_per_step"] / result["timing"]["tokens_per_second"]
+        for result in arm.results()
+        if result.get("timing", {}).get("tokens_per_second")
+    ]
+    return median(seconds) if seconds else None
+
+
+def good_decades(sweep: Sweep) -> float:
+    """Width of the range of rates within 0.1 nats of the best, in decades, between tried rates (Wortsman et
+    al. 2023 call its inverse learning-rate sensitivity)."""
+    least = sweep.losses[sweep.best]
+    if least is None:
+        return 0.0
+    good = [rate for rate, loss in sweep.losses.items() if loss is not None and loss <= least + _GOOD]
+    return math.log10(max(good) / min(good))
+
+
+def split_by_depth(arms: Mapping[str, ArmResults]) -> tuple[dict[str, ArmResults], dict[str, ArmResults]]:
+    """Separate the arms of the setting's depth from those of another, which do not compare with them."""
+    deep = {name: arm for name, arm in arms.items() if "num_hidden_layers" in arm.settings["model"]}
+    return {name: arm for name, arm in arms.items() if name not in deep}, deep
+
+
+def predict(quantity: str, values: Mapping[int, float | None]) -> Interval:
+    """Where another seed's value of a quantity will lie: losses by differences, logits by factors."""
+    rule = prediction_interval if quantity.endswith("loss") else log_prediction_interval
+    return rule(values.values())
+
+
+def predictions(arms: Mapping[str, ArmResults]) -> dict[str, dict[str, Interval]]:
+    """Where another seed's values will lie, by arm, at its best rate."""
+    return {
+        name: {quantity: predict(quantity, arm.values(quantity)) for quantity in QUANTITIES}
+        for name, arm in arms.items()
+    }
+
+
+def arm_table(arms: Mapping[str, ArmResults]) -> Table:
+    """A row per arm at its best rate: means over seeds, with the 95 % prediction interval for another
+    seed."""
+    rows = []
+    for name, arm in arms.items():
+        results = arm.results()
+        rows.append(
+            (
+                name,
+                f"{results[0]['parameters'] / 1000:,.0f}k",
+                rate_text(arm.sweep.best) + (" (edge)" if arm.sweep.is_at_edge else ""),
+                *(interval_text(predict(quantity, arm.values(quantity))) for quantity in QUANTITIES),
+                f"{diverged(arm)} of {len(results)}",
+                f"{sum(result['spikes'] for result in results)}",
+                number(spent(results[0], "flops") / 1e12),
+            )
+        )
+    header = (
+        "", "parameters", "rate", "validation loss", "largest logit", "in window", "row range", "diverged",
+        "spikes", "TFLOPs",
+    )  # fmt: skip
+    return Table(header, rows)
+
+
+def sweep_section(arms: Mapping[str, ArmResults]) -> Section:
+    """A row per arm: the validation loss of the first seed at every rate of its sweep."""
+    rates = sorted({rate for arm in arms.values() for rate in arm.sweep.losses})
+    rows = []
+    for name, arm in arms.items():
+        cells = []
+        for rate in rates:
+            text = number(arm.sweep.losses[rate]) if rate in arm.sweep.losses else ""
+            cells.append(f"{text} ←" if rate == arm.sweep.best else text)
+        rows.append((name, *cells))
+    table = Table(("validation loss by learning rate, first seed", *map(rate_text, rates)), rows)
+    return Section("Learning rates", ["The best rate of each arm is marked."], table=table)

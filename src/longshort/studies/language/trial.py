@@ -1,0 +1,214 @@
+"""Training the model of a trial, and summarizing the run in numbers."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from longshort.data import DataFolder, prepare
+from longshort.evaluation import measure_needle
+from longshort.model import parameter_count, training_flops
+from longshort.reporting.files import replace_file, strict_json
+from longshort.stability import SpikeDetector, divergence_step
+from longshort.studies.framework.study import Study, Trial, Workplace
+from longshort.studies.language.arms import model_config
+from longshort.training.config import TrainConfig
+from longshort.training.loop import Progress, resume, train
+from longshort.training.metrics import read_metrics
+from longshort.training.run import CONFIG_FILE
+from longshort.training.trained import open_trained
+
+_CURVE_POINTS = 60
+_HEAD_POINTS = 20
+_LOGITS = (
+    "max_logit",
+    "max_logit_local",
+    "max_logit_global",
+    "max_logit_in_band",
+    "row_range",
+)
+
+
+class LanguageStudy(Study):
+    """A study whose trials train language models."""
+
+    def prepare(self, workplace: Workplace) -> None:
+        if not data_folder(workplace).is_dir():
+            prepare(workplace.source, data_folder(workplace), tokenizer=workplace.tokenizer)
+
+    def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
+        return train_language_model(trial, workplace)
+
+
+def train_language_model(trial: Trial, workplace: Workplace) -> dict[str, Any]:
+    """Train the model of a trial, or resume it, and summarize the run.
+
+    The run's folder is WORKPLACE/runs/NAME; trials of the same training share it. `settings["measure"]` may
+    hold "needle": the lengths, depths and samples of `measure_needle`.
+
+    Raises:
+        InterruptedError: the training was stopped by a signal; its checkpoint is written.
+    """
+    settings = trial.settings
+    training = Trial(trial.arm, trial.seed, {"model": settings["model"], "train": settings["train"]})
+    run = workplace.folder / "runs" / training.key
+    with _alone(run):
+        _train(run, settings, workplace)
+        result = summarize(run, settings)
+        needle = settings.get("measure", {}).get("needle")
+        if needle is not None:
+            result["needle"] = _needle(run, needle, workplace)
+        return result
+
+
+def _train(run: Path, settings: Mapping[str, Any], workplace: Workplace) -> None:
+    progress = _Share(settings["train"]["steps"], workplace)
+    if (run / CONFIG_FILE).is_file():
+        outcome = resume(run, progress=progress)
+    else:
+        model_file = run.with_suffix(".json")
+        replace_file(model_file, strict_json(dict(settings["model"])).encode())
+        outcome = train(
+            TrainConfig(
+                preset=str(model_file),
+                data=data_folder(workplace),
+                out=run,
+                threads=workplace.threads,
+                device=workplace.device,
+                **_logging(settings["train"]),
+            ),
+            progress,
+        )
+    if outcome.signal is not None:
+        raise InterruptedError(f"stopped by signal {outcome.signal}")
+
+
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Let trials that share a training wait for each other."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with open(run.with_suffix(".lock"), "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def data_folder(workplace: Workplace) -> Path:
+    """The folder of the corpus, made by `LanguageStudy.prepare`."""
+    return workplace.folder / "data"
+
+
+def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Reduce a run's metrics.jsonl to numbers: JSON, None for what was not finite.
+
+    `loss` is the mean training loss of the last tenth of the steps, largest logits and row ranges are those
+    of the last tenth of the measurements. Curves are lists of [step, value].
+    """
+    metrics = read_metrics(run)
+    losses = [line["loss"] for line in metrics]
+    monitored = [_with_band(line) for line in metrics if "max_logit_by_head" in line]
+    late = monitored[-max(1, len(monitored) // 10) :]
+    names = [name for name in _LOGITS if any(line.get(name) is not None for line in monitored)]
+    tail = losses[-max(1, len(losses) // 10) :]
+    training = settings["train"]
+    config = model_config(settings["model"], training)
+    flops = training_flops(config, training["sequence_length"]).total * training["batch_size"]
+    validated = [[line["step"], line["validation_loss"]] for line in metrics if "validation_loss" in line]
+    return {
+        "parameters": parameter_count(config),
+        "flops_per_step": flops,
+        "tokens_per_step": training["sequence_length"] * training["batch_size"],
+        "loss": None if None in tail else fmean(tail),
+        "validation_loss": validated[-1][1],
+        "diverged_at": divergence_step(losses),
+        "spikes": _count_spikes(metrics),
+        **{name: _largest(line[name] for line in late) for name in names},
+        "max_logit_by_head": [
+            [line["step"], line["max_logit_by_head"]] for line in _thinned(monitored, _HEAD_POINTS)
+        ],
+        "validation_curve": validated,
+        "loss_curve": _running_mean(losses),
+        "logit_curves": {
+            name: [[line["step"], line[name]] for line in _thinned(monitored, _CURVE_POINTS)]
+            for name in names
+        },
+        "timing": {"tokens_per_second": median(line["tokens_per_second"] for line in metrics)},
+    }
+
+
+def _logging(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a trial's training, and those that decide what it logs."""
+    steps = training["steps"]
+    every = max(1, steps // 50)
+    return {
+        "log_every": 1,
+        "monitor_every": every,
+        "monitor_row_range": True,
+        "evaluate_every": every,
+        "checkpoint_every": steps,
+        "tensorboard": False,
+        **training,
+    }
+
+
+class _Share(Progress):
+    def __init__(self, steps: int, workplace: Workplace) -> None:
+        self._steps = steps
+        self._report = workplace.report_progress
+
+    def on_step(self, step: int, record: dict[str, Any] | None) -> None:
+        if step % 20 == 0:
+            self._report(step / self._steps)
+
+
+def _needle(run: Path, needle: Mapping[str, Any], workplace: Workplace) -> list[dict[str, Any]]:
+    trained = open_trained(run)
+    data = DataFolder.open(data_folder(workplace))
+    found = measure_needle(trained.model, trained.tokenizer, data.validation, seed=0, **needle)
+    return [
+        {"length": cell.length, "depth": cell.depth, "gain": cell.gain, "accuracy": cell.accuracy}
+        for cell in found.cells
+    ]
+
+
+def _count_spikes(metrics: Sequence[Mapping[str, Any]]) -> int:
+    """Count spikes as `SpikeDetector` does, in the numbers that a run logged."""
+    detector = SpikeDetector()
+    spikes = 0
+    for line in metrics:
+        loss, norm = (math.nan if line[name] is None else line[name] for name in ("loss", "grad_norm"))
+        is_monitored = "max_logit_by_head" in line
+        logit = (math.nan if line["max_logit"] is None else line["max_logit"]) if is_monitored else None
+        spikes += detector.observe(line["step"], loss, norm, logit) is not None
+    return spikes
+
+
+def _running_mean(losses: Sequence[float | None]) -> list[list[Any]]:
+    """The mean loss between two points of the curve; None where a loss was not finite."""
+    size = max(1, len(losses) // _CURVE_POINTS)
+    curve = []
+    for end in range(size, len(losses) + 1, size):
+        part = losses[end - size : end]
+        curve.append([end, None if None in part else fmean(value for value in part if value is not None)])
+    return curve
+
+
+def _with_band(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the largest logit of all heads over the pairs inside the band: equal sets of pairs."""
+    parts = [line.get(name) for name in ("max_logit_local", "max_logit_global_in_band")]
+    known = [part for part in parts if part is not None]
+    return {**line, "max_logit_in_band": max(known) if known and line["max_logit"] is not None else None}
+
+
+def _thinned(lines: Sequence[Any], points: int) -> Sequence[Any]:
+    every = max(1, len(lines) // points)
+    return [line for index, line in enumerate(lines) if index % every == 0 or index == len(lines) - 1]
+
+
+def _largest(values: Any) -> float | None:
+    known = list(values)
+    return None if None in known else max(known)

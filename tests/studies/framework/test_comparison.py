@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from tests.studies.planted import language_result, swept
+
+from longshort.reporting.intervals import Interval
+from longshort.studies.framework.comparison import (
+    edge_text,
+    interval_text,
+    judge,
+    judge_below,
+    measure_arms,
+    rate_text,
+    weaker,
+)
+from longshort.studies.framework.study import Claim, Outcome
+from longshort.studies.framework.sweep import plan_arms
+from longshort.studies.language.arms import LS, MHSA, tiny
+
+SETTING = tiny(512, batch=1, steps=100)
+ARMS = SETTING.arms((MHSA, LS))
+SEEDS = range(3)
+CLAIM = Claim("C", "It is so.", "It is not.", "Shown if it is.")
+
+
+def filled(loss_of, best=3e-3):
+    """Results for the plan of both arms; the loss falls by 2 nats along the training."""
+    results = {}
+    while True:
+        left = [trial for trial in plan_arms(ARMS, SEEDS, results).trials if trial.key not in results]
+        if not left:
+            return results
+        for trial in left:
+            loss = loss_of(trial) + swept(trial, best)
+            results[trial.key] = language_result(trial, loss=loss, max_logit=10.0)
+
+
+def test_arms_are_there_when_all_their_trials_are():
+    results = filled(lambda trial: 2.0)
+    last = plan_arms(ARMS, SEEDS, results).trials[-1]
+    assert last.arm == LS.name
+    del results[last.key]
+    assert list(measure_arms(ARMS, SEEDS, results)) == [MHSA.name]
+    at_best = measure_arms(ARMS, SEEDS, results, ("best",))
+    assert list(at_best) == [MHSA.name, LS.name]
+    assert [list(arm.by_rate) for arm in at_best.values()] == [["best", "lower"], ["best"]]
+
+
+def test_values_are_those_of_each_arms_own_rate():
+    arms = measure_arms(ARMS, SEEDS, filled(lambda trial: 2.0 + 0.1 * trial.seed))
+    assert arms[LS.name].values("validation_loss") == {
+        seed: pytest.approx(2.0 + 0.1 * seed) for seed in SEEDS
+    }
+    assert arms[LS.name].values("validation_loss", "lower")[0] == pytest.approx(2.3)
+    assert arms[LS.name].mean("validation_loss") == pytest.approx(2.1)
+    assert arms[LS.name].settings["train"]["learning_rate"] == 3e-3
+
+
+def test_a_claim_waits_for_its_arms_and_must_hold_at_both_rates():
+    results = filled(lambda trial: 2.0)
+    arms = measure_arms(ARMS, SEEDS, results)
+    by_rate = {"best": Outcome.SHOWN, "lower": Outcome.PARTLY}
+    verdict = judge(CLAIM, arms, (LS.name,), by_rate.__getitem__, lambda: "Numbers.")
+    assert (verdict.outcome, verdict.evidence) == (Outcome.PARTLY, "Numbers.")
+    missing = judge(CLAIM, arms, (LS.name, "RoPE"), by_rate.__getitem__, lambda: "Numbers.")
+    assert (missing.outcome, missing.evidence) == (Outcome.NOT_MEASURED, "The trials are not done.")
+
+
+def test_edges_are_named_in_the_evidence():
+    inside = measure_arms(ARMS, SEEDS, filled(lambda trial: 2.0))
+    assert edge_text(inside.values()) == ""
+    falling = filled(lambda trial: 2.0 + trial.settings["train"]["learning_rate"], best=0.0)
+    at_edge = measure_arms(ARMS, SEEDS, falling)
+    assert edge_text([at_edge[LS.name]]) == " Best rate at the edge of the sweep: LS (1e-4)."
+    assert at_edge[LS.name].sweep.lower == 3e-5  # the next lower rate is run all the same
+    verdict = judge(CLAIM, at_edge, (LS.name,), lambda rate: Outcome.SHOWN, lambda: "Numbers.")
+    assert verdict.evidence == "Numbers. Best rate at the edge of the sweep: LS (1e-4)."
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "outcome"),
+    [
+        (Outcome.SHOWN, Outcome.SHOWN, Outcome.SHOWN),
+        (Outcome.SHOWN, Outcome.PARTLY, Outcome.PARTLY),
+        (Outcome.PARTLY, Outcome.NOT_SHOWN, Outcome.NOT_SHOWN),
+        (Outcome.CONTRADICTED, Outcome.CONTRADICTED, Outcome.CONTRADICTED),
+        (Outcome.CONTRADICTED, Outcome.SHOWN, Outcome.NOT_SHOWN),
+        (Outcome.CONTRADICTED, Outcome.NOT_MEASURED, Outcome.NOT_MEASURED),
+    ],
+)
+def test_the_weaker_outcome_counts(first, second, outcome):
+    assert weaker(first, second) is weaker(second, first) is outcome
+
+
+@pytest.mark.parametrize(
+    ("ends", "outcome"),
+    [
+        ((0.01, 0.04), Outcome.SHOWN),
+        ((0.01, 0.05), Outcome.PARTLY),
+        ((0.2, 0.99), Outcome.PARTLY),
+        ((0.2, 1.0), Outcome.NOT_SHOWN),
+        ((1.01, 2.0), Outcome.CONTRADICTED),
+        ((-math.inf, math.inf), Outcome.NOT_SHOWN),
+    ],
+)
+def test_judging_a_ratio(ends, outcome):
+    low, high = ends
+    assert judge_below(Interval(0.5, low, high, 3), 1 / 20, 1.0) is outcome
+
+
+def test_numbers_in_words():
+    assert interval_text(Interval(0.25079, 0.207, 0.3038, 3)) == "0.251 [0.207, 0.304]"
+    assert interval_text(Interval(1.5, -math.inf, math.inf, 1)) == "1.5"
+    assert interval_text(Interval(math.nan, -math.inf, math.inf, 1)) == "not finite"
+    assert [rate_text(rate) for rate in (3e-3, 1e-2, 0.1, 0.0316, 100.0)] == [
+        "3e-3", "1e-2", "1e-1", "3.16e-2", "1e2"
+    ]  # fmt: skip

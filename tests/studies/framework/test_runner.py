@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+
+import pytest
+from tests.studies.framework.toy_study import Toy
+
+from longshort.studies.framework.runner import StudyProgress, run_trials
+from longshort.studies.framework.store import RESULTS_FILE, ResultsFile
+from longshort.studies.framework.study import Workplace
+
+
+def run(folder, study=None, jobs=2, progress=None, seeds=range(3)):
+    study = study or Toy()
+    file = ResultsFile(folder / "toy")
+    run_trials({"toy": (study, file)}, "smoke", {"toy": seeds}, Workplace(folder, "stdlib"), jobs, progress)
+    return file
+
+
+class Watch(StudyProgress):
+    def __init__(self):
+        self.states, self.finished = [], []
+
+    def on_state(self, state):
+        self.states.append(state)
+
+    def on_result(self, study, trial, seconds):
+        self.finished.append(trial.arm)
+
+
+def test_trials_that_follow_from_others_are_run_too(tmp_path):
+    watch = Watch()
+    results = run(tmp_path, progress=watch).results
+    assert sorted(result["double"] for result in results.values()) == [0, 2, 4, 8]
+    assert watch.finished[-1] == "again"
+    last = watch.states[-1]
+    assert (last.done, last.known, last.running) == ({"toy": 4}, {"toy": 4}, [])
+    assert last.seconds_left == 0
+
+
+def test_workers_are_processes_with_one_thread_each(tmp_path):
+    results = run(tmp_path).results.values()
+    assert {result["threads"] for result in results} == {"1"}
+    pids = {result["timing"]["pid"] for result in results}
+    assert os.getpid() not in pids
+    assert not multiprocessing.active_children()
+
+
+def test_what_is_finished_is_not_run_again(tmp_path):
+    run(tmp_path)
+    before = (tmp_path / "toy" / RESULTS_FILE).read_bytes()
+    watch = Watch()
+    run(tmp_path, Toy(fails=1), progress=watch)
+    assert watch.finished == []
+    assert (tmp_path / "toy" / RESULTS_FILE).read_bytes() == before
+
+
+def test_a_failure_names_the_trial_and_keeps_what_is_finished(tmp_path):
+    with pytest.raises(ChildProcessError, match=r"toy, double, seed 2 failed:[\s\S]*this seed fails"):
+        run(tmp_path, Toy(fails=2), jobs=1)
+    assert len(ResultsFile(tmp_path / "toy").results) == 2
+    whole = run(tmp_path / "whole")
+    assert len(run(tmp_path).results) == 4
+    assert whole.results.keys() == ResultsFile(tmp_path / "toy").results.keys()
+    ours, theirs = ((folder / "toy" / RESULTS_FILE).read_bytes() for folder in (tmp_path, tmp_path / "whole"))
+    assert ours == theirs
+
+
+def test_a_killed_process_is_an_error_not_a_hang(tmp_path):
+    with pytest.raises(ChildProcessError, match="was killed"):
+        run(tmp_path, Toy(dies=0), jobs=1)
+
+
+def test_ctrl_c_ends_the_workers(tmp_path):
+    class Interrupt(StudyProgress):
+        def on_state(self, state):
+            if state.done["toy"] == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    assert threading.current_thread() is threading.main_thread()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Toy(sleeps=2), progress=Interrupt())
+    assert not multiprocessing.active_children()
+    assert len(ResultsFile(tmp_path / "toy").results) == 2

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+
+from longshort.studies.explosion import Explosion
+from longshort.studies.framework.study import Workplace
+from longshort.studies.language.arms import LS, MHSA, Setting, Variant, paper_base, tiny
+from longshort.studies.language.trial import train_language_model
+
+SETTING = tiny(64, batch=2, steps=6)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A small corpus of its own."""
+    folder = tmp_path_factory.mktemp("studies")
+    texts = folder / "texts"
+    texts.mkdir()
+    for number in range(40):
+        (texts / f"{number}.txt").write_text(f"text {number} says {number * 7} and ends\n" * 40)
+    place = Workplace(folder, str(texts))
+    Explosion().prepare(place)
+    return place
+
+
+def test_a_trial_is_a_pure_function_of_its_settings(workplace, tmp_path):
+    trial = SETTING.trial(MHSA, 1e-3, seed=1)
+    first = train_language_model(trial, workplace)
+    again = train_language_model(trial, workplace)  # from the finished run
+    (tmp_path / "data").symlink_to(workplace.folder / "data")
+    elsewhere = train_language_model(trial, Workplace(tmp_path, workplace.source))
+    for result in (first, again, elsewhere):
+        result.pop("timing")
+    assert first == again == elsewhere
+    assert first["validation_curve"][-1][0] == 6
+    assert first["row_range"] >= first["max_logit"] > 0
+
+
+def test_arms_start_alike_and_differ(workplace):
+    ls, mhsa = (train_language_model(SETTING.trial(arm, 1e-3, 0), workplace) for arm in (LS, MHSA))
+    assert ls["loss_curve"][0][1] == pytest.approx(mhsa["loss_curve"][0][1], abs=0.02)
+    assert ls["max_logit"] != mhsa["max_logit"]
+    assert ls["flops_per_step"] < mhsa["flops_per_step"]
+
+
+def test_a_needle_is_measured_where_it_is_asked_for(workplace):
+    needle = {"lengths": [64], "depths": [0.5], "samples": 2}
+    result = train_language_model(
+        SETTING.trial(Variant("LS", measure={"needle": needle}), 1e-3, 0), workplace
+    )
+    assert [(cell["length"], cell["depth"]) for cell in result["needle"]] == [(64, 0.5)]
+
+
+@pytest.mark.parametrize("length", [512, 8192])
+def test_models_of_the_papers_size_are_built_and_stepped(workplace, length):
+    """With short sequences, one layer and few steps: the code is the same."""
+    setting = paper_base(length)
+    model = {**setting.model, "num_hidden_layers": 1, "vocab_size": 257}
+    train = {**setting.train, "sequence_length": 32, "batch_size": 2, "micro_batch_size": 1, "steps": 1}
+    train |= {"warmup_steps": 0, "validation_windows": 1}
+    trial = Setting(model, train, "").trial(LS, 3e-4, 0)
+    assert train_language_model(trial, workplace)["loss"] > 0

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from longshort.studies.catalogue import STUDIES, StudySettings, run_studies
+from longshort.studies.framework.store import RESULTS_FILE
+from longshort.studies.framework.study import SCALES
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(f"text {number} says {number * 7} and ends\n" * 60)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def all_studies(texts, tmp_path_factory):
+    settings = StudySettings(
+        "all", scale="smoke", source=str(texts), out=tmp_path_factory.mktemp("lab") / "out"
+    )
+    return settings, run_studies(settings)
+
+
+def test_every_study_runs_and_judges_its_claims(all_studies):
+    settings, report = all_studies
+    assert list(report.verdicts) == list(STUDIES)
+    for name, verdicts in report.verdicts.items():
+        assert [verdict.claim for verdict in verdicts] == list(STUDIES[name].claims)
+        assert all(verdict.evidence for verdict in verdicts)
+        written = json.loads((settings.folder / name / "findings.json").read_text())
+        outcomes = [verdict["outcome"] for verdict in written["verdicts"]]
+        assert outcomes == [verdict.outcome.value for verdict in verdicts]
+        assert written["prediction_intervals"] or name == "latency"
+
+
+def test_the_report_sets_claims_beside_measurements(all_studies):
+    _, report = all_studies
+    page = report.file.read_text()
+    for name, verdicts in report.verdicts.items():
+        assert STUDIES[name].title in page
+        for verdict in verdicts:
+            assert verdict.outcome.value in page
+    assert page.count("data:image/png;base64,") >= 8
+    assert not re.search(r'(src|href)="(?!data:)', page)  # needs nothing beside it
+
+
+def test_the_same_command_again_changes_nothing(all_studies, texts):
+    settings, _ = all_studies
+    files = sorted(settings.folder.glob(f"*/{RESULTS_FILE}"))
+    before = [file.read_bytes() for file in files]
+    assert len(before) == len(STUDIES)
+    run_studies(settings)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_another_scale_or_corpus_is_refused(all_studies, texts):
+    settings, _ = all_studies
+    with pytest.raises(ValueError, match=r"--out: .* holds results of .*smoke"):
+        run_studies(StudySettings("latency", scale="laptop", source=str(texts), out=settings.folder))
+    with pytest.raises(ValueError, match=r"--out: .* holds results of"):
+        run_studies(StudySettings("latency", scale="smoke", source="stdlib", out=settings.folder))
+
+
+def test_a_folder_with_other_things_stays_as_it_is(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds no study"):
+        run_studies(StudySettings("latency", scale="smoke", out=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_missing_corpus_is_an_error_before_anything_is_made(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        run_studies(
+            StudySettings("latency", scale="smoke", out=tmp_path / "out", source=str(tmp_path / "no"))
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "explosions"}, "NAME must be one of dense-local, .* or all, got 'explosions'"),
+        ({"scale": "desktop"}, "--scale must be one of smoke, laptop, overnight, paper, got 'desktop'"),
+        ({"seeds": 0}, "--seeds must be an integer >= 1, got 0"),
+        ({"jobs": True}, "--jobs must be an integer >= 1, got True"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        StudySettings(**{"name": "all", **change})
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_every_study_has_a_plan_at_every_scale(study, scale):
+    seeds = range(study.default_seeds(scale))
+    trials = study.plan(scale, seeds, {}).trials
+    assert trials
+    assert len({trial.key for trial in trials}) == len(trials)
+    assert all(trial.work > 0 for trial in trials)
+    assert all(json.loads(json.dumps(trial.settings)) == trial.settings for trial in trials)
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_comes_to_the_same_results(all_studies, texts, tmp_path):
+    """Ctrl-C to the whole group, as a terminal sends it, while trainings are at work; twice."""
+    settings, _ = all_studies
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "longshort", "study", "explosion", "--scale", "smoke"]
+    command += ["--source", str(texts), "--out", str(out)]
+    for runs in (1, 8):
+        process = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("runs/*/metrics.jsonl"))) < runs:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert b"Traceback" not in output
+        assert b"the same command goes on" in output
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    ours = (out / "explosion" / RESULTS_FILE).read_bytes()
+    assert ours == (settings.folder / "explosion" / RESULTS_FILE).read_bytes()
