@@ -8,7 +8,7 @@ import torch
 
 from longshort.cli import main
 from longshort.studies import demo
-from longshort.studies.demo import DemoSettings, Display, run_demo, summarize_training
+from longshort.studies.demo import DemoProgress, DemoSettings, run_demo, summarize_training
 from longshort.training.metrics import MetricsLog, read_metrics
 from longshort.training.run import read_run
 
@@ -109,7 +109,7 @@ def test_an_interrupted_demo_leaves_no_process(source, tmp_path, monkeypatch):
         processes.append(start(*arguments, **options))
         return processes[-1]
 
-    class Impatient(Display):
+    class Impatient(DemoProgress):
         def on_training(self, name, step, record):
             assert record["step"] == step
             raise KeyboardInterrupt
@@ -146,7 +146,7 @@ class StoppedError(Exception):
     """Raised by a display, to end a demo at its first word."""
 
 
-class Stopper(Display):
+class Stopper(DemoProgress):
     def on_stage(self, text):
         raise StoppedError
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from longshort.cli.console import SECONDS_BETWEEN_LINES, console
 from longshort.cli.flags import parse
 from longshort.cli.train import describe_progress
-from longshort.studies.demo import MODELS, PROMPT, DemoSettings, Display, run_demo
+from longshort.studies.demo import MODELS, PROMPT, DemoProgress, DemoSettings, run_demo
 from longshort.studies.demo_report import describe_outcome, result_table, write_demo_report
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-class DemoDisplay(Display):
+class DemoDisplay(DemoProgress):
     """The stages as lines; the two trainings as bars on a terminal, as a line now and then elsewhere."""
 
     def __init__(self, output: Console, steps: int) -> None:

@@ -197,13 +197,13 @@ def _label_lengths(axes: Axes, values: Sequence[float], base: int = 2) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
 
 
-def shared_legend(figure: Figure, panels: Iterable[Axes]) -> None:
+def shared_legend(figure: Figure, panels: Iterable[Axes], columns: int = 3) -> None:
     """One legend below all panels."""
     handles = {}
     for axes in panels:
         handles |= {name: mark for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
         figure.legend(
-            handles.values(), handles.keys(), loc="outside lower left", ncols=min(3, len(handles)),
+            handles.values(), handles.keys(), loc="outside lower left", ncols=min(columns, len(handles)),
             frameon=False, fontsize=9, labelcolor=INK,
         )  # fmt: skip

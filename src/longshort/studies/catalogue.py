@@ -1,4 +1,4 @@
-"""`longshort study`: which studies there are, their folder, their report."""
+"""The studies there are, and `longshort study`, which runs them in a folder and writes their report."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 
-from longshort.checks import require_integer, require_seed
+from longshort.checks import check_fields
 from longshort.data import open_corpus
 from longshort.reporting.files import replace_file, strict_json
 from longshort.studies.dense_local.study import DenseLocal
@@ -22,10 +23,11 @@ from longshort.studies.explosion import Explosion
 from longshort.studies.framework.page import write_study_report
 from longshort.studies.framework.runner import StudyProgress, run_trials
 from longshort.studies.framework.store import RESULTS_FILE, ResultsFile
-from longshort.studies.framework.study import SCALES, Findings, Scale, Study, Verdict, Workplace
+from longshort.studies.framework.study import Findings, Scale, Study, Verdict, Workplace
 from longshort.studies.latency import Latency
 from longshort.studies.length import Length
 from longshort.studies.remedies import Remedies
+from longshort.training.config import Seed
 from longshort.training.run import current_versions
 
 STUDIES: Mapping[str, Study] = {
@@ -38,10 +40,10 @@ _FINDINGS = "findings.json"
 
 @dataclass(frozen=True)
 class StudySettings:
-    """Run a study of the paper's claims, or go on with one, and write its report.
+    """Run a study of the paper's claims, or resume one, and write its report.
 
-    Each study states its claims and the rules of its verdicts before it runs. What is finished is not run
-    again: the same command goes on after Ctrl-C, and draws the report anew when all is done.
+    Each study states its claims and the rules of its verdicts before it runs. Finished trials are not run
+    again: the same command resumes after Ctrl-C, and draws the report anew when all is done.
     """
 
     name: str
@@ -51,10 +53,10 @@ class StudySettings:
     """smoke: seconds, shows that it works. laptop: up to 40 minutes a study on two cores. overnight: hours,
     with controls. paper: the author's sizes, for GPUs."""
 
-    seeds: int | None = None
+    seeds: Annotated[int, Ge(1)] | None = None
     """Seeds of each arm. None: those of the scale."""
 
-    first_seed: int = 0
+    first_seed: Seed = 0
     """Seeds are this one and those that follow."""
 
     out: Path | None = None
@@ -63,7 +65,7 @@ class StudySettings:
     source: str = "stdlib"
     """Text to train on, as for `longshort data`."""
 
-    jobs: int | None = None
+    jobs: Annotated[int, Ge(1)] | None = None
     """Trials at once, each on one CPU thread. None: one per core; 1 at the scale paper."""
 
     device: Literal["auto", "cpu", "cuda"] | None = None
@@ -72,12 +74,7 @@ class StudySettings:
     def __post_init__(self) -> None:
         if self.name != ALL and self.name not in STUDIES:
             raise ValueError(f"NAME must be one of {', '.join(STUDIES)} or {ALL}, got {self.name!r}")
-        if self.scale not in SCALES:
-            raise ValueError(f"--scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
-        require_seed("--first-seed", self.first_seed)
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) is not None:
-                require_integer(f"--{name}", getattr(self, name), minimum=1)
+        check_fields(self)
 
     @property
     def folder(self) -> Path:
@@ -85,25 +82,25 @@ class StudySettings:
         return Path("runs") / f"study-{self.scale}" if self.out is None else self.out
 
     def seeds_of(self, study: Study) -> list[int]:
-        """The seeds of one of them."""
+        """The seeds of a study."""
         count = self.seeds or study.default_seeds(self.scale)
         return list(range(self.first_seed, self.first_seed + count))
 
     @property
     def studies(self) -> list[Study]:
-        """Those that are asked for."""
+        """The studies that are asked for."""
         return list(STUDIES.values()) if self.name == ALL else [STUDIES[self.name]]
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a call has come to: the page, and the verdicts of each study that was asked for."""
+class StudiesRun:
+    """The outcome of a call: the page, and the verdicts of each study that was asked for."""
 
     file: Path
     verdicts: Mapping[str, Sequence[Verdict]]
 
 
-def run_studies(settings: StudySettings, display: StudyProgress | None = None) -> Report:
+def run_studies(settings: StudySettings, progress: StudyProgress | None = None) -> StudiesRun:
     """Run the trials that are not done yet, judge the claims, and write figures and report.
 
     Raises:
@@ -114,7 +111,7 @@ def run_studies(settings: StudySettings, display: StudyProgress | None = None) -
         ChildProcessError: a trial failed; what is finished stays.
         OSError: a file could not be written.
     """
-    open_corpus(settings.source)  # complains of a wrong source before anything is made
+    open_corpus(settings.source)  # a wrong source is an error before anything is made
     folder = settings.folder
     is_paper = settings.scale == "paper"
     device = settings.device or ("auto" if is_paper else "cpu")
@@ -132,18 +129,23 @@ def run_studies(settings: StudySettings, display: StudyProgress | None = None) -
             device=device,
         )
         jobs = settings.jobs or (1 if is_paper else len(os.sched_getaffinity(0)))
-        run_trials(work, settings.scale, seeds, workplace, jobs, display)
+        run_trials(work, settings.scale, seeds, workplace, jobs, progress)
         found = judge_all(settings.scale, folder)
         page = write_study_report(
             folder,
             _read_manifest(folder),
             {STUDIES[name].title: findings for name, findings in found.items()},
         )
-        return Report(page, {name: found[name].verdicts for name in work})
+        return StudiesRun(page, {name: found[name].verdicts for name in work})
 
 
 def judge_all(scale: Scale, folder: Path) -> dict[str, Findings]:
-    """Of all studies that have results in the folder: draw their figures and write their findings down."""
+    """Draw the figures and write the findings of all studies that have results in the folder.
+
+    Args:
+        scale: of the results.
+        folder: with study.json and a folder per study.
+    """
     seeds = _read_manifest(folder)["seeds"]
     found = {}
     for name, study in STUDIES.items():

@@ -19,14 +19,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from longshort.checks import require_integer, require_seed
+from annotated_types import Ge, Gt
+
+from longshort.checks import check_fields
 from longshort.data import DataFolder, open_corpus, prepare
 from longshort.evaluation import Evaluation, evaluate_documents, generate_text
 from longshort.reporting.files import replace_file, strict_json
 from longshort.studies.framework.processes import ended_by_signals
-from longshort.training.metrics import METRICS_FILE, MetricsLog, has_values, read_metrics
+from longshort.studies.language.trial import largest, last_tenth, with_band
+from longshort.training.config import Seed
+from longshort.training.metrics import METRICS_FILE, MetricsLog, read_metrics
 from longshort.training.trained import open_trained
 
 if TYPE_CHECKING:
@@ -45,7 +49,7 @@ SETTING = (
     "short-range attention, with logits that grow and grow: the longer the sequence, the later. At 512 "
     "(2,500 steps) it had caught up with LS-attention in loss, 1.81 against 1.83, with logits of 97 against "
     "18. At 640 it is on its way. At 768 its loss was 2.27, its logits had reached 37. At 1024 it had "
-    "hardly begun: loss 2.31, logits 13, where LS-attention came to 1.90 (at 5e-3). Seed 1 at 640 tells the "
+    "hardly begun: loss 2.31, logits 13, where LS-attention came to 1.90 (at 5e-3). Seed 1 at 640 shows the "
     "same as seed 0."
 )
 """Which setting the demo trains in, and how it was chosen; the report says it too."""
@@ -71,53 +75,49 @@ class DemoSettings:
     source: str = "stdlib"
     """Text to train on, as for `longshort data`."""
 
-    steps: int = 2000
+    steps: Annotated[int, Ge(1)] = 2000
     """Training steps of each model."""
 
-    sequence_length: int = 640
+    sequence_length: Annotated[int, Ge(1)] = 640
     """Tokens per training sequence."""
 
-    tokens_per_step: int = 3840
+    tokens_per_step: Annotated[int, Ge(1)] = 3840
     """Tokens of each training step."""
 
-    learning_rate: float = 3e-3
+    learning_rate: Annotated[float, Gt(0)] = 3e-3
     """Learning rate after the warm-up; it falls along a cosine to a tenth."""
 
-    evaluation_tokens: int = 500_000
+    evaluation_tokens: Annotated[int, Ge(1)] = 500_000
     """Validation tokens that the finished models are measured on, at most, in whole documents."""
 
-    seed: int = 0
-    """Of the initial weights and the batches."""
+    seed: Seed = 0
+    """Seed of the initial weights and the batches."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequence_length", "tokens_per_step", "evaluation_tokens"):
-            require_integer("--" + name.replace("_", "-"), getattr(self, name), minimum=1)
-        require_seed("--seed", self.seed)
+        check_fields(self)
         if self.tokens_per_step % self.sequence_length:
             raise ValueError(
                 f"--tokens-per-step must be a multiple of --sequence-length ({self.sequence_length}), "
                 f"got {self.tokens_per_step}"
             )
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"--learning-rate must be a number > 0, got {self.learning_rate}")
 
 
-class Display:
-    """What the demo tells whoever watches it; override what you want to show."""
+class DemoProgress:
+    """Reports of the demo; override what you want to show."""
 
     def on_stage(self, text: str) -> None:
         """A part of the demo begins."""
 
     def on_training(self, name: str, step: int, record: dict[str, Any]) -> None:
-        """A model has done `step` steps; `record` holds the newest value of all that was measured."""
+        """A model has done `step` steps; `record` holds the newest value of everything measured."""
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What came out for one model.
+    """The results of one model.
 
     Attributes:
-        parameters: how many.
+        parameters: number of parameters.
         evaluation: on whole validation documents, with the context of the training.
         max_logit: largest |scale·q·k| over the last tenth of the training; None if it was not finite.
         max_logit_in_band: the same, over the pairs inside the local window alone: equal sets of pairs.
@@ -125,7 +125,7 @@ class ModelResult:
         first_not_finite: first logged step whose loss was not finite; None if all were.
         tokens_per_second: in training; the median, both models training at once.
         training_seconds: of the training steps alone.
-        sample: how the model goes on with `PROMPT`.
+        sample: the model's continuation of `PROMPT`.
     """
 
     parameters: int
@@ -139,7 +139,7 @@ class ModelResult:
     sample: str
 
 
-def run_demo(settings: DemoSettings, display: Display | None = None) -> dict[str, ModelResult]:
+def run_demo(settings: DemoSettings, progress: DemoProgress | None = None) -> dict[str, ModelResult]:
     """Prepare the data, train both models, measure them, and write demo.json into `settings.out`.
 
     Ctrl-C and SIGTERM stop both trainings.
@@ -151,20 +151,20 @@ def run_demo(settings: DemoSettings, display: Display | None = None) -> dict[str
         ChildProcessError: a training failed; its log is in `settings.out`.
         OSError: a file could not be written.
     """
-    display = display or Display()
+    progress = progress or DemoProgress()
     out = settings.out
-    open_corpus(settings.source)  # complains of a wrong source before an earlier demo is removed
+    open_corpus(settings.source)  # a wrong source is an error before an earlier demo is removed
     _clear(out, settings.overwrite)
     with ended_by_signals():
-        display.on_stage(f"preparing data from {settings.source}")
+        progress.on_stage(f"preparing data from {settings.source}")
         prepare(settings.source, out / "data")
-        display.on_stage(
+        progress.on_stage(
             f"training both models, {settings.steps:,} steps of {settings.tokens_per_step:,} tokens"
         )
-        _train_side_by_side(settings, display)
+        _train_side_by_side(settings, progress)
     results = {}
     for name, folder in MODELS.items():
-        display.on_stage(f"evaluating {name}")
+        progress.on_stage(f"evaluating {name}")
         results[name] = _measure(settings, out / folder)
     content = {
         "settings": {name: str(value) for name, value in asdict(settings).items()},
@@ -219,11 +219,11 @@ def _clear(out: Path, overwrite: bool) -> None:
 
 
 def _is_own(name: str) -> bool:
-    """Whether a demo writes an entry of this name, a killed one's half-written files included."""
+    """Whether a demo writes an entry of this name, the half-written files of a killed one included."""
     return name in _OWN_ENTRIES or any(name.startswith(f".{own}.") for own in _OWN_ENTRIES)
 
 
-def _train_side_by_side(settings: DemoSettings, display: Display) -> None:
+def _train_side_by_side(settings: DemoSettings, progress: DemoProgress) -> None:
     commands = {
         name: [sys.executable, "-m", "longshort", *training_arguments(settings, folder)]
         for name, folder in MODELS.items()
@@ -235,7 +235,7 @@ def _train_side_by_side(settings: DemoSettings, display: Display) -> None:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             for name in list(running):
                 code = running[name].poll()
-                _show(display, name, settings.out / MODELS[name])
+                _show(progress, name, settings.out / MODELS[name])
                 if code is not None:
                     del running[name]
                 if code:
@@ -247,7 +247,7 @@ def _train_side_by_side(settings: DemoSettings, display: Display) -> None:
 def _processes(
     commands: dict[str, list[str]], logs: dict[str, Path]
 ) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Runs commands at once; whatever ends the block, none of them outlives it."""
+    """Run commands at once; whatever ends the block, none of them outlives it."""
     # One thread each, from the start: a pool that is made larger and then not used still costs.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -269,14 +269,14 @@ def _processes(
             process.wait()
 
 
-def _show(display: Display, name: str, run: Path) -> None:
+def _show(progress: DemoProgress, name: str, run: Path) -> None:
     if not (run / METRICS_FILE).is_file():
         return
     newest: dict[str, Any] = {}
     for line in read_metrics(run):
         newest |= line
     if newest:
-        display.on_training(name, newest["step"], newest)
+        progress.on_training(name, newest["step"], newest)
 
 
 def _measure(settings: DemoSettings, run: Path) -> ModelResult:
@@ -305,27 +305,20 @@ def _measure(settings: DemoSettings, run: Path) -> ModelResult:
 
 
 def summarize_training(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The parts of a `ModelResult` that its metrics tell."""
-    monitored = [line for line in metrics if "max_logit" in line]
-    late = monitored[-max(1, len(monitored) // 10) :]
+    """Take the parts of a `ModelResult` that follow from its metrics."""
+    monitored = [with_band(line) for line in metrics if "max_logit" in line]
+    late = last_tenth(monitored)
     middle = monitored[int(len(monitored) * 0.6) : max(1, int(len(monitored) * 0.7))] or monitored[:1]
     seconds, tokens_before = 0.0, 0
     for line in metrics:
         seconds += (line["tokens"] - tokens_before) / line["tokens_per_second"]
         tokens_before = line["tokens"]
-    end, before = _largest(late, "max_logit"), _largest(middle, "max_logit")
+    end, before = (largest(line["max_logit"] for line in lines) for lines in (late, middle))
     return {
         "max_logit": end,
-        "max_logit_in_band": _largest(late, "max_logit_local", "max_logit_global_in_band"),
+        "max_logit_in_band": largest(line["max_logit_in_band"] for line in late),
         "logit_growth": end / before if end and before else None,
         "first_not_finite": next((line["step"] for line in metrics if line["loss"] is None), None),
         "tokens_per_second": median(line["tokens_per_second"] for line in metrics),
         "training_seconds": seconds,
     }
-
-
-def _largest(lines: Sequence[dict[str, Any]], *keys: str) -> float | None:
-    """The largest value of the keys that are there; None if one is not finite."""
-    measured = [key for key in keys if has_values(lines, key)]
-    values = [line[key] for line in lines for key in measured if key in line]
-    return None if not values or None in values else max(values)

@@ -55,7 +55,7 @@ from longshort.studies.language.measures import (
     split_by_depth,
     sweep_section,
 )
-from longshort.studies.language.trial import LanguageStudy
+from longshort.studies.language.trial import LanguageStudy, largest
 
 ALIBI = MHSA.with_model("MHSA + ALiBi", position_embedding="alibi")
 CONVOLUTION = MHSA.with_model("MHSA + convolution", short_convolution=4)
@@ -319,8 +319,8 @@ def _late_growth(arm: ArmResults, rate: Rate) -> Interval:
         last = curve[-1][0]
         end = [value for step, value in curve if step > 0.9 * last]
         middle = [value for step, value in curve if 0.4 * last < step <= 0.5 * last]
-        largest = [max(part) if part and None not in part else None for part in (end, middle)]  # pyright: ignore[reportArgumentType]
-        ratios.append(None if None in largest else largest[0] / largest[1])  # pyright: ignore[reportOptionalOperand]
+        before, after = largest(middle), largest(end)
+        ratios.append(None if before is None or after is None else after / before)
     return confidence_interval(ratios)
 
 
@@ -422,16 +422,14 @@ def _head_panels(main: Mapping[str, ArmResults]) -> list[Panel]:
             for kind, heads in (("global", layout.global_heads), ("local", layout.local_heads)):
                 if heads:
                     lines[f"layer {layer}, {kind}"] = [
-                        [(step, _largest(rows[layer], heads)) for step, rows in result["max_logit_by_head"]]
+                        [
+                            (step, largest(rows[layer][head] for head in heads))
+                            for step, rows in result["max_logit_by_head"]
+                        ]
                         for result in arm.results()
                     ]
         panels.append(Panel(f"{name}, by layer and kind of head", "step", "largest |scale · q·k|", lines))
     return panels
-
-
-def _largest(values: Sequence[float | None], heads: Sequence[int]) -> float | None:
-    chosen = [values[head] for head in heads]
-    return None if None in chosen else max(value for value in chosen if value is not None)
 
 
 def _divergence_section(diverged: Divergences) -> Section:

@@ -138,7 +138,7 @@ def draw_bounds(
     axes.set_ylim(bottom=LOSS_FLOOR)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
-    shared_legend(figure, [axes])
+    shared_legend(figure, [axes], columns=2)
     save_figure(figure, file)
     return file
 

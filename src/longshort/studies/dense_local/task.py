@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
-from longshort.checks import require_integer, require_seed
+from longshort.checks import check_fields
+from longshort.training.config import Seed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -63,44 +65,28 @@ class Fit:
         ValueError: a field is out of its range; the message names it.
     """
 
-    length: int
-    head_dim: int
-    span: int
-    window: int | None
-    learning_rate: float
-    steps: int
-    seed: int
-    sigma: float = 1.0
+    length: Annotated[int, Ge(1)]
+    head_dim: Annotated[int, Ge(1)]
+    span: Annotated[int, Ge(1)]
+    window: Annotated[int, Ge(1)] | None
+    learning_rate: Annotated[float, Gt(0)]
+    steps: Annotated[int, Ge(1)]
+    seed: Seed
+    sigma: Annotated[float, Ge(0)] = 1.0
     form: Form = "free"
     optimizer: Optimizer = "adam"
     precision: Precision = "fp32"
-    alibi_slope: float = 0.0
-    start_window: int | None = None
-    logit_limit: float | None = None
+    alibi_slope: Annotated[float, Ge(0)] = 0.0
+    start_window: Annotated[int, Ge(1)] | None = None
+    logit_limit: Annotated[float, Gt(0)] | None = None
     has_band: bool = True
-    crop: int = 0
+    crop: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self) -> None:
-        for name in ("length", "head_dim", "span", "steps"):
-            require_integer(name, getattr(self, name), minimum=1)
-        for name in ("window", "start_window"):
-            if getattr(self, name) is not None:
-                require_integer(name, getattr(self, name), minimum=1)
-        require_seed("seed", self.seed)
-        if self.span > self.length:
-            raise ValueError(f"span must be at most length ({self.length}), got {self.span}")
-        require_integer("crop", self.crop, minimum=0)
-        if self.crop > self.length:
-            raise ValueError(f"crop must be at most length ({self.length}), got {self.crop}")
-        for name, value in (("learning_rate", self.learning_rate), ("logit_limit", self.logit_limit)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a number > 0, got {value}")
-        for name, value in (("sigma", self.sigma), ("alibi_slope", self.alibi_slope)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a number >= 0, got {value}")
-        for name, allowed in (("form", Form), ("optimizer", Optimizer), ("precision", Precision)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
+        check_fields(self, named=str)
+        for name in ("span", "crop"):
+            if getattr(self, name) > self.length:
+                raise ValueError(f"{name} must be at most length ({self.length}), got {getattr(self, name)}")
         if self.form != "free" and (
             self.alibi_slope or self.start_window or self.logit_limit or self.crop or not self.has_band
         ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
@@ -110,10 +110,10 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     metrics = read_metrics(run)
     losses = [line["loss"] for line in metrics]
-    monitored = [_with_band(line) for line in metrics if "max_logit_by_head" in line]
-    late = monitored[-max(1, len(monitored) // 10) :]
+    monitored = [with_band(line) for line in metrics if "max_logit_by_head" in line]
+    late = last_tenth(monitored)
     names = [name for name in _LOGITS if any(line.get(name) is not None for line in monitored)]
-    tail = losses[-max(1, len(losses) // 10) :]
+    tail = last_tenth(losses)
     training = settings["train"]
     config = model_config(settings["model"], training)
     flops = training_flops(config, training["sequence_length"]).total * training["batch_size"]
@@ -126,7 +126,7 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         "validation_loss": validated[-1][1],
         "diverged_at": divergence_step(losses),
         "spikes": _count_spikes(metrics),
-        **{name: _largest(line[name] for line in late) for name in names},
+        **{name: largest(line[name] for line in late) for name in names},
         "max_logit_by_head": [
             [line["step"], line["max_logit_by_head"]] for line in _thinned(monitored, _HEAD_POINTS)
         ],
@@ -197,7 +197,12 @@ def _running_mean(losses: Sequence[float | None]) -> list[list[Any]]:
     return curve
 
 
-def _with_band(line: Mapping[str, Any]) -> dict[str, Any]:
+def last_tenth(lines: Sequence[Any]) -> Sequence[Any]:
+    """The last tenth of the lines, one at least."""
+    return lines[-max(1, len(lines) // 10) :]
+
+
+def with_band(line: Mapping[str, Any]) -> dict[str, Any]:
     """Add the largest logit of all heads over the pairs inside the band: equal sets of pairs."""
     parts = [line.get(name) for name in ("max_logit_local", "max_logit_global_in_band")]
     known = [part for part in parts if part is not None]
@@ -209,6 +214,7 @@ def _thinned(lines: Sequence[Any], points: int) -> Sequence[Any]:
     return [line for index, line in enumerate(lines) if index % every == 0 or index == len(lines) - 1]
 
 
-def _largest(values: Any) -> float | None:
+def largest(values: Iterable[float | None]) -> float | None:
+    """The largest value; None if one was not finite, or there is none."""
     known = list(values)
-    return None if None in known else max(known)
+    return None if not known or None in known else max(value for value in known if value is not None)
