@@ -130,7 +130,7 @@ def test_an_interrupted_study_comes_to_the_same_results(all_studies, texts, tmp_
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 130
         assert b"Traceback" not in output
-        assert b"the same command goes on" in output
+        assert b"the same command resumes" in output
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     ours = (out / "explosion" / RESULTS_FILE).read_bytes()
     assert ours == (settings.folder / "explosion" / RESULTS_FILE).read_bytes()

@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
         with StudyDisplay(output) as display:
             report = run_studies(settings, display)
     except (KeyboardInterrupt, SystemExit):
-        output.print("stopped; the same command goes on", markup=False)
+        output.print("stopped; the same command resumes", markup=False)
         raise
     for verdicts in report.verdicts.values():
         for verdict in verdicts:

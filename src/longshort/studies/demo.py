@@ -288,11 +288,11 @@ def _measure(settings: DemoSettings, run: Path) -> ModelResult:
         context_length=settings.sequence_length,
         max_tokens=settings.evaluation_tokens,
     )
-    room = settings.sequence_length - len(PROMPT.encode()) - 1
-    sample = "" if room < 1 else "".join(
+    free = settings.sequence_length - len(PROMPT.encode()) - 1
+    sample = "" if free < 1 else "".join(
         generate_text(
             trained.model, trained.tokenizer, PROMPT,
-            max_new_tokens=min(300, room), temperature=0.7, seed=settings.seed,
+            max_new_tokens=min(300, free), temperature=0.7, seed=settings.seed,
         )
     )  # fmt: skip
     metrics = read_metrics(run)

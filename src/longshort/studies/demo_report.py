@@ -5,15 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from longshort.reporting.page import (
-    Figure,
-    Report,
-    Sample,
-    Section,
-    Table,
-    number,
-    write_page,
-)
+from longshort.reporting.page import Figure, Report, Sample, Section, Table, number, write_page
 from longshort.studies.demo import MODELS, PROMPT, SETTING, training_arguments
 from longshort.training.plots import compare_runs, plot_loss_by_position
 

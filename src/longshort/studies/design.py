@@ -15,7 +15,7 @@ from longshort.model import kv_bytes
 from longshort.reporting.intervals import Interval, confidence_interval, slope
 from longshort.reporting.page import Figure, Section, Table, number
 from longshort.reporting.plots import draw_intervals, draw_points
-from longshort.studies.framework.comparison import ArmResults, difference_text, judge, measure_arms
+from longshort.studies.framework.comparison import ArmResults, Arms, difference_text, judge, measure_arms
 from longshort.studies.framework.study import Claim, Findings, Outcome, Plan, Results, Scale, Verdict, unique
 from longshort.studies.framework.sweep import Arm, Rate, plan_arms
 from longshort.studies.language.arms import (
@@ -185,7 +185,7 @@ class Design(LanguageStudy):
 
 def _judge(
     claim: Claim,
-    arms: Mapping[str, ArmResults],
+    arms: Arms,
     reference: str,
     names: Sequence[str],
     rule: Callable[[Sequence[Interval]], Outcome],
@@ -227,7 +227,7 @@ def _sign(intervals: Sequence[Interval]) -> Outcome:
     return Outcome.PARTLY if any(above) and not is_mixed else Outcome.NOT_SHOWN
 
 
-def _recommend(arms: Mapping[str, ArmResults]) -> str:
+def _recommend(arms: Arms) -> str:
     """Name the layout of the smallest cache whose mean loss is within `TOLERANCE` of the lowest."""
     losses = {name: arm.mean("validation_loss") for name, arm in arms.items()}
     known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
@@ -243,7 +243,7 @@ def _recommend(arms: Mapping[str, ArmResults]) -> str:
     )
 
 
-def _describe_late(arms: Mapping[str, ArmResults]) -> str:
+def _describe_late(arms: Arms) -> str:
     """Say which layouts are still catching up at the end, LS among them."""
     slopes = {name: _late_slope(arm) for name, arm in arms.items()}
     known = {name: value for name, value in slopes.items() if value is not None}
@@ -263,7 +263,7 @@ def _describe_late(arms: Mapping[str, ArmResults]) -> str:
     return text + f"MHSA is catching up with LS, but not with {', '.join(keeping_up)}."
 
 
-def _describe_rotary(arms: Mapping[str, ArmResults]) -> str:
+def _describe_rotary(arms: Arms) -> str:
     """Say whether local heads still help where all heads have rotary positions."""
     if LS_ROPE.name not in arms or MHSA_ROPE.name not in arms:
         return ""
@@ -275,7 +275,7 @@ def _describe_rotary(arms: Mapping[str, ArmResults]) -> str:
     )
 
 
-def _sections(chosen: _Scale, arms: Mapping[str, ArmResults], folder: Path) -> list[Section]:
+def _sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
     if not arms:
         return []
     plain, deep = split_by_depth(arms)

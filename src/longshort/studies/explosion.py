@@ -13,6 +13,7 @@ from longshort.reporting.page import Figure, Section, Table
 from longshort.reporting.plots import Panel, draw_curves, draw_intervals
 from longshort.studies.framework.comparison import (
     ArmResults,
+    Arms,
     difference_text,
     interval_text,
     judge,
@@ -247,7 +248,7 @@ def _count(steps: Sequence[int | None]) -> int:
     return sum(step is not None for step in steps)
 
 
-def _judge_ratio(arms: Mapping[str, ArmResults]) -> Verdict:
+def _judge_ratio(arms: Arms) -> Verdict:
     def compared(quantity: str, rate: Rate = "best") -> Interval:
         return ratio(arms[LS.name], arms[MHSA.name], quantity, rate)
 
@@ -277,7 +278,7 @@ def _judge_ratio(arms: Mapping[str, ArmResults]) -> Verdict:
     )  # fmt: skip
 
 
-def _judge_mechanism(arms: Mapping[str, ArmResults]) -> Verdict:
+def _judge_mechanism(arms: Arms) -> Verdict:
     tests = [variant.name for variant in (PERMUTED, *EXPLANATIONS)]
 
     def ratios(rate: Rate) -> dict[str, Interval]:
@@ -324,7 +325,7 @@ def _late_growth(arm: ArmResults, rate: Rate) -> Interval:
     return confidence_interval(ratios)
 
 
-def _sections(chosen: _Scale, arms: Mapping[str, ArmResults], folder: Path) -> list[Section]:
+def _sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
     main = {name: arm for name, arm in arms.items() if name in (MHSA.name, LS.name)}
     plain, deep = split_by_depth(arms)
     tests = {name: arm for name, arm in plain.items() if name != LS.name}
@@ -400,19 +401,19 @@ def _sections(chosen: _Scale, arms: Mapping[str, ArmResults], folder: Path) -> l
     return [*sections, sweep_section(arms)] if arms else sections
 
 
-def _curves(arms: Mapping[str, ArmResults], name: str) -> dict[str, Any]:
+def _curves(arms: Arms, name: str) -> dict[str, Any]:
     return {arm: curves(results, name) for arm, results in arms.items()}
 
 
-def _loss_panel(arms: Mapping[str, ArmResults]) -> Panel:
+def _loss_panel(arms: Arms) -> Panel:
     return Panel("Training loss", "step", "nats per token", _curves(arms, "loss_curve"))
 
 
-def _logit_panel(arms: Mapping[str, ArmResults], title: str, quantity: str = "max_logit") -> Panel:
+def _logit_panel(arms: Arms, title: str, quantity: str = "max_logit") -> Panel:
     return Panel(title, "step", "largest |scale · q·k|", _curves(arms, quantity))
 
 
-def _head_panels(main: Mapping[str, ArmResults]) -> list[Panel]:
+def _head_panels(main: Arms) -> list[Panel]:
     """Per arm the largest logit of each layer and kind of head, a line per seed and their mean."""
     panels = []
     for name, arm in main.items():

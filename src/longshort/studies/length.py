@@ -14,6 +14,7 @@ from longshort.reporting.page import Figure, Section
 from longshort.reporting.plots import Panel, draw_curves, draw_points
 from longshort.studies.framework.comparison import (
     ArmResults,
+    Arms,
     difference_text,
     interval_text,
     judge,
@@ -21,27 +22,9 @@ from longshort.studies.framework.comparison import (
     measure_arms,
     ratio,
 )
-from longshort.studies.framework.study import (
-    Claim,
-    Findings,
-    Outcome,
-    Plan,
-    Results,
-    Scale,
-    Verdict,
-    unique,
-)
+from longshort.studies.framework.study import Claim, Findings, Outcome, Plan, Results, Scale, Verdict, unique
 from longshort.studies.framework.sweep import Arm, Rate, plan_arms
-from longshort.studies.language.arms import (
-    LS,
-    LS_ROPE,
-    MHSA,
-    MHSA_ROPE,
-    Setting,
-    Variant,
-    paper_base,
-    tiny,
-)
+from longshort.studies.language.arms import LS, LS_ROPE, MHSA, MHSA_ROPE, Setting, Variant, paper_base, tiny
 from longshort.studies.language.measures import (
     arm_table,
     curves,
@@ -148,7 +131,7 @@ Series = Mapping[int, ArmResults]
 """The arms of a variant in a budget, by length."""
 
 
-def _series(chosen: _Scale, arms: Mapping[str, ArmResults], variant: Variant, budget: str) -> Series:
+def _series(chosen: _Scale, arms: Arms, variant: Variant, budget: str) -> Series:
     names = {length: _name(variant, budget, length) for length in chosen.lengths}
     return {length: arms[name] for length, name in names.items() if name in arms}
 
@@ -160,7 +143,7 @@ def _slope(series: Series, quantity: str, rate: Rate) -> Interval:
     return slope_interval([[(x, log_or_none(row[seed])) for x, row in values.items()] for seed in seeds])
 
 
-def _judge_growth(chosen: _Scale, arms: Mapping[str, ArmResults]) -> Verdict:
+def _judge_growth(chosen: _Scale, arms: Arms) -> Verdict:
     budgets = (TOKENS, SEQUENCES)
 
     def slope(budget: str, rate: Rate = "best", variant: Variant = MHSA, name: str = "max_logit") -> Interval:
@@ -196,7 +179,7 @@ def _judge_growth(chosen: _Scale, arms: Mapping[str, ArmResults]) -> Verdict:
     return judge(GROWTH, arms, [arm.name for arm in chosen.arms], rule, evidence)
 
 
-def _judge_mitigation(chosen: _Scale, arms: Mapping[str, ArmResults]) -> Verdict:
+def _judge_mitigation(chosen: _Scale, arms: Arms) -> Verdict:
     ls, mhsa = (_series(chosen, arms, variant, TOKENS) for variant in (LS, MHSA))
 
     def rule(rate: Rate) -> Outcome:
@@ -220,7 +203,7 @@ def _judge_mitigation(chosen: _Scale, arms: Mapping[str, ArmResults]) -> Verdict
     return judge(MITIGATION, arms, [arm.name for arm in chosen.arms], rule, evidence)
 
 
-def _sections(chosen: _Scale, arms: Mapping[str, ArmResults], folder: Path) -> list[Section]:
+def _sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
     if not arms:
         return []
     series = {

@@ -12,7 +12,7 @@ from longshort.data import prepare
 from longshort.reporting.intervals import Interval, paired_log_ratio
 from longshort.reporting.page import Figure, Section, Table, number
 from longshort.reporting.plots import Panel, draw_curves, draw_points
-from longshort.studies.framework.comparison import ArmResults, interval_text, judge, measure_arms
+from longshort.studies.framework.comparison import ArmResults, Arms, interval_text, judge, measure_arms
 from longshort.studies.framework.study import (
     Claim,
     Findings,
@@ -26,16 +26,7 @@ from longshort.studies.framework.study import (
     unique,
 )
 from longshort.studies.framework.sweep import Arm, Rate, plan_arms
-from longshort.studies.language.arms import (
-    DEEP_LS,
-    HYBRID,
-    LS,
-    MHSA,
-    Setting,
-    Variant,
-    paper_base,
-    tiny,
-)
+from longshort.studies.language.arms import DEEP_LS, HYBRID, LS, MHSA, Setting, Variant, paper_base, tiny
 from longshort.studies.language.measures import (
     arm_table,
     cost_to_reach,
@@ -143,7 +134,7 @@ def _pieces_trial() -> Trial:
     return Trial("bytes per piece", 0, {"pieces": PIECES}, work=20.0)
 
 
-def _judge(arms: Mapping[str, ArmResults], bytes_per_piece: float) -> Verdict:
+def _judge(arms: Arms, bytes_per_piece: float) -> Verdict:
     remedies = (FP32.name, QK_NORM.name)
 
     def perplexity(name: str, rate: Rate = "best") -> Interval:
@@ -200,9 +191,7 @@ def _cost_text(ratio: Interval) -> str:
     return interval_text(ratio) if is_reached else "more than all (it did not reach it on every seed)"
 
 
-def _sections(
-    chosen: _Scale, arms: Mapping[str, ArmResults], bytes_per_piece: float, folder: Path
-) -> list[Section]:
+def _sections(chosen: _Scale, arms: Arms, bytes_per_piece: float, folder: Path) -> list[Section]:
     if LS.name not in arms:
         return []
     plain, deep = split_by_depth(arms)
@@ -246,7 +235,7 @@ def _sections(
     ]  # fmt: skip
 
 
-def _cost_table(arms: Mapping[str, ArmResults], bytes_per_piece: float) -> Table:
+def _cost_table(arms: Arms, bytes_per_piece: float) -> Table:
     rows = []
     for name, arm in arms.items():
         perplexity, flops, hours = "1", "1", "1"
@@ -268,7 +257,7 @@ def _cost_table(arms: Mapping[str, ArmResults], bytes_per_piece: float) -> Table
     return Table(header, rows)
 
 
-def _cost_panels(arms: Mapping[str, ArmResults]) -> list[Panel]:
+def _cost_panels(arms: Arms) -> list[Panel]:
     """Loss by cost, by time where that was measured for all arms, and the largest logit by step."""
 
     def panel(title: str, x: str, per_step: Mapping[str, float]) -> Panel:

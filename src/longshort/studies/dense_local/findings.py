@@ -38,12 +38,7 @@ from longshort.studies.dense_local.theory import (
     max_logit_bound,
     numerical_rank,
 )
-from longshort.studies.framework.comparison import (
-    ArmResults,
-    edge_text,
-    interval_text,
-    mean_text,
-)
+from longshort.studies.framework.comparison import ArmResults, edge_text, interval_text, mean_text
 from longshort.studies.framework.study import Results, Scale
 from longshort.studies.framework.sweep import Rate, sweep
 

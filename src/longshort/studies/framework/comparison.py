@@ -49,6 +49,10 @@ class ArmResults:
         return confidence_interval(self.values(quantity).values()).mean
 
 
+Arms = Mapping[str, ArmResults]
+"""Measured arms by name."""
+
+
 def measure(
     arm: Arm, seeds: Sequence[int], results: Results, rates: Sequence[Rate] = RATES
 ) -> ArmResults | None:
@@ -89,7 +93,7 @@ def difference(first: ArmResults, second: ArmResults, quantity: str, rate: Rate 
 
 def judge(
     claim: Claim,
-    arms: Mapping[str, ArmResults],
+    arms: Arms,
     needed: Sequence[str],
     rule: Callable[[Rate], Outcome],
     evidence: Callable[[], str],

@@ -14,7 +14,7 @@ from longshort.reporting.intervals import (
     prediction_interval,
 )
 from longshort.reporting.page import Section, Table, number
-from longshort.studies.framework.comparison import ArmResults, difference, interval_text, rate_text
+from longshort.studies.framework.comparison import ArmResults, Arms, difference, interval_text, rate_text
 from longshort.studies.framework.sweep import Rate, Sweep
 
 QUANTITIES = ("validation_loss", "max_logit", "max_logit_in_band", "row_range")
@@ -113,7 +113,7 @@ def good_decades(sweep: Sweep) -> float:
     return math.log10(max(good) / min(good))
 
 
-def split_by_depth(arms: Mapping[str, ArmResults]) -> tuple[dict[str, ArmResults], dict[str, ArmResults]]:
+def split_by_depth(arms: Arms) -> tuple[dict[str, ArmResults], dict[str, ArmResults]]:
     """Separate the arms of the setting's depth from those of another, which do not compare with them."""
     deep = {name: arm for name, arm in arms.items() if "num_hidden_layers" in arm.settings["model"]}
     return {name: arm for name, arm in arms.items() if name not in deep}, deep
@@ -125,7 +125,7 @@ def predict(quantity: str, values: Mapping[int, float | None]) -> Interval:
     return rule(values.values())
 
 
-def predictions(arms: Mapping[str, ArmResults]) -> dict[str, dict[str, Interval]]:
+def predictions(arms: Arms) -> dict[str, dict[str, Interval]]:
     """Where another seed's values will lie, by arm, at its best rate."""
     return {
         name: {quantity: predict(quantity, arm.values(quantity)) for quantity in QUANTITIES}
@@ -133,7 +133,7 @@ def predictions(arms: Mapping[str, ArmResults]) -> dict[str, dict[str, Interval]
     }
 
 
-def arm_table(arms: Mapping[str, ArmResults]) -> Table:
+def arm_table(arms: Arms) -> Table:
     """A row per arm at its best rate: means over seeds, with the 95 % prediction interval for another
     seed."""
     rows = []
@@ -157,7 +157,7 @@ def arm_table(arms: Mapping[str, ArmResults]) -> Table:
     return Table(header, rows)
 
 
-def sweep_section(arms: Mapping[str, ArmResults]) -> Section:
+def sweep_section(arms: Arms) -> Section:
     """A row per arm: the validation loss of the first seed at every rate of its sweep."""
     rates = sorted({rate for arm in arms.values() for rate in arm.sweep.losses})
     rows = []
