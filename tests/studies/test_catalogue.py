@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -10,8 +11,9 @@ import time
 
 import pytest
 
+from longshort.reporting.page import Report, render_report
 from longshort.studies.catalogue import STUDIES, StudySettings, run_studies
-from longshort.studies.framework.store import RESULTS_FILE
+from longshort.studies.framework.store import RESULTS_FILE, ResultsFile
 from longshort.studies.framework.study import SCALES
 
 
@@ -52,6 +54,21 @@ def test_the_report_sets_claims_beside_measurements(all_studies):
             assert verdict.outcome.value in page
     assert page.count("data:image/png;base64,") >= 8
     assert not re.search(r'(src|href)="(?!data:)', page)  # needs nothing beside it
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_an_interrupted_study_is_reported_as_far_as_it_came(all_studies, tmp_path, name):
+    """With nothing, with half, and without the first arm: every claim has a verdict, every section a page."""
+    settings, _ = all_studies
+    lines = (settings.folder / name / RESULTS_FILE).read_text().splitlines()
+    arms = {record["key"]: record["arm"] for record in map(json.loads, lines)}
+    whole, draw = ResultsFile(settings.folder / name).results, random.Random(name)
+    first = next(iter(arms.values()))
+    for keep in (lambda _: False, lambda _: draw.random() < 0.5, lambda key: arms[key] != first):
+        results = {key: result for key, result in whole.items() if keep(key)}
+        found = STUDIES[name].findings("smoke", range(2), results, tmp_path)
+        assert [verdict.claim for verdict in found.verdicts] == list(STUDIES[name].claims)
+        assert render_report(Report(name, "", found.sections))
 
 
 def test_the_same_command_again_changes_nothing(all_studies, texts):
