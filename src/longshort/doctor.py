@@ -25,6 +25,7 @@ OPTIONAL_PACKAGES = {
     "datasets": "train",
     "tokenizers": "train",
     "numpy": "train",
+    "pandas": "train",
     "pyarrow": "train",
     "zstandard": "train",
     "tyro": "train",

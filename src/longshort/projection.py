@@ -20,7 +20,7 @@ def project(
     """Apply a linear layer, split over the threads where that is faster.
 
     torch multiplies a matrix with one vector or a few in float32 on one thread, which cannot use all of the
-    memory's speed; here each thread takes a part of the rows. `python benchmarks/projection.py` measures it.
+    memory's speed; here each thread takes a part of the rows. `longshort bench projection` measures it.
 
     Args:
         linear: a plain `nn.Linear` without a bias may be split. Any other is called as it is, such as one

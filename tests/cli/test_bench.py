@@ -1,19 +1,17 @@
 import csv
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from longshort.bench import benchmarking
+from longshort.bench import machine
 from longshort.cli import main
 
 TINY = ["--lengths", "32", "64", "--heads", "4", "--window", "9", "--head-dim", "8", "--repeats", "1"]
+BENCHMARKS = ("attention", "kernel", "prefill", "decode", "memory", "monitor", "projection")
 
 
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
-    monkeypatch.setattr(benchmarking, "_MATMUL_SIZE", 16)
+    monkeypatch.setattr(machine, "_MATMUL_SIZE", 16)
 
 
 def test_table_csv_and_plot(tmp_path, capsys):
@@ -38,7 +36,7 @@ def test_table_csv_and_plot(tmp_path, capsys):
     assert str(out) in shown.replace("\n", "")
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["length"], row["provider"]) for row in rows] == [
+    assert [(row["x"], row["provider"]) for row in rows if row["metric"] == "speedup"] == [
         ("32", "blockwise"), ("32", "sdpa"), ("64", "blockwise"), ("64", "sdpa"),
     ]  # fmt: skip
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -81,9 +79,9 @@ def test_help(capsys):
         assert main(["bench", *arguments]) == 0
         shown = capsys.readouterr().out
         assert shown.startswith("usage: longshort bench BENCHMARK")
-        for benchmark in ("attention", "prefill", "decode", "memory"):
+        for benchmark in BENCHMARKS:
             assert f"\n  {benchmark} " in shown
-    for benchmark in ("attention", "prefill", "decode", "memory"):
+    for benchmark in BENCHMARKS:
         assert main(["bench", benchmark, "--help"]) == 0
         assert capsys.readouterr().out.startswith(f"usage: longshort bench {benchmark}")
     assert main(["bench"]) == 2
@@ -92,7 +90,7 @@ def test_help(capsys):
 
 def test_an_unknown_benchmark_is_a_usage_error(fails):
     message = fails(2, "bench", "warp")
-    assert "there is no benchmark 'warp'; the benchmarks are attention, prefill, decode, memory" in message
+    assert f"there is no benchmark 'warp'; the benchmarks are {', '.join(BENCHMARKS)}" in message
 
 
 @pytest.mark.parametrize(
@@ -108,7 +106,7 @@ def test_inference(tmp_path, capsys, fails, benchmark, unit):
     assert "32 tokens, batch 1, float32, 1 thread" in shown
     assert unit in shown
     with out.open(newline="") as file:
-        assert [row["provider"] for row in csv.DictReader(file)] == ["ls", "mhsa"]
+        assert list(dict.fromkeys(row["provider"] for row in csv.DictReader(file))) == ["ls", "mhsa"]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "exists; --overwrite" in fails(1, "bench", benchmark, *flags)
 
@@ -132,14 +130,27 @@ def test_wrong_usage_of_inference(fails, benchmark, flags, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"),
-    [("attention.py", []), ("inference.py", ["prefill"])],
-    ids=["attention", "inference"],
+    ("benchmark", "flags", "unit"),
+    [
+        (
+            "kernel",
+            ["--lengths", "64", "--heads", "4", "--window", "9", "--head-dim", "8", "--layers", "2"],
+            "GB/s",
+        ),
+        ("monitor", ["--lengths", "32", "--batch", "2", "--rounds", "1"], "more than plain"),
+        ("projection", ["--tokens", "1", "--rounds", "1"], "GB/s"),
+    ],
+    ids=["kernel", "monitor", "projection"],
 )
-def test_the_script_is_the_command(name, arguments):
-    script = Path(__file__).parents[2] / "benchmarks" / name
-    result = subprocess.run(
-        [sys.executable, script, *arguments, "--window", "0"], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 2
-    assert "--window must be an integer >= 1, got 0" in result.stderr
+def test_parts_of_a_model(tmp_path, capsys, benchmark, flags, unit):
+    out = tmp_path / "parts.csv"
+    assert main(["bench", benchmark, *flags, "--threads", "1", "--out", str(out)]) == 0
+    assert unit in capsys.readouterr().out
+    with out.open(newline="") as file:
+        assert {row["benchmark"] for row in csv.DictReader(file)} == {benchmark}
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("benchmark", ["kernel", "monitor", "projection"])
+def test_wrong_usage_of_parts(fails, benchmark):
+    assert "--threads must be an integer >= 1, got 0" in fails(2, "bench", benchmark, "--threads", "0")

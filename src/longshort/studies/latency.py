@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from longshort.bench.inference_prefill import amdahl_bound
-from longshort.bench.inference_providers import prepare_provider
-from longshort.bench.inference_results import wall_seconds
-from longshort.model import LongShortConfig, prefill_flops, preset
+from longshort.bench.prefill import amdahl_bound, time_prefill
+from longshort.model import prefill_flops, preset
 from longshort.reporting.intervals import Interval
 from longshort.reporting.page import Figure, Section, Table, number
 from longshort.reporting.plots import draw_points
@@ -87,19 +84,31 @@ class Latency(Study):
 
     def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
         settings, device = trial.settings, workplace.torch_device
-        length = settings["length"]
-        sizes = {"max_position_embeddings": length}
-        config, all_global = (
-            preset(settings["preset"], **sizes),
-            preset(settings["preset"], mhsa=True, **sizes),
-        )
-        flops = {
-            name: prefill_flops(sized, length).total
-            for name, sized in ((LS.name, config), (MHSA.name, all_global))
+        length, shape = settings["length"], settings["preset"]
+        times = time_prefill(
+            shape,
+            [length],
+            tuple(PROVIDERS.values()),
+            settings["repeats"],
+            device.type,
+            workplace.report_progress,
+        )[length]
+        where = device.type if device.type != "cpu" else f"cpu, {torch.get_num_threads()} threads"
+        by_model = {name: times[provider] for name, provider in PROVIDERS.items()}
+        return {
+            "flops": {
+                name: prefill_flops(
+                    preset(shape, mhsa=name == MHSA.name, max_position_embeddings=length), length
+                ).total
+                for name in (LS.name, MHSA.name)
+            },
+            "pairs": {name: model.pairs for name, model in by_model.items()},
+            "timing": {
+                "seconds": {name: model.seconds for name, model in by_model.items()},
+                "attention_seconds": {name: model.attention_seconds for name, model in by_model.items()},
+                "device": where,
+            },
         }
-        timing, pairs = _time(config, length, settings["repeats"], device, workplace.report_progress)
-        timing["device"] = device.type if device.type != "cpu" else f"cpu, {torch.get_num_threads()} threads"
-        return {"flops": flops, "pairs": pairs, "timing": timing}
 
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
         trials = self.plan(scale, seeds, results).trials
@@ -118,48 +127,6 @@ class Latency(Study):
         )
         verdict = Verdict(SAVING, saving_outcome(seconds), evidence)
         return Findings([verdict], [_section(self.scales[scale].preset, rows, folder)])
-
-
-@torch.no_grad()
-def _time(
-    config: LongShortConfig,
-    length: int,
-    repeats: int,
-    device: torch.device,
-    report_progress: Callable[[float], None],
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Let the models take turns at a prompt, and so do their attention layers.
-
-    Returns:
-        seconds, attention_seconds (of all layers): by model, one per turn; and the (query, key) pairs of each
-        model.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 256, (1, length), generator=generator).to(device)
-    shape = (1, config.num_attention_heads, length, config.head_dim)
-    qkv = [torch.randn(shape, generator=generator).to(device) for _ in range(3)]
-    passes: dict[str, Callable[[], object]] = {}
-    attention: dict[str, Callable[[], object]] = {}
-    pairs = {}
-    for name, provider_name in PROVIDERS.items():
-        provider = prepare_provider(provider_name, config)
-        model = provider.build(device, torch.float32)
-        passes[name] = partial(model, tokens, use_cache=True, logits_to_keep=1)
-        attention[name] = partial(provider.attend(provider.layouts[0], length, device), *qkv)
-        pairs[name] = sum(layout.score_count(length, length) for layout in provider.layouts)
-    timing: dict[str, dict[str, list[float]]] = {
-        part: {name: [] for name in PROVIDERS} for part in ("seconds", "attention_seconds")
-    }
-    for turn in range(repeats + 1):
-        order = list(PROVIDERS)
-        for name in order if turn % 2 else reversed(order):
-            taken = wall_seconds(passes[name], device)
-            of_a_layer = wall_seconds(attention[name], device)
-            if turn > 0:  # the first is a warm-up
-                timing["seconds"][name].append(taken)
-                timing["attention_seconds"][name].append(config.num_hidden_layers * of_a_layer)
-        report_progress((turn + 1) / (repeats + 1))
-    return dict(timing), pairs
 
 
 def saving_outcome(seconds: Mapping[int, Mapping[str, Sequence[float]]]) -> Outcome:

@@ -1,11 +1,16 @@
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, GPT2LMHeadModel
 
-from longshort.bench.attention_providers import UnsuitableError, visible_pairs
-from longshort.bench.inference_providers import (
+from longshort.bench.benchmark import UnsuitableError
+from longshort.bench.kernels import visible_pairs
+from longshort.bench.models import (
+    OURS,
     PROVIDERS,
+    Models,
     bytes_of_weights_read,
     local_windows,
     prepare_provider,
@@ -120,11 +125,11 @@ def test_the_models_see_what_their_layouts_say(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PROVIDERS)
-def test_a_filled_cache_goes_on(name, dtype):
+def test_a_filled_cache_takes_tokens(name, dtype):
     provider = prepare_provider(name, CONFIG)
     model = provider.build(CPU, dtype)
     generator = torch.Generator().manual_seed(0)
-    cache = provider.filled_cache(model, batch=2, length=40, room=3, generator=generator)
+    cache = provider.filled_cache(model, batch=2, length=40, growth=3, generator=generator)
     assert isinstance(cache, SplitCache if provider.is_ours else DynamicCache)
     assert cache.get_seq_length() == 40
     expected = provider.kv_bytes(40, 2, dtype)
@@ -176,6 +181,19 @@ def test_weights_do_not_depend_on_the_generator():
     assert torch.random.get_rng_state().equal(state)
     torch.randn(3)
     assert first.state_dict()["lm_head.weight"].equal(build("ls").state_dict()["lm_head.weight"])
+
+
+def test_our_own_are_named():
+    assert set(OURS) == {name for name in PROVIDERS if prepare_provider(name, CONFIG).is_ours}
+
+
+def test_models_are_kept_while_they_are_wanted():
+    models = Models(CPU, torch.float32)
+    ls = models.of(prepare_provider("ls", CONFIG))
+    mhsa = weakref.ref(models.of(prepare_provider("mhsa", CONFIG)))
+    models.keep(["gpt2", "ls"])
+    assert mhsa() is None
+    assert models.of(prepare_provider("ls", CONFIG)) is ls
 
 
 def test_local_windows():

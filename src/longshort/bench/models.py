@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,20 +29,24 @@ from transformers import (
 )
 
 from longshort.attention import attention
-from longshort.bench.attention_providers import UnsuitableError, visible_pairs
+from longshort.bench.benchmark import UnsuitableError
+from longshort.bench.kernels import visible_pairs
 from longshort.huggingface import SplitCache
 from longshort.layout import HeadLayout
 from longshort.model import LongShortConfig, LongShortForCausalLM, hybrid_layers, prefill_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers.cache_utils import Cache
 
-    from longshort.bench.attention_providers import Attend
+    from longshort.bench.kernels import Attend
 
 BASELINES = ("mhsa", "gpt2")
 """The providers that the others are compared with."""
+
+OURS = ("ls", "mhsa", "hybrid")
+"""The providers whose attention is longshort's own."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +113,14 @@ class Provider:
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
     def filled_cache(
-        self, model: PreTrainedModel, batch: int, length: int, room: int, generator: torch.Generator
+        self, model: PreTrainedModel, batch: int, length: int, growth: int, generator: torch.Generator
     ) -> Cache:
         """A cache with `length` tokens of random keys and values, the same in every layer.
 
         Args:
             model: what `build` gave.
             batch, length: sequences, and tokens of each.
-            room: tokens that will come.
+            growth: tokens that will come.
             generator: on the model's device.
         """
         ours = isinstance(model, LongShortForCausalLM)
@@ -125,7 +130,7 @@ class Provider:
             torch.randn(shape, generator=generator, dtype=model.dtype, device=model.device) for _ in range(2)
         )
         if isinstance(cache, SplitCache):
-            cache.expect(length + room)
+            cache.expect(length + growth)
             for layer in cache.layers:
                 layer.cache.append(k, v)  # pyright: ignore[reportAttributeAccessIssue]
         else:
@@ -227,6 +232,25 @@ def _mistral(name: str, config: LongShortConfig) -> Provider:
     layout = HeadLayout((window,) * config.num_attention_heads, config.num_key_value_heads)
     layouts = (layout,) * config.num_hidden_layers
     return Provider(name, MistralForCausalLM, theirs, layouts, config.head_dim, config.intermediate_size)
+
+
+class Models:
+    """The models that are in memory, kept from one group to the next where they are wanted again."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._built: dict[str, PreTrainedModel] = {}
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Gives up the models of other names."""
+        self._built = {name: model for name, model in self._built.items() if name in names}
+        gc.collect()
+
+    def of(self, provider: Provider) -> PreTrainedModel:
+        """The model of a provider, built unless it was kept."""
+        if provider.name not in self._built:
+            self._built[provider.name] = provider.build(self._device, self._dtype)
+        return self._built[provider.name]
 
 
 def local_windows(config: LongShortConfig) -> list[int]:

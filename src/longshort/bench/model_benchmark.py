@@ -1,29 +1,48 @@
-"""What the benchmarks of inference measure: the flags of `longshort bench prefill`, `decode` and `memory`."""
+"""What the benchmarks of whole models have in common: their flags, and which models are in memory at once."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
 
-from longshort.bench.benchmarking import free_memory
-from longshort.bench.inference_providers import PROVIDERS
-from longshort.bench.speed_settings import DTYPES, count_threads, require_among, require_any, require_csv
-from longshort.checks import require_integer
-from longshort.model import preset
-
-if TYPE_CHECKING:
-    from longshort.model import LongShortConfig
+from longshort.bench.attention import DTYPES
+from longshort.bench.benchmark import Benchmark, Case, LeaveOut, UnsuitableError, require_among
+from longshort.bench.machine import count_threads, free_memory
+from longshort.bench.models import PROVIDERS, Models, Provider, local_windows, prepare_provider
+from longshort.bench.sweep import groups_in_memory
+from longshort.model import LongShortConfig, preset
 
 _SHORTEST, _LONGEST, _LONGEST_ON_CPU = 512, 131_072, 8192
 _ALL_SHARE, _ONE_SHARE = 0.6, 0.9  # of the free memory
 
 
+class ModelInputs(NamedTuple):
+    """What the providers of a group share: the same in each group.
+
+    Attributes:
+        generator: on the device of the models.
+        tokens: (batch, new tokens), int64.
+        qkv: queries, keys and values for one layer's attention alone, (batch, heads, new tokens, head_dim).
+    """
+
+    generator: torch.Generator
+    tokens: Tensor
+    qkv: tuple[Tensor, Tensor, Tensor]
+
+
 @dataclass(frozen=True)
-class InferenceSettings:
-    """What the three benchmarks have in common."""
+class ModelBenchmark(Benchmark):
+    """The flags of `longshort bench prefill`, `decode` and `memory`."""
+
+    known = tuple(PROVIDERS)
+    baseline = "mhsa"
 
     providers: tuple[str, ...] = tuple(PROVIDERS)
     """ls, the model with local and global heads; mhsa, the same with every head global; hybrid, whole layers
@@ -33,64 +52,48 @@ class InferenceSettings:
     preset: str = "paper-base"
     """Shape of the models: tiny, paper-small, paper-base, paper-large, or a JSON file. Weights are random."""
 
-    lengths: tuple[int, ...] | None = None
+    lengths: tuple[Annotated[int, Ge(1)], ...] | None = None
     """Tokens per sequence. None: the powers of two from 512 to --max-length."""
 
-    max_length: int | None = None
+    max_length: Annotated[int, Ge(1)] | None = None
     """Leave out longer sequences. None: 131072, and 8192 on a CPU, unless --lengths are given."""
 
-    layers: int | None = None
+    layers: Annotated[int, Ge(1)] | None = None
     """Number of layers. None: the preset's."""
 
-    global_heads: int | None = None
+    global_heads: Annotated[int, Ge(0)] | None = None
     """Global heads of each layer of ls. None: the preset's."""
 
-    window: int | None = None
+    window: Annotated[int, Ge(1)] | None = None
     """Keys that a query of a local head sees, itself included. None: the preset's."""
 
-    batch: int = 1
+    batch: Annotated[int, Ge(1)] = 1
     """Sequences."""
 
     dtype: str = "float32"
     """float32 or bfloat16."""
 
-    threads: int | None = None
+    threads: Annotated[int, Ge(1)] | None = None
     """CPU threads. None: torch's default."""
 
     device: str = "cpu"
     """cpu or cuda."""
 
-    max_memory_gib: float | None = None
+    max_memory_gib: Annotated[float, Gt(0)] | None = None
     """GiB that models and caches may take: those that do not fit together are measured apart, those that do
     not fit alone are left out. None: 60 % of the free memory together, 90 % alone."""
 
-    out: Path | None = None
-    """CSV file to make; a plot, a .png of the same name, goes beside it. Until the end the rows are in
-    OUT.partial. None: only print."""
-
-    overwrite: bool = False
-    """Replace the files of OUT."""
-
     def __post_init__(self) -> None:
-        require_among("--providers", self.providers, PROVIDERS)
+        super().__post_init__()
         require_among("--dtype", (self.dtype,), ("float32", "bfloat16"))
         require_among("--device", (self.device,), ("cpu", "cuda"))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda needs a GPU that torch can use, and there is none")
-        minima = {"batch": 1, "layers": 1, "max_length": 1, "threads": 1, "global_heads": 0, "window": 1}
-        for name, minimum in minima.items():
-            if getattr(self, name) is not None:
-                require_integer("--" + name.replace("_", "-"), getattr(self, name), minimum)
-        for length in require_any("--lengths", (1,) if self.lengths is None else self.lengths):
-            require_integer("--lengths", length, minimum=1)
         if not self.sweep():
             shortest = _SHORTEST if self.lengths is None else min(self.lengths)
             raise ValueError(
                 f"--max-length must be at least the shortest length, {shortest}, got {self.max_length}"
             )
-        if self.max_memory_gib is not None and not 0 < self.max_memory_gib < float("inf"):
-            raise ValueError(f"--max-memory-gib must be a number > 0, got {self.max_memory_gib}")
-        require_csv("--out", self.out)
         self._check_layout(preset(self.preset))
         config = self.config()
         if config.short_convolution is not None:
@@ -130,13 +133,18 @@ class InferenceSettings:
         powers = (2**exponent for exponent in range(_SHORTEST.bit_length() - 1, longest.bit_length()))
         return [length for length in powers if length <= longest]
 
-    def config(self, room: int = 0) -> LongShortConfig:
-        """Of the provider `ls`, with positions for the longest sequence and `room` more tokens."""
+    @property
+    def growth(self) -> int:
+        """Tokens by which a sequence grows while it is measured."""
+        return 0
+
+    def config(self) -> LongShortConfig:
+        """The config of the provider `ls`, with positions for the longest sequence and its growth."""
         overrides: dict[str, Any] = {
             "num_hidden_layers": self.layers,
             "num_global_heads": self.global_heads,
             "local_window": self.window,
-            "max_position_embeddings": self.sweep()[-1] + room,
+            "max_position_embeddings": self.sweep()[-1] + self.growth,
         }
         given = {name: value for name, value in overrides.items() if value is not None}
         return preset(self.preset, **given)
@@ -156,74 +164,76 @@ class InferenceSettings:
         """CPU threads."""
         return self.threads or torch.get_num_threads()
 
+    @cached_property
     def memory_limits(self) -> tuple[float, float]:
-        """Bytes that all providers together may take, and one alone, or one with its baseline."""
+        """Bytes that all providers together may take, and one alone, or one with its baseline, measured
+        before any model is built."""
         if self.max_memory_gib is not None:
             return self.max_memory_gib * 2**30, self.max_memory_gib * 2**30
         free = free_memory(self.torch_device)
         return _ALL_SHARE * free, _ONE_SHARE * free
 
-    def describe(self, length: int) -> str:
-        """A setting in words: "512 tokens, batch 1, float32, 2 threads"."""
+    def cases(self) -> list[Case]:
+        config = self.config()
+        windows = local_windows(config)
         where = count_threads(self.num_threads) if self.device == "cpu" else self.device
-        return f"{length} tokens, batch {self.batch}, {self.dtype}, {where}"
+        layers = config.num_hidden_layers
+        setting = f"batch {self.batch}, {self.dtype}, {where}, {self.preset}, layers: {layers}"
+        columns = {
+            "batch": self.batch,
+            "dtype": self.dtype,
+            "threads": self.num_threads,
+            "device": self.device,
+            "preset": self.preset,
+            "layers": layers,
+            "heads": config.num_attention_heads,
+            "global_heads": sum(len(layout.global_heads) for layout in config.head_layouts()),
+            "window": windows[0] if len(windows) == 1 else None,
+        }  # the heads of ls, all layers together
+        return [Case(length, setting, self.num_threads, columns) for length in self.sweep()]
 
+    @cached_property
+    def models(self) -> Models:
+        """The models that are in memory."""
+        return Models(self.torch_device, self.torch_dtype)
 
-@dataclass(frozen=True)
-class PrefillSettings(InferenceSettings):
-    """Time the prompt's way through whole language models of equal size with random weights, in turns.
+    def provider(self, name: str) -> Provider:
+        """A provider, described."""
+        return prepare_provider(name, self.config())
 
-    Times are wall times. Beside our own models stands Amdahl's bound: the time of the model that they are
-    compared with less the attention that they avoid, at that model's own rate.
-    """
+    @abstractmethod
+    def memory_of(self, provider: Provider, length: int) -> tuple[int, int]:
+        """Bytes that a provider takes as long as its group, and those that it takes in its turn on top."""
 
-    rounds: int = 5
-    """Rounds that count, after one that warms up."""
+    def groups(self, case: Case, leave_out: LeaveOut) -> list[list[str]]:
+        taken = {}
+        for name in dict.fromkeys(self.providers):
+            try:
+                taken[name] = self.memory_of(self.provider(name), case.x)
+            except UnsuitableError as error:
+                leave_out(name, str(error))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_integer("--rounds", self.rounds, minimum=1)
+        def need(names: Sequence[str]) -> int:
+            lasting, passing = zip((0, 0), *(taken[name] for name in names), strict=True)
+            return sum(lasting) + max(passing)
 
+        together, alone = self.memory_limits
+        return groups_in_memory(taken, need, together, alone, ("ls", "mhsa"), leave_out)
 
-@dataclass(frozen=True)
-class DecodeSettings(InferenceSettings):
-    """Time the tokens after a long context, in turns, by whole language models of equal size with random
-    weights.
+    def inputs(self, case: Case, group: Sequence[str]) -> ModelInputs:
+        self.models.keep(group)
+        config, device = self.config(), self.torch_device
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (self.batch, self.new_tokens(case.x))
+        tokens = torch.randint(config.vocab_size, shape, generator=generator, device=device)
 
-    The context is random keys and values in the caches: none is computed. Times are wall times.
-    """
+        def random(heads: int) -> Tensor:
+            sizes = (self.batch, heads, shape[1], config.head_dim)
+            return torch.randn(sizes, generator=generator, device=device, dtype=self.torch_dtype)
 
-    tokens: int = 8
-    """Tokens that a provider decodes in its turn."""
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        return ModelInputs(generator, tokens, (random(heads), random(kv_heads), random(kv_heads)))
 
-    rounds: int = 5
-    """Rounds that count, after one that warms up."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_integer("--tokens", self.tokens, minimum=1)
-        require_integer("--rounds", self.rounds, minimum=1)
-
-    @property
-    def room(self) -> int:
-        """Tokens by which the context grows: those of each round, and one for attention alone."""
-        return (self.rounds + 1) * (self.tokens + 1)
-
-
-@dataclass(frozen=True)
-class MemorySettings(InferenceSettings):
-    """Measure what a prompt adds to the peak of memory, each provider and length in a process of its own.
-
-    The models are language models of equal size with random weights.
-    """
-
-    providers: tuple[str, ...] = ("ls", "mhsa", "gpt2")
-    """ls, the model with local and global heads; mhsa, the same with every head global; hybrid, whole layers
-    local or global, at equal cost of attention; all three on longshort's own kernels; on PyTorch's SDPA
-    gpt2, transformers' GPT-2, and mistral, transformers' Mistral, which sees no further than its window."""
-
-    preset: str = "tiny"
-    """Shape of the models: tiny, paper-small, paper-base, paper-large, or a JSON file. Weights are random."""
-
-    lengths: tuple[int, ...] | None = (16_384, 32_768, 65_536)
-    """Tokens per sequence."""
+    def new_tokens(self, length: int) -> int:
+        """Tokens of a sequence that go through a model at once."""
+        return length

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from longshort.attention import BACKENDS, attention, explain
+from longshort.bench.benchmark import UnsuitableError
 from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
@@ -35,70 +36,65 @@ if TYPE_CHECKING:
 _FLEX_BLOCK = 128  # queries and keys of a block, FlexAttention's own choice
 
 
-class UnsuitableError(Exception):
-    """Why a provider cannot serve a problem, in words for the user."""
-
-
 @dataclass(frozen=True)
-class Problem:
+class AttentionInputs:
     """What is to be computed: causal attention over heads of `layout`.
 
     Attributes:
         layout: windows of the query heads; no sink tokens.
-        q, k, v: float64, float32, bfloat16 or float16, without gradients.
+        q, k, v: float64, float32, bfloat16 or float16; they require gradients if there is a backward pass. As
+            many queries as keys, or one query, the last.
         max_bytes: what a provider's arrays of length × length may take, all heads together.
     """
 
     layout: HeadLayout
-    q: Float[Tensor, "batch heads length head_dim"]
+    q: Float[Tensor, "batch heads queries head_dim"]
     k: Float[Tensor, "batch kv_heads length head_dim"]
     v: Float[Tensor, "batch kv_heads length head_dim"]
     max_bytes: float
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence: as many queries as keys."""
-        return self.q.shape[2]
+        """Keys of a sequence."""
+        return self.k.shape[2]
 
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v as tensors that want gradients; they share the data."""
-        q, k, v = (x.detach().requires_grad_() for x in (self.q, self.k, self.v))
-        return q, k, v
-
-    def beyond_memory(self, bytes_per_pair: int, batch: int = 1) -> str | None:
-        """Why arrays of so many bytes per head, query and key are too large, or None."""
-        gib = bytes_per_pair * batch * self.layout.num_heads * self.length**2 / 2**30
+    def require_memory(self, bytes_per_pair: int, batch: int = 1) -> None:
+        """Raises an UnsuitableError if arrays of that many bytes per head, query and key are too large."""
+        size = f"{self.q.shape[2]} × {self.length}"
+        gib = bytes_per_pair * batch * self.layout.num_heads * self.q.shape[2] * self.length / 2**30
         limit = self.max_bytes / 2**30
-        if gib <= limit:
-            return None
-        size = f"{self.length} × {self.length}"
-        return f"arrays of {size} take about {gib:.3g} GiB, --max-memory-gib allows {limit:.3g}"
+        if gib > limit:
+            text = f"arrays of {size} take about {gib:.3g} GiB, --max-memory-gib allows {limit:.3g}"
+            raise UnsuitableError(text)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A provider that is ready for one problem.
+    """A provider that is ready for its inputs.
 
     Attributes:
         run: q, k, v -> out, shaped like q.
         layout: the heads that it computes, whose visible pairs are its work.
-        no_backward: why it gives no gradients; None: it does.
-        note: what its time leaves out, or does; None: nothing to tell.
+        note: what its time leaves out, or does; None: nothing to say.
     """
 
     run: Attend
     layout: HeadLayout
-    no_backward: str | None = None
     note: str | None = None
 
 
-def prepare(provider: str, problem: Problem) -> Kernel:
+def prepare(provider: str, inputs: AttentionInputs) -> Kernel:
     """Makes a provider of `PROVIDERS` ready: masks are built and code is compiled here, not when it runs.
 
     Raises:
-        UnsuitableError: it cannot serve this problem.
+        UnsuitableError: it cannot serve these inputs, or not give gradients where they require them.
     """
-    return PROVIDERS[provider](problem)
+    return PROVIDERS[provider](inputs)
+
+
+def all_global(layout: HeadLayout) -> HeadLayout:
+    """The same heads, each of them global: MHSA."""
+    return HeadLayout((None,) * layout.num_heads, layout.num_kv_heads)
 
 
 def visible_pairs(layout: HeadLayout, length: int) -> Bool[Tensor, "heads length length"]:
@@ -111,52 +107,42 @@ def visible_pairs(layout: HeadLayout, length: int) -> Bool[Tensor, "heads length
     return torch.stack([masks[window] for window in layout.windows])
 
 
-def _backend(name: str, with_statistics: bool = False) -> Callable[[Problem], Kernel]:
-    def prepare_backend(problem: Problem) -> Kernel:
-        layout = problem.layout
+def _backend(name: str, with_statistics: bool = False) -> Callable[[AttentionInputs], Kernel]:
+    def prepare_backend(inputs: AttentionInputs) -> Kernel:
+        layout = inputs.layout
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if with_statistics:
                 return attention(q, k, v, layout, backend=name, return_stats=True)[0]
             return attention(q, k, v, layout, backend=name)
 
-        reason = _refusal(name, problem, with_gradients=False)
-        if reason is not None:
-            raise UnsuitableError(reason)
-        return Kernel(run, layout, no_backward=_refusal(name, problem, with_gradients=True))
+        try:
+            explain(inputs.q, inputs.k, inputs.v, layout, backend=name)
+        except ValueError as error:
+            raise UnsuitableError(str(error)) from error
+        if name == "reference":  # logits, scores, weights, probabilities and a mask; their gradients
+            score_bytes = max(4, inputs.q.dtype.itemsize)
+            arrays = 7 if inputs.q.requires_grad else 4
+            inputs.require_memory(arrays * score_bytes + 1, batch=inputs.q.shape[0])
+        return Kernel(run, layout)
 
     return prepare_backend
 
 
-def _refusal(name: str, problem: Problem, with_gradients: bool) -> str | None:
-    q, k, v = problem.leaves() if with_gradients else (problem.q, problem.k, problem.v)
-    try:
-        explain(q, k, v, problem.layout, backend=name)
-    except ValueError as error:
-        return str(error)
-    if name != "reference":
-        return None
-    # logits, scores, weights, probabilities and a mask; their gradients
-    score_bytes = max(4, q.dtype.itemsize)
-    return problem.beyond_memory((7 if with_gradients else 4) * score_bytes + 1, batch=q.shape[0])
-
-
-def _sdpa(problem: Problem) -> Kernel:
-    layout = problem.layout
-    grouped = layout.group_size > 1
+def _sdpa(inputs: AttentionInputs) -> Kernel:
+    grouped = inputs.layout.group_size > 1
+    causal = inputs.q.shape[2] > 1  # one query, the last, sees every key
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
-    return Kernel(run, HeadLayout((None,) * layout.num_heads, layout.num_kv_heads))
+    return Kernel(run, all_global(inputs.layout))
 
 
-def _masked_sdpa(problem: Problem) -> Kernel:
-    layout = problem.layout
-    reason = problem.beyond_memory(1 + problem.q.dtype.itemsize)  # the mask, and SDPA's own copy as numbers
-    if reason is not None:
-        raise UnsuitableError(reason)
-    mask = visible_pairs(layout, problem.length)[None]
+def _masked_sdpa(inputs: AttentionInputs) -> Kernel:
+    layout = inputs.layout
+    inputs.require_memory(1 + inputs.q.dtype.itemsize)  # the mask, and SDPA's own copy as numbers
+    mask = visible_pairs(layout, inputs.length)[None]
     grouped = layout.group_size > 1
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -165,11 +151,13 @@ def _masked_sdpa(problem: Problem) -> Kernel:
     return Kernel(run, layout, note="its boolean mask was made beforehand")
 
 
-def _flex(problem: Problem) -> Kernel:
-    layout = problem.layout
+def _flex(inputs: AttentionInputs) -> Kernel:
+    if inputs.q.requires_grad:
+        raise UnsuitableError("FlexAttention has no backward pass on a CPU")
+    layout = inputs.layout
     began = time.perf_counter()
-    block_mask = flex_block_mask(layout, problem.length)
-    torch.compiler.reset()  # else a sweep meets the limit on recompilations and goes on without compiling
+    block_mask = flex_block_mask(layout, inputs.length)
+    torch.compiler.reset()  # else a sweep meets the limit on recompilations and continues without compiling
     compiled = torch.compile(flex_attention, dynamic=False)
     grouped = layout.group_size > 1
 
@@ -179,16 +167,13 @@ def _flex(problem: Problem) -> Kernel:
         return out
 
     try:
-        run(problem.q, problem.k, problem.v)
+        run(inputs.q, inputs.k, inputs.v)
     except RuntimeError as error:
-        raise UnsuitableError(f"FlexAttention does not compile here: {first_line(error)}") from error
+        reason = f"FlexAttention does not compile here: {type(error).__name__}: {error}"
+        raise UnsuitableError(reason.partition("\n")[0]) from error
     seconds = time.perf_counter() - began
-    return Kernel(
-        run,
-        layout,
-        no_backward="FlexAttention has no backward pass on a CPU",
-        note=f"its block mask and its compilation, {seconds:.0f} s together, are not counted",
-    )
+    note = f"its block mask and its compilation, {seconds:.0f} s together, are not counted"
+    return Kernel(run, layout, note)
 
 
 def flex_block_mask(layout: HeadLayout, length: int) -> BlockMask:
@@ -222,8 +207,8 @@ def _block_lists(
     return counts[None], columns.int()[None].contiguous()
 
 
-def _local_attention(problem: Problem) -> Kernel:
-    layout = problem.layout
+def _local_attention(inputs: AttentionInputs) -> Kernel:
+    layout = inputs.layout
     windows = set(layout.windows)
     window = layout.windows[0]
     if window is None or len(windows) > 1:
@@ -237,7 +222,7 @@ def _local_attention(problem: Problem) -> Kernel:
     except ImportError as error:
         raise UnsuitableError(f"not installed: pip install local-attention ({error})") from error
     run = package.LocalAttention(
-        window_size=window - 1,  # its exact windows reach so far back, the query itself not counted
+        window_size=window - 1,  # its exact windows reach that far back, the query itself not counted
         exact_windowsize=True,
         causal=True,
         autopad=True,
@@ -247,13 +232,7 @@ def _local_attention(problem: Problem) -> Kernel:
     return Kernel(run, layout, note=note)
 
 
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-PROVIDERS: dict[str, Callable[[Problem], Kernel]] = {
+PROVIDERS: dict[str, Callable[[AttentionInputs], Kernel]] = {
     **{name: _backend(name) for name in BACKENDS},
     "cpu-statistics": _backend("cpu", with_statistics=True),
     "sdpa": _sdpa,

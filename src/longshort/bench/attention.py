@@ -1,0 +1,235 @@
+"""Speed of attention on this CPU: provider × length × layout × dtype × threads × pass.
+
+GFLOP/s count the work on visible pairs alone, as if nothing else were computed: 4·head_dim operations a pair
+forward (two products), 14·head_dim forward and backward (seven), of the pairs that the provider's layout has.
+Their share of the machine's peak, which is measured in the same rounds, compares across machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import torch
+from annotated_types import Ge, Gt
+
+from longshort.bench.benchmark import Benchmark, Case, Note, Turn, require_among
+from longshort.bench.kernels import BASELINE, PROVIDERS, AttentionInputs, prepare
+from longshort.bench.machine import clock_name, count_threads, machine_name, measure_peak, stopwatch
+from longshort.bench.record import Column, in_same_round
+from longshort.layout import HeadLayout
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+PASSES = {"forward": 4, "forward-backward": 14}
+"""By name of a pass its operations per visible pair and element of head_dim."""
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+"""Dtypes by name."""
+
+
+@dataclass(frozen=True)
+class LayoutBenchmark(Benchmark):
+    """The flags of benchmarks of attention alone: what its tensors look like."""
+
+    baseline = BASELINE
+
+    lengths: tuple[Annotated[int, Ge(1)], ...] = (2048, 8192)
+    """Tokens per sequence."""
+
+    heads: Annotated[int, Ge(1)] = 12
+    """Query heads."""
+
+    global_heads: tuple[Annotated[int, Ge(0)], ...] = (1,)
+    """How many of them are global."""
+
+    window: tuple[Annotated[int, Ge(1)], ...] = (100,)
+    """Keys that a query of a local head sees, itself included."""
+
+    kv_heads: Annotated[int, Ge(1)] | None = None
+    """Key/value heads. None: one per query head."""
+
+    head_dim: Annotated[int, Ge(1)] = 64
+    """Width of a head."""
+
+    batch: Annotated[int, Ge(1)] = 1
+    """Sequences."""
+
+    dtypes: tuple[str, ...] = ("float32",)
+    """float32, bfloat16, float16 or float64."""
+
+    threads: tuple[Annotated[int, Ge(1)], ...] = (1,)
+    """CPU threads."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_among("--dtypes", self.dtypes, DTYPES)
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"--kv-heads must divide --heads ({self.heads}), got {self.kv_heads}")
+        group_size = self.heads // (self.kv_heads or self.heads)
+        for count in self.global_heads:
+            if count > self.heads:
+                raise ValueError(f"--global-heads must be at most --heads ({self.heads}), got {count}")
+            if count % group_size:
+                raise ValueError(
+                    f"--global-heads must be a multiple of the {group_size} heads that share a key/value "
+                    f"head, got {count}"
+                )
+
+    def cases_of(self, variants: Iterable[str], column: str) -> list[Case]:
+        """A case for each length, layout, dtype, number of threads and variant, which has a column."""
+        layouts = [
+            HeadLayout.split(self.heads, count, window, self.kv_heads)
+            for count, window in product(self.global_heads, self.window)
+        ]
+        points = dict.fromkeys(product(self.dtypes, self.threads, layouts, self.lengths, variants))
+        cases = []
+        for dtype, threads, layout, length, variant in points:
+            words = (describe_layout(layout), dtype, count_threads(threads), clock_name(threads), variant)
+            columns = {
+                "heads": layout.num_heads,
+                "global_heads": len(layout.global_heads),
+                "window": next((window for window in layout.windows if window is not None), None),
+                "kv_heads": layout.num_kv_heads,
+                "head_dim": self.head_dim,
+                "batch": self.batch,
+                "dtype": dtype,
+                "threads": threads,
+                column: variant,
+            }
+            cases.append(Case(length, ", ".join(words), threads, columns))
+        return cases
+
+    def random(self, case: Case, generator: torch.Generator, heads: int, tokens: int) -> Tensor:
+        """Normal numbers, (batch, heads, tokens, head_dim)."""
+        shape = (self.batch, heads, tokens, self.head_dim)
+        return torch.randn(shape, generator=generator).to(DTYPES[case.columns["dtype"]])
+
+
+@dataclass(frozen=True)
+class AttentionBenchmark(LayoutBenchmark):
+    """Time ways to compute attention on this CPU, in turns, for each combination of the flags that take
+    several values.
+
+    Milliseconds are CPU time at one thread and wall time at more. The speedup is over sdpa, whose heads are
+    all global. GFLOP/s count the work on visible pairs alone, also as a share of the peak, which is measured
+    in the same rounds.
+    """
+
+    name = "attention"
+    title = "Time of attention"
+    known = tuple(PROVIDERS)
+    table = (
+        Column("ms", "milliseconds", ".2f"),
+        Column("10 %", "milliseconds", ".2f", at="p10"),
+        Column("90 %", "milliseconds", ".2f", at="p90"),
+        Column("speedup", "speedup", ".2f"),
+        Column("GFLOP/s", "gflops", ".1f"),
+        Column("of peak", "peak_share", ".0%"),
+    )
+
+    providers: tuple[str, ...] = ("cpu", "blockwise", BASELINE)
+    """cpu (where it is built), blockwise or reference, the library's backends; sdpa, PyTorch's attention with
+    every head global; sdpa-masked, the same with the layout as a mask; flex, compiled FlexAttention, forward
+    alone; local-attention, the package of that name, for --global-heads 0."""
+
+    passes: tuple[str, ...] = tuple(PASSES)
+    """forward or forward-backward."""
+
+    repeats: Annotated[int, Ge(1)] = 5
+    """Rounds that count, after one that warms up."""
+
+    max_memory_gib: Annotated[float, Gt(0)] = 4.0
+    """Leave out a provider whose arrays of length × length would take more GiB."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_among("--passes", self.passes, PASSES)
+
+    @property
+    def rounds(self) -> int:
+        return self.repeats
+
+    def cases(self) -> list[Case]:
+        return self.cases_of(self.passes, "pass")
+
+    def inputs(self, case: Case, group: Sequence[str]) -> tuple[AttentionInputs, Tensor]:
+        """The inputs, and the gradient of the output."""
+        generator, layout = torch.Generator().manual_seed(0), layout_of(case)
+        q, k, v, grad_out = (
+            self.random(case, generator, heads, case.x)
+            for heads in (layout.num_heads, layout.num_kv_heads, layout.num_kv_heads, layout.num_heads)
+        )
+        for x in (q, k, v):
+            x.requires_grad_(case.columns["pass"] != "forward")
+        return AttentionInputs(layout, q, k, v, self.max_memory_gib * 2**30), grad_out
+
+    def turn(self, case: Case, provider: str, inputs: Any, note: Note) -> Turn:
+        given, grad_out = inputs
+        kernel = prepare(provider, given)
+        if kernel.note is not None:
+            note(kernel.note)
+        qkv = given.q, given.k, given.v
+        pairs = self.batch * kernel.layout.score_count(case.x, case.x)
+
+        def run() -> None:
+            if case.columns["pass"] == "forward":
+                with torch.no_grad():
+                    kernel.run(*qkv)
+            else:
+                torch.autograd.grad(kernel.run(*qkv), qkv, grad_out)
+
+        def take_turn() -> dict[str, float]:
+            cpu, wall = (1e3 * seconds for seconds in stopwatch(run))
+            one = case.threads == 1  # with more, CPU time counts waiting too
+            times = {"milliseconds": cpu, "cpu_milliseconds": cpu} if one else {"milliseconds": wall}
+            return {**times, "wall_milliseconds": wall, "visible_pairs": pairs}
+
+        return take_turn
+
+    def each_round(self, case: Case) -> dict[str, float]:
+        peak, kind = measure_peak(case.threads)
+        return {f"{kind}_peak": peak / 1e9}
+
+    def derive(self, case: Case, rounds: pd.DataFrame) -> pd.DataFrame:
+        milliseconds = rounds["milliseconds"]
+        operations = PASSES[case.columns["pass"]] * self.head_dim * rounds["visible_pairs"]
+        gflops = operations / milliseconds / 1e6
+        peak = rounds.filter(regex="_peak$").iloc[:, 0]
+        speedup = in_same_round(rounds, "milliseconds", BASELINE) / milliseconds
+        return rounds.assign(gflops=gflops, speedup=speedup, peak_share=gflops / peak)
+
+    def describe_machine(self) -> str:
+        """The machine, and its peak right now on each number of threads."""
+        peaks = []
+        for count in dict.fromkeys(self.threads):
+            torch.set_num_threads(count)
+            measured = [measure_peak(count) for _ in range(4)][1:]  # the first warms up
+            peak = np.median([flops for flops, _ in measured]) / 1e9
+            peaks.append(f"{peak:,.0f} GFLOP/s on {count_threads(count)} ({measured[0][1]})")
+        return f"{machine_name()}, peak {', '.join(peaks)}"
+
+
+def layout_of(case: Case) -> HeadLayout:
+    """The layout that the columns of a case describe."""
+    heads, global_heads, window, kv_heads = (
+        case.columns[name] for name in ("heads", "global_heads", "window", "kv_heads")
+    )
+    return HeadLayout.split(heads, global_heads, window or 1, kv_heads)
+
+
+def describe_layout(layout: HeadLayout) -> str:
+    """Heads by window, in words: "11 heads of window 100, 1 global head"."""
+    parts = []
+    for group in layout.groups:
+        heads = "head" if len(group.heads) == 1 else "heads"
+        kind = f"global {heads}" if group.window is None else f"{heads} of window {group.window}"
+        parts.append(f"{len(group.heads)} {kind}")
+    if layout.group_size > 1:
+        parts.append(f"key/value heads: {layout.num_kv_heads}")
+    return ", ".join(parts)

@@ -1,0 +1,108 @@
+"""The machine that is measured: its name, its peak, its free memory, and its clocks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from longshort.backends import cpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_MATMUL_SIZE = 1024
+_CPU = torch.device("cpu")
+
+
+@cache
+def processor_name() -> str:
+    """The processor's model, as exactly as this system reports it to an ordinary user."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine() or "unknown processor"
+
+
+def machine_name() -> str:
+    """torch, its vector instructions, and the processor, in a line."""
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {processor_name()}"
+
+
+def machine_columns(device: torch.device = _CPU) -> dict[str, str | None]:
+    """What a row of results says of the machine; `accelerator` names the GPU and is None on a CPU."""
+    return {
+        "torch_version": torch.__version__,
+        "transformers_version": metadata.version("transformers"),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "processor": processor_name(),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device can still give; on a system without /proc, all the memory that it has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def measure_peak(threads: int) -> tuple[float, str]:
+    """Peak of that many threads right now, in float32 operations per second, and how it was found.
+
+    "fma": fused multiply-adds from registers on one core, times the threads that have a core of their own.
+    "matmul": torch's product of two matrices of 1024 × 1024 on torch's present number of threads, which stays
+    somewhat below the peak; where the C++ kernels are not built.
+    """
+    one_core = cpu.fma_peak()
+    if one_core is not None:
+        return one_core * min(threads, os.cpu_count() or threads), "fma"
+    a, b = torch.ones(2, _MATMUL_SIZE, _MATMUL_SIZE)
+    seconds = stopwatch(lambda: torch.mm(a, b))[0 if threads == 1 else 1]
+    return 2 * _MATMUL_SIZE**3 / seconds, "matmul"
+
+
+def stopwatch(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that one run takes: of CPU time, summed over threads, and of wall time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def clock_name(threads: int) -> str:
+    """The clock that `quiet_seconds` reads."""
+    return "CPU time" if threads == 1 else "wall time"
+
+
+def quiet_seconds(run: Callable[[], object], threads: int) -> float:
+    """Seconds that one run takes on a CPU: CPU time with one thread, which other programs disturb least, and
+    wall time with more, whose CPU time counts waiting too."""
+    return stopwatch(run)[0 if threads == 1 else 1]
+
+
+def wall_seconds(run: Callable[[], object], device: torch.device = _CPU) -> float:
+    """Wall time of one run, a GPU's work included."""
+
+    def finish() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return stopwatch(finish)[1]
+
+
+def count_threads(threads: int) -> str:
+    """ "1 thread" or "2 threads"."""
+    return "1 thread" if threads == 1 else f"{threads} threads"
