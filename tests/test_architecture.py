@@ -1,9 +1,10 @@
-"""Rules of the house that import-linter cannot hold."""
+"""Rules of the architecture that import-linter cannot hold."""
 
 import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ def module_of(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def room_of(module: str) -> str:
-    """The part of the package below `longshort` in which a module lives."""
+def package_of(module: str) -> str:
+    """The package, or the module, right below `longshort` that a module belongs to."""
     return ".".join(module.split(".")[:2])
 
 
@@ -45,20 +46,20 @@ def relative(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_no_private_name_crosses_rooms(path: Path) -> None:
-    room = room_of(module_of(path))
+def test_no_private_name_crosses_packages(path: Path) -> None:
+    package = package_of(module_of(path))
     crossing = [
         f"{module}.{name}"
         for module, name in imports(path)
         if module.split(".")[0] == "longshort"
-        and room_of(module) != room
+        and package_of(module) != package
         and any(is_private(part) for part in [*module.split("."), name or ""])
     ]
     assert crossing == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_rooms_import_each_other_not_the_front_door(path: Path) -> None:
+def test_packages_import_each_other_not_the_top_level(path: Path) -> None:
     tree = ast.walk(ast.parse(path.read_text()))
     names = [name for module, name in imports(path) if module == "longshort" and name is not None]
     names += [
@@ -68,8 +69,22 @@ def test_rooms_import_each_other_not_the_front_door(path: Path) -> None:
         and isinstance(node.value, ast.Name)
         and node.value.id == "longshort"
     ]
-    through_the_front = [name for name in names if name != "__version__" and not is_module(name)]
-    assert through_the_front == []
+    from_the_top = [name for name in names if name != "__version__" and not is_module(name)]
+    assert from_the_top == []
+
+
+def test_no_import_circle() -> None:
+    modules = {module_of(path): path for path in SOURCES}
+    graph = {
+        module: {
+            f"{source}.{name}" if f"{source}.{name}" in modules else source
+            for source, name in imports(path)
+            if source in modules
+        }
+        for module, path in modules.items()
+    }
+    assert len(graph) > 100
+    TopologicalSorter(graph).prepare()  # raises a CycleError
 
 
 def test_no_path_of_one_machine_in_the_project() -> None:

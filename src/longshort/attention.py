@@ -144,12 +144,12 @@ def attention(
             the call; the message names the argument.
     """
     q, k, v = cast_as_autocast(q, k, v)
-    call, sink_logits = _checked_call(
+    call, sink_logits, name = check_call(
         q, k, v, layout, causal=causal, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
         sink_logits=sink_logits, segment_ids=segment_ids, round_probabilities=round_probabilities,
-        with_stats=return_stats,
+        return_stats=return_stats, backend=backend,
     )  # fmt: skip
-    chosen = BACKENDS[_choose(call, backend)]
+    chosen = BACKENDS[name]
     if call.q.numel() == 0:
         result = _attend_to_nothing(call)
     elif autocast_is_on(call.q.device):
@@ -189,8 +189,7 @@ def explain(
     if unknown:
         raise TypeError(f"explain takes the options of attention, got {unknown}")
     q, k, v = cast_as_autocast(q, k, v)
-    call, _ = _checked_call(q, k, v, layout, with_stats=return_stats, **options)
-    chosen = _choose(call, backend)
+    call, _, chosen = check_call(q, k, v, layout, return_stats=return_stats, backend=backend, **options)
     not_taken = f"slower than {chosen}" if backend == "auto" else f"backend={chosen!r} was asked for"
     others = {name: module for name, module in BACKENDS.items() if name != chosen}
     return Explanation(chosen, {name: module.supports(call) or not_taken for name, module in others.items()})
@@ -248,12 +247,19 @@ def autocast_is_on(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def _checked_call(
+def check_call(
     q: Any, k: Any, v: Any, layout: Any, *, causal: Any = True, scale: Any = None, softcap: Any = None,
     alibi_slopes: Any = None, sink_logits: Any = None, segment_ids: Any = None,
-    round_probabilities: Any = False, with_stats: Any = False,
-) -> tuple[AttentionCall, Tensor | None]:  # fmt: skip
-    """The call as its backends get it, and the sink logits, which no backend sees."""
+    round_probabilities: Any = False, return_stats: Any = False, backend: Any = "auto",
+) -> tuple[AttentionCall, Tensor | None, str]:  # fmt: skip
+    """Check the arguments of `attention`, after `cast_as_autocast`.
+
+    Returns:
+        The call as backends get it, the sink logits, which no backend sees, and the name of the backend.
+
+    Raises:
+        TypeError, ValueError: as `attention` does.
+    """
     if not isinstance(layout, HeadLayout):
         raise TypeError(f"layout must be a HeadLayout, got {type(layout).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -282,7 +288,7 @@ def _checked_call(
         raise ValueError(f"q must not be longer than k ({kv_len} keys), got {q_len} queries")
 
     for name, flag in (
-        ("causal", causal), ("round_probabilities", round_probabilities), ("return_stats", with_stats),
+        ("causal", causal), ("round_probabilities", round_probabilities), ("return_stats", return_stats),
     ):  # fmt: skip
         if not isinstance(flag, bool):
             raise ValueError(f"{name} must be True or False, got {flag!r}")
@@ -314,9 +320,9 @@ def _checked_call(
         segment_ids = segment_ids.to(torch.int64)
     call = AttentionCall(
         q, k, v, layout, causal, float(scale), None if softcap is None else float(softcap), alibi_slopes,
-        segment_ids, round_probabilities, with_lse=sink_logits is not None, with_stats=with_stats,
+        segment_ids, round_probabilities, with_lse=sink_logits is not None, with_stats=return_stats,
     )  # fmt: skip
-    return call, sink_logits
+    return call, sink_logits, _choose(call, backend)
 
 
 def require_tensor(name: str, value: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longshort.attention import BACKENDS, AttentionStats, attention, autocast_is_on, require_tensor
 from longshort.checks import is_finite, require_integer, require_positive
 from longshort.convolution import ShortConvolution
+from longshort.key_values import KeyValueCache, UpdatableCache, UpdatedCache
 from longshort.layout import HeadLayout
 from longshort.projection import project
 from longshort.rotary import Rotary, rotate, rotated_runs
@@ -25,19 +26,6 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-flash": torch.bf
 ATTENTION_PRECISIONS = ("input", *_DTYPES)
 """What q, k and v are cast to: nothing; fp32; bf16 with scores and sums in fp32; the same with the
 probabilities rounded to bf16 too, as flash kernels do."""
-
-
-class KeyValueCache(Protocol):
-    """Keeps the keys and values of earlier tokens.
-
-    An object that also has `length`, the number of tokens that it holds, spares the caller `position_ids`.
-    One with an `attend`, such as `longshort.cache.LayerCache`, is not asked for all keys, but for the result.
-    One with a `layout` serves layers of an equal layout only.
-    """
-
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (batch, kv_heads, new, head_dim) keys and values; return all of them, old and new."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -167,7 +155,7 @@ class LongShortAttention(nn.Module):
         hidden_states: Float[Tensor, "batch q_len embed_dim"],
         segment_ids: Int[Tensor, "batch kv_len"] | None = None,
         position_ids: Int[Tensor, "batch q_len"] | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | UpdatableCache | None = None,
     ) -> Float[Tensor, "batch q_len embed_dim"]:
         """Attend from the given tokens to themselves and to those in the cache.
 
@@ -185,7 +173,8 @@ class LongShortAttention(nn.Module):
                 short convolution, or rotary positions cannot be told: the cache has no `length` and
                 position_ids are not given.
         """
-        past = self._check_input(hidden_states, segment_ids, position_ids, cache)
+        keys_and_values = None if cache is None else self._adapted(cache)
+        past = self._check_input(hidden_states, segment_ids, position_ids, keys_and_values)
         batch, q_len, _ = hidden_states.shape
         heads, kv_heads = self.layout.num_heads, self.layout.num_kv_heads
         qkv = project(self.qkv_proj, hidden_states)
@@ -201,7 +190,7 @@ class LongShortAttention(nn.Module):
             q, k = rotate(q, k, position_ids, self.rotary.base, self._rotated_runs)
         dtype = _DTYPES.get(self.attention_precision, qkv.dtype)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        out = self._attend(q, k, v, segment_ids, cache).to(qkv.dtype)
+        out = self._attend(q, k, v, segment_ids, keys_and_values).to(qkv.dtype)
         return project(self.o_proj, out.transpose(1, 2).reshape(batch, q_len, heads * self.head_dim))
 
     def add_observer(self, observer: Observer) -> None:
@@ -224,7 +213,9 @@ class LongShortAttention(nn.Module):
         """Whether anyone watches the forward passes."""
         return self.observer is not None or bool(self._observers)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None, cache: Any) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
         options: dict[str, Any] = {
             "softcap": self.softcap,
             "alibi_slopes": self.alibi_slopes,
@@ -234,14 +225,12 @@ class LongShortAttention(nn.Module):
         }
         as_it_comes = self.attention_precision == "input"
         with nullcontext() if as_it_comes else torch.autocast(q.device.type, enabled=False):
-            if cache is not None and hasattr(cache, "attend"):
-                if not self.is_observed:
-                    return cache.attend(q, k, v, backend=self.backend, **options)
-                cache.append(k, v, segment_ids)  # of an empty cache: the new keys are all there are
-            elif cache is not None:
-                k, v = cache.update(k, v)
             if not self.is_observed:
+                if cache is not None:
+                    return cache.attend(q, k, v, backend=self.backend, **options)
                 return attention(q, k, v, self.layout, backend=self.backend, **options)
+            if cache is not None:
+                k, v = cache.update(k, v, segment_ids)
             out, stats = attention(q, k, v, self.layout, backend=self.backend, return_stats=True, **options)
         observation = Observation(q, k, v, stats, options)
         for observer in (self.observer, *self._observers):
@@ -249,7 +238,9 @@ class LongShortAttention(nn.Module):
                 observer(observation)
         return out
 
-    def _check_input(self, hidden_states: Any, segment_ids: Any, position_ids: Any, cache: Any) -> int:
+    def _check_input(
+        self, hidden_states: Any, segment_ids: Any, position_ids: Any, cache: KeyValueCache | None
+    ) -> int:
         """Refuse bad input before anything is computed or cached; returns the number of cached tokens, where
         the cache tells it."""
         require_tensor("hidden_states", hidden_states)
@@ -261,25 +252,8 @@ class LongShortAttention(nn.Module):
         weight = getattr(self.qkv_proj, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():  # not if quantized
             self._check_kind(hidden_states, weight)
-        if cache is not None and not any(
-            callable(getattr(cache, name, None)) for name in ("attend", "update")
-        ):
-            raise TypeError(f"cache must have an update(keys, values), got {type(cache).__name__}")
-        if cache is not None and self.short_convolution is not None:
-            raise ValueError(
-                "cache must be None: short_convolution keeps no state for decoding, got "
-                f"{type(cache).__name__}"
-            )
-        of_cache = getattr(cache, "layout", self.layout)
-        if not self.layout.equals(of_cache):
-            raise ValueError(f"cache must have the layout of the layer, {self.layout!r}, got {of_cache!r}")
         batch, q_len, _ = hidden_states.shape
-        length = 0 if cache is None else getattr(cache, "length", None)
-        if length and self.is_observed and hasattr(cache, "attend"):
-            raise ValueError(
-                "cache must keep every key while there is an observer, which is to see them, got "
-                f"{type(cache).__name__}"
-            )
+        length = 0 if cache is None else cache.length
         if segment_ids is not None:
             _require_integers("segment_ids", segment_ids, hidden_states.device)
             kv_len = max(segment_ids.shape[-1], q_len) if length is None else length + q_len
@@ -293,6 +267,22 @@ class LongShortAttention(nn.Module):
         elif self.rotary is not None and length is None:
             raise ValueError("position_ids are needed: rotary positions with a cache that has no `length`")
         return length or 0
+
+    def _adapted(self, cache: KeyValueCache | UpdatableCache) -> KeyValueCache:
+        """A cache as this layer uses it; raises unless it can serve the layer."""
+        kind = type(cache).__name__
+        if self.short_convolution is not None:
+            raise ValueError(f"cache must be None: short_convolution keeps no state for decoding, got {kind}")
+        adapted = cache if isinstance(cache, KeyValueCache) else UpdatedCache(cache, self.layout)
+        if not self.layout.equals(adapted.layout):
+            raise ValueError(
+                f"cache must have the layout of the layer, {self.layout!r}, got {adapted.layout!r}"
+            )
+        if self.is_observed and not adapted.has_every_key:
+            raise ValueError(
+                f"cache must keep every key while there is an observer, which is to see them, got {kind}"
+            )
+        return adapted
 
     @staticmethod
     def _check_kind(hidden_states: Tensor, weight: Tensor) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from longshort.attention import BACKENDS, attention, explain
+from longshort.attention import BACKENDS, attention, check_call
 from longshort.bench.benchmark import UnsuitableError
 from longshort.layout import HeadLayout
 
@@ -117,7 +117,7 @@ def _backend(name: str, with_statistics: bool = False) -> Callable[[AttentionInp
             return attention(q, k, v, layout, backend=name)
 
         try:
-            explain(inputs.q, inputs.k, inputs.v, layout, backend=name)
+            check_call(inputs.q, inputs.k, inputs.v, layout, backend=name)
         except ValueError as error:
             raise UnsuitableError(str(error)) from error
         if name == "reference":  # logits, scores, weights, probabilities and a mask; their gradients

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longshort.attention import attention, cast_as_autocast, explain, require_tensor, with_sink_logits
+from longshort.attention import attention, cast_as_autocast, check_call, require_tensor, with_sink_logits
 from longshort.backends import cpu, operators
 from longshort.cache.groups import Group, attend_to_store
 from longshort.cache.store import Store
 from longshort.checks import require_integer
+from longshort.key_values import KeyValueCache
 from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _RECORDED = 1024
 """Most tokens that may be cropped again while recording; drafts are not longer."""
 
 
-class LayerCache:
+class LayerCache(KeyValueCache):
     """Keys and values of one layer: for each window a ring of so many keys, for global heads a store of all.
 
     Nothing is allocated before the first tokens come; they give batch, head_dim, dtype and device. Stores
@@ -66,9 +67,14 @@ class LayerCache:
         return {**self.__dict__, "_versions": None, "_descriptions": []}
 
     @property
-    def length(self) -> int:
+    def length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Tokens seen so far, padding included."""
         return self.stores[0].length
+
+    @property
+    def has_every_key(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether nothing is in the cache yet, so that the new keys are all there are."""
+        return self.length == 0
 
     @property
     def batch_size(self) -> int | None:
@@ -144,6 +150,19 @@ class LayerCache:
         if self.record_past:
             self._record(k.shape[2])
         self._append(k, v, segment_ids)
+
+    def update(self, k: Tensor, v: Tensor, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Append to an empty cache, and return the keys and values; arguments and errors as of `attend`.
+
+        Raises:
+            ValueError: there are tokens in the cache, which does not keep all of their keys.
+        """
+        if not self.has_every_key:
+            raise ValueError(
+                f"the cache must be empty for an update, since it drops keys; it holds {self.length} tokens"
+            )
+        self.append(k, v, segment_ids)
+        return k, v
 
     def crop(self, length: int) -> None:
         """Forget the tokens from position `length` on.
@@ -284,7 +303,7 @@ class LayerCache:
         # attention's own checks, on the new tokens alone
         query = k.new_empty(k.shape[0], self.layout.num_heads, *k.shape[2:]) if q is None else q
         new_options: Any = {**options, "segment_ids": ids}
-        explain(query, k, v, self.layout, **new_options)
+        check_call(query, k, v, self.layout, **new_options)
 
     def _record(self, new: int) -> None:
         """Let the rings hold all that was appended since the last crop, within reason: a prompt is not taken
