@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from annotated_types import Ge
 
-from longshort.checks import require_integer
+from longshort.checks import check_fields
 from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
 
@@ -35,7 +36,7 @@ class DataFlags:
     tokenizer: str = "bytes"
     """bytes; bpe, trained on this text; or a folder with a saved Hugging Face tokenizer."""
 
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, Ge(258)] | None = None
     """Pieces of the bpe tokenizer. None: 10,000."""
 
     validation_fraction: float = 0.05
@@ -47,22 +48,20 @@ class DataFlags:
     strict: bool = False
     """Fail at the first file or record that is not text, or without text, instead of leaving it out."""
 
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Chooses the validation documents."""
 
     overwrite: bool = False
     """Replace OUT if it is such a folder."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"--validation-fraction must lie between 0 and 1, got {self.validation_fraction}"
             )
-        require_integer("--seed", self.seed, minimum=0)
-        if self.vocab_size is not None:
-            if self.tokenizer != "bpe":
-                raise ValueError(f"--vocab-size goes with --tokenizer bpe alone, got {self.tokenizer}")
-            require_integer("--vocab-size", self.vocab_size, minimum=258)
+        if self.vocab_size is not None and self.tokenizer != "bpe":
+            raise ValueError(f"--vocab-size goes with --tokenizer bpe alone, got {self.tokenizer}")
 
 
 def run(arguments: list[str]) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from longshort.layers import LongShortAttention, Rotary
 from longshort.layout import HeadLayout
 from longshort.stability import AttentionMonitor
-from longshort.studies.dense_local.task import Curve, Fit, finite_or_none, make_optimizer, visible_pairs
+from longshort.studies.dense_local.task import Curve, Fit, make_optimizer, rounded_or_none, visible_pairs
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -122,9 +122,9 @@ def run_layer_fit(
     assert reading is not None and reading.row_range is not None
     in_band = reading.max_logit_global_in_band
     return {
-        "loss": finite_or_none(value),
-        "max_logit": finite_or_none(reading.max_logit),
-        "max_logit_in_band": [] if in_band is None else [[fit.span, finite_or_none(in_band)]],
-        "row_range": finite_or_none(reading.row_range),
+        "loss": rounded_or_none(value),
+        "max_logit": rounded_or_none(reading.max_logit),
+        "max_logit_in_band": [] if in_band is None else [[fit.span, rounded_or_none(in_band)]],
+        "row_range": rounded_or_none(reading.row_range),
         **curve.as_json(),
     }

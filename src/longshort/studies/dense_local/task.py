@@ -196,13 +196,13 @@ class Curve:
 
     def add(self, step: int, loss: float, max_logit: float) -> None:
         index = self.due.index(step)
-        self._losses[index], self._logits[index] = finite_or_none(loss), finite_or_none(max_logit)
+        self._losses[index], self._logits[index] = rounded_or_none(loss), rounded_or_none(max_logit)
 
     def as_json(self) -> dict[str, Any]:
         return {"steps": self.due, "losses": self._losses, "max_logits": self._logits}
 
 
-def finite_or_none(value: float) -> float | None:
+def rounded_or_none(value: float) -> float | None:
     """Round to six digits, which keeps results small; None for what JSON cannot hold."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
@@ -281,7 +281,7 @@ def _run_stage(
     scores = _exact_scores(fit, parameters, visible)
     return {
         **_at_the_end(fit, exact, scores, visible),
-        "least_loss": finite_or_none(least_loss(target, visible)),
+        "least_loss": rounded_or_none(least_loss(target, visible)),
         **curve.as_json(),
         **_crops(fit, target, scores, visible),
     }
@@ -305,7 +305,7 @@ def _exact_scores(fit: Fit, parameters: list[Tensor], visible: Tensor) -> Float[
 
 def _at_the_end(fit: Fit, exact: Loss, scores: Tensor, visible: Tensor) -> dict[str, Any]:
     def largest(pairs: Tensor) -> float | None:
-        return finite_or_none(scores[pairs].abs().max().item())
+        return rounded_or_none(scores[pairs].abs().max().item())
 
     in_band = [
         [window, largest(visible & visible_pairs(fit.length, window, scores.device))]
@@ -314,10 +314,10 @@ def _at_the_end(fit: Fit, exact: Loss, scores: Tensor, visible: Tensor) -> dict[
     top = scores.masked_fill(~visible, -math.inf).amax(-1)
     bottom = scores.masked_fill(~visible, math.inf).amin(-1)
     return {
-        "loss": finite_or_none(exact(scores).item()),
+        "loss": rounded_or_none(exact(scores).item()),
         "max_logit": largest(visible),
         "max_logit_in_band": in_band,
-        "row_range": finite_or_none((top - bottom).max().item()),
+        "row_range": rounded_or_none((top - bottom).max().item()),
     }
 
 
