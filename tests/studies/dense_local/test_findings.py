@@ -22,20 +22,25 @@ def planted():
     return run_all(make(lambda fit: 30.0 if fit.window < fit.span else 0.1))
 
 
+@pytest.fixture(scope="module")
+def found(planted, tmp_path_factory):
+    """The findings of planted results, judged and drawn once."""
+    return find(planted, tmp_path_factory.mktemp("planted"))
+
+
 def section(findings, heading):
     return next(section for section in findings.sections if section.heading.startswith(heading))
 
 
-def test_all_figures_are_drawn_and_fit_into_a_report(planted, tmp_path):
-    findings = find(planted, tmp_path)
-    names = {figure.file.name for section in findings.sections for figure in section.figures}
+def test_all_figures_are_drawn_and_fit_into_a_report(found):
+    names = {figure.file.name for section in found.sections for figure in section.figures}
     assert names == {"heatmaps.png", "loss.png", "grid.png", "logits.png", "growth.png", "bounds.png"}
-    page = render_report(Report("title", "subtitle", findings.sections))
+    page = render_report(Report("title", "subtitle", found.sections))
     assert page.count("<img") == 6
 
 
-def test_narrow_windows_are_shown_and_explained(planted, tmp_path):
-    losses = section(find(planted, tmp_path), "Training loss")
+def test_narrow_windows_are_shown_and_explained(found):
+    losses = section(found, "Training loss")
     assert losses.table is not None and len(losses.table.rows) == 12
     narrow = [row for row in losses.table.rows if row[0].endswith("w/l' = 0.5")]
     assert len(narrow) == 3 and all(float(row[4].split(" ")[0]) > 10 for row in narrow)
@@ -43,8 +48,8 @@ def test_narrow_windows_are_shown_and_explained(planted, tmp_path):
     assert "cannot reach the target" in losses.paragraphs[0]
 
 
-def test_logits_are_compared_in_the_window_too(planted, tmp_path):
-    logits = section(find(planted, tmp_path), "Largest logit")
+def test_logits_are_compared_in_the_window_too(found):
+    logits = section(found, "Largest logit")
     assert logits.table is not None and len(logits.table.rows) == 12
     assert all(row[2] == row[1] for row in logits.table.rows)  # planted alike
     assert "smaller in 9 of 12 combinations and larger in 3" in logits.paragraphs[0]
@@ -72,8 +77,8 @@ def test_fits_that_diverged_are_drawn_as_far_as_they_went(tmp_path):
     assert losses.table is not None and "not finite" in losses.table.rows[0][1]
 
 
-def test_growth_says_from_where_to_where(planted, tmp_path):
-    growth = section(find(planted, tmp_path), "Growth")
+def test_growth_says_from_where_to_where(found):
+    growth = section(found, "Growth")
     assert "With tokens n from 16 to 24: global from" in growth.paragraphs[0]
     assert "local from" in growth.paragraphs[0]
 
@@ -89,8 +94,8 @@ def test_growth_is_also_shown_at_one_rate(tmp_path):
     assert {cell for row in growth.table.rows for cell in row[3:]} == {"77"}
 
 
-def test_controls_say_whether_global_attention_stays_at_the_local_fit(planted, tmp_path):
-    controls = section(find(planted, tmp_path), "Controls")
+def test_controls_say_whether_global_attention_stays_at_the_local_fit(found):
+    controls = section(found, "Controls")
     assert controls.table is not None
     assert [row[0] for row in controls.table.rows] == [
         "local against global with ALiBi",
@@ -101,15 +106,15 @@ def test_controls_say_whether_global_attention_stays_at_the_local_fit(planted, t
     assert "global attention went on from there to" in controls.paragraphs[1]
 
 
-def test_a_table_has_the_pairs_of_its_topic(planted, tmp_path):
-    layers = section(find(planted, tmp_path), "Through a real attention layer")
+def test_a_table_has_the_pairs_of_its_topic(found):
+    layers = section(found, "Through a real attention layer")
     assert layers.table is not None
     assert [row[0] for row in layers.table.rows] == [p.label for p in pairs("smoke") if p.topic == "layer"]
     assert len(layers.paragraphs) == 1
 
 
-def test_theory_puts_bounds_beside_fits(planted, tmp_path):
-    theory = section(find(planted, tmp_path), "Theory")
+def test_theory_puts_bounds_beside_fits(found):
+    theory = section(found, "Theory")
     fit = illustrated_pair("smoke").other
     assert theory.table is not None
     [row] = theory.table.rows
