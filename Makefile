@@ -2,6 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := .venv/.packages
 INSTALLED := .venv/.installed
+CPP := $(wildcard csrc/* tests/csrc/*)
 CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(BIN)/cmake)
 
 .PHONY: help demo test test-full sanitize sanitize-address sanitize-thread lint format clean
@@ -49,9 +50,10 @@ lint: $(INSTALLED)  ## ruff, pyright and the import contracts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-format: $(INSTALLED)  ## let ruff fix and format the code
+format: $(INSTALLED)  ## let ruff fix and format the Python, clang-format the C++
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
 
 clean:  ## remove .venv and all caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
