@@ -30,8 +30,8 @@ template <int Stride>
 class KeyBlock {
 public:
     // Numbers that a block needs as memory.
-    static constexpr int64_t kFloats = (5 * kKeyBlock<Stride> + 3 * kQueryBlock) * Stride +
-                                       kQueryBlock * (2 * kStrip + kKeyBlock<Stride> + kStrip);
+    static constexpr int64_t kFloats =
+        (5 * kKeyBlock<Stride> + 3 * kQueryBlock) * Stride + kQueryBlock * (2 * kStrip + kKeyBlock<Stride> + kStrip);
 
     // `done` counts the blocks of queries that this task has finished, `done_before` those of the one before it.
     KeyBlock(const Backward& call, const RowTerms* terms, int64_t b, int64_t kv_head, int64_t index,
@@ -133,19 +133,18 @@ private:
             const Range keys = seen_[group];
             if (keys.empty()) continue;
             const int64_t row = group * kRowStep;
-            sum_of_seen<1, kKeyStride>(
-                keys_are_finite_, grad_scores_ + row * kKeyStride + keys.begin, key_rows_ + keys.begin * Stride,
-                keys.size(), kRowStep, grad_queries_ + row * Stride, [&](int64_t j, int64_t r) {
-                    return sees(positions, row + r, keys.begin + j);
-                });
+            sum_of_seen<1, kKeyStride>(keys_are_finite_, grad_scores_ + row * kKeyStride + keys.begin,
+                                       key_rows_ + keys.begin * Stride, keys.size(), kRowStep,
+                                       grad_queries_ + row * Stride,
+                                       [&](int64_t j, int64_t r) { return sees(positions, row + r, keys.begin + j); });
         }
         return true;
     }
 
     void pack_queries(int64_t head, Range rows) {
         const int64_t head_dim = problem_.head_dim, count = rows.size();
-        queries_ = Rows(problem_.q, b_, head)
-                       .packed<Stride>(rows.begin, count, problem_.q_len, head_dim, query_memory_);
+        queries_ =
+            Rows(problem_.q, b_, head).packed<Stride>(rows.begin, count, problem_.q_len, head_dim, query_memory_);
         grad_outs_ = Rows(call_.grad_out, b_, head)
                          .packed<Stride>(rows.begin, count, problem_.q_len, head_dim, grad_out_memory_);
         queries_are_finite_ = all_finite<Stride>(queries_, count, head_dim);
@@ -166,9 +165,9 @@ private:
         const Range seeing = visibility_.trim_queries(positions, keys, key_segments);
         if (seeing.empty()) return false;
         // as rows of the block, in whole groups of kRowStep but for the last one
-        const Range rows = intersection({(seeing.begin - positions.begin) / kRowStep * kRowStep,
-                                         round_up(seeing.end - positions.begin, kRowStep)},
-                                        {0, positions.size()});
+        const Range rows = intersection(
+            {(seeing.begin - positions.begin) / kRowStep * kRowStep, round_up(seeing.end - positions.begin, kRowStep)},
+            {0, positions.size()});
         Range unmasked{rows.end, rows.end};
         if (keys.size() == kStrip && key_segments.is_same(query_segments)) {
             const Range all = visibility_.queries_of_all(keys);
@@ -183,10 +182,10 @@ private:
         const float* query_rows = queries_ + rows.begin * Stride;
         const float* grad_out_rows = grad_outs_ + rows.begin * Stride;
         float* grad_scores = grad_scores_ + rows.begin * kKeyStride + place;
-        dot<Stride, kStrip>(query_rows, key_columns_ + place * Stride, rows.size(), problem_.head_dim,
-                            problem_.scale, probabilities_ + rows.begin * kStrip);
-        dot<Stride, kKeyStride>(grad_out_rows, value_columns_ + place * Stride, rows.size(), problem_.head_dim,
-                                1.0f, grad_scores);
+        dot<Stride, kStrip>(query_rows, key_columns_ + place * Stride, rows.size(), problem_.head_dim, problem_.scale,
+                            probabilities_ + rows.begin * kStrip);
+        dot<Stride, kKeyStride>(grad_out_rows, value_columns_ + place * Stride, rows.size(), problem_.head_dim, 1.0f,
+                                grad_scores);
         const StripLanes lanes(keys, visibility_);
         const Bias bias(problem_, head);
         const float* slopes = bias.softcap == 0.0f ? nullptr : slopes_;
@@ -214,10 +213,10 @@ private:
     template <int StrideX, int StrideR, class Sees>
     LONGSHORT_INLINE void sum_of_seen(bool finite, const float* weights, const float* rows, int64_t count,
                                       int64_t row_count, float* sums, const Sees& sees) const {
-        if (finite)
-            weighted_sum<StrideX, StrideR, Stride>(weights, rows, count, row_count, problem_.head_dim, sums);
+        if (finite) weighted_sum<StrideX, StrideR, Stride>(weights, rows, count, row_count, problem_.head_dim, sums);
         else
-            weighted_sum_of_seen<StrideX, StrideR, Stride>(weights, rows, count, row_count, problem_.head_dim, sums, sees);
+            weighted_sum_of_seen<StrideX, StrideR, Stride>(weights, rows, count, row_count, problem_.head_dim, sums,
+                                                           sees);
     }
 
     // Scores to P and dP to dS, in place; slopes: derivatives of the scores by the logits, null where they are 1.
@@ -266,8 +265,8 @@ private:
     Range seen_[kQueryBlock / kRowStep];  // by group of rows: the keys of the block that dS may be other than 0 for
 };
 
-// Σ_j P·dP of a row is dO·out: summed like dP, rounding by rounding, so that dP - delta is exactly 0 where a row sees one
-// key alone, whatever the size of the logits.
+// Σ_j P·dP of a row is dO·out: summed like dP, rounding by rounding, so that dP - delta is exactly 0 where a row sees
+// one key alone, whatever the size of the logits.
 template <int Stride>
 void compute_terms(const Backward& call, RowTerms* terms) {
     const Problem& problem = call.problem;
@@ -324,7 +323,8 @@ void run(const Backward& call) {
     for_each_task(planes * blocks, KeyBlock<Stride>::kFloats, [&](int64_t task, float* memory) {
         const Place at(task, problem, heads.get(), blocks);
         std::atomic<int64_t>* counter = &done[(at.b * problem.kv_heads + at.kv_head) * blocks + at.block];
-        KeyBlock<Stride>(call, terms.get(), at.b, at.kv_head, at.block, at.block ? counter - 1 : nullptr, counter, memory)
+        KeyBlock<Stride>(call, terms.get(), at.b, at.kv_head, at.block, at.block ? counter - 1 : nullptr, counter,
+                         memory)
             .run();
     });
 }

@@ -2,8 +2,8 @@
 // place, and split over the threads. Heads that share keys are served together.
 //
 // The keys of a key/value head come in pieces: one, or those of its cache. A task is a chunk of a piece; it leaves a
-// partial softmax for each of its rows, a row being a query of one of the heads. The partial results of a row are joined
-// in the order of their chunks.
+// partial softmax for each of its rows, a row being a query of one of the heads. The partial results of a row are
+// joined in the order of their chunks.
 #include <vector>
 
 #include "parallel.h"
@@ -115,7 +115,8 @@ private:
             store(seen + i * kLanes, mask);
             max_logit = max_size_of(keep_where(mask, load(scores + i * kLanes)), max_logit);
         }
-        Bias(problem_, kv_head_ * problem_.group_size() + r / problem_.q_len).apply(position, 1, lanes, scores, nullptr);
+        Bias(problem_, kv_head_ * problem_.group_size() + r / problem_.q_len)
+            .apply(position, 1, lanes, scores, nullptr);
         for (int i = 0; i < kStripVectors; ++i) {
             Vec x = load(scores + i * kLanes);
             if constexpr (Masked) store(scores + i * kLanes, x = load(seen + i * kLanes) ? x : splat(kHidden));
@@ -208,7 +209,8 @@ void add_pieces(const Problem& problem, int64_t b, int64_t kv_head, std::vector<
     }
     const Store& store = problem.stores[kv_head];
     if (store.sinks)
-        add({0, store.sinks}, Rows(store.sink_k, b, 0), Rows(store.sink_v, b, 0), 0, store.sink_positions + b * store.sinks);
+        add({0, store.sinks}, Rows(store.sink_k, b, 0), Rows(store.sink_v, b, 0), 0,
+            store.sink_positions + b * store.sinks);
     const Range kept{store.first, problem.kv_len};
     const Rows k(store.k, b, 0), v(store.v, b, 0);
     for (Range keys = visibility.sinks ? kept : intersection(kept, in_band); !keys.empty();) {
@@ -240,7 +242,8 @@ void run(const Forward& call) {
         int64_t plane = planes - 1;
         while (first_pieces[plane] > int64_t(at)) --plane;
         const Piece& piece = pieces[at];
-        Chunk<Stride>(call, plane / problem.kv_heads, plane % problem.kv_heads, piece, partials.get() + task * rows, memory)
+        Chunk<Stride>(call, plane / problem.kv_heads, plane % problem.kv_heads, piece, partials.get() + task * rows,
+                      memory)
             .run(piece.keys.part(piece.keys.begin + (task - piece.first_chunk) * kChunk, kChunk));
     });
 
@@ -249,9 +252,7 @@ void run(const Forward& call) {
         const int64_t b = plane / problem.kv_heads, kv_head = plane % problem.kv_heads;
         const Visibility visibility(problem, b, kv_head);
         for (int64_t r = 0; r < rows; ++r) {
-            const auto partial = [&](int64_t chunk) -> const Partial<Stride>& {
-                return partials[chunk * rows + r];
-            };
+            const auto partial = [&](int64_t chunk) -> const Partial<Stride>& { return partials[chunk * rows + r]; };
             Row total{kNoMaximum, 0, 0, 0};
             float values[Stride] = {};
             for (int64_t chunk = first_chunks[plane]; chunk < first_chunks[plane + 1]; ++chunk) {

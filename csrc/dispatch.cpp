@@ -6,9 +6,9 @@
 
 namespace longshort {
 
-#define LONGSHORT_DECLARE(isa)        \
-    namespace isa {                   \
-    extern const Kernels kernels;     \
+#define LONGSHORT_DECLARE(isa)    \
+    namespace isa {               \
+    extern const Kernels kernels; \
     }
 #if defined(__x86_64__)
 LONGSHORT_DECLARE(v4)
@@ -57,7 +57,8 @@ const Kernels& choose_kernels() {
         if (!wanted || !*wanted || std::strcmp(wanted, build.kernels->name) == 0) return *build.kernels;
         names += std::string(names.empty() ? "" : ", ") + build.kernels->name;
     }
-    throw std::runtime_error(std::string("LONGSHORT_CPU must be one of ") + names + " on this processor, got " + wanted);
+    throw std::runtime_error(std::string("LONGSHORT_CPU must be one of ") + names + " on this processor, got " +
+                             wanted);
 }
 
 }  // namespace longshort

@@ -254,8 +254,7 @@ void run(const Forward& call) {
         if (statistics)
             statistics[head * planes + b * blocks + block] =
                 Block<Stride, true>(call, b, head, first, count, memory).run();
-        else
-            Block<Stride, false>(call, b, head, first, count, memory).run();
+        else Block<Stride, false>(call, b, head, first, count, memory).run();
     });
     if (statistics) write_statistics(call, statistics.get(), planes);
 }

@@ -43,11 +43,11 @@ struct Problem {
     const int64_t* windows;  // (kv_heads,), -1 is global
     bool causal;
     float scale;
-    float softcap;               // 0: none
-    const float* alibi_slopes;   // (heads,) or null
-    const int32_t* segments;     // (batch, kv_len), -1 is padding; or null: one segment
-    const uint8_t* sinks;        // (batch, kv_len), whether local heads see this key from afar; or null: none
-    const int64_t* sinks_end;    // (batch,), one past the last of them
+    float softcap;              // 0: none
+    const float* alibi_slopes;  // (heads,) or null
+    const int32_t* segments;    // (batch, kv_len), -1 is padding; or null: one segment
+    const uint8_t* sinks;       // (batch, kv_len), whether local heads see this key from afar; or null: none
+    const int64_t* sinks_end;   // (batch,), one past the last of them
 
     LONGSHORT_COMMON int64_t group_size() const { return heads / kv_heads; }
     LONGSHORT_COMMON int64_t first_position() const { return kv_len - q_len; }

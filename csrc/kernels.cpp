@@ -1,8 +1,8 @@
 // The table of passes of one instruction set, and its peak speed.
 #include <chrono>
 
-#include "vector.h"
 #include "interface.h"
+#include "vector.h"
 
 #define LONGSHORT_STRING_OF(x) #x
 #define LONGSHORT_STRING(x) LONGSHORT_STRING_OF(x)

@@ -72,14 +72,17 @@ struct OwnedProblem {
 
 void forward(const TensorOf& q, const TensorOf& k, const TensorOf& v, const TensorOf& out, const Shape& shape,
              std::vector<int64_t> windows, int64_t sink_tokens, bool causal, double scale, double softcap,
-             uintptr_t alibi_slopes, uintptr_t segment_ids, uintptr_t row_max, uintptr_t log_sum,
-             uintptr_t max_logit, uintptr_t entropy, bool decode) {
+             uintptr_t alibi_slopes, uintptr_t segment_ids, uintptr_t row_max, uintptr_t log_sum, uintptr_t max_logit,
+             uintptr_t entropy, bool decode) {
     nb::gil_scoped_release unlocked;
     const OwnedProblem owned(q, k, v, shape, std::move(windows), sink_tokens, causal, scale, softcap, alibi_slopes,
                              segment_ids);
-    const Forward call{owned.problem,           tensor(out),
-                       pointer<float>(row_max), pointer<float>(log_sum),
-                       pointer<float>(max_logit), pointer<float>(entropy)};
+    const Forward call{owned.problem,
+                       tensor(out),
+                       pointer<float>(row_max),
+                       pointer<float>(log_sum),
+                       pointer<float>(max_logit),
+                       pointer<float>(entropy)};
     decode ? kernels->decode(call) : kernels->forward(call);
 }
 
@@ -93,7 +96,8 @@ void attend_cached(const TensorOf& q, const TensorOf& k, const TensorOf& v, cons
                    const std::vector<StoreOf>& stores, const std::vector<int64_t>& firsts,
                    const std::vector<int64_t>& group_of) {
     nb::gil_scoped_release unlocked;
-    OwnedProblem owned(q, k, v, shape, std::move(windows), sink_tokens, true, scale, softcap, alibi_slopes, segment_ids);
+    OwnedProblem owned(q, k, v, shape, std::move(windows), sink_tokens, true, scale, softcap, alibi_slopes,
+                       segment_ids);
     std::vector<StoreGroup> groups;
     for (const auto& [k_at, v_at, slots, ring, sink_k, sink_v, sinks, positions] : stores)
         groups.push_back({pointer<void>(k_at), pointer<void>(v_at), slots, ring, firsts[groups.size()],
@@ -104,17 +108,16 @@ void attend_cached(const TensorOf& q, const TensorOf& k, const TensorOf& v, cons
     kernels->decode({owned.problem, tensor(out), pointer<float>(row_max), pointer<float>(log_sum), nullptr, nullptr});
 }
 
-void backward(const TensorOf& q, const TensorOf& k, const TensorOf& v, const TensorOf& out,
-              const TensorOf& grad_out, const Shape& shape, std::vector<int64_t> windows, int64_t sink_tokens,
-              bool causal, double scale, double softcap, uintptr_t alibi_slopes, uintptr_t segment_ids,
-              uintptr_t row_max, uintptr_t log_sum, uintptr_t grad_lse, const TensorOf& grad_q, const TensorOf& grad_k,
-              const TensorOf& grad_v) {
+void backward(const TensorOf& q, const TensorOf& k, const TensorOf& v, const TensorOf& out, const TensorOf& grad_out,
+              const Shape& shape, std::vector<int64_t> windows, int64_t sink_tokens, bool causal, double scale,
+              double softcap, uintptr_t alibi_slopes, uintptr_t segment_ids, uintptr_t row_max, uintptr_t log_sum,
+              uintptr_t grad_lse, const TensorOf& grad_q, const TensorOf& grad_k, const TensorOf& grad_v) {
     nb::gil_scoped_release unlocked;
     const OwnedProblem owned(q, k, v, shape, std::move(windows), sink_tokens, causal, scale, softcap, alibi_slopes,
                              segment_ids);
     kernels->backward({owned.problem, tensor(out), tensor(grad_out), pointer<const float>(grad_lse),
-                       pointer<const float>(row_max), pointer<const float>(log_sum), tensor(grad_q),
-                       tensor(grad_k), tensor(grad_v)});
+                       pointer<const float>(row_max), pointer<const float>(log_sum), tensor(grad_q), tensor(grad_k),
+                       tensor(grad_v)});
 }
 
 }  // namespace
@@ -129,6 +132,5 @@ NB_MODULE(_kernels, module) {
     module.def("forward", &longshort::forward);
     module.def("attend_cached", &longshort::attend_cached);
     module.def("backward", &longshort::backward);
-    module.def(
-        "fma_peak", [] { return kernels->fma_peak(); }, nb::call_guard<nb::gil_scoped_release>());
+    module.def("fma_peak", [] { return kernels->fma_peak(); }, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -30,8 +30,8 @@ struct Statistics {
 
 // Writes a row's results; `weighted_values` is Σ exp(x)·v, packed.
 template <int Stride>
-LONGSHORT_INLINE void finish_row(const Forward& call, const Visibility& visibility, int64_t b, int64_t head, int64_t row,
-                                 Row result, const float* weighted_values, Statistics& statistics) {
+LONGSHORT_INLINE void finish_row(const Forward& call, const Visibility& visibility, int64_t b, int64_t head,
+                                 int64_t row, Row result, const float* weighted_values, Statistics& statistics) {
     const Problem& problem = call.problem;
     const int64_t at = (b * problem.heads + head) * problem.q_len + row;
     const bool sees = !visibility.segments || visibility.segments[problem.first_position() + row] >= 0;

@@ -139,7 +139,7 @@ LONGSHORT_INLINE void sum_tile(const float* weights, const float* rows, int64_t 
 // sum_tile over `row_count` sums, kRowStep or kStrip, and all vectors of head_dim.
 template <int StrideX, int StrideR, int Stride>
 LONGSHORT_NOINLINE void weighted_sum(const float* weights, const float* rows, int64_t count, int64_t row_count,
-                                   int64_t head_dim, float* sums) {
+                                     int64_t head_dim, float* sums) {
     constexpr int kVectors = kSumVectors * kLanes < Stride ? kSumVectors : Stride / kLanes;
     constexpr int kRows = kSumRows * kSumVectors / kVectors;
     int64_t d = 0;
@@ -175,8 +175,9 @@ LONGSHORT_NOINLINE bool all_finite(const float* rows, int64_t count, int64_t hea
     return sum_of(sums[0]) == 0.0f;
 }
 
-// weighted_sum of rows that are not all finite. A weight of 0 does not hide NaN and inf: a row x that holds one goes into
-// those sums r alone for which sees(x, r). All others get the bits that weighted_sum finds with a finite row there.
+// weighted_sum of rows that are not all finite. A weight of 0 does not hide NaN and inf: a row x that holds one goes
+// into those sums r alone for which sees(x, r). All others get the bits that weighted_sum finds with a finite row
+// there.
 template <int StrideX, int StrideR, int Stride, class Sees>
 LONGSHORT_NOINLINE void weighted_sum_of_seen(const float* weights, const float* rows, int64_t count, int64_t row_count,
                                              int64_t head_dim, float* sums, const Sees& sees) {
@@ -216,7 +217,8 @@ struct Rows {
     template <int Stride>
     const float* packed(int64_t begin, int64_t count, int64_t length, int64_t head_dim, float* buffer) const {
         const bool in_place = dtype == DType::f32 && dim_stride == 1 && stride == Stride && head_dim == Stride;
-        if (in_place && begin + count + kRowStep <= length) return reinterpret_cast<const float*>(data) + begin * stride;
+        if (in_place && begin + count + kRowStep <= length)
+            return reinterpret_cast<const float*>(data) + begin * stride;
         pack<Stride>(begin, count, head_dim, buffer);
         return buffer;
     }
@@ -286,13 +288,13 @@ LONGSHORT_INLINE void transpose_strip(const float* rows, int64_t head_dim, float
 }
 
 // Calls run<Stride>() with the smallest packed stride that holds head_dim.
-#define LONGSHORT_FOR_HEAD_DIM(head_dim, run, ...)     \
-    do {                                               \
-        if ((head_dim) <= 16) run<16>(__VA_ARGS__);    \
+#define LONGSHORT_FOR_HEAD_DIM(head_dim, run, ...)         \
+    do {                                                   \
+        if ((head_dim) <= 16) run<16>(__VA_ARGS__);        \
         else if ((head_dim) <= 32) run<32>(__VA_ARGS__);   \
         else if ((head_dim) <= 64) run<64>(__VA_ARGS__);   \
         else if ((head_dim) <= 128) run<128>(__VA_ARGS__); \
-        else run<256>(__VA_ARGS__);                    \
+        else run<256>(__VA_ARGS__);                        \
     } while (false)
 
 }  // namespace longshort::LONGSHORT_ISA

@@ -136,7 +136,8 @@ LONGSHORT_INLINE Tangent tanh_of(Vec x) {
 template <int Half, bool Upper, int... Lane>
 LONGSHORT_INLINE Vec interleave(Vec a, Vec b, std::integer_sequence<int, Lane...>) {
     return __builtin_shufflevector(
-        a, b, (Upper ? ((Lane & Half) ? kLanes + Lane : Lane + Half) : ((Lane & Half) ? kLanes + Lane - Half : Lane))...);
+        a, b,
+        (Upper ? ((Lane & Half) ? kLanes + Lane : Lane + Half) : ((Lane & Half) ? kLanes + Lane - Half : Lane))...);
 }
 template <int Half>
 LONGSHORT_INLINE void transpose_round(Vec (&rows)[kLanes]) {

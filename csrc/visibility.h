@@ -67,12 +67,8 @@ struct Visibility {
         return {queries.end + band.shift - band.span, queries.begin + band.shift + 1};
     }
     // Queries whose band holds some key, and every key, of a range.
-    Range queries_of_some(Range keys) const {
-        return {keys.begin - band.shift, keys.end - 1 - band.shift + band.span};
-    }
-    Range queries_of_all(Range keys) const {
-        return {keys.end - 1 - band.shift, keys.begin - band.shift + band.span};
-    }
+    Range queries_of_some(Range keys) const { return {keys.begin - band.shift, keys.end - 1 - band.shift + band.span}; }
+    Range queries_of_all(Range keys) const { return {keys.end - 1 - band.shift, keys.begin - band.shift + band.span}; }
     bool any_sink(Range keys) const {
         for (int64_t j = keys.begin; j < keys.end && j < sinks_end; ++j)
             if (sinks[j]) return true;

@@ -220,22 +220,37 @@ std::string Memory::describe() const {
 }
 
 Problem Case::problem() const {
-    return {q.tensor(), k.tensor(), v.tensor(), nullptr, batch, heads, kv_heads, q_len, kv_len, head_dim, windows.data(),
-            causal, scale, softcap, slopes.empty() ? nullptr : slopes.data(), segments->numbers(),
-            segments->sinks(), segments->sinks_end()};
+    return {q.tensor(),
+            k.tensor(),
+            v.tensor(),
+            nullptr,
+            batch,
+            heads,
+            kv_heads,
+            q_len,
+            kv_len,
+            head_dim,
+            windows.data(),
+            causal,
+            scale,
+            softcap,
+            slopes.empty() ? nullptr : slopes.data(),
+            segments->numbers(),
+            segments->sinks(),
+            segments->sinks_end()};
 }
 
 std::string Case::describe() const {
     std::ostringstream text;
-    text << "seed " << seed << ": batch " << batch << ", heads " << heads << ", kv_heads " << kv_heads
-         << ", q_len " << q_len << ", kv_len " << kv_len << ", head_dim " << head_dim << ", windows";
+    text << "seed " << seed << ": batch " << batch << ", heads " << heads << ", kv_heads " << kv_heads << ", q_len "
+         << q_len << ", kv_len " << kv_len << ", head_dim " << head_dim << ", windows";
     for (const int64_t window : windows) text << ' ' << window;
-    text << (causal ? ", causal" : ", not causal") << ", scale " << scale << ", softcap " << softcap
-         << ", sink_tokens " << sink_tokens << (statistics ? ", statistics" : "");
+    text << (causal ? ", causal" : ", not causal") << ", scale " << scale << ", softcap " << softcap << ", sink_tokens "
+         << sink_tokens << (statistics ? ", statistics" : "");
     for (size_t i = 0; i < slopes.size(); ++i) text << (i ? " " : ", slopes ") << slopes[i];
     if (!ids.empty())
-        text << (std::is_sorted(ids.begin(), ids.begin() + kv_len) ? ", sorted" : ", shuffled")
-             << " segments up to " << *std::max_element(ids.begin(), ids.end());
+        text << (std::is_sorted(ids.begin(), ids.begin() + kv_len) ? ", sorted" : ", shuffled") << " segments up to "
+             << *std::max_element(ids.begin(), ids.end());
     if (!logits.empty()) text << ", " << logits << " logits";
     if (!not_finite.empty()) text << ", not finite: " << not_finite;
     text << "; q " << q.describe() << "; k " << k.describe() << "; v " << v.describe() << "; grad_out "

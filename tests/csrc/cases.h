@@ -62,9 +62,9 @@ struct Case {
     bool causal, statistics;
     float scale, softcap;
     DType dtype, out_dtype;
-    std::vector<float> slopes;     // may be empty
-    std::vector<int64_t> ids;      // may be empty
-    std::vector<float> grad_lse;   // may be empty
+    std::vector<float> slopes;    // may be empty
+    std::vector<int64_t> ids;     // may be empty
+    std::vector<float> grad_lse;  // may be empty
     Memory q, k, v, grad_out;
     Layout out_layout, grad_q_layout, grad_k_layout, grad_v_layout;
     std::string logits, not_finite;  // what is special about the values; may be empty

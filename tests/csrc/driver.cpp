@@ -23,9 +23,9 @@
 #include "truth.h"
 
 // Whatever a sanitizer finds ends the program with SIGABRT, which prints the case at hand.
-#define LONGSHORT_SANITIZER_OPTIONS(function)                                    \
-    extern "C" __attribute__((visibility("default"))) const char* function() {   \
-        return "abort_on_error=1:halt_on_error=1";                               \
+#define LONGSHORT_SANITIZER_OPTIONS(function)                                  \
+    extern "C" __attribute__((visibility("default"))) const char* function() { \
+        return "abort_on_error=1:halt_on_error=1";                             \
     }
 LONGSHORT_SANITIZER_OPTIONS(__asan_default_options)
 LONGSHORT_SANITIZER_OPTIONS(__tsan_default_options)
@@ -78,9 +78,12 @@ struct Outputs {
 
     Forward call(const Problem& problem) {
         const bool statistics = !entropy.empty();
-        return {problem,        out.tensor(),
-                row_max.data(), log_sum.data(),
-                statistics ? max_logit.data() : nullptr, statistics ? entropy.data() : nullptr};
+        return {problem,
+                out.tensor(),
+                row_max.data(),
+                log_sum.data(),
+                statistics ? max_logit.data() : nullptr,
+                statistics ? entropy.data() : nullptr};
     }
 };
 
@@ -96,9 +99,9 @@ struct Gradients {
 
     Backward call(const Case& c, const Outputs& outputs) const {
         const float* grad_lse = c.grad_lse.empty() ? nullptr : c.grad_lse.data();
-        return {c.problem(),           outputs.out.tensor(),    c.grad_out.tensor(), grad_lse,
-                outputs.row_max.data(), outputs.log_sum.data(), grad_q.tensor(),     grad_k.tensor(),
-                grad_v.tensor()};
+        return {c.problem(),     outputs.out.tensor(),   c.grad_out.tensor(),
+                grad_lse,        outputs.row_max.data(), outputs.log_sum.data(),
+                grad_q.tensor(), grad_k.tensor(),        grad_v.tensor()};
     }
 };
 
@@ -193,8 +196,8 @@ private:
     std::vector<std::unique_ptr<int64_t[]>> positions_;
 };
 
-// A case, and the same with NaN or inf in a row of one of its inputs: what does not see that row keeps every bit, and what
-// sees NaN is NaN.
+// A case, and the same with NaN or inf in a row of one of its inputs: what does not see that row keeps every bit, and
+// what sees NaN is NaN.
 class Planted {
 public:
     Planted(const Case& c, const Kernels& kernels) : before_(c), after_(c), kernels_(kernels) {
@@ -284,7 +287,8 @@ private:
         return {before, after};
     }
 
-    // One result, of as many parts as `reached`, which says what sees the planted row. `changes`: a NaN there is to be seen.
+    // One result, of as many parts as `reached`, which says what sees the planted row. `changes`: a NaN there is to be
+    // seen.
     void compare(const char* name, const std::vector<double>& before, const std::vector<double>& after,
                  const std::vector<bool>& reached, bool changes) const {
         for (size_t i = 0; i < before.size(); ++i) {
@@ -352,8 +356,7 @@ private:
     Outputs run_forward(const char* name, const Pass& pass) {
         const bool statistics = case_.statistics;
         const auto results = run_thrice<Outputs>(
-            name, {Outputs(case_, statistics), Outputs(case_, statistics), Outputs(case_, true)},
-            pass);
+            name, {Outputs(case_, statistics), Outputs(case_, statistics), Outputs(case_, true)}, pass);
         const Outputs& alone = results[2];
         for (const Outputs& other : {results[0], results[1]}) {
             require_same("out", other.out.read(), alone.out.read());
@@ -378,10 +381,9 @@ private:
     }
 
     void run_backward(const Outputs& outputs) {
-        const auto results = run_thrice<Gradients>(
-            "backward", {Gradients(case_), Gradients(case_), Gradients(case_)}, [&](Gradients& gradients) {
-                kernels_.backward(gradients.call(case_, outputs));
-            });
+        const auto results =
+            run_thrice<Gradients>("backward", {Gradients(case_), Gradients(case_), Gradients(case_)},
+                                  [&](Gradients& gradients) { kernels_.backward(gradients.call(case_, outputs)); });
         const Gradients& alone = results[2];
         for (const Gradients& other : {results[0], results[1]}) {
             require_same("grad_q", other.grad_q.read(), alone.grad_q.read());
@@ -400,8 +402,7 @@ private:
     std::vector<double> sum_over_keys(const std::vector<double>& grad_v) const {
         const int64_t plane = case_.kv_len * case_.head_dim;
         std::vector<double> sums(case_.batch * case_.kv_heads * case_.head_dim);
-        for (size_t i = 0; i < grad_v.size(); ++i)
-            sums[i / plane * case_.head_dim + i % case_.head_dim] += grad_v[i];
+        for (size_t i = 0; i < grad_v.size(); ++i) sums[i / plane * case_.head_dim + i % case_.head_dim] += grad_v[i];
         return sums;
     }
 

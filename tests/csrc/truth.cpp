@@ -30,12 +30,7 @@ struct Pair {
 class Computation {
 public:
     explicit Computation(const Case& of)
-        : c(of),
-          q(c.q.read()),
-          k(c.k.read()),
-          v(c.v.read()),
-          grad_out(c.grad_out.read()),
-          sees(c) {
+        : c(of), q(c.q.read()), k(c.k.read()), v(c.v.read()), grad_out(c.grad_out.read()), sees(c) {
         const int64_t rows = c.batch * c.heads * c.q_len;
         truth.out = truth.grad_q = Expected(q.size());
         truth.grad_k = truth.grad_v = Expected(k.size());
