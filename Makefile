@@ -44,11 +44,12 @@ sanitize-address sanitize-thread:
 	$(CMAKE) --build build/$@ --parallel $(shell getconf _NPROCESSORS_ONLN)
 	build/$@/driver $(CASES) 1 3
 
-lint: $(INSTALLED)  ## ruff, pyright and the import contracts
+lint: $(INSTALLED)  ## ruff, pyright, the import contracts and clang-format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(INSTALLED)  ## let ruff fix and format the Python, clang-format the C++
 	$(BIN)/ruff check --fix
