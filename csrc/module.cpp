@@ -1,10 +1,11 @@
-// Python's door to the kernels: addresses and numbers in, nothing out. backends/cpu.py is its only caller.
+// The Python module `_kernels`, which only backends/cpu.py calls. Tensors come as addresses, dtypes and strides.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <tuple>
 #include <vector>
@@ -24,7 +25,13 @@ const Kernels* kernels = nullptr;
 // (address, is bf16, strides in elements)
 using TensorOf = std::tuple<uintptr_t, bool, std::array<int64_t, 4>>;
 // (batch, heads, kv_heads, q_len, kv_len, head_dim)
-using Shape = std::array<int64_t, 6>;
+using ShapeOf = std::array<int64_t, 6>;
+// (q, k, v, shape, windows of the key/value heads, sink_tokens, causal, scale, softcap, address of alibi_slopes,
+// address of segment_ids), as `_problem` in backends/cpu.py builds it
+using ProblemOf = std::tuple<TensorOf, TensorOf, TensorOf, ShapeOf, std::vector<int64_t>, int64_t, bool, double, double,
+                             uintptr_t, uintptr_t>;
+// (addresses of k and v, slots, ring, addresses of the sinks' k and v, sinks, address of their positions)
+using StoreOf = std::array<int64_t, 8>;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -38,66 +45,61 @@ Tensor tensor(const TensorOf& of) {
     return result;
 }
 
-// A problem and the memory that it points to.
+// A problem and the memory that it points to; to be moved, not copied.
 struct OwnedProblem {
     std::vector<int64_t> windows;
     Segments segments;
     Problem problem;
-
-    OwnedProblem(const TensorOf& q, const TensorOf& k, const TensorOf& v, const Shape& shape,
-                 std::vector<int64_t> windows_of_kv_heads, int64_t sink_tokens, bool causal, double scale,
-                 double softcap, uintptr_t alibi_slopes, uintptr_t segment_ids)
-        : windows(std::move(windows_of_kv_heads)),
-          segments(pointer<const int64_t>(segment_ids), shape[0], shape[4], sink_tokens) {
-        problem.q = tensor(q);
-        problem.k = tensor(k);
-        problem.v = tensor(v);
-        problem.stores = nullptr;
-        problem.batch = shape[0];
-        problem.heads = shape[1];
-        problem.kv_heads = shape[2];
-        problem.q_len = shape[3];
-        problem.kv_len = shape[4];
-        problem.head_dim = shape[5];
-        problem.windows = windows.data();
-        problem.causal = causal;
-        problem.scale = float(scale);
-        problem.softcap = float(softcap);
-        problem.alibi_slopes = pointer<const float>(alibi_slopes);
-        problem.segments = segments.numbers();
-        problem.sinks = segments.sinks();
-        problem.sinks_end = segments.sinks_end();
-    }
 };
 
-void forward(const TensorOf& q, const TensorOf& k, const TensorOf& v, const TensorOf& out, const Shape& shape,
-             std::vector<int64_t> windows, int64_t sink_tokens, bool causal, double scale, double softcap,
-             uintptr_t alibi_slopes, uintptr_t segment_ids, uintptr_t row_max, uintptr_t log_sum, uintptr_t max_logit,
+OwnedProblem owned_problem(const ProblemOf& of) {
+    const auto& [q, k, v, shape, windows, sink_tokens, causal, scale, softcap, alibi_slopes, segment_ids] = of;
+    const auto& [batch, heads, kv_heads, q_len, kv_len, head_dim] = shape;
+    OwnedProblem owned{windows, Segments(pointer<const int64_t>(segment_ids), batch, kv_len, sink_tokens), {}};
+    // a window of all keys is the same as a longer one, and fits into the 32 bits that positions are counted with
+    for (int64_t& window : owned.windows) window = std::min(window, kv_len);
+    Problem& problem = owned.problem;
+    problem.q = tensor(q);
+    problem.k = tensor(k);
+    problem.v = tensor(v);
+    problem.stores = nullptr;
+    problem.batch = batch;
+    problem.heads = heads;
+    problem.kv_heads = kv_heads;
+    problem.q_len = q_len;
+    problem.kv_len = kv_len;
+    problem.head_dim = head_dim;
+    problem.windows = owned.windows.data();
+    problem.causal = causal;
+    problem.scale = float(scale);
+    problem.softcap = float(softcap);
+    problem.alibi_slopes = pointer<const float>(alibi_slopes);
+    problem.segments = owned.segments.numbers();
+    problem.sinks = owned.segments.sinks();
+    problem.sinks_end = owned.segments.sinks_end();
+    return owned;
+}
+
+void forward(const ProblemOf& problem, const TensorOf& out, uintptr_t row_max, uintptr_t log_sum, uintptr_t max_logit,
              uintptr_t entropy, bool decode) {
     nb::gil_scoped_release unlocked;
-    const OwnedProblem owned(q, k, v, shape, std::move(windows), sink_tokens, causal, scale, softcap, alibi_slopes,
-                             segment_ids);
-    const Forward call{owned.problem,
-                       tensor(out),
-                       pointer<float>(row_max),
-                       pointer<float>(log_sum),
-                       pointer<float>(max_logit),
-                       pointer<float>(entropy)};
+    const OwnedProblem owned = owned_problem(problem);
+    Forward call;
+    call.problem = owned.problem;
+    call.out = tensor(out);
+    call.row_max = pointer<float>(row_max);
+    call.log_sum = pointer<float>(log_sum);
+    call.max_logit = pointer<float>(max_logit);
+    call.entropy = pointer<float>(entropy);
     decode ? kernels->decode(call) : kernels->forward(call);
 }
 
-// (addresses of k and v, slots, ring, addresses of the sinks' k and v, sinks, address of their positions)
-using StoreOf = std::array<int64_t, 8>;
-
 // Appends k and v to the stores and attends to what is there; statistics are not written.
-void attend_cached(const TensorOf& q, const TensorOf& k, const TensorOf& v, const TensorOf& out, const Shape& shape,
-                   std::vector<int64_t> windows, int64_t sink_tokens, double scale, double softcap,
-                   uintptr_t alibi_slopes, uintptr_t segment_ids, uintptr_t row_max, uintptr_t log_sum,
+void attend_cached(const ProblemOf& problem, const TensorOf& out, uintptr_t row_max, uintptr_t log_sum,
                    const std::vector<StoreOf>& stores, const std::vector<int64_t>& firsts,
                    const std::vector<int64_t>& group_of) {
     nb::gil_scoped_release unlocked;
-    OwnedProblem owned(q, k, v, shape, std::move(windows), sink_tokens, true, scale, softcap, alibi_slopes,
-                       segment_ids);
+    OwnedProblem owned = owned_problem(problem);
     std::vector<StoreGroup> groups;
     for (const auto& [k_at, v_at, slots, ring, sink_k, sink_v, sinks, positions] : stores)
         groups.push_back({pointer<void>(k_at), pointer<void>(v_at), slots, ring, firsts[groups.size()],
@@ -108,13 +110,11 @@ void attend_cached(const TensorOf& q, const TensorOf& k, const TensorOf& v, cons
     kernels->decode({owned.problem, tensor(out), pointer<float>(row_max), pointer<float>(log_sum), nullptr, nullptr});
 }
 
-void backward(const TensorOf& q, const TensorOf& k, const TensorOf& v, const TensorOf& out, const TensorOf& grad_out,
-              const Shape& shape, std::vector<int64_t> windows, int64_t sink_tokens, bool causal, double scale,
-              double softcap, uintptr_t alibi_slopes, uintptr_t segment_ids, uintptr_t row_max, uintptr_t log_sum,
-              uintptr_t grad_lse, const TensorOf& grad_q, const TensorOf& grad_k, const TensorOf& grad_v) {
+void backward(const ProblemOf& problem, const TensorOf& out, uintptr_t row_max, uintptr_t log_sum,
+              const TensorOf& grad_out, uintptr_t grad_lse, const TensorOf& grad_q, const TensorOf& grad_k,
+              const TensorOf& grad_v) {
     nb::gil_scoped_release unlocked;
-    const OwnedProblem owned(q, k, v, shape, std::move(windows), sink_tokens, causal, scale, softcap, alibi_slopes,
-                             segment_ids);
+    const OwnedProblem owned = owned_problem(problem);
     kernels->backward({owned.problem, tensor(out), tensor(grad_out), pointer<const float>(grad_lse),
                        pointer<const float>(row_max), pointer<const float>(log_sum), tensor(grad_q), tensor(grad_k),
                        tensor(grad_v)});

@@ -137,12 +137,12 @@ def _forward(
     """
     out, row_max, log_sum, max_logit, entropy = _empty_outputs(q, out_dtype, with_stats)
     decode = not differentiable and q.shape[2] <= _DECODING_QUERIES
-    slopes, ids = _contiguous(alibi_slopes), _contiguous(segment_ids)
+    problem, _alive = _problem(
+        q, k, v, k.shape[2], windows, sink_tokens, causal, scale, softcap, alibi_slopes, segment_ids
+    )
     _kernels.forward(
-        _described(q), _described(k), _described(v), _described(out), _shape(q, k), _clipped(windows, k),
-        sink_tokens, causal, scale, _softcap(softcap), _address(slopes), _address(ids), _address(row_max),
-        _address(log_sum), _address(max_logit if with_stats else None),
-        _address(entropy if with_stats else None), decode,
+        problem, _described(out), _address(row_max), _address(log_sum),
+        _address(max_logit if with_stats else None), _address(entropy if with_stats else None), decode,
     )  # fmt: skip
     return out, row_max, log_sum, max_logit, entropy
 
@@ -184,12 +184,13 @@ def _backward(
     grad_q = torch.zeros_like(q, dtype=torch.float32)  # tasks add to it
     if grad_out is None:
         grad_out = torch.zeros((), dtype=out.dtype).expand_as(out)
-    slopes, ids, grad_lse = _contiguous(alibi_slopes), _contiguous(segment_ids), _contiguous(grad_lse)
+    grad_lse = _contiguous(grad_lse)
+    problem, _alive = _problem(
+        q, k, v, k.shape[2], windows, sink_tokens, causal, scale, softcap, alibi_slopes, segment_ids
+    )
     _kernels.backward(
-        _described(q), _described(k), _described(v), _described(out), _described(grad_out), _shape(q, k),
-        _clipped(windows, k), sink_tokens, causal, scale, _softcap(softcap), _address(slopes), _address(ids),
-        _address(row_max), _address(log_sum), _address(grad_lse), _described(grad_q), _described(grad_k),
-        _described(grad_v),
+        problem, _described(out), _address(row_max), _address(log_sum), _described(grad_out),
+        _address(grad_lse), _described(grad_q), _described(grad_k), _described(grad_v),
     )  # fmt: skip
     return grad_q.to(q.dtype), grad_k, grad_v
 
@@ -262,18 +263,16 @@ def attend_cached(
     Returns:
         out, and the natural log of the sum of exp(score) or None.
     """
-    batch, heads, new, head_dim = q.shape
     out = torch.empty_like(q)
     row_max = log_sum = None
     if with_lse:
-        row_max, log_sum = q.new_empty((2, batch, heads, new), dtype=torch.float32).unbind()
-    slopes, ids = _contiguous(alibi_slopes), _contiguous(segment_ids)
+        row_max, log_sum = q.new_empty((2, *q.shape[:3]), dtype=torch.float32).unbind()
+    problem, _alive = _problem(
+        q, k, v, length + q.shape[2], windows, sink_tokens, True, scale, softcap, alibi_slopes, segment_ids
+    )
     _kernels.attend_cached(
-        _described(q), _described(k), _described(v), _described(out),
-        (batch, heads, len(windows), new, length + new, head_dim), windows, sink_tokens, scale,
-        _softcap(softcap), _address(slopes), _address(ids), _address(row_max), _address(log_sum),
-        stores, firsts, group_of,
-    )  # fmt: skip
+        problem, _described(out), _address(row_max), _address(log_sum), stores, firsts, group_of
+    )
     return out, None if row_max is None or log_sum is None else row_max + log_sum
 
 
@@ -310,6 +309,32 @@ def _fake_attend_cached(q, k, v, stores, sinks, sink_positions, rings, firsts, g
     return torch.empty_like(q), lse
 
 
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_len: int,
+    windows: Sequence[int],
+    sink_tokens: int,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    segment_ids: Tensor | None,
+) -> tuple[tuple[Any, ...], tuple[Tensor | None, Tensor | None]]:
+    """The problem as all kernels take it (`ProblemOf` in csrc/module.cpp), and tensors that must live until
+    they return."""
+    batch, heads, q_len, head_dim = q.shape
+    slopes, ids = _contiguous(alibi_slopes), _contiguous(segment_ids)
+    # softcap 0 is none for the kernels, so one that rounds to 0 in fp32 may not
+    softcap = 0.0 if softcap is None else max(softcap, _SMALLEST)
+    problem = (
+        _described(q), _described(k), _described(v), (batch, heads, len(windows), q_len, kv_len, head_dim),
+        windows, sink_tokens, causal, scale, softcap, _address(slopes), _address(ids),
+    )  # fmt: skip
+    return problem, (slopes, ids)
+
+
 def _described(x: Tensor) -> tuple[int, bool, tuple[int, ...]]:
     return x.data_ptr(), x.dtype == torch.bfloat16, x.stride()
 
@@ -321,21 +346,6 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def _shape(q: Tensor, k: Tensor) -> tuple[int, int, int, int, int, int]:
-    batch, heads, q_len, head_dim = q.shape
-    return batch, heads, k.shape[1], q_len, k.shape[2], head_dim
-
-
-def _softcap(softcap: float | None) -> float:
-    """0 is none for the kernels, so one that rounds to 0 in fp32 may not."""
-    return 0.0 if softcap is None else max(softcap, _SMALLEST)
-
-
-def _clipped(windows: Sequence[int], k: Tensor) -> list[int]:
-    """A window of all keys is the same as one of more, and fits into what the kernels count with."""
-    return [min(window, k.shape[2]) for window in windows]
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
