@@ -27,12 +27,27 @@ struct RowTerms {
 };
 
 template <int Stride>
+struct Buffers {
+    static constexpr int kKeys = kKeyBlock<Stride>;
+    static constexpr int kKeyStride = kKeys + kStrip;  // no power of two: rows would share cache sets
+
+    Carver carver;
+    float* const key_rows = carver.take(kKeys * Stride);
+    float* const key_columns = carver.take(kKeys * Stride);
+    float* const value_columns = carver.take(kKeys * Stride);
+    float* const grad_keys = carver.take(kKeys * Stride);
+    float* const grad_values = carver.take(kKeys * Stride);
+    float* const queries = carver.take(kQueryBlock * Stride);
+    float* const grad_outs = carver.take(kQueryBlock * Stride);
+    float* const grad_queries = carver.take(kQueryBlock * Stride);
+    float* const probabilities = carver.take(kQueryBlock * kStrip);  // of one strip
+    float* const slopes = carver.take(kQueryBlock * kStrip);         // of one strip
+    float* const grad_scores = carver.take(kQueryBlock * kKeyStride);
+};
+
+template <int Stride>
 class KeyBlock {
 public:
-    // Numbers that a block needs as memory.
-    static constexpr int64_t kFloats =
-        (5 * kKeyBlock<Stride> + 3 * kQueryBlock) * Stride + kQueryBlock * (2 * kStrip + kKeyBlock<Stride> + kStrip);
-
     // `done` counts the blocks of queries that this task has finished, `done_before` those of the one before it.
     KeyBlock(const Backward& call, const RowTerms* terms, int64_t b, int64_t kv_head, int64_t index,
              std::atomic<int64_t>* done_before, std::atomic<int64_t>* done, float* memory)
@@ -46,29 +61,18 @@ public:
           done_(done),
           visibility_(problem_, b, kv_head),
           segments_(visibility_.segments, keys_),
-          any_sink_(visibility_.any_sink(keys_)) {
-        const auto take = [&](int64_t floats) { return std::exchange(memory, memory + floats); };
-        key_rows_ = take(kKeys * Stride);
-        key_columns_ = take(kKeys * Stride);
-        value_columns_ = take(kKeys * Stride);
-        grad_keys_ = take(kKeys * Stride);
-        grad_values_ = take(kKeys * Stride);
-        query_memory_ = take(kQueryBlock * Stride);
-        grad_out_memory_ = take(kQueryBlock * Stride);
-        grad_queries_ = take(kQueryBlock * Stride);
-        probabilities_ = take(kQueryBlock * kStrip);
-        slopes_ = take(kQueryBlock * kStrip);
-        grad_scores_ = take(kQueryBlock * kKeyStride);
-    }
+          any_sink_(visibility_.any_sink(keys_)),
+          buffers_{Carver(memory)} {}
 
     void run() {
         const int64_t head_dim = problem_.head_dim, strips = (keys_.size() + kStrip - 1) / kStrip;
         const size_t bytes = sizeof(float) * strips * kStrip * Stride;
-        pack_columns(Rows(problem_.v, b_, kv_head_), value_columns_);  // key_rows_ lends its memory
-        pack_columns(Rows(problem_.k, b_, kv_head_), key_columns_);
-        keys_are_finite_ = all_finite<Stride>(key_rows_, keys_.size(), head_dim);
-        std::memset(grad_keys_, 0, bytes);
-        std::memset(grad_values_, 0, bytes);
+        // values first: the rows of the keys then stay in key_rows
+        pack_columns(Rows(problem_.v, b_, kv_head_), buffers_.value_columns);
+        pack_columns(Rows(problem_.k, b_, kv_head_), buffers_.key_columns);
+        keys_are_finite_ = all_finite<Stride>(buffers_.key_rows, keys_.size(), head_dim);
+        std::memset(buffers_.grad_keys, 0, bytes);
+        std::memset(buffers_.grad_values, 0, bytes);
 
         const int64_t blocks = (problem_.q_len + kQueryBlock - 1) / kQueryBlock, first = problem_.first_position();
         Range positions = visibility_.queries_of_some(keys_);
@@ -92,21 +96,22 @@ public:
 
         const Rows grad_k(call_.grad_k, b_, kv_head_), grad_v(call_.grad_v, b_, kv_head_);
         for (int64_t j = 0; j < keys_.size(); ++j) {
-            grad_k.write<Stride>(keys_.begin + j, head_dim, problem_.scale, grad_keys_ + j * Stride);
-            grad_v.write<Stride>(keys_.begin + j, head_dim, 1.0f, grad_values_ + j * Stride);
+            grad_k.write<Stride>(keys_.begin + j, head_dim, problem_.scale, buffers_.grad_keys + j * Stride);
+            grad_v.write<Stride>(keys_.begin + j, head_dim, 1.0f, buffers_.grad_values + j * Stride);
         }
     }
 
 private:
-    static constexpr int kKeys = kKeyBlock<Stride>;
-    static constexpr int kKeyStride = kKeys + kStrip;  // no power of two: rows would share cache sets
+    static constexpr int kKeys = Buffers<Stride>::kKeys, kKeyStride = Buffers<Stride>::kKeyStride;
 
     void pack_columns(const Rows& rows, float* columns) {
-        rows.pack<Stride>(keys_.begin, keys_.size(), problem_.head_dim, key_rows_);
+        rows.pack<Stride>(keys_.begin, keys_.size(), problem_.head_dim, buffers_.key_rows);
         const int64_t strips = (keys_.size() + kStrip - 1) / kStrip;
-        std::memset(key_rows_ + keys_.size() * Stride, 0, sizeof(float) * (strips * kStrip - keys_.size()) * Stride);
+        std::memset(buffers_.key_rows + keys_.size() * Stride, 0,
+                    sizeof(float) * (strips * kStrip - keys_.size()) * Stride);
         for (int64_t s = 0; s < strips; ++s)
-            transpose_strip<Stride>(key_rows_ + s * kStrip * Stride, problem_.head_dim, columns + s * kStrip * Stride);
+            transpose_strip<Stride>(buffers_.key_rows + s * kStrip * Stride, problem_.head_dim,
+                                    columns + s * kStrip * Stride);
     }
 
     void wait_for(int64_t blocks) const {
@@ -128,14 +133,14 @@ private:
         for (int64_t begin = keys_.begin; begin < keys_.end; begin += kStrip)
             any |= visit_strip(head, keys_.part(begin, kStrip), positions, segments);
         if (!any) return false;
-        std::memset(grad_queries_, 0, sizeof(float) * groups * kRowStep * Stride);
+        std::memset(buffers_.grad_queries, 0, sizeof(float) * groups * kRowStep * Stride);
         for (int64_t group = 0; group < groups; ++group) {
             const Range keys = seen_[group];
             if (keys.empty()) continue;
             const int64_t row = group * kRowStep;
-            sum_of_seen<1, kKeyStride>(keys_are_finite_, grad_scores_ + row * kKeyStride + keys.begin,
-                                       key_rows_ + keys.begin * Stride, keys.size(), kRowStep,
-                                       grad_queries_ + row * Stride,
+            sum_of_seen<1, kKeyStride>(keys_are_finite_, buffers_.grad_scores + row * kKeyStride + keys.begin,
+                                       buffers_.key_rows + keys.begin * Stride, keys.size(), kRowStep,
+                                       buffers_.grad_queries + row * Stride,
                                        [&](int64_t j, int64_t r) { return sees(positions, row + r, keys.begin + j); });
         }
         return true;
@@ -144,9 +149,9 @@ private:
     void pack_queries(int64_t head, Range rows) {
         const int64_t head_dim = problem_.head_dim, count = rows.size();
         queries_ =
-            Rows(problem_.q, b_, head).packed<Stride>(rows.begin, count, problem_.q_len, head_dim, query_memory_);
+            Rows(problem_.q, b_, head).packed<Stride>(rows.begin, count, problem_.q_len, head_dim, buffers_.queries);
         grad_outs_ = Rows(call_.grad_out, b_, head)
-                         .packed<Stride>(rows.begin, count, problem_.q_len, head_dim, grad_out_memory_);
+                         .packed<Stride>(rows.begin, count, problem_.q_len, head_dim, buffers_.grad_outs);
         queries_are_finite_ = all_finite<Stride>(queries_, count, head_dim);
         grad_outs_are_finite_ = all_finite<Stride>(grad_outs_, count, head_dim);
         const int64_t plane = (b_ * problem_.heads + head) * problem_.q_len + rows.begin;
@@ -156,7 +161,7 @@ private:
             delta_[r] = terms_[plane + r].delta;
             grad_lse_[r] = call_.grad_lse ? call_.grad_lse[plane + r] : 0.0f;
         }
-        std::memset(grad_scores_, 0, sizeof(float) * round_up(count, kRowStep) * kKeyStride);
+        std::memset(buffers_.grad_scores, 0, sizeof(float) * round_up(count, kRowStep) * kKeyStride);
     }
 
     // One strip of keys against the packed queries at these positions; false if none sees it.
@@ -181,25 +186,25 @@ private:
         }
         const float* query_rows = queries_ + rows.begin * Stride;
         const float* grad_out_rows = grad_outs_ + rows.begin * Stride;
-        float* grad_scores = grad_scores_ + rows.begin * kKeyStride + place;
-        dot<Stride, kStrip>(query_rows, key_columns_ + place * Stride, rows.size(), problem_.head_dim, problem_.scale,
-                            probabilities_ + rows.begin * kStrip);
-        dot<Stride, kKeyStride>(grad_out_rows, value_columns_ + place * Stride, rows.size(), problem_.head_dim, 1.0f,
-                                grad_scores);
+        float* grad_scores = buffers_.grad_scores + rows.begin * kKeyStride + place;
+        dot<Stride, kStrip>(query_rows, buffers_.key_columns + place * Stride, rows.size(), problem_.head_dim,
+                            problem_.scale, buffers_.probabilities + rows.begin * kStrip);
+        dot<Stride, kKeyStride>(grad_out_rows, buffers_.value_columns + place * Stride, rows.size(), problem_.head_dim,
+                                1.0f, grad_scores);
         const StripLanes lanes(keys, visibility_);
         const Bias bias(problem_, head);
-        const float* slopes = bias.softcap == 0.0f ? nullptr : slopes_;
+        const float* slopes = bias.softcap == 0.0f ? nullptr : buffers_.slopes;
         if (!bias.none())
-            bias.apply(positions.begin + rows.begin, rows.size(), lanes, probabilities_ + rows.begin * kStrip,
-                       slopes ? slopes_ + rows.begin * kStrip : nullptr);
+            bias.apply(positions.begin + rows.begin, rows.size(), lanes, buffers_.probabilities + rows.begin * kStrip,
+                       slopes ? buffers_.slopes + rows.begin * kStrip : nullptr);
         scores_to_gradients<true>({rows.begin, unmasked.begin}, place, positions.begin, lanes, slopes);
         scores_to_gradients<false>(unmasked, place, positions.begin, lanes, slopes);
         scores_to_gradients<true>({unmasked.end, rows.end}, place, positions.begin, lanes, slopes);
         const auto seen = [&](int64_t r, int64_t j) { return sees(positions, rows.begin + r, place + j); };
-        sum_of_seen<kStrip, 1>(grad_outs_are_finite_, probabilities_ + rows.begin * kStrip, grad_out_rows, rows.size(),
-                               kStrip, grad_values_ + place * Stride, seen);
+        sum_of_seen<kStrip, 1>(grad_outs_are_finite_, buffers_.probabilities + rows.begin * kStrip, grad_out_rows,
+                               rows.size(), kStrip, buffers_.grad_values + place * Stride, seen);
         sum_of_seen<kKeyStride, 1>(queries_are_finite_, grad_scores, query_rows, rows.size(), kStrip,
-                                   grad_keys_ + place * Stride, seen);
+                                   buffers_.grad_keys + place * Stride, seen);
         return true;
     }
 
@@ -226,8 +231,8 @@ private:
         for (int64_t r = rows.begin; r < rows.end; ++r) {
 #pragma GCC unroll 4
             for (int i = 0; i < kStripVectors; ++i) {
-                float* p_at = probabilities_ + r * kStrip + i * kLanes;
-                float* ds_at = grad_scores_ + r * kKeyStride + place + i * kLanes;
+                float* p_at = buffers_.probabilities + r * kStrip + i * kLanes;
+                float* ds_at = buffers_.grad_scores + r * kKeyStride + place + i * kLanes;
                 Vec p = exp_of(load(p_at) - row_max_[r]) * factor_[r];
                 // dP - delta first, which is exactly 0 where a row sees one key alone
                 Vec ds = p * (load(ds_at) - delta_[r] + grad_lse_[r]);
@@ -245,7 +250,7 @@ private:
     void add_grad_queries(int64_t head, Range rows) {
         const Rows grad_q(call_.grad_q, b_, head);
         for (int64_t r = 0; r < rows.size(); ++r)
-            grad_q.add(rows.begin + r, problem_.head_dim, problem_.scale, grad_queries_ + r * Stride);
+            grad_q.add(rows.begin + r, problem_.head_dim, problem_.scale, buffers_.grad_queries + r * Stride);
     }
 
     const Backward& call_;
@@ -257,12 +262,19 @@ private:
     const Visibility visibility_;
     const SegmentSpan segments_;
     const bool any_sink_;
-    float *key_rows_, *key_columns_, *value_columns_, *grad_keys_, *grad_values_;
-    float *query_memory_, *grad_out_memory_, *grad_queries_, *probabilities_, *slopes_, *grad_scores_;
+    const Buffers<Stride> buffers_;
     const float *queries_, *grad_outs_;
     bool keys_are_finite_, queries_are_finite_, grad_outs_are_finite_;
     float row_max_[kQueryBlock], factor_[kQueryBlock], delta_[kQueryBlock], grad_lse_[kQueryBlock];
     Range seen_[kQueryBlock / kRowStep];  // by group of rows: the keys of the block that dS may be other than 0 for
+};
+
+template <int Stride>
+struct TermBuffers {
+    Carver carver;
+    float* const rows = carver.take(kStrip * Stride);
+    float* const outs = carver.take(kStrip * Stride);
+    float* const grad_outs = carver.take(kStrip * Stride);
 };
 
 // Σ_j P·dP of a row is dO·out: summed like dP, rounding by rounding, so that dP - delta is exactly 0 where a row sees
@@ -273,16 +285,16 @@ void compute_terms(const Backward& call, RowTerms* terms) {
     const int64_t blocks = (problem.q_len + kQueryBlock - 1) / kQueryBlock;
     for_each_task(problem.batch * problem.heads * blocks, 3 * kStrip * Stride, [&](int64_t task, float* memory) {
         const int64_t plane = task / blocks, b = plane / problem.heads, head = plane % problem.heads;
-        float *const rows = memory, *const outs = rows + kStrip * Stride, *const grad_outs = outs + kStrip * Stride;
+        const TermBuffers<Stride> buffers{Carver(memory)};
         const Range block = Range{0, problem.q_len}.part(task % blocks * kQueryBlock, kQueryBlock);
         for (int64_t begin = block.begin; begin < block.end; begin += kStrip) {
             const Range strip = block.part(begin, kStrip);
-            Rows(call.out, b, head).pack<Stride>(strip.begin, strip.size(), problem.head_dim, rows);
-            transpose_strip<Stride>(rows, problem.head_dim, outs);
-            Rows(call.grad_out, b, head).pack<Stride>(strip.begin, strip.size(), problem.head_dim, rows);
-            transpose_strip<Stride>(rows, problem.head_dim, grad_outs);
+            Rows(call.out, b, head).pack<Stride>(strip.begin, strip.size(), problem.head_dim, buffers.rows);
+            transpose_strip<Stride>(buffers.rows, problem.head_dim, buffers.outs);
+            Rows(call.grad_out, b, head).pack<Stride>(strip.begin, strip.size(), problem.head_dim, buffers.rows);
+            transpose_strip<Stride>(buffers.rows, problem.head_dim, buffers.grad_outs);
             float deltas[kStrip];
-            dot_of_lanes(grad_outs, outs, problem.head_dim, deltas);
+            dot_of_lanes(buffers.grad_outs, buffers.outs, problem.head_dim, deltas);
             for (int64_t r = 0; r < strip.size(); ++r) {
                 const int64_t at = plane * problem.q_len + strip.begin + r;
                 terms[at] = {deltas[r], std::exp(-call.log_sum[at])};
@@ -320,7 +332,7 @@ void run(const Backward& call) {
     const int64_t planes = problem.batch * problem.kv_heads;
     const std::unique_ptr<int64_t[]> heads = kv_heads_by_reach(problem);
     const std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[planes * blocks]());
-    for_each_task(planes * blocks, KeyBlock<Stride>::kFloats, [&](int64_t task, float* memory) {
+    for_each_task(planes * blocks, Buffers<Stride>{}.carver.taken(), [&](int64_t task, float* memory) {
         const Place at(task, problem, heads.get(), blocks);
         std::atomic<int64_t>* counter = &done[(at.b * problem.kv_heads + at.kv_head) * blocks + at.block];
         KeyBlock<Stride>(call, terms.get(), at.b, at.kv_head, at.block, at.block ? counter - 1 : nullptr, counter,

@@ -56,6 +56,15 @@ struct Piece {
 };
 
 template <int Stride>
+struct Buffers {
+    int64_t rows;
+    Carver carver;
+    float* const queries = carver.take(rows * Stride);
+    float* const keys = carver.take(kStrip * Stride);  // of one strip
+    float* const values = carver.take(kStrip * Stride);
+};
+
+template <int Stride>
 class Chunk {
 public:
     Chunk(const Forward& call, int64_t b, int64_t kv_head, const Piece& piece, Partial<Stride>* partials, float* memory)
@@ -64,17 +73,17 @@ public:
           kv_head_(kv_head),
           rows_(problem_.group_size() * problem_.q_len),
           visibility_(problem_, b, kv_head),
-          queries_(memory),
+          buffers_{rows_, Carver(memory)},
           piece_(piece),
-          keys_(piece.k, problem_.head_dim, queries_ + rows_ * Stride),
-          values_(piece.v, problem_.head_dim, queries_ + (rows_ + kStrip) * Stride),
+          keys_(piece.k, problem_.head_dim, buffers_.keys),
+          values_(piece.v, problem_.head_dim, buffers_.values),
           partials_(partials) {}
 
     void run(Range keys) {
         const int64_t head_dim = problem_.head_dim;
         for (int64_t member = 0; member < problem_.group_size(); ++member)
             Rows(problem_.q, b_, kv_head_ * problem_.group_size() + member)
-                .pack<Stride>(0, problem_.q_len, head_dim, queries_ + member * problem_.q_len * Stride);
+                .pack<Stride>(0, problem_.q_len, head_dim, buffers_.queries + member * problem_.q_len * Stride);
         for (int64_t r = 0; r < rows_; ++r) partials_[r] = {{kNoMaximum, 0, 0, 0}, {}};
         for (int64_t begin = keys.begin; begin < keys.end; begin += kStrip) {
             const Range strip = keys.part(begin, kStrip), at{strip.begin + piece_.shift, strip.end + piece_.shift};
@@ -105,7 +114,7 @@ private:
     template <bool Masked>
     void attend(int64_t r, int64_t count, const StripLanes& lanes, const float* key_rows, const float* value_rows) {
         float scores[kStrip];
-        logits(queries_ + r * Stride, key_rows, count, scores);
+        logits(buffers_.queries + r * Stride, key_rows, count, scores);
         const int64_t position = problem_.first_position() + r % problem_.q_len;
         Row& row = partials_[r].row;
         Vec maximum = splat(row.maximum), max_logit = splat(row.max_logit);
@@ -189,7 +198,7 @@ private:
     const Problem& problem_;
     const int64_t b_, kv_head_, rows_;
     const Visibility visibility_;
-    float* const queries_;
+    const Buffers<Stride> buffers_;
     const Piece& piece_;
     const Source<Stride> keys_, values_;
     Partial<Stride>* const partials_;
@@ -236,7 +245,7 @@ void run(const Forward& call) {
     first_chunks.push_back(chunks());
     const int64_t tasks = chunks();
     const std::unique_ptr<Partial<Stride>[]> partials(new Partial<Stride>[tasks * rows]);
-    for_each_task(tasks, (rows + 2 * kStrip) * Stride, [&](int64_t task, float* memory) {
+    for_each_task(tasks, Buffers<Stride>{rows, Carver()}.carver.taken(), [&](int64_t task, float* memory) {
         size_t at = pieces.size() - 1;
         while (pieces[at].first_chunk > task) --at;
         int64_t plane = planes - 1;

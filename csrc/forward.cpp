@@ -24,13 +24,20 @@ struct Softmax {
     Vec max_logit[kStripVectors];  // largest |logit|, NaN if one is
 };
 
+template <int Stride>
+struct Buffers {
+    Carver carver;
+    float* const columns = carver.take(kQueryBlock * Stride);  // the queries, strip by strip
+    float* const sums = carver.take(kQueryBlock * Stride);     // Σ exp(score - maximum)·v of each query
+    float* const keys = carver.take((kKeyBlock<Stride> + kRowStep) * Stride);
+    float* const values = carver.take((kKeyBlock<Stride> + kRowStep) * Stride);
+    float* const rows = carver.take(kStrip * Stride);
+    float* const scores = carver.take((kChunk + kRowStep) * kStrip);
+};
+
 template <int Stride, bool kWithStatistics>
 class Block {
 public:
-    // Numbers that a block needs as memory.
-    static constexpr int64_t kFloats = 2 * kQueryBlock * Stride + 2 * (kKeyBlock<Stride> + kRowStep) * Stride +
-                                       kStrip * Stride + (kChunk + kRowStep) * kStrip;
-
     Block(const Forward& call, int64_t b, int64_t head, int64_t first, int64_t count, float* memory)
         : call_(call),
           problem_(call.problem),
@@ -40,26 +47,19 @@ public:
           count_(count),
           kv_head_(head / problem_.group_size()),
           visibility_(problem_, b, kv_head_),
-          bias_(problem_, head) {
-        const auto take = [&](int64_t floats) { return std::exchange(memory, memory + floats); };
-        columns_ = take(kQueryBlock * Stride);
-        sums_ = take(kQueryBlock * Stride);
-        key_memory_ = take((kKeyBlock<Stride> + kRowStep) * Stride);
-        value_memory_ = take((kKeyBlock<Stride> + kRowStep) * Stride);
-        rows_ = take(kStrip * Stride);
-        scores_ = take((kChunk + kRowStep) * kStrip);
-    }
+          bias_(problem_, head),
+          buffers_{Carver(memory)} {}
 
     Statistics run() {
         const int64_t strips = (count_ + kStrip - 1) / kStrip;
         const Rows q(problem_.q, b_, head_), k(problem_.k, b_, kv_head_), v(problem_.v, b_, kv_head_);
         for (int64_t s = 0; s < strips; ++s) {
-            q.pack<Stride>(first_ + s * kStrip, rows_in(s), problem_.head_dim, rows_);
-            transpose_strip<Stride>(rows_, problem_.head_dim, columns_ + s * kStrip * Stride);
+            q.pack<Stride>(first_ + s * kStrip, rows_in(s), problem_.head_dim, buffers_.rows);
+            transpose_strip<Stride>(buffers_.rows, problem_.head_dim, buffers_.columns + s * kStrip * Stride);
             softmax_[s] = {};
             for (Vec& maximum : softmax_[s].maximum) maximum = splat(kNoMaximum);
         }
-        std::memset(sums_, 0, sizeof(float) * strips * kStrip * Stride);
+        std::memset(buffers_.sums, 0, sizeof(float) * strips * kStrip * Stride);
 
         const Range queries = positions(0, count_);
         const SegmentSpan query_segments(visibility_.segments, queries);
@@ -69,8 +69,8 @@ public:
             const Range block = keys.part(begin, kKeyBlock<Stride>);
             if (intersection(block, in_band).empty() && !visibility_.any_sink(block)) continue;
             if (!query_segments.overlaps(SegmentSpan(visibility_.segments, block))) continue;
-            keys_ = k.packed<Stride>(block.begin, block.size(), problem_.kv_len, problem_.head_dim, key_memory_);
-            values_ = v.packed<Stride>(block.begin, block.size(), problem_.kv_len, problem_.head_dim, value_memory_);
+            keys_ = k.packed<Stride>(block.begin, block.size(), problem_.kv_len, problem_.head_dim, buffers_.keys);
+            values_ = v.packed<Stride>(block.begin, block.size(), problem_.kv_len, problem_.head_dim, buffers_.values);
             values_are_finite_ = all_finite<Stride>(values_, block.size(), problem_.head_dim);
             for (int64_t s = 0; s < strips; ++s) visit(s, block);
         }
@@ -104,9 +104,9 @@ private:
 
     void attend(int64_t s, Range keys, int64_t place, Range unmasked, const StripLanes& lanes) {
         Softmax& softmax = softmax_[s];
-        float* sums = sums_ + s * kStrip * Stride;
-        dot<Stride, kStrip>(keys_ + place * Stride, columns_ + s * kStrip * Stride, keys.size(), problem_.head_dim,
-                            problem_.scale, scores_);
+        float* sums = buffers_.sums + s * kStrip * Stride;
+        dot<Stride, kStrip>(keys_ + place * Stride, buffers_.columns + s * kStrip * Stride, keys.size(),
+                            problem_.head_dim, problem_.scale, buffers_.scores);
         Vec before[kStripVectors];
         for (int i = 0; i < kStripVectors; ++i) before[i] = softmax.maximum[i];
         const Range before_unmasked{keys.begin, unmasked.begin}, after{unmasked.end, keys.end};
@@ -116,7 +116,7 @@ private:
             score<true, kWithStatistics>(after, keys.begin, lanes, softmax);
         } else {
             if constexpr (kWithStatistics) record_logits(keys, lanes, softmax);
-            bias_.apply(keys.begin, keys.size(), lanes, scores_, nullptr);
+            bias_.apply(keys.begin, keys.size(), lanes, buffers_.scores, nullptr);
             score<true, false>(before_unmasked, keys.begin, lanes, softmax);
             score<false, false>(unmasked, keys.begin, lanes, softmax);
             score<true, false>(after, keys.begin, lanes, softmax);
@@ -128,10 +128,11 @@ private:
 
     void add_values(int64_t s, Range keys, const float* values, float* sums) const {
         if (values_are_finite_)
-            return weighted_sum<kStrip, 1, Stride>(scores_, values, keys.size(), kStrip, problem_.head_dim, sums);
+            return weighted_sum<kStrip, 1, Stride>(buffers_.scores, values, keys.size(), kStrip, problem_.head_dim,
+                                                   sums);
         const Range queries = positions(s * kStrip, s * kStrip + rows_in(s));
         weighted_sum_of_seen<kStrip, 1, Stride>(
-            scores_, values, keys.size(), queries.size(), problem_.head_dim, sums,
+            buffers_.scores, values, keys.size(), queries.size(), problem_.head_dim, sums,
             [&](int64_t j, int64_t r) { return visibility_.sees(queries.begin + r, keys.begin + j); });
     }
 
@@ -151,7 +152,7 @@ private:
         for (int64_t j = keys.begin; j < keys.end; ++j) {
 #pragma GCC unroll 4
             for (int i = 0; i < kStripVectors; ++i) {
-                float* at = scores_ + (j - origin) * kStrip + i * kLanes;
+                float* at = buffers_.scores + (j - origin) * kStrip + i * kLanes;
                 Vec x = load(at);
                 if constexpr (Masked) {
                     const IVec seen = mask(j, i, lanes);
@@ -170,7 +171,7 @@ private:
     void record_logits(Range keys, const StripLanes& lanes, Softmax& softmax) const {
         for (int64_t j = keys.begin; j < keys.end; ++j)
             for (int i = 0; i < kStripVectors; ++i) {
-                const Vec logit = load(scores_ + (j - keys.begin) * kStrip + i * kLanes);
+                const Vec logit = load(buffers_.scores + (j - keys.begin) * kStrip + i * kLanes);
                 softmax.max_logit[i] = max_size_of(keep_where(mask(j, i, lanes), logit), softmax.max_logit[i]);
             }
     }
@@ -201,7 +202,7 @@ private:
         for (int64_t j = 0; j < count; ++j) {
 #pragma GCC unroll 4
             for (int i = 0; i < kStripVectors; ++i) {
-                float* at = scores_ + j * kStrip + i * kLanes;
+                float* at = buffers_.scores + j * kStrip + i * kLanes;
                 const Vec x = load(at) - softmax.maximum[i];
                 const Vec e = exp_of(x);
                 store(at, e);
@@ -223,8 +224,8 @@ private:
         }
         for (int64_t r = 0; r < rows_in(s); ++r)
             finish_row<Stride>(call_, visibility_, b_, head_, first_ + s * kStrip + r,
-                               {maximum[r], sum[r], weighted[r], max_logit[r]}, sums_ + (s * kStrip + r) * Stride,
-                               statistics);
+                               {maximum[r], sum[r], weighted[r], max_logit[r]},
+                               buffers_.sums + (s * kStrip + r) * Stride, statistics);
     }
 
     const Forward& call_;
@@ -232,7 +233,7 @@ private:
     const int64_t b_, head_, first_, count_, kv_head_;
     const Visibility visibility_;
     const Bias bias_;
-    float *columns_, *sums_, *key_memory_, *value_memory_, *rows_, *scores_;
+    const Buffers<Stride> buffers_;
     const float *keys_, *values_;
     bool values_are_finite_;
     Softmax softmax_[kQueryBlock / kStrip];
@@ -245,7 +246,7 @@ void run(const Forward& call) {
     const int64_t planes = problem.batch * blocks;
     std::unique_ptr<Statistics[]> statistics(call.entropy ? new Statistics[problem.heads * planes] : nullptr);
     const std::unique_ptr<int64_t[]> order = kv_heads_by_reach(problem);
-    for_each_task(problem.heads * planes, Block<Stride, true>::kFloats, [&](int64_t task, float* memory) {
+    for_each_task(problem.heads * planes, Buffers<Stride>{}.carver.taken(), [&](int64_t task, float* memory) {
         const int64_t nth = task / planes, group = problem.group_size();
         const int64_t head = order[nth / group] * group + nth % group, b = task % planes / blocks;
         const int64_t block = blocks - 1 - task % blocks;  // the longest first

@@ -15,6 +15,32 @@ void run_workers(int64_t count, void (*worker)(void*), void* context);
 // Memory of the calling thread, 64-byte aligned, kept for its next call; zeros when it is new.
 float* scratch(size_t floats);
 
+// Hands out parts of a piece of memory, one after the other. Without memory it only counts, so that one list of buffers
+// says how much memory they need as well as where they are:
+//
+//     struct Buffers {
+//         Carver carver;
+//         float* const keys = carver.take(64);
+//         float* const values = carver.take(128);
+//     };
+//     const Buffers buffers{Carver(scratch(Buffers{}.carver.taken()))};
+class Carver {
+public:
+    constexpr Carver() = default;
+    LONGSHORT_COMMON constexpr explicit Carver(float* memory) : memory_(memory) {}
+
+    LONGSHORT_COMMON constexpr float* take(int64_t floats) {
+        float* const part = memory_ ? memory_ + taken_ : nullptr;
+        taken_ += floats;
+        return part;
+    }
+    LONGSHORT_COMMON constexpr int64_t taken() const { return taken_; }
+
+private:
+    float* memory_ = nullptr;
+    int64_t taken_ = 0;
+};
+
 // For a worker that waits for another one.
 void relax(int turns);
 
