@@ -65,7 +65,7 @@ public:
           buffers_{Carver(memory)} {}
 
     void run() {
-        const int64_t head_dim = problem_.head_dim, strips = (keys_.size() + kStrip - 1) / kStrip;
+        const int64_t head_dim = problem_.head_dim, strips = parts_of(keys_.size(), kStrip);
         const size_t bytes = sizeof(float) * strips * kStrip * Stride;
         // values first: the rows of the keys then stay in key_rows
         pack_columns(Rows(problem_.v, b_, kv_head_), buffers_.value_columns);
@@ -74,7 +74,7 @@ public:
         std::memset(buffers_.grad_keys, 0, bytes);
         std::memset(buffers_.grad_values, 0, bytes);
 
-        const int64_t blocks = (problem_.q_len + kQueryBlock - 1) / kQueryBlock, first = problem_.first_position();
+        const int64_t blocks = parts_of(problem_.q_len, kQueryBlock), first = problem_.first_position();
         Range positions = visibility_.queries_of_some(keys_);
         if (any_sink_) positions = {problem_.causal ? keys_.begin : 0, problem_.kv_len};
         positions = intersection(positions, {first, problem_.kv_len});
@@ -106,7 +106,7 @@ private:
 
     void pack_columns(const Rows& rows, float* columns) {
         rows.pack<Stride>(keys_.begin, keys_.size(), problem_.head_dim, buffers_.key_rows);
-        const int64_t strips = (keys_.size() + kStrip - 1) / kStrip;
+        const int64_t strips = parts_of(keys_.size(), kStrip);
         std::memset(buffers_.key_rows + keys_.size() * Stride, 0,
                     sizeof(float) * (strips * kStrip - keys_.size()) * Stride);
         for (int64_t s = 0; s < strips; ++s)
@@ -127,21 +127,22 @@ private:
         if (!segments.overlaps(segments_)) return false;
         if (!any_sink_ && intersection(positions, visibility_.queries_of_some(keys_)).empty()) return false;
         pack_queries(head, rows);
-        const int64_t groups = round_up(rows.size(), kRowStep) / kRowStep;
-        for (int64_t group = 0; group < groups; ++group) seen_[group] = {kKeys, 0};
+        const int64_t steps = parts_of(rows.size(), kRowStep);
+        for (int64_t step = 0; step < steps; ++step) seen_[step] = {kKeys, 0};
         bool any = false;
         for (int64_t begin = keys_.begin; begin < keys_.end; begin += kStrip)
             any |= visit_strip(head, keys_.part(begin, kStrip), positions, segments);
         if (!any) return false;
-        std::memset(buffers_.grad_queries, 0, sizeof(float) * groups * kRowStep * Stride);
-        for (int64_t group = 0; group < groups; ++group) {
-            const Range keys = seen_[group];
+        std::memset(buffers_.grad_queries, 0, sizeof(float) * steps * kRowStep * Stride);
+        for (int64_t step = 0; step < steps; ++step) {
+            const Range keys = seen_[step];
             if (keys.empty()) continue;
-            const int64_t row = group * kRowStep;
-            sum_of_seen<1, kKeyStride>(keys_are_finite_, buffers_.grad_scores + row * kKeyStride + keys.begin,
-                                       buffers_.key_rows + keys.begin * Stride, keys.size(), kRowStep,
-                                       buffers_.grad_queries + row * Stride,
-                                       [&](int64_t j, int64_t r) { return sees(positions, row + r, keys.begin + j); });
+            const int64_t row = step * kRowStep;
+            weighted_sum<1, kKeyStride, Stride>(
+                keys_are_finite_, buffers_.grad_scores + row * kKeyStride + keys.begin,
+                buffers_.key_rows + keys.begin * Stride, keys.size(), kRowStep, problem_.head_dim,
+                buffers_.grad_queries + row * Stride,
+                [&](int64_t j, int64_t r) { return sees(positions, row + r, keys.begin + j); });
         }
         return true;
     }
@@ -154,12 +155,12 @@ private:
                          .packed<Stride>(rows.begin, count, problem_.q_len, head_dim, buffers_.grad_outs);
         queries_are_finite_ = all_finite<Stride>(queries_, count, head_dim);
         grad_outs_are_finite_ = all_finite<Stride>(grad_outs_, count, head_dim);
-        const int64_t plane = (b_ * problem_.heads + head) * problem_.q_len + rows.begin;
+        const int64_t first = (b_ * problem_.heads + head) * problem_.q_len + rows.begin;
         for (int64_t r = 0; r < count; ++r) {
-            row_max_[r] = call_.row_max[plane + r];
-            factor_[r] = terms_[plane + r].factor;
-            delta_[r] = terms_[plane + r].delta;
-            grad_lse_[r] = call_.grad_lse ? call_.grad_lse[plane + r] : 0.0f;
+            row_max_[r] = call_.row_max[first + r];
+            factor_[r] = terms_[first + r].factor;
+            delta_[r] = terms_[first + r].delta;
+            grad_lse_[r] = call_.grad_lse ? call_.grad_lse[first + r] : 0.0f;
         }
         std::memset(buffers_.grad_scores, 0, sizeof(float) * round_up(count, kRowStep) * kKeyStride);
     }
@@ -169,7 +170,7 @@ private:
         const SegmentSpan key_segments(visibility_.segments, keys);
         const Range seeing = visibility_.trim_queries(positions, keys, key_segments);
         if (seeing.empty()) return false;
-        // as rows of the block, in whole groups of kRowStep but for the last one
+        // as rows of the block, in whole steps of kRowStep but for the last one
         const Range rows = intersection(
             {(seeing.begin - positions.begin) / kRowStep * kRowStep, round_up(seeing.end - positions.begin, kRowStep)},
             {0, positions.size()});
@@ -179,17 +180,17 @@ private:
             const Range full = intersection({all.begin - positions.begin, all.end - positions.begin}, rows);
             if (!full.empty()) unmasked = full;
         }
-        const int64_t place = keys.begin - keys_.begin;
-        for (int64_t group = rows.begin / kRowStep; group * kRowStep < rows.end; ++group) {
-            Range& seen = seen_[group];
-            seen = {place < seen.begin ? place : seen.begin, place + kStrip > seen.end ? place + kStrip : seen.end};
+        const int64_t offset = keys.begin - keys_.begin;
+        for (int64_t step = rows.begin / kRowStep; step * kRowStep < rows.end; ++step) {
+            Range& seen = seen_[step];
+            seen = {offset < seen.begin ? offset : seen.begin, offset + kStrip > seen.end ? offset + kStrip : seen.end};
         }
         const float* query_rows = queries_ + rows.begin * Stride;
         const float* grad_out_rows = grad_outs_ + rows.begin * Stride;
-        float* grad_scores = buffers_.grad_scores + rows.begin * kKeyStride + place;
-        dot<Stride, kStrip>(query_rows, buffers_.key_columns + place * Stride, rows.size(), problem_.head_dim,
+        float* grad_scores = buffers_.grad_scores + rows.begin * kKeyStride + offset;
+        dot<Stride, kStrip>(query_rows, buffers_.key_columns + offset * Stride, rows.size(), problem_.head_dim,
                             problem_.scale, buffers_.probabilities + rows.begin * kStrip);
-        dot<Stride, kKeyStride>(grad_out_rows, buffers_.value_columns + place * Stride, rows.size(), problem_.head_dim,
+        dot<Stride, kKeyStride>(grad_out_rows, buffers_.value_columns + offset * Stride, rows.size(), problem_.head_dim,
                                 1.0f, grad_scores);
         const StripLanes lanes(keys, visibility_);
         const Bias bias(problem_, head);
@@ -197,14 +198,15 @@ private:
         if (!bias.none())
             bias.apply(positions.begin + rows.begin, rows.size(), lanes, buffers_.probabilities + rows.begin * kStrip,
                        slopes ? buffers_.slopes + rows.begin * kStrip : nullptr);
-        scores_to_gradients<true>({rows.begin, unmasked.begin}, place, positions.begin, lanes, slopes);
-        scores_to_gradients<false>(unmasked, place, positions.begin, lanes, slopes);
-        scores_to_gradients<true>({unmasked.end, rows.end}, place, positions.begin, lanes, slopes);
-        const auto seen = [&](int64_t r, int64_t j) { return sees(positions, rows.begin + r, place + j); };
-        sum_of_seen<kStrip, 1>(grad_outs_are_finite_, buffers_.probabilities + rows.begin * kStrip, grad_out_rows,
-                               rows.size(), kStrip, buffers_.grad_values + place * Stride, seen);
-        sum_of_seen<kKeyStride, 1>(queries_are_finite_, grad_scores, query_rows, rows.size(), kStrip,
-                                   buffers_.grad_keys + place * Stride, seen);
+        scores_to_gradients<true>({rows.begin, unmasked.begin}, offset, positions.begin, lanes, slopes);
+        scores_to_gradients<false>(unmasked, offset, positions.begin, lanes, slopes);
+        scores_to_gradients<true>({unmasked.end, rows.end}, offset, positions.begin, lanes, slopes);
+        const auto seen = [&](int64_t r, int64_t j) { return sees(positions, rows.begin + r, offset + j); };
+        weighted_sum<kStrip, 1, Stride>(grad_outs_are_finite_, buffers_.probabilities + rows.begin * kStrip,
+                                        grad_out_rows, rows.size(), kStrip, problem_.head_dim,
+                                        buffers_.grad_values + offset * Stride, seen);
+        weighted_sum<kKeyStride, 1, Stride>(queries_are_finite_, grad_scores, query_rows, rows.size(), kStrip,
+                                            problem_.head_dim, buffers_.grad_keys + offset * Stride, seen);
         return true;
     }
 
@@ -214,25 +216,15 @@ private:
                visibility_.sees(positions.begin + row, keys_.begin + key);
     }
 
-    // weighted_sum over head_dim, whether all rows are finite or not.
-    template <int StrideX, int StrideR, class Sees>
-    LONGSHORT_INLINE void sum_of_seen(bool finite, const float* weights, const float* rows, int64_t count,
-                                      int64_t row_count, float* sums, const Sees& sees) const {
-        if (finite) weighted_sum<StrideX, StrideR, Stride>(weights, rows, count, row_count, problem_.head_dim, sums);
-        else
-            weighted_sum_of_seen<StrideX, StrideR, Stride>(weights, rows, count, row_count, problem_.head_dim, sums,
-                                                           sees);
-    }
-
     // Scores to P and dP to dS, in place; slopes: derivatives of the scores by the logits, null where they are 1.
     template <bool Masked>
-    LONGSHORT_INLINE void scores_to_gradients(Range rows, int64_t place, int64_t first_position,
+    LONGSHORT_INLINE void scores_to_gradients(Range rows, int64_t offset, int64_t first_position,
                                               const StripLanes& lanes, const float* slopes) {
         for (int64_t r = rows.begin; r < rows.end; ++r) {
 #pragma GCC unroll 4
             for (int i = 0; i < kStripVectors; ++i) {
                 float* p_at = buffers_.probabilities + r * kStrip + i * kLanes;
-                float* ds_at = buffers_.grad_scores + r * kKeyStride + place + i * kLanes;
+                float* ds_at = buffers_.grad_scores + r * kKeyStride + offset + i * kLanes;
                 Vec p = exp_of(load(p_at) - row_max_[r]) * factor_[r];
                 // dP - delta first, which is exactly 0 where a row sees one key alone
                 Vec ds = p * (load(ds_at) - delta_[r] + grad_lse_[r]);
@@ -282,25 +274,26 @@ struct TermBuffers {
 template <int Stride>
 void compute_terms(const Backward& call, RowTerms* terms) {
     const Problem& problem = call.problem;
-    const int64_t blocks = (problem.q_len + kQueryBlock - 1) / kQueryBlock;
-    for_each_task(problem.batch * problem.heads * blocks, 3 * kStrip * Stride, [&](int64_t task, float* memory) {
-        const int64_t plane = task / blocks, b = plane / problem.heads, head = plane % problem.heads;
-        const TermBuffers<Stride> buffers{Carver(memory)};
-        const Range block = Range{0, problem.q_len}.part(task % blocks * kQueryBlock, kQueryBlock);
-        for (int64_t begin = block.begin; begin < block.end; begin += kStrip) {
-            const Range strip = block.part(begin, kStrip);
-            Rows(call.out, b, head).pack<Stride>(strip.begin, strip.size(), problem.head_dim, buffers.rows);
-            transpose_strip<Stride>(buffers.rows, problem.head_dim, buffers.outs);
-            Rows(call.grad_out, b, head).pack<Stride>(strip.begin, strip.size(), problem.head_dim, buffers.rows);
-            transpose_strip<Stride>(buffers.rows, problem.head_dim, buffers.grad_outs);
-            float deltas[kStrip];
-            dot_of_lanes(buffers.grad_outs, buffers.outs, problem.head_dim, deltas);
-            for (int64_t r = 0; r < strip.size(); ++r) {
-                const int64_t at = plane * problem.q_len + strip.begin + r;
-                terms[at] = {deltas[r], std::exp(-call.log_sum[at])};
-            }
-        }
-    });
+    const int64_t blocks = parts_of(problem.q_len, kQueryBlock);
+    for_each_task(problem.batch * problem.heads * blocks, TermBuffers<Stride>{}.carver.taken(),
+                  [&](int64_t task, float* memory) {
+                      const int64_t plane = task / blocks, b = plane / problem.heads, head = plane % problem.heads;
+                      const TermBuffers<Stride> buffers{Carver(memory)};
+                      const Range block = Range{0, problem.q_len}.part(task % blocks * kQueryBlock, kQueryBlock);
+                      for (int64_t begin = block.begin; begin < block.end; begin += kStrip) {
+                          const Range strip = block.part(begin, kStrip);
+                          pack_strip<Stride>(Rows(call.out, b, head), strip.begin, strip.size(), problem.head_dim,
+                                             buffers.rows, buffers.outs);
+                          pack_strip<Stride>(Rows(call.grad_out, b, head), strip.begin, strip.size(), problem.head_dim,
+                                             buffers.rows, buffers.grad_outs);
+                          float deltas[kStrip];
+                          dot_of_lanes(buffers.grad_outs, buffers.outs, problem.head_dim, deltas);
+                          for (int64_t r = 0; r < strip.size(); ++r) {
+                              const int64_t at = plane * problem.q_len + strip.begin + r;
+                              terms[at] = {deltas[r], std::exp(-call.log_sum[at])};
+                          }
+                      }
+                  });
 }
 
 // Which block of keys of which head a task has. Heads of one window take turns, block by block, so that a task seldom
@@ -328,7 +321,7 @@ void run(const Backward& call) {
     const Problem& problem = call.problem;
     const std::unique_ptr<RowTerms[]> terms(new RowTerms[problem.batch * problem.heads * problem.q_len]);
     compute_terms<Stride>(call, terms.get());
-    const int64_t blocks = (problem.kv_len + kKeyBlock<Stride> - 1) / kKeyBlock<Stride>;
+    const int64_t blocks = parts_of(problem.kv_len, kKeyBlock<Stride>);
     const int64_t planes = problem.batch * problem.kv_heads;
     const std::unique_ptr<int64_t[]> heads = kv_heads_by_reach(problem);
     const std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[planes * blocks]());

@@ -52,7 +52,7 @@ struct Piece {
     const int64_t* positions;
     int64_t first_chunk;  // of all pieces together
 
-    int64_t chunks() const { return (keys.size() + kChunk - 1) / kChunk; }
+    int64_t chunks() const { return parts_of(keys.size(), kChunk); }
 };
 
 template <int Stride>
@@ -150,12 +150,12 @@ private:
 
     // scale · query · key for each key of a strip.
     LONGSHORT_INLINE void logits(const float* query, const float* key_rows, int64_t count, float* to) const {
-        for (int64_t place = 0; place < count; place += kLanes) {
+        for (int64_t first = 0; first < count; first += kLanes) {
             Vec products[kLanes];
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
                 // lanes past the last key repeat it; they are hidden
-                const int64_t j = place + i < count ? place + i : count - 1;
+                const int64_t j = first + i < count ? first + i : count - 1;
                 const float* key = key_rows + j * keys_.stride;
                 Vec sum{};
                 for (int64_t d = 0; d < problem_.head_dim; d += kLanes) sum += load(query + d) * load(key + d);
@@ -163,7 +163,7 @@ private:
             }
             transpose(products);
             for (int i = 1; i < kLanes; ++i) products[0] += products[i];
-            store(to + place, products[0] * problem_.scale);
+            store(to + first, products[0] * problem_.scale);
         }
     }
 

@@ -51,11 +51,11 @@ public:
           buffers_{Carver(memory)} {}
 
     Statistics run() {
-        const int64_t strips = (count_ + kStrip - 1) / kStrip;
+        const int64_t strips = parts_of(count_, kStrip);
         const Rows q(problem_.q, b_, head_), k(problem_.k, b_, kv_head_), v(problem_.v, b_, kv_head_);
         for (int64_t s = 0; s < strips; ++s) {
-            q.pack<Stride>(first_ + s * kStrip, rows_in(s), problem_.head_dim, buffers_.rows);
-            transpose_strip<Stride>(buffers_.rows, problem_.head_dim, buffers_.columns + s * kStrip * Stride);
+            pack_strip<Stride>(q, first_ + s * kStrip, rows_in(s), problem_.head_dim, buffers_.rows,
+                               buffers_.columns + s * kStrip * Stride);
             softmax_[s] = {};
             for (Vec& maximum : softmax_[s].maximum) maximum = splat(kNoMaximum);
         }
@@ -102,10 +102,10 @@ private:
         }
     }
 
-    void attend(int64_t s, Range keys, int64_t place, Range unmasked, const StripLanes& lanes) {
+    void attend(int64_t s, Range keys, int64_t offset, Range unmasked, const StripLanes& lanes) {
         Softmax& softmax = softmax_[s];
         float* sums = buffers_.sums + s * kStrip * Stride;
-        dot<Stride, kStrip>(keys_ + place * Stride, buffers_.columns + s * kStrip * Stride, keys.size(),
+        dot<Stride, kStrip>(keys_ + offset * Stride, buffers_.columns + s * kStrip * Stride, keys.size(),
                             problem_.head_dim, problem_.scale, buffers_.scores);
         Vec before[kStripVectors];
         for (int i = 0; i < kStripVectors; ++i) before[i] = softmax.maximum[i];
@@ -123,17 +123,12 @@ private:
         }
         rescale(before, softmax, sums);
         exponentials(keys.size(), softmax);
-        add_values(s, keys, values_ + place * Stride, sums);
-    }
-
-    void add_values(int64_t s, Range keys, const float* values, float* sums) const {
-        if (values_are_finite_)
-            return weighted_sum<kStrip, 1, Stride>(buffers_.scores, values, keys.size(), kStrip, problem_.head_dim,
-                                                   sums);
         const Range queries = positions(s * kStrip, s * kStrip + rows_in(s));
-        weighted_sum_of_seen<kStrip, 1, Stride>(
-            buffers_.scores, values, keys.size(), queries.size(), problem_.head_dim, sums,
-            [&](int64_t j, int64_t r) { return visibility_.sees(queries.begin + r, keys.begin + j); });
+        const auto seen = [&](int64_t j, int64_t r) {
+            return r < queries.size() && visibility_.sees(queries.begin + r, keys.begin + j);
+        };
+        weighted_sum<kStrip, 1, Stride>(values_are_finite_, buffers_.scores, values_ + offset * Stride, keys.size(),
+                                        kStrip, problem_.head_dim, sums, seen);
     }
 
     LONGSHORT_INLINE IVec mask(int64_t j, int i, const StripLanes& lanes) const {
@@ -242,22 +237,24 @@ private:
 template <int Stride>
 void run(const Forward& call) {
     const Problem& problem = call.problem;
-    const int64_t blocks = (problem.q_len + kQueryBlock - 1) / kQueryBlock;
-    const int64_t planes = problem.batch * blocks;
-    std::unique_ptr<Statistics[]> statistics(call.entropy ? new Statistics[problem.heads * planes] : nullptr);
+    const int64_t blocks = parts_of(problem.q_len, kQueryBlock);
+    const int64_t parts = problem.batch * blocks;  // of each head
+    std::unique_ptr<Statistics[]> statistics(call.entropy ? new Statistics[problem.heads * parts] : nullptr);
     const std::unique_ptr<int64_t[]> order = kv_heads_by_reach(problem);
-    for_each_task(problem.heads * planes, Buffers<Stride>{}.carver.taken(), [&](int64_t task, float* memory) {
-        const int64_t nth = task / planes, group = problem.group_size();
-        const int64_t head = order[nth / group] * group + nth % group, b = task % planes / blocks;
+    for_each_task(problem.heads * parts, Buffers<Stride>{}.carver.taken(), [&](int64_t task, float* memory) {
+        const int64_t nth = task / parts, group = problem.group_size();
+        const int64_t head = order[nth / group] * group + nth % group, b = task % parts / blocks;
         const int64_t block = blocks - 1 - task % blocks;  // the longest first
         const int64_t first = block * kQueryBlock;
         const int64_t count = problem.q_len - first < kQueryBlock ? problem.q_len - first : kQueryBlock;
-        if (statistics)
-            statistics[head * planes + b * blocks + block] =
+        if (statistics) {
+            statistics[head * parts + b * blocks + block] =
                 Block<Stride, true>(call, b, head, first, count, memory).run();
-        else Block<Stride, false>(call, b, head, first, count, memory).run();
+        } else {
+            Block<Stride, false>(call, b, head, first, count, memory).run();
+        }
     });
-    if (statistics) write_statistics(call, statistics.get(), planes);
+    if (statistics) write_statistics(call, statistics.get(), parts);
 }
 
 }  // namespace

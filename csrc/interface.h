@@ -11,11 +11,19 @@ namespace longshort {
 
 enum class DType { f32, bf16 };
 
+// In bytes.
+LONGSHORT_COMMON constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
 // A (batch, heads, length, head_dim) tensor; strides in elements.
 struct Tensor {
     void* data;
     DType dtype;
     int64_t stride[4];
+
+    // Where row `row` of a head of a sequence begins.
+    LONGSHORT_COMMON char* row(int64_t b, int64_t head, int64_t row) const {
+        return static_cast<char*>(data) + (b * stride[0] + head * stride[1] + row * stride[2]) * size_of(dtype);
+    }
 };
 
 // Keys that a query at position i may see: those j with 0 <= i - j + shift < span, positions counted in keys.

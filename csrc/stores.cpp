@@ -5,24 +5,17 @@
 namespace longshort {
 namespace {
 
-int64_t bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-char* row(const Tensor& tensor, int64_t b, int64_t head, int64_t index) {
-    const int64_t at = b * tensor.stride[0] + head * tensor.stride[1] + index * tensor.stride[2];
-    return static_cast<char*>(tensor.data) + at * bytes(tensor.dtype);
-}
-
 // Plane `head` of (batch, heads, length, head_dim); its stride of heads is 0.
 Tensor plane(void* data, int64_t heads, int64_t head, int64_t length, int64_t head_dim, DType dtype) {
     const int64_t size = length * head_dim;
-    return {static_cast<char*>(data) + head * size * bytes(dtype), dtype, {heads * size, 0, head_dim, 1}};
+    return {static_cast<char*>(data) + head * size * size_of(dtype), dtype, {heads * size, 0, head_dim, 1}};
 }
 
 void copy_row(const Tensor& from, int64_t b, int64_t head, int64_t index, const Tensor& to, int64_t slot,
               int64_t head_dim) {
-    const char* source = row(from, b, head, index);
-    char* target = row(to, b, 0, slot);
-    const int64_t size = bytes(to.dtype), step = from.stride[3] * size;
+    const char* source = from.row(b, head, index);
+    char* target = to.row(b, 0, slot);
+    const int64_t size = size_of(to.dtype), step = from.stride[3] * size;
     if (from.stride[3] == 1) {
         std::memcpy(target, source, head_dim * size);
         return;

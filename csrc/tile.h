@@ -27,7 +27,9 @@ constexpr int kDotRows = 1, kSumVectors = 2, kSumRows = 4;
 constexpr int kRowStep = 4;
 static_assert(kStrip % kSumRows % kRowStep == 0);
 
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+// Parts of at most `size` that n make.
+constexpr int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+constexpr int64_t round_up(int64_t n, int64_t step) { return parts_of(n, step) * step; }
 
 // What sums over head_dim are kept in: fp32 where multiply-adds are fused, else fp64, since the rounding of products
 // would cost twice the error, which counts when logits are large.
@@ -175,8 +177,8 @@ LONGSHORT_NOINLINE bool all_finite(const float* rows, int64_t count, int64_t hea
     return sum_of(sums[0]) == 0.0f;
 }
 
-// weighted_sum of rows that are not all finite. A weight of 0 does not hide NaN and inf: a row x that holds one goes
-// into those sums r alone for which sees(x, r). All others get the bits that weighted_sum finds with a finite row
+// weighted_sum of rows that need not be finite. A weight of 0 does not hide NaN and inf: a row x that holds one is
+// added only to the sums r for which sees(x, r). All others get the bits that weighted_sum finds with a finite row
 // there.
 template <int StrideX, int StrideR, int Stride, class Sees>
 LONGSHORT_NOINLINE void weighted_sum_of_seen(const float* weights, const float* rows, int64_t count, int64_t row_count,
@@ -193,6 +195,14 @@ LONGSHORT_NOINLINE void weighted_sum_of_seen(const float* weights, const float* 
     }
 }
 
+// weighted_sum, the fast way where all rows are finite.
+template <int StrideX, int StrideR, int Stride, class Sees>
+LONGSHORT_INLINE void weighted_sum(bool finite, const float* weights, const float* rows, int64_t count,
+                                   int64_t row_count, int64_t head_dim, float* sums, const Sees& sees) {
+    finite ? weighted_sum<StrideX, StrideR, Stride>(weights, rows, count, row_count, head_dim, sums)
+           : weighted_sum_of_seen<StrideX, StrideR, Stride>(weights, rows, count, row_count, head_dim, sums, sees);
+}
+
 // Rows of one head of a tensor.
 struct Rows {
     char* data;
@@ -200,10 +210,7 @@ struct Rows {
     int64_t stride, dim_stride;
 
     Rows(const Tensor& tensor, int64_t b, int64_t head)
-        : dtype(tensor.dtype), stride(tensor.stride[2]), dim_stride(tensor.stride[3]) {
-        const int64_t first = b * tensor.stride[0] + head * tensor.stride[1];
-        data = static_cast<char*>(tensor.data) + first * (dtype == DType::f32 ? 4 : 2);
-    }
+        : data(tensor.row(b, head, 0)), dtype(tensor.dtype), stride(tensor.stride[2]), dim_stride(tensor.stride[3]) {}
 
     // Rows begin ... begin + count - 1 as fp32 with zeros up to the next full vector.
     template <int Stride>
@@ -285,6 +292,14 @@ LONGSHORT_INLINE void transpose_strip(const float* rows, int64_t head_dim, float
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) store(columns + (d + i) * kStrip + v * kLanes, block[i]);
         }
+}
+
+// Up to kStrip rows from `begin` -> columns[d][lane]; they are packed in `buffer` first.
+template <int Stride>
+LONGSHORT_INLINE void pack_strip(const Rows& rows, int64_t begin, int64_t count, int64_t head_dim, float* buffer,
+                                 float* columns) {
+    rows.pack<Stride>(begin, count, head_dim, buffer);
+    transpose_strip<Stride>(buffer, head_dim, columns);
 }
 
 // Calls run<Stride>() with the smallest packed stride that holds head_dim.

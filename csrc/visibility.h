@@ -17,6 +17,13 @@ struct Range {
 LONGSHORT_INLINE Range intersection(Range a, Range b) {
     return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
 }
+// A range without the positions at either end that are not wanted.
+template <class Wanted>
+LONGSHORT_INLINE Range shrunk(Range range, const Wanted& wanted) {
+    while (!range.empty() && !wanted(range.begin)) ++range.begin;
+    while (!range.empty() && !wanted(range.end - 1)) --range.end;
+    return range;
+}
 
 // Smallest and largest segment of some positions; two sets share a segment only if these overlap.
 struct SegmentSpan {
@@ -91,9 +98,7 @@ struct Visibility {
             const bool near = (j >= in_band.begin && j < in_band.end) || (sinks && sinks[j]);
             return near && (!segments || (segments[j] >= 0 && query_segments.contains(segments[j])));
         };
-        while (!keys.empty() && !seen(keys.begin)) ++keys.begin;
-        while (!keys.empty() && !seen(keys.end - 1)) --keys.end;
-        return keys;
+        return shrunk(keys, seen);
     }
 
     // The same for queries that see no key of these positions and segments.
@@ -101,9 +106,7 @@ struct Visibility {
         if (!any_sink(keys)) queries = intersection(queries, queries_of_some(keys));
         if (!segments) return queries;
         const auto sees = [&](int64_t i) { return segments[i] >= 0 && key_segments.contains(segments[i]); };
-        while (!queries.empty() && !sees(queries.begin)) ++queries.begin;
-        while (!queries.empty() && !sees(queries.end - 1)) --queries.end;
-        return queries;
+        return shrunk(queries, sees);
     }
 
     // One pair; the masks of lanes below say the same of many.

@@ -144,7 +144,7 @@ double rounded(double x, DType dtype) {
 Memory::Memory(Sizes shape, Sizes strides, int64_t lead, DType dtype)
     : shape_(shape), strides_(strides), lead_(lead), extent_(lead + 1), dtype_(dtype) {
     for (int i = 0; i < 4; ++i) extent_ += (shape[i] - 1) * strides[i];
-    const int64_t bytes = extent_ * (dtype == DType::f32 ? 4 : 2);
+    const int64_t bytes = extent_ * size_of(dtype);
     bytes_.reset(new char[bytes]);
     std::memset(bytes_.get(), 0xff, bytes);
 }
@@ -159,7 +159,7 @@ int64_t Memory::offset(int64_t element) const {
 }
 
 Tensor Memory::tensor() const {
-    Tensor tensor{bytes_.get() + lead_ * (dtype_ == DType::f32 ? 4 : 2), dtype_, {}};
+    Tensor tensor{bytes_.get() + lead_ * size_of(dtype_), dtype_, {}};
     std::copy(strides_.begin(), strides_.end(), tensor.stride);
     return tensor;
 }
@@ -199,14 +199,14 @@ void Memory::set(int64_t element, double value) const {
 
 Memory Memory::copy() const {
     const Memory other(shape_, strides_, lead_, dtype_);
-    std::memcpy(other.bytes_.get(), bytes_.get(), extent_ * (dtype_ == DType::f32 ? 4 : 2));
+    std::memcpy(other.bytes_.get(), bytes_.get(), extent_ * size_of(dtype_));
     return other;
 }
 
 bool Memory::gaps_are_untouched() const {
     std::vector<bool> used(extent_);
     for (int64_t i = 0; i < size(); ++i) used[offset(i)] = true;
-    const int64_t bytes = dtype_ == DType::f32 ? 4 : 2;
+    const int64_t bytes = size_of(dtype_);
     for (int64_t i = 0; i < extent_ * bytes; ++i)
         if (!used[i / bytes] && bytes_[i] != char(0xff)) return false;
     return true;

@@ -134,10 +134,10 @@ public:
     }
 
 private:
-    int64_t size() const { return case_.dtype == DType::f32 ? 4 : 2; }
+    int64_t size() const { return size_of(case_.dtype); }
 
     Tensor newest(Tensor tensor) const {
-        tensor.data = static_cast<char*>(tensor.data) + past_ * tensor.stride[2] * size();
+        tensor.data = tensor.row(0, 0, past_);
         return tensor;
     }
 
@@ -183,10 +183,9 @@ private:
     }
 
     void copy(const Tensor& from, int64_t b, int64_t head, int64_t position, char* to, int64_t row) const {
-        const int64_t at = b * from.stride[0] + head * from.stride[1] + position * from.stride[2];
+        const char* source = from.row(b, head, position);
         for (int64_t d = 0; d < case_.head_dim; ++d)
-            std::memcpy(to + (row * case_.head_dim + d) * size(),
-                        static_cast<const char*>(from.data) + (at + d * from.stride[3]) * size(), size());
+            std::memcpy(to + (row * case_.head_dim + d) * size(), source + d * from.stride[3] * size(), size());
     }
 
     const Case& case_;
