@@ -1,11 +1,12 @@
-// The backward pass: scores again, from the same sums as in the forward pass, keys in the lanes.
+// The backward pass, keys in the lanes. It computes the scores again, by the same sums as the forward pass.
 //
-// A task is a block of keys of one key/value head: it holds their gradients while it walks over the queries that see
-// some of them, a block of queries at a time. For each strip of 16 keys (queries × keys): scores and probabilities P,
-// dP = dO·vᵀ, dS = P·(dP - delta); then dv += Pᵀ·dO and dk += dSᵀ·q. At the end of a block of queries dq += dS·k.
+// A task is a block of keys of one key/value head. It sums up their gradients over the queries that see some of them,
+// one block of queries after the other. For each strip of 16 keys it computes (queries × keys) the scores, the
+// probabilities P, dP = dO·vᵀ and dS = P·(dP - delta), then adds Pᵀ·dO to dv and dSᵀ·q to dk. After the last strip it
+// adds dS·k to dq.
 //
-// Tasks of one head add to the same dq. Each adds to a block of queries only when the task before it is done with
-// that block: the order of additions, and so every bit, is always the same.
+// The tasks of a head add to the same dq. A task adds to a block of queries only after the task before it has, so the
+// order of the additions is always the same, and with it every bit.
 #include <atomic>
 #include <cmath>
 
@@ -20,7 +21,7 @@ constexpr int kQueryBlock = 64;
 template <int Stride>
 constexpr int kKeyBlock = Stride <= 64 ? 128 : 8192 / Stride;
 
-// What all blocks of keys need of a row.
+// Two numbers of a row that all blocks of keys need.
 struct RowTerms {
     float delta;   // Σ_j P·dP
     float factor;  // 1 / Σ exp(score - row maximum)
@@ -29,7 +30,7 @@ struct RowTerms {
 template <int Stride>
 struct Buffers {
     static constexpr int kKeys = kKeyBlock<Stride>;
-    static constexpr int kKeyStride = kKeys + kStrip;  // no power of two: rows would share cache sets
+    static constexpr int kKeyStride = kKeys + kStrip;  // not a power of two, with which rows would share cache sets
 
     Carver carver;
     float* const key_rows = carver.take(kKeys * Stride);
@@ -48,7 +49,8 @@ struct Buffers {
 template <int Stride>
 class KeyBlock {
 public:
-    // `done` counts the blocks of queries that this task has finished, `done_before` those of the one before it.
+    // `done` counts the blocks of queries that this task has finished, `done_before` those of the task before it, null
+    // for the first.
     KeyBlock(const Backward& call, const RowTerms* terms, int64_t b, int64_t kv_head, int64_t index,
              std::atomic<int64_t>* done_before, std::atomic<int64_t>* done, float* memory)
         : call_(call),
@@ -119,7 +121,7 @@ private:
             relax(turns);
     }
 
-    // All of a block of queries but the addition to grad_q; false if none of them sees any of the keys.
+    // Does everything for a block of queries except adding to grad_q. False if no query sees a key.
     bool visit(int64_t head, Range rows) {
         const int64_t first = problem_.first_position();
         const Range positions{rows.begin + first, rows.end + first};
@@ -165,12 +167,12 @@ private:
         std::memset(buffers_.grad_scores, 0, sizeof(float) * round_up(count, kRowStep) * kKeyStride);
     }
 
-    // One strip of keys against the packed queries at these positions; false if none sees it.
+    // Does the same for one strip of keys and the packed queries, which are at `positions`.
     bool visit_strip(int64_t head, Range keys, Range positions, const SegmentSpan& query_segments) {
         const SegmentSpan key_segments(visibility_.segments, keys);
         const Range seeing = visibility_.trim_queries(positions, keys, key_segments);
         if (seeing.empty()) return false;
-        // as rows of the block, in whole steps of kRowStep but for the last one
+        // counted from the start of the block, in whole steps; only the last step may be shorter
         const Range rows = intersection(
             {(seeing.begin - positions.begin) / kRowStep * kRowStep, round_up(seeing.end - positions.begin, kRowStep)},
             {0, positions.size()});
@@ -210,13 +212,13 @@ private:
         return true;
     }
 
-    // Whether a query of the block at these positions sees a key of this block; what is past either end does not.
+    // Whether a query, a row of the block at `positions`, sees a key of this block. False past the end of either.
     bool sees(Range positions, int64_t row, int64_t key) const {
         return row < positions.size() && key < keys_.size() &&
                visibility_.sees(positions.begin + row, keys_.begin + key);
     }
 
-    // Scores to P and dP to dS, in place; slopes: derivatives of the scores by the logits, null where they are 1.
+    // Turns scores into P and dP into dS, in place. slopes: derivatives of the scores by the logits, null if all are 1.
     template <bool Masked>
     LONGSHORT_INLINE void scores_to_gradients(Range rows, int64_t offset, int64_t first_position,
                                               const StripLanes& lanes, const float* slopes) {
@@ -226,10 +228,10 @@ private:
                 float* p_at = buffers_.probabilities + r * kStrip + i * kLanes;
                 float* ds_at = buffers_.grad_scores + r * kKeyStride + offset + i * kLanes;
                 Vec p = exp_of(load(p_at) - row_max_[r]) * factor_[r];
-                // dP - delta first, which is exactly 0 where a row sees one key alone
+                // dP - delta comes first: it is exactly 0 for a row that sees only one key
                 Vec ds = p * (load(ds_at) - delta_[r] + grad_lse_[r]);
                 if (slopes) ds *= load(slopes + r * kStrip + i * kLanes);
-                if constexpr (Masked) {  // at the end, for all of the above may be NaN
+                if constexpr (Masked) {  // last, because anything above may be NaN
                     const IVec seen = lanes.seen_from(first_position + r, i, visibility_);
                     p = keep_where(seen, p), ds = keep_where(seen, ds);
                 }
@@ -258,7 +260,7 @@ private:
     const float *queries_, *grad_outs_;
     bool keys_are_finite_, queries_are_finite_, grad_outs_are_finite_;
     float row_max_[kQueryBlock], factor_[kQueryBlock], delta_[kQueryBlock], grad_lse_[kQueryBlock];
-    Range seen_[kQueryBlock / kRowStep];  // by group of rows: the keys of the block that dS may be other than 0 for
+    Range seen_[kQueryBlock / kRowStep];  // for each step, the keys of the block whose dS may not be 0
 };
 
 template <int Stride>
@@ -269,8 +271,8 @@ struct TermBuffers {
     float* const grad_outs = carver.take(kStrip * Stride);
 };
 
-// Σ_j P·dP of a row is dO·out: summed like dP, rounding by rounding, so that dP - delta is exactly 0 where a row sees
-// one key alone, whatever the size of the logits.
+// Computes delta of each row, Σ_j P·dP, as dO·out. It is summed with the same roundings as dP, so that dP - delta is
+// exactly 0 for a row that sees only one key, however large the logits are.
 template <int Stride>
 void compute_terms(const Backward& call, RowTerms* terms) {
     const Problem& problem = call.problem;
@@ -296,8 +298,8 @@ void compute_terms(const Backward& call, RowTerms* terms) {
                   });
 }
 
-// Which block of keys of which head a task has. Heads of one window take turns, block by block, so that a task seldom
-// waits for the one before it in its head; those of the longest reach come first.
+// The block of keys that a task has, and its head. Heads of the same window take turns, block by block, so that a task
+// seldom waits for the one before it in its head. The heads that see most keys come first.
 struct Place {
     int64_t b, kv_head, block;
 

@@ -1,9 +1,9 @@
-// The forward pass for a few queries against many keys: bound by memory, so keys and values are read once, in
-// place, and split over the threads. Heads that share keys are served together.
+// The forward pass for a few queries and many keys. Memory is what limits it, so keys and values are read once, in
+// place, for all heads that share them, and are split over the threads.
 //
-// The keys of a key/value head come in pieces: one, or those of its cache. A task is a chunk of a piece; it leaves a
-// partial softmax for each of its rows, a row being a query of one of the heads. The partial results of a row are
-// joined in the order of their chunks.
+// The keys of a key/value head come in pieces: one, or several if they are in a cache. A task is a chunk of a piece. It
+// computes a partial softmax for each row, that is, for each query of each head of the group. At the end the partial
+// results of a row are joined in the order of their chunks.
 #include <vector>
 
 #include "parallel.h"
@@ -14,14 +14,14 @@ namespace {
 
 constexpr int kChunk = 512;
 
-// A row's softmax over one chunk of keys; values: Σ exp(x)·v, packed.
+// A row's softmax over one chunk of keys. values: Σ exp(x)·v, packed.
 template <int Stride>
 struct Partial {
     Row row;
     float values[Stride];
 };
 
-// Rows of keys or values in place, or packed into a buffer where their layout or dtype asks for it.
+// Rows of keys or values, read in place or packed into a buffer, as their layout and dtype require.
 template <int Stride>
 struct Source {
     Source(const Rows& rows_, int64_t head_dim_, float* buffer_)
@@ -44,13 +44,13 @@ struct Source {
     const int64_t stride;
 };
 
-// Keys of one head and sequence that lie side by side: row r is at position r + shift or, for sinks, positions[r].
+// Keys of one plane that lie side by side in memory. Row r is at position r + shift or, for sinks, at positions[r].
 struct Piece {
     Range keys;  // rows
     Rows k, v;
     int64_t shift;
     const int64_t* positions;
-    int64_t first_chunk;  // of all pieces together
+    int64_t first_chunk;  // counted over all pieces
 
     int64_t chunks() const { return parts_of(keys.size(), kChunk); }
 };
@@ -100,7 +100,7 @@ public:
     }
 
 private:
-    enum class Seen { none, some, all };  // pairs of the queries and a strip of keys
+    enum class Seen { none, some, all };  // of the pairs of a query and a key of a strip
 
     Seen seen_of(Range keys) const {
         const Range queries{problem_.first_position(), problem_.kv_len};
@@ -148,13 +148,13 @@ private:
         add_values<Masked>(scores, seen, value_rows, count, factor, partials_[r].values);
     }
 
-    // scale · query · key for each key of a strip.
+    // Computes scale · query · key for each key of a strip.
     LONGSHORT_INLINE void logits(const float* query, const float* key_rows, int64_t count, float* to) const {
         for (int64_t first = 0; first < count; first += kLanes) {
             Vec products[kLanes];
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
-                // lanes past the last key repeat it; they are hidden
+                // lanes past the last key repeat it, and are hidden later
                 const int64_t j = first + i < count ? first + i : count - 1;
                 const float* key = key_rows + j * keys_.stride;
                 Vec sum{};
@@ -167,7 +167,7 @@ private:
         }
     }
 
-    // sums = sums · factor + Σ weights · values of the keys that are seen: a hidden NaN would pass a weight of 0
+    // sums = sums · factor + Σ weights · values. Keys that are not seen are left out: a weight of 0 would not hide NaN.
     template <bool Masked>
     LONGSHORT_INLINE void add_values(const float* weights, const int32_t* seen, const float* value_rows, int64_t count,
                                      float factor, float* sums) const {
@@ -204,7 +204,7 @@ private:
     Partial<Stride>* const partials_;
 };
 
-// The keys that the queries of a head may see, in their order.
+// Adds the pieces with the keys that some query of a plane may see: sinks that have left the ring, then by position.
 void add_pieces(const Problem& problem, int64_t b, int64_t kv_head, std::vector<Piece>& pieces) {
     const Visibility visibility(problem, b, kv_head);
     const Range in_band = visibility.keys_of_some({problem.first_position(), problem.kv_len});
@@ -235,7 +235,7 @@ void run(const Forward& call) {
     const Problem& problem = call.problem;
     const int64_t planes = problem.batch * problem.kv_heads, rows = problem.group_size() * problem.q_len;
     std::vector<Piece> pieces;
-    std::vector<int64_t> first_chunks, first_pieces;  // by plane, and the ends of the last one
+    std::vector<int64_t> first_chunks, first_pieces;  // of each plane; the last first_chunks is their end
     const auto chunks = [&] { return pieces.empty() ? 0 : pieces.back().first_chunk + pieces.back().chunks(); };
     for (int64_t plane = 0; plane < planes; ++plane) {
         first_chunks.push_back(chunks());
@@ -272,7 +272,7 @@ void run(const Forward& call) {
             for (int64_t chunk = first_chunks[plane]; chunk < first_chunks[plane + 1]; ++chunk) {
                 const Partial<Stride>& part = partial(chunk);
                 const float moved = part.row.maximum - total.maximum, factor = exp_of(splat(moved))[0];
-                total.sum += factor * part.row.sum;  // a NaN passes even where the factor is 0
+                total.sum += factor * part.row.sum;  // NaN stays NaN even if the factor is 0
                 if (factor != 0.0f) total.weighted += factor * (part.row.weighted + moved * part.row.sum);
                 for (int64_t d = 0; d < Stride; d += kLanes)
                     store(values + d, load(values + d) + load(part.values + d) * factor);

@@ -25,12 +25,12 @@ struct Build {
     bool runs_here;
 };
 
-// The fastest first.
+// All builds, the fastest first.
 std::vector<Build> builds() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                    __builtin_cpu_supports("bmi2");  // those with lzcnt, movbe and f16c have been the same
+                    __builtin_cpu_supports("bmi2");  // and lzcnt, movbe and f16c, which all of these processors have
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");

@@ -1,8 +1,8 @@
 // The forward pass: softmax(scores) · v with a running maximum and sum, queries in the lanes.
 //
-// A task is a block of queries of one head. It walks over blocks of the keys that some of its queries see: packs
-// them, and lets each strip of 16 queries go over its own part of the block in chunks of scores
-// (keys × queries): scores, new maximum, exp, weighted values. Whatever no query of a strip sees is left out.
+// A task is a block of queries of one head. It takes the keys that some of its queries see in blocks, which it packs.
+// Each strip of 16 queries then takes the part of the block that it sees in chunks of keys, and for each chunk computes
+// (keys × queries) the scores, the new maximum, exp and the weighted sum of the values.
 #include "parallel.h"
 #include "softmax.h"
 
@@ -12,14 +12,14 @@ namespace {
 constexpr int kQueryBlock = 256;
 constexpr int kChunk = 128;
 
-// Keys packed at once: what fits in half of a small second-level cache.
+// Keys that are packed at once. They and their values fill half of a small second-level cache.
 template <int Stride>
 constexpr int kKeyBlock = Stride <= 64 ? 384 : 24576 / Stride;
 
-// Running softmax of a strip's rows.
+// The softmax of a strip's rows so far.
 struct Softmax {
     Vec maximum[kStripVectors], sum[kStripVectors];
-    // for statistics
+    // only for statistics
     Vec weighted[kStripVectors];   // Σ exp(x)·x with x = score - maximum
     Vec max_logit[kStripVectors];  // largest |logit|, NaN if one is
 };
@@ -27,7 +27,7 @@ struct Softmax {
 template <int Stride>
 struct Buffers {
     Carver carver;
-    float* const columns = carver.take(kQueryBlock * Stride);  // the queries, strip by strip
+    float* const columns = carver.take(kQueryBlock * Stride);  // of the queries, strip by strip
     float* const sums = carver.take(kQueryBlock * Stride);     // Σ exp(score - maximum)·v of each query
     float* const keys = carver.take((kKeyBlock<Stride> + kRowStep) * Stride);
     float* const values = carver.take((kKeyBlock<Stride> + kRowStep) * Stride);
@@ -86,7 +86,7 @@ private:
         return {first + begin, first + end};
     }
 
-    // One strip against its part of a packed block of keys.
+    // Attends from a strip to its part of a packed block of keys.
     void visit(int64_t s, Range block) {
         const Range queries = positions(s * kStrip, s * kStrip + rows_in(s));
         const SegmentSpan segments(visibility_.segments, queries);
@@ -139,7 +139,8 @@ private:
         return seen;
     }
 
-    // Hides what is not seen, and finds the maximum. Record: the scores are the logits, find the largest of them too.
+    // Hides the scores of keys that are not seen and finds the maximum. Record: the scores are the logits, so find the
+    // largest logit too.
     template <bool Masked, bool Record>
     LONGSHORT_INLINE void score(Range keys, int64_t origin, const StripLanes& lanes, Softmax& softmax) {
         Vec maximum[kStripVectors], max_logit[kStripVectors];
@@ -171,7 +172,7 @@ private:
             }
     }
 
-    // The sums so far, for the new maximum.
+    // Rescales the sums so far to the new maximum.
     LONGSHORT_INLINE void rescale(const Vec (&before)[kStripVectors], Softmax& softmax, float* sums) {
         float factors[kStrip];
         for (int i = 0; i < kStripVectors; ++i) {
@@ -238,13 +239,13 @@ template <int Stride>
 void run(const Forward& call) {
     const Problem& problem = call.problem;
     const int64_t blocks = parts_of(problem.q_len, kQueryBlock);
-    const int64_t parts = problem.batch * blocks;  // of each head
+    const int64_t parts = problem.batch * blocks;  // tasks of a head
     std::unique_ptr<Statistics[]> statistics(call.entropy ? new Statistics[problem.heads * parts] : nullptr);
     const std::unique_ptr<int64_t[]> order = kv_heads_by_reach(problem);
     for_each_task(problem.heads * parts, Buffers<Stride>{}.carver.taken(), [&](int64_t task, float* memory) {
         const int64_t nth = task / parts, group = problem.group_size();
         const int64_t head = order[nth / group] * group + nth % group, b = task % parts / blocks;
-        const int64_t block = blocks - 1 - task % blocks;  // the longest first
+        const int64_t block = blocks - 1 - task % blocks;  // the one that sees most keys first
         const int64_t first = block * kQueryBlock;
         const int64_t count = problem.q_len - first < kQueryBlock ? problem.q_len - first : kQueryBlock;
         if (statistics) {

@@ -1,4 +1,4 @@
-// The table of passes of one instruction set, and its peak speed.
+// The table of passes of one instruction set, and a measurement of its peak speed.
 #include <chrono>
 
 #include "interface.h"
@@ -15,13 +15,13 @@ void decode(const Forward&);
 
 namespace {
 
-// Independent multiply-adds in registers for about 20 ms.
+// Times independent multiply-adds in registers, for about 20 ms.
 double fma_peak() {
     using Clock = std::chrono::steady_clock;
     constexpr int kChains = 12, kRounds = 20000;
     Vec sum[kChains];
     for (int i = 0; i < kChains; ++i) sum[i] = splat(1.0f + 1e-3f * float(i));
-    volatile float unknown = 0.999f;  // nothing for the compiler to work out in advance
+    volatile float unknown = 0.999f;  // so that the compiler cannot compute the result
     const Vec factor = splat(unknown), term = splat(1.0f - unknown);
     double best = 0;
     for (const auto stop = Clock::now() + std::chrono::milliseconds(20); Clock::now() < stop;) {

@@ -1,4 +1,4 @@
-// The Python module `_kernels`, which only backends/cpu.py calls. Tensors come as addresses, dtypes and strides.
+// The Python module `_kernels`, which only backends/cpu.py calls. It passes tensors as addresses and strides.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
@@ -45,7 +45,7 @@ Tensor tensor(const TensorOf& of) {
     return result;
 }
 
-// A problem and the memory that it points to; to be moved, not copied.
+// A problem and the memory that it points to. It may be moved, but not copied.
 struct OwnedProblem {
     std::vector<int64_t> windows;
     Segments segments;
@@ -56,7 +56,7 @@ OwnedProblem owned_problem(const ProblemOf& of) {
     const auto& [q, k, v, shape, windows, sink_tokens, causal, scale, softcap, alibi_slopes, segment_ids] = of;
     const auto& [batch, heads, kv_heads, q_len, kv_len, head_dim] = shape;
     OwnedProblem owned{windows, Segments(pointer<const int64_t>(segment_ids), batch, kv_len, sink_tokens), {}};
-    // a window of all keys is the same as a longer one, and fits into the 32 bits that positions are counted with
+    // a longer window has the same effect, but might not fit into the 32 bits in which the kernels count positions
     for (int64_t& window : owned.windows) window = std::min(window, kv_len);
     Problem& problem = owned.problem;
     problem.q = tensor(q);
@@ -94,7 +94,7 @@ void forward(const ProblemOf& problem, const TensorOf& out, uintptr_t row_max, u
     decode ? kernels->decode(call) : kernels->forward(call);
 }
 
-// Appends k and v to the stores and attends to what is there; statistics are not written.
+// Appends k and v to the stores, then attends to the keys in them. Computes no statistics.
 void attend_cached(const ProblemOf& problem, const TensorOf& out, uintptr_t row_max, uintptr_t log_sum,
                    const std::vector<StoreOf>& stores, const std::vector<int64_t>& firsts,
                    const std::vector<int64_t>& group_of) {

@@ -45,7 +45,7 @@ float* scratch(size_t floats) {
 
 void relax(int turns) {
     if (turns >= 64) {
-        sched_yield();  // the other one may need this core
+        sched_yield();  // the worker that this one waits for may need the core
         return;
     }
 #if defined(__x86_64__)

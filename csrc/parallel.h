@@ -1,4 +1,5 @@
-// Work on torch's own threads: tasks are claimed one by one, in their order, by as many workers as torch has threads.
+// Runs tasks on torch's own threads, and gives them scratch memory. There are as many workers as torch has threads;
+// they claim the tasks one by one, in order.
 #pragma once
 
 #include <atomic>
@@ -12,7 +13,7 @@ namespace longshort {
 // Calls worker(context) on up to `count` threads at once; returns when all have returned.
 void run_workers(int64_t count, void (*worker)(void*), void* context);
 
-// Memory of the calling thread, 64-byte aligned, kept for its next call; zeros when it is new.
+// Memory of the calling thread, 64-byte aligned. It is kept for the next call, and is zeros when it is new.
 float* scratch(size_t floats);
 
 // Hands out parts of a piece of memory, one after the other. Without memory it only counts, so that one list of buffers
@@ -41,11 +42,11 @@ private:
     int64_t taken_ = 0;
 };
 
-// For a worker that waits for another one.
+// Passes the time of a worker that waits for another; `turns` counts its calls.
 void relax(int turns);
 
-// task(i, memory) for i in [0, count), `memory` being `floats` numbers of the worker's own. A task may wait for tasks
-// before it, since those are done or running: a worker that gets no memory claims none.
+// Calls task(i, memory) for i in [0, count), with `floats` numbers of the worker's own memory. A task may wait for
+// tasks before it, because those are done or running: a worker claims no task before it has its memory.
 template <class Task>
 LONGSHORT_COMMON void for_each_task(int64_t count, size_t floats, const Task& task) {
     struct Context {

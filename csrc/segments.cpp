@@ -26,8 +26,8 @@ Segments::Segments(const int64_t* ids, int64_t batch, int64_t kv_len, int64_t si
                 numbers_[j] = -1;
                 continue;
             }
-            const bool goes_on = j > b * kv_len && ids[j] == ids[j - 1];
-            if (!goes_on) current = &seen.try_emplace(ids[j], Segment{int32_t(seen.size()), 0}).first->second;
+            const bool continues = j > b * kv_len && ids[j] == ids[j - 1];
+            if (!continues) current = &seen.try_emplace(ids[j], Segment{int32_t(seen.size()), 0}).first->second;
             numbers_[j] = current->number;
             if (current->length++ < sink_tokens) {
                 sinks_[j] = 1;

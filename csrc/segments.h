@@ -1,4 +1,4 @@
-// Segment ids as the kernels want them: small numbers, and which keys are sinks.
+// Turns segment ids into what the kernels use: small numbers, and which keys are sinks.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@ namespace longshort {
 
 class Segments {
 public:
-    // ids: (batch, kv_len) contiguous, negative is padding; null: one segment per sequence.
+    // ids: (batch, kv_len), contiguous, negative for padding; or null: one segment per sequence.
     Segments(const int64_t* ids, int64_t batch, int64_t kv_len, int64_t sink_tokens);
 
-    // (batch, kv_len): segments numbered in the order of their first keys, -1 is padding; null without ids.
+    // (batch, kv_len): segments numbered in the order of their first keys, -1 for padding; null without ids.
     const int32_t* numbers() const { return numbers_.empty() ? nullptr : numbers_.data(); }
     // (batch, kv_len): whether the key is one of the first sink_tokens of its segment; null without sinks.
     const uint8_t* sinks() const { return sinks_.empty() ? nullptr : sinks_.data(); }

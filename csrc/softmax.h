@@ -1,4 +1,4 @@
-// The end of a row's softmax, and the statistics of all rows of a head.
+// Finishes the softmax of a row, and the statistics of a head.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace longshort::LONGSHORT_ISA {
 
-// A row's softmax so far, over x = score - maximum.
+// A row's softmax so far, where x = score - maximum.
 struct Row {
     float maximum;
     float sum;        // Σ exp(x)
@@ -15,7 +15,7 @@ struct Row {
     float max_logit;  // largest |logit|, NaN if one is
 };
 
-// Of some rows of one head.
+// Statistics of some rows of one head; entropy is the sum over the rows.
 struct Statistics {
     float max_logit = 0;
     double entropy = 0;
@@ -28,14 +28,14 @@ struct Statistics {
     }
 };
 
-// Writes a row's results; `weighted_values` is Σ exp(x)·v, packed.
+// Writes a row's results. weighted_values: Σ exp(x)·v, packed.
 template <int Stride>
 LONGSHORT_INLINE void finish_row(const Forward& call, const Visibility& visibility, int64_t b, int64_t head,
                                  int64_t row, Row result, const float* weighted_values, Statistics& statistics) {
     const Problem& problem = call.problem;
     const int64_t at = (b * problem.heads + head) * problem.q_len + row;
     const bool sees = !visibility.segments || visibility.segments[problem.first_position() + row] >= 0;
-    // a row that sees anything sees itself; if all its scores are -inf, its softmax is 0/0
+    // any row but padding sees a key: its own; if all its scores are -inf, its softmax is 0/0
     const float sum = sees && result.sum == 0.0f ? NAN : result.sum;
     const float log_sum = sees ? std::log(sum) : -INFINITY;
     if (call.row_max) {
@@ -44,11 +44,11 @@ LONGSHORT_INLINE void finish_row(const Forward& call, const Visibility& visibili
     }
     Rows(call.out, b, head).write<Stride>(row, problem.head_dim, sees ? 1.0f / sum : 0.0f, weighted_values);
     if (!call.entropy || !sees) return;
-    // log of the sum less the mean of x: nothing large cancels, unlike in lse - Σ p·score
+    // log of the sum minus the mean of x: unlike in lse - Σ p·score, nothing large cancels
     statistics.add(result.max_logit, log_sum - result.weighted / sum, 1);
 }
 
-// Joins statistics[head][part], in this order.
+// Writes the statistics of each head, joined from statistics[head][part] in the order of the parts.
 inline void write_statistics(const Forward& call, const Statistics* statistics, int64_t parts) {
     for (int64_t head = 0; head < call.problem.heads; ++head) {
         Statistics total;

@@ -5,7 +5,7 @@
 namespace longshort {
 namespace {
 
-// Plane `head` of (batch, heads, length, head_dim); its stride of heads is 0.
+// One head of contiguous (batch, heads, length, head_dim), as a tensor whose stride of heads is 0.
 Tensor plane(void* data, int64_t heads, int64_t head, int64_t length, int64_t head_dim, DType dtype) {
     const int64_t size = length * head_dim;
     return {static_cast<char*>(data) + head * size * size_of(dtype), dtype, {heads * size, 0, head_dim, 1}};

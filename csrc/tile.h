@@ -1,8 +1,7 @@
-// The two matrix products of attention on register tiles, and the copies that bring their operands into shape.
+// The two matrix products of attention on register tiles, and the copies that pack their operands.
 //
-// A strip is kStrip queries (forward) or keys (backward) that lie side by side in the lanes of vectors. Rows are
-// packed with a stride that is known to the compiler, `Stride` floats: head_dim rounded up to 16, 32, 64, 128 or
-// 256, with zeros up to the next full vector.
+// Packed rows have a stride that the compiler knows: `Stride` floats, which is head_dim rounded up to 16, 32, 64, 128
+// or 256. They are zero from head_dim up to the next full vector.
 #pragma once
 
 #include "interface.h"
@@ -13,7 +12,7 @@ namespace longshort::LONGSHORT_ISA {
 constexpr int kStrip = 16;
 constexpr int kStripVectors = kStrip / kLanes;
 
-// Accumulators that fill the registers, and leave room for the operands: tile rows × vectors.
+// Sizes of tiles, rows × vectors, whose sums fill the registers except for those of the operands.
 #if LONGSHORT_LANES == 16
 constexpr int kDotRows = 16, kSumVectors = 4, kSumRows = 4;
 #elif LONGSHORT_LANES == 8
@@ -23,16 +22,16 @@ constexpr int kDotRows = 4, kSumVectors = 4, kSumRows = 4;
 #else
 constexpr int kDotRows = 1, kSumVectors = 2, kSumRows = 4;
 #endif
-// The backward pass handles queries in groups of so many.
+// The least number of queries that the sums of the backward pass take at once.
 constexpr int kRowStep = 4;
 static_assert(kStrip % kSumRows % kRowStep == 0);
 
-// Parts of at most `size` that n make.
+// The number of parts of at most `size` that make n.
 constexpr int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 constexpr int64_t round_up(int64_t n, int64_t step) { return parts_of(n, step) * step; }
 
-// What sums over head_dim are kept in: fp32 where multiply-adds are fused, else fp64, since the rounding of products
-// would cost twice the error, which counts when logits are large.
+// The type of sums over head_dim. It is fp32 if multiply-adds are fused; if not, fp64, because rounding the products
+// too would double the error, which matters when logits are large.
 #if defined(__FMA__) || defined(__aarch64__)
 typedef Vec DotVec;
 typedef float DotFloat;
@@ -49,11 +48,11 @@ LONGSHORT_INLINE void store_dot(float* p, DotVec sum, float factor) {
 #endif
 constexpr int kDotLanes = sizeof(DotVec) / sizeof(DotFloat);
 
-// Sums over head_dim are made in blocks, then added up: shorter chains err less, as those of matrix libraries do.
+// Sums over head_dim are made in blocks that are then added up, as in matrix libraries: shorter chains err less.
 constexpr int kDotBlock = 16;
 
-// out[r][lane] = factor · Σ_d rows[r][d] · columns[d][lane], in an order that does not depend on the tile: the backward
-// pass finds the bits of the forward pass's scores again, whichever operand lies in the lanes.
+// out[r][lane] = factor · Σ_d rows[r][d] · columns[d][lane]. The order of the sum does not depend on the tile, so that
+// the backward pass gets the forward pass's scores again, bit for bit, though other operands are in its lanes.
 template <int Rows, int Stride, int OutStride>
 LONGSHORT_INLINE void dot_tile(const float* rows, const float* columns, int64_t head_dim, float factor, float* out) {
     constexpr int kVectors = kStrip / kDotLanes;
@@ -83,7 +82,7 @@ LONGSHORT_INLINE void dot_tile(const float* rows, const float* columns, int64_t 
         for (int v = 0; v < kVectors; ++v) store_dot(out + r * OutStride + v * kDotLanes, total[r][v], factor);
 }
 
-// out[lane] = Σ_d a[d][lane] · b[d][lane], rounding by rounding as in dot_tile.
+// out[lane] = Σ_d a[d][lane] · b[d][lane], with the same roundings as in dot_tile.
 LONGSHORT_NOINLINE inline void dot_of_lanes(const float* a, const float* b, int64_t head_dim, float* out) {
     for (int lane = 0; lane < kStrip; lane += kDotLanes) {
         DotVec total{};
@@ -98,7 +97,7 @@ LONGSHORT_NOINLINE inline void dot_of_lanes(const float* a, const float* b, int6
     }
 }
 
-// dot_tile over `count` rows; one more is read and written where count is odd.
+// dot_tile for `count` rows. If count is odd, one more row is read and written.
 template <int Stride, int OutStride>
 LONGSHORT_NOINLINE void dot(const float* rows, const float* columns, int64_t count, int64_t head_dim, float factor,
                             float* out) {
@@ -138,7 +137,7 @@ LONGSHORT_INLINE void sum_tile(const float* weights, const float* rows, int64_t 
         for (int v = 0; v < Vectors; ++v) store(sums + r * Stride + v * kLanes, sum[r][v]);
 }
 
-// sum_tile over `row_count` sums, kRowStep or kStrip, and all vectors of head_dim.
+// sum_tile for `row_count` sums (kRowStep or kStrip) and all vectors of head_dim.
 template <int StrideX, int StrideR, int Stride>
 LONGSHORT_NOINLINE void weighted_sum(const float* weights, const float* rows, int64_t count, int64_t row_count,
                                      int64_t head_dim, float* sums) {
@@ -160,7 +159,7 @@ LONGSHORT_NOINLINE void weighted_sum(const float* weights, const float* rows, in
                                                             sums + r * Stride + d);
 }
 
-// Whether packed rows hold neither NaN nor inf, for which alone 0 · x is not 0.
+// Whether packed rows are free of NaN and inf, the only x for which 0 · x is not 0.
 template <int Stride>
 LONGSHORT_NOINLINE bool all_finite(const float* rows, int64_t count, int64_t head_dim) {
     constexpr int kSums = Stride / kLanes < 4 ? Stride / kLanes : 4;
@@ -177,9 +176,8 @@ LONGSHORT_NOINLINE bool all_finite(const float* rows, int64_t count, int64_t hea
     return sum_of(sums[0]) == 0.0f;
 }
 
-// weighted_sum of rows that need not be finite. A weight of 0 does not hide NaN and inf: a row x that holds one is
-// added only to the sums r for which sees(x, r). All others get the bits that weighted_sum finds with a finite row
-// there.
+// weighted_sum of rows that need not be finite. A weight of 0 does not hide NaN and inf, so a row x that has one is
+// added only to the sums r for which sees(x, r). All other sums get the same bits as if row x were finite.
 template <int StrideX, int StrideR, int Stride, class Sees>
 LONGSHORT_NOINLINE void weighted_sum_of_seen(const float* weights, const float* rows, int64_t count, int64_t row_count,
                                              int64_t head_dim, float* sums, const Sees& sees) {
@@ -195,7 +193,7 @@ LONGSHORT_NOINLINE void weighted_sum_of_seen(const float* weights, const float* 
     }
 }
 
-// weighted_sum, the fast way where all rows are finite.
+// weighted_sum of rows that may or may not be finite, in the fast way if they are.
 template <int StrideX, int StrideR, int Stride, class Sees>
 LONGSHORT_INLINE void weighted_sum(bool finite, const float* weights, const float* rows, int64_t count,
                                    int64_t row_count, int64_t head_dim, float* sums, const Sees& sees) {
@@ -203,7 +201,7 @@ LONGSHORT_INLINE void weighted_sum(bool finite, const float* weights, const floa
            : weighted_sum_of_seen<StrideX, StrideR, Stride>(weights, rows, count, row_count, head_dim, sums, sees);
 }
 
-// Rows of one head of a tensor.
+// The rows of one head and sequence of a tensor.
 struct Rows {
     char* data;
     DType dtype;
@@ -212,15 +210,15 @@ struct Rows {
     Rows(const Tensor& tensor, int64_t b, int64_t head)
         : data(tensor.row(b, head, 0)), dtype(tensor.dtype), stride(tensor.stride[2]), dim_stride(tensor.stride[3]) {}
 
-    // Rows begin ... begin + count - 1 as fp32 with zeros up to the next full vector.
+    // Packs rows begin ... begin + count - 1.
     template <int Stride>
     void pack(int64_t begin, int64_t count, int64_t head_dim, float* to) const {
         dtype == DType::f32 ? pack_as<float, Stride>(begin, count, head_dim, to)
                             : pack_as<uint16_t, Stride>(begin, count, head_dim, to);
     }
 
-    // `count` packed rows from `begin`, of which up to kRowStep - 1 more may be read: in place where they lie like
-    // that already, else copied to `buffer`.
+    // Returns rows begin ... begin + count - 1 packed: in place if they are laid out like that already, else in
+    // `buffer`. Up to kRowStep - 1 rows after them may be read too.
     template <int Stride>
     const float* packed(int64_t begin, int64_t count, int64_t length, int64_t head_dim, float* buffer) const {
         const bool in_place = dtype == DType::f32 && dim_stride == 1 && stride == Stride && head_dim == Stride;
@@ -230,14 +228,14 @@ struct Rows {
         return buffer;
     }
 
-    // One packed row, times a factor, to row `row`.
+    // Writes one packed row, times a factor, to row `row`.
     template <int Stride>
     LONGSHORT_INLINE void write(int64_t row, int64_t head_dim, float factor, const float* from) const {
         dtype == DType::f32 ? write_as<float, Stride>(row, head_dim, factor, from)
                             : write_as<uint16_t, Stride>(row, head_dim, factor, from);
     }
 
-    // Adds one packed row, times a factor, to row `row` of fp32.
+    // Adds one packed row, times a factor, to row `row`, which must be fp32.
     LONGSHORT_INLINE void add(int64_t row, int64_t head_dim, float factor, const float* from) const {
         float* to = reinterpret_cast<float*>(data) + row * stride;
         int64_t d = 0;
@@ -280,7 +278,7 @@ private:
     }
 };
 
-// kStrip packed rows -> columns[d][lane], for d up to the next full vector.
+// Transposes kStrip packed rows to columns[d][lane], for d up to the next full vector.
 template <int Stride>
 LONGSHORT_INLINE void transpose_strip(const float* rows, int64_t head_dim, float* columns) {
     for (int64_t d = 0; d < head_dim; d += kLanes)
@@ -294,7 +292,7 @@ LONGSHORT_INLINE void transpose_strip(const float* rows, int64_t head_dim, float
         }
 }
 
-// Up to kStrip rows from `begin` -> columns[d][lane]; they are packed in `buffer` first.
+// Packs up to kStrip rows from `begin` into `buffer` and transposes them to columns[d][lane].
 template <int Stride>
 LONGSHORT_INLINE void pack_strip(const Rows& rows, int64_t begin, int64_t count, int64_t head_dim, float* buffer,
                                  float* columns) {

@@ -1,6 +1,6 @@
 // Vectors of the instruction set that this file is compiled for, and the functions that softmax needs.
 //
-// Everything here lives in a namespace of that instruction set: one definition per set in one library.
+// All of it is in a namespace of that instruction set, since one library has the same functions for several sets.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 #endif
 
 #define LONGSHORT_INLINE inline __attribute__((always_inline))
-// For loops that need all registers for themselves.
+// For functions whose loops need all registers.
 #define LONGSHORT_NOINLINE __attribute__((noinline))
 
 namespace longshort::LONGSHORT_ISA {
@@ -42,13 +42,13 @@ LONGSHORT_INLINE IVec load(const int32_t* p) {
 LONGSHORT_INLINE void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 LONGSHORT_INLINE void store(int32_t* p, IVec x) { std::memcpy(p, &x, sizeof x); }
 
-// bf16 is the upper half of fp32.
+// Loads bf16, which is the upper half of fp32.
 LONGSHORT_INLINE Vec load(const uint16_t* p) {
     HalfVec half;
     std::memcpy(&half, p, sizeof half);
     return (Vec)(__builtin_convertvector(half, UVec) << 16);
 }
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest bf16, ties to even. NaN stays NaN.
 LONGSHORT_INLINE void store(uint16_t* p, Vec x) {
     const UVec bits = (UVec)x;
     const UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -69,12 +69,12 @@ LONGSHORT_INLINE void from_float(float x, uint16_t* p) {
     *p = uint16_t(x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40);
 }
 
-// A NaN in x is passed over.
+// The larger of the two, or so_far if x is NaN.
 LONGSHORT_INLINE Vec max_of(Vec x, Vec so_far) { return x > so_far ? x : so_far; }
 LONGSHORT_INLINE Vec abs_of(Vec x) { return (Vec)((IVec)x & 0x7fffffff); }
-// x in the lanes of a mask, else 0, even where x is NaN.
+// x in the lanes of the mask, 0 in the others, even if x is NaN there.
 LONGSHORT_INLINE Vec keep_where(IVec mask, Vec x) { return (Vec)((IVec)x & mask); }
-// The larger of |x| and the largest so far. NaN is the largest of all: its bits, as an integer, are above those of inf.
+// The larger of |x| and so_far. NaN counts as the largest: its bits, as an integer, are above those of inf.
 LONGSHORT_INLINE Vec max_size_of(Vec x, Vec so_far) {
     const IVec size = (IVec)abs_of(x);
     return (Vec)(size > (IVec)so_far ? size : (IVec)so_far);
@@ -93,14 +93,14 @@ LONGSHORT_INLINE float sum_of(Vec x) {
     return fold(x, [](float a, float b) { return a + b; });
 }
 
-// Below this exp() is taken as 0: its result would be denormal, which costs more than it is worth.
+// Below this, exp() is taken to be 0. The result would be denormal, and denormals are slow.
 constexpr float kSmallestExponent = -87.0f;
 
 // exp(x) for x <= 0, exactly 1 at 0, 0 below kSmallestExponent, NaN for NaN. Relative error 2e-7 at most.
 //
-// exp(x) = 2^n · 2^r, n the integer nearest to x/ln 2, got by adding 1.5·2^23 + 127, which leaves n + 127, the exponent
-// of 2^n, in the low bits; 2^r on [-1/2, 1/2] by a polynomial, its coefficients a minimax fit (relative error 9e-8)
-// with 2^0 = 1 exact.
+// exp(x) = 2^n · 2^r, where n is the integer nearest to x/ln 2. Adding 1.5·2^23 + 127 to x/ln 2 rounds it and leaves
+// n + 127, the exponent of 2^n, in the low bits. 2^r on [-1/2, 1/2] is a polynomial, a minimax fit (relative error
+// 9e-8) with 2^0 = 1 exact.
 LONGSHORT_INLINE Vec exp_of(Vec x) {
     const Vec shifted = x * 1.44269504f + 12583039.0f;
     const Vec r = x * 1.44269504f - (shifted - 12583039.0f);
@@ -113,8 +113,8 @@ LONGSHORT_INLINE Vec exp_of(Vec x) {
     return x < kSmallestExponent ? Vec{} : y;
 }
 
-// tanh(x) and its derivative. Near 0 an odd polynomial (minimax fit, relative error 4e-9); elsewhere from
-// e = exp(-2|x|): (1 - e)/(1 + e), and 4e/(1 + e)^2, which does not cancel as 1 - tanh^2 would.
+// tanh(x) and its derivative. Near 0, tanh is an odd polynomial (minimax fit, relative error 4e-9). Elsewhere it is
+// (1 - e)/(1 + e) with e = exp(-2|x|), and its derivative 4e/(1 + e)^2, which does not cancel as 1 - tanh^2 would.
 struct Tangent {
     Vec value, slope;
 };
@@ -132,7 +132,7 @@ LONGSHORT_INLINE Tangent tanh_of(Vec x) {
     return {is_near ? near : signed_far, is_near ? 1.0f - near * near : 4.0f * e * inverse * inverse};
 }
 
-// Transposes kLanes rows of kLanes floats: log2(kLanes) rounds that swap ever larger off-diagonal halves.
+// Transposes kLanes rows of kLanes floats, in log2(kLanes) rounds that swap ever larger off-diagonal blocks.
 template <int Half, bool Upper, int... Lane>
 LONGSHORT_INLINE Vec interleave(Vec a, Vec b, std::integer_sequence<int, Lane...>) {
     return __builtin_shufflevector(

@@ -1,4 +1,4 @@
-// Which keys a query sees: as ranges, to skip what no one sees, and as masks for what is left.
+// Which keys a query sees: as ranges, which allow to skip keys that no query sees, and as masks for the rest.
 #pragma once
 
 #include <memory>
@@ -11,13 +11,13 @@ struct Range {
     int64_t begin, end;
     bool empty() const { return begin >= end; }
     int64_t size() const { return end - begin; }
-    // Its part from `at`, of at most `count`.
+    // The part from `at`, of at most `count` positions.
     Range part(int64_t at, int64_t count) const { return {at, at + count < end ? at + count : end}; }
 };
 LONGSHORT_INLINE Range intersection(Range a, Range b) {
     return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
 }
-// A range without the positions at either end that are not wanted.
+// Cuts off positions at both ends of a range up to the first that is wanted.
 template <class Wanted>
 LONGSHORT_INLINE Range shrunk(Range range, const Wanted& wanted) {
     while (!range.empty() && !wanted(range.begin)) ++range.begin;
@@ -25,7 +25,7 @@ LONGSHORT_INLINE Range shrunk(Range range, const Wanted& wanted) {
     return range;
 }
 
-// Smallest and largest segment of some positions; two sets share a segment only if these overlap.
+// The smallest and largest segment of a range of positions. Two ranges share a segment only if their spans overlap.
 struct SegmentSpan {
     int32_t lowest = INT32_MAX, highest = INT32_MIN;
 
@@ -42,14 +42,14 @@ struct SegmentSpan {
     bool overlaps(const SegmentSpan& other) const {
         return lowest <= other.highest && other.lowest <= highest && highest >= 0 && other.highest >= 0;
     }
-    // Whether both are the same one segment: then everything sees everything, as far as segments go.
+    // Whether both spans are one and the same segment, so that segments hide nothing.
     bool is_same(const SegmentSpan& other) const {
         return lowest == highest && lowest >= 0 && other.lowest == lowest && other.highest == highest;
     }
     bool contains(int32_t segment) const { return lowest <= segment && segment <= highest; }
 };
 
-// One head of one sequence.
+// What the queries of one head of one sequence see.
 struct Visibility {
     Band band;
     bool causal;
@@ -66,14 +66,14 @@ struct Visibility {
           sinks(problem.sinks_of(b, kv_head)),
           sinks_end(sinks ? problem.sinks_end[b] : 0) {}
 
-    // Keys in the band of some query, and of every query, of a range of positions; sinks apart.
+    // Keys in the band of some query, or of every query, of a range. Sinks are not counted.
     Range keys_of_some(Range queries) const {
         return intersection({queries.begin + band.shift - band.span + 1, queries.end + band.shift}, {0, kv_len});
     }
     Range keys_of_all(Range queries) const {
         return {queries.end + band.shift - band.span, queries.begin + band.shift + 1};
     }
-    // Queries whose band holds some key, and every key, of a range.
+    // Queries whose band has some key, or every key, of a range.
     Range queries_of_some(Range keys) const { return {keys.begin - band.shift, keys.end - 1 - band.shift + band.span}; }
     Range queries_of_all(Range keys) const { return {keys.end - 1 - band.shift, keys.begin - band.shift + band.span}; }
     bool any_sink(Range keys) const {
@@ -82,14 +82,14 @@ struct Visibility {
         return false;
     }
 
-    // A range of keys widened to hold the sinks that queries before `end` may see.
+    // A range of keys, extended to the sinks that queries before `end` may see.
     Range with_sinks(Range keys, int64_t end) const {
         if (sinks_end == 0) return keys;
         const int64_t last = causal && end < sinks_end ? end : sinks_end;
         return {0, last > keys.end ? last : keys.end};
     }
 
-    // `keys` without those at either end that no query of these positions and segments sees.
+    // `keys` without those at both ends that no query of these positions and segments sees.
     Range trim(Range keys, Range queries, const SegmentSpan& query_segments) const {
         const Range in_band = keys_of_some(queries);
         if (!sinks) keys = intersection(keys, in_band);
@@ -101,7 +101,7 @@ struct Visibility {
         return shrunk(keys, seen);
     }
 
-    // The same for queries that see no key of these positions and segments.
+    // `queries` without those at both ends that see no key of these positions and segments.
     Range trim_queries(Range queries, Range keys, const SegmentSpan& key_segments) const {
         if (!any_sink(keys)) queries = intersection(queries, queries_of_some(keys));
         if (!segments) return queries;
@@ -109,7 +109,7 @@ struct Visibility {
         return shrunk(queries, sees);
     }
 
-    // One pair; the masks of lanes below say the same of many.
+    // Whether one query sees one key. The masks below are the same for the lanes of a vector.
     bool sees(int64_t query, int64_t key) const {
         const int64_t distance = query - key;
         const bool near = distance + band.shift >= 0 && distance + band.shift < band.span;
@@ -117,25 +117,25 @@ struct Visibility {
         return (near || far) && (!segments || (segments[query] >= 0 && segments[query] == segments[key]));
     }
 
-    // Mask of lanes, from the distances query position - key position.
+    // Masks of lanes, from the distances query position - key position.
     LONGSHORT_INLINE IVec in_band(IVec distance) const {
         return (IVec)((UVec)(distance + int32_t(band.shift)) < uint32_t(band.span));
     }
     LONGSHORT_INLINE IVec not_later(IVec distance) const { return causal ? distance >= 0 : ~IVec{}; }
 };
 
-// A hidden score: so low that its exp() is 0 against any row maximum, which starts at kNoMaximum.
+// The score of a pair that is not seen. Its exp() is 0 against any row maximum, which starts at kNoMaximum.
 constexpr float kHidden = -2e38f;  // no score of a call may be below -1e38
 constexpr float kNoMaximum = -1e38f;
 
-// What is in the lanes of a strip; lanes without a query or key are at a position that no band reaches.
+// What is in the lanes of a strip. Lanes without a query or key have a position that no band reaches.
 struct StripLanes {
     IVec position[kStripVectors], segment[kStripVectors], sink[kStripVectors];
 
     StripLanes(Range range, const Visibility& visibility)
         : StripLanes(range, visibility, [](int64_t at) { return at; }) {}
 
-    // Of rows `range`, which are at positions[row], or nowhere if that is negative.
+    // For the sinks in rows `range`. Row r is at positions[r], and unused if that is negative.
     static StripLanes of_sinks(const int64_t* positions, Range range, const Visibility& visibility) {
         return StripLanes(range, visibility, [positions](int64_t row) { return positions[row]; });
     }
@@ -159,7 +159,7 @@ private:
     }
 
 public:
-    // Which keys in the lanes of vector i the query at a position sees.
+    // Mask of the keys in the lanes of vector i that the query at position `query` sees.
     LONGSHORT_INLINE IVec seen_from(int64_t query, int i, const Visibility& visibility) const {
         const IVec distance = int32_t(query) - position[i];
         IVec seen = visibility.in_band(distance);
@@ -172,7 +172,7 @@ private:
     static constexpr int32_t kNowhere = -(1 << 30);
 };
 
-// Score of a logit: softcap, then ALiBi.
+// Turns a logit into a score: softcap, then ALiBi.
 struct Bias {
     float softcap, slope;
 
@@ -181,7 +181,7 @@ struct Bias {
 
     bool none() const { return softcap == 0.0f && slope == 0.0f; }
 
-    // The capped logit, and its derivative.
+    // The capped logit and its derivative.
     LONGSHORT_INLINE Tangent cap(Vec logit) const {
         if (softcap == 0.0f) return {logit, splat(1.0f)};
         const Tangent tangent = tanh_of(logit / softcap);
@@ -191,8 +191,8 @@ struct Bias {
         return slope * abs_of(__builtin_convertvector(distance, Vec));
     }
 
-    // In place, rows (at consecutive positions) × strip of logits to scores, and their derivatives unless null. One
-    // function that is never inlined, so that both passes get the same bits.
+    // Turns logits (rows at consecutive positions × strip) into scores, in place, and writes the derivatives of the
+    // scores unless that is null. It is never inlined, so that both passes get the same bits.
     LONGSHORT_NOINLINE void apply(int64_t position, int64_t count, const StripLanes& lanes, float* scores,
                                   float* derivatives) const {
         for (int64_t end = position + count; position < end; ++position)
@@ -204,7 +204,7 @@ struct Bias {
     }
 };
 
-// Key/value heads in the order of their cost: global ones, then by window.
+// Key/value heads, those that see most keys first: global ones, then by window.
 inline std::unique_ptr<int64_t[]> kv_heads_by_reach(const Problem& problem) {
     std::unique_ptr<int64_t[]> order(new int64_t[problem.kv_heads]);
     const auto reach = [&](int64_t head) { return problem.windows[head] < 0 ? problem.kv_len : problem.windows[head]; };

@@ -18,7 +18,7 @@ T pick(Random& random, std::initializer_list<T> from) {
 }
 
 Layout random_layout(Random& random, const Sizes& shape) {
-    // dimensions from the outermost to the innermost: contiguous, as projections leave it, transposed
+    // dimensions from the outermost to the innermost: contiguous, as projections write them, transposed
     const Sizes contiguous = {0, 1, 2, 3}, projected = {0, 2, 1, 3}, transposed = {0, 1, 3, 2};
     const Sizes order = pick(random, {contiguous, contiguous, projected, projected, transposed});
     Layout layout{{}, chance(random, 0.2)};
@@ -58,7 +58,7 @@ void draw_sizes(Random& random, Case& c) {
     const int64_t most_work = pick<int64_t>(random, {1, 1, 2, 4, 12}) * 1'000'000;
     while (c.batch * c.kv_heads * group * c.q_len * c.kv_len * c.head_dim > most_work) {
         int64_t* const less[] = {&c.batch, &c.kv_heads, &group, &c.head_dim, &c.q_len};
-        // the number of queries only at times, to keep several blocks of them
+        // the number of queries only sometimes, to keep several blocks of them
         int64_t& one = *less[random() % (chance(random, 0.2) ? 5 : 4)];
         one = (one + 1) / 2;
     }
@@ -66,7 +66,7 @@ void draw_sizes(Random& random, Case& c) {
 }
 
 void draw_options(Random& random, Case& c) {
-    // often several heads of one window: the kernels handle them together
+    // often several heads have the same window, since the kernels handle those together
     const auto window = [&] { return pick<int64_t>(random, {-1, -1, 1, 2, 3, 16, 17, 64, 100, 128, 300, 2000}); };
     const int64_t windows[] = {window(), window()};
     for (int64_t head = 0; head < c.kv_heads; ++head) c.windows.push_back(windows[random() % 2]);
@@ -107,7 +107,7 @@ void draw_values(Random& random, Case& c) {
     c.q = random_tensor(random, c.query_shape(), c.dtype, factor);
     c.k = random_tensor(random, c.key_shape(), c.dtype, 1, sometimes(0.1, {true}));
     c.v = random_tensor(random, c.key_shape(), c.dtype, 1, sometimes(0.1, {true, true}));
-    // as sums over head_dim, and over everything, hand them to their inputs
+    // like the gradients of sums over head_dim, and of sums over everything
     const bool all = chance(random, 0.6);
     c.grad_out = random_tensor(random, c.query_shape(), c.out_dtype, 1, sometimes(0.3, {all, all, all, true}));
     std::normal_distribution<float> normal;

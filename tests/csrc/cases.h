@@ -19,8 +19,8 @@ using Sizes = std::array<int64_t, 4>;  // batch, heads, length, head_dim
 // To nearest, ties to even.
 double rounded(double x, DType dtype);
 
-// A tensor in a heap allocation of exactly its extent: AddressSanitizer sees an access one element too far. Copies
-// share it. All bits are ones before something is written: NaN.
+// A tensor in a heap allocation of exactly its extent, so that AddressSanitizer notices an access one element too far.
+// Copies share the allocation. All its bits are ones at first, which is NaN.
 class Memory {
 public:
     Memory() = default;
@@ -32,7 +32,7 @@ public:
     void write(const std::vector<double>& values) const;
     void set(int64_t element, double value) const;
     Memory copy() const;
-    // Whether all bits are still ones in what lies between the elements.
+    // Whether all bits between the elements are still ones.
     bool gaps_are_untouched() const;
 
     int64_t size() const { return shape_[0] * shape_[1] * shape_[2] * shape_[3]; }
@@ -67,7 +67,7 @@ struct Case {
     std::vector<float> grad_lse;  // may be empty
     Memory q, k, v, grad_out;
     Layout out_layout, grad_q_layout, grad_k_layout, grad_v_layout;
-    std::string logits, not_finite;  // what is special about the values; may be empty
+    std::string logits, not_finite;  // what is special about the values, or empty
     std::shared_ptr<Segments> segments;
 
     Sizes query_shape() const { return {batch, heads, q_len, head_dim}; }
@@ -77,7 +77,7 @@ struct Case {
     std::string describe() const;
 };
 
-// Always the same case for a seed.
+// Draws a case, always the same for a seed.
 Case random_case(uint64_t seed);
 
 }  // namespace longshort

@@ -1,4 +1,4 @@
-// Runs the kernels of each instruction set that this processor has on random problems; compares with the truth:
+// Runs the kernels of each instruction set that this processor has on random problems and compares with the truth:
 //
 //     driver CASES SEED THREADS
 //
@@ -22,7 +22,7 @@
 #include "threads.h"
 #include "truth.h"
 
-// Whatever a sanitizer finds ends the program with SIGABRT, which prints the case at hand.
+// Anything that a sanitizer finds ends the program with SIGABRT, whose handler prints the current case.
 #define LONGSHORT_SANITIZER_OPTIONS(function)                                  \
     extern "C" __attribute__((visibility("default"))) const char* function() { \
         return "abort_on_error=1:halt_on_error=1";                             \
@@ -34,17 +34,17 @@ LONGSHORT_SANITIZER_OPTIONS(__ubsan_default_options)
 namespace longshort {
 namespace {
 
-// A case takes a second or two; a worker that waits for one that never comes takes for ever.
+// A case takes a second or two. A worker that waits for another in vain would take for ever.
 constexpr unsigned kMostSeconds = 120;
 
-// q_len × heads of one key/value head that the library decodes with.
+// The most rows of one key/value head, q_len × group size, that decode is tested with.
 constexpr int64_t kDecodingRows = 16;
 
 std::string at_hand;  // what to print about the current run when it fails
 
 void print_case(int signal_number) {
     (void)!write(STDERR_FILENO, at_hand.data(), at_hand.size());
-    // not _exit(), at which ThreadSanitizer waits for the lock that it holds while it reports
+    // not _exit(), in which ThreadSanitizer would wait for a lock that it holds while it reports
     signal(signal_number, SIG_DFL);
     raise(signal_number);
 }
@@ -54,7 +54,7 @@ void print_case(int signal_number) {
     std::abort();
 }
 
-// Bit for bit, but for the sign and the payload of NaN.
+// Whether all bits are the same, except for the sign and the payload of NaN.
 bool same(const std::vector<double>& a, const std::vector<double>& b) {
     const auto equal = [](double x, double y) {
         return x == y ? std::signbit(x) == std::signbit(y) : x != x && y != y;
@@ -64,10 +64,10 @@ bool same(const std::vector<double>& a, const std::vector<double>& b) {
 
 std::vector<double> as_doubles(const std::vector<float>& values) { return {values.begin(), values.end()}; }
 
-// Results of a forward pass.
+// The results of a forward pass.
 struct Outputs {
     Memory out;
-    std::vector<float> row_max, log_sum, max_logit, entropy;  // no statistics: the last two are empty
+    std::vector<float> row_max, log_sum, max_logit, entropy;  // the last two are empty without statistics
 
     Outputs(const Case& c, bool statistics)
         : out(c.out_layout.allocate(c.query_shape(), c.out_dtype)),
@@ -105,8 +105,8 @@ struct Gradients {
     }
 };
 
-// The keys and values of a case in a cache: all but those of its queries, which are to be appended. Heads of one window
-// are a group.
+// A cache with the keys and values of a case, except for the last q_len, which are yet to be appended. Heads of one
+// window are a group.
 class Cache {
 public:
     explicit Cache(const Case& c) : case_(c), past_(c.kv_len - c.q_len) {
@@ -124,7 +124,7 @@ public:
         stores_ = stores_of_heads(groups, group_of, c.head_dim, c.dtype);
     }
 
-    // The problem with k and v of the new tokens alone.
+    // The problem with only the new keys and values in k and v.
     Problem problem() const {
         Problem problem = case_.problem();
         problem.k = newest(problem.k);
@@ -143,7 +143,7 @@ private:
 
     StoreGroup fill(const std::vector<int64_t>& heads) {
         const int64_t window = case_.windows[heads[0]], count = int64_t(heads.size());
-        // as many as the first query sees, beside the new ones; at times more
+        // as many as the first query sees and the new ones; sometimes more
         const int64_t ring = window < 0 ? 0 : window + case_.q_len - 1 + int64_t(case_.seed % 3);
         const int64_t first = ring && case_.kv_len > ring ? case_.kv_len - ring : 0;
         const int64_t slots = ring && ring < case_.kv_len ? ring : case_.kv_len;
@@ -191,12 +191,12 @@ private:
     const Case& case_;
     const int64_t past_;
     std::vector<Store> stores_;
-    std::vector<std::unique_ptr<char[]>> bytes_;  // of exactly their extent
+    std::vector<std::unique_ptr<char[]>> bytes_;  // each of exactly its extent, for AddressSanitizer
     std::vector<std::unique_ptr<int64_t[]>> positions_;
 };
 
-// A case, and the same with NaN or inf in a row of one of its inputs: what does not see that row keeps every bit, and
-// what sees NaN is NaN.
+// A case, and the same with NaN or inf in a row of one of its inputs. Results that do not see that row must keep every
+// bit, and results that see NaN must be NaN.
 class Planted {
 public:
     Planted(const Case& c, const Kernels& kernels) : before_(c), after_(c), kernels_(kernels) {
@@ -242,7 +242,7 @@ public:
 private:
     static bool equal(double x, double y) { return x == y || (x != x && y != y); }
 
-    // Several where an input has strides of 0.
+    // The rows that the change affects: several if the input has strides of 0.
     std::vector<bool> changed_rows(const Memory& before, const Memory& after) const {
         const std::vector<double> values = before.read(), changed = after.read();
         std::vector<bool> rows(values.size() / before_.head_dim);
@@ -251,7 +251,8 @@ private:
         return rows;
     }
 
-    // Queries that see a changed row, or are one and see anything; keys that one of them sees.
+    // Finds the queries that see a changed row, or that are changed and see any key, and the keys that one of them
+    // sees.
     void find_reach(const std::vector<bool>& changed) {
         const Case& c = before_;
         const Visible sees(c);
@@ -286,8 +287,8 @@ private:
         return {before, after};
     }
 
-    // One result, of as many parts as `reached`, which says what sees the planted row. `changes`: a NaN there is to be
-    // seen.
+    // Compares one result. reached: for each of its equal parts, whether that sees the changed row. changes: whether it
+    // must then become NaN if that row is.
     void compare(const char* name, const std::vector<double>& before, const std::vector<double>& after,
                  const std::vector<bool>& reached, bool changes) const {
         for (size_t i = 0; i < before.size(); ++i) {
@@ -326,8 +327,9 @@ public:
 private:
     // Runs a pass on two threads at once, with several workers each, then on this thread alone.
     //
-    // New threads have new scratch memory of the size that they ask for: AddressSanitizer sees where it ends. This
-    // thread has scratch memory from earlier calls: full of NaN, for no result may depend on what is in there.
+    // New threads get new scratch memory of exactly the size that they ask for, so AddressSanitizer notices an access
+    // past its end. The scratch memory of this thread is from earlier calls, and is filled with NaN, because no result
+    // may depend on what is in it.
     template <class Results, class Pass>
     std::array<Results, 3> run_thrice(const char* name, std::array<Results, 3> results, const Pass& pass) {
         at_hand = std::string("in ") + name + " of " + kernels_.name + ", " + case_.describe() + "\n";
@@ -370,7 +372,7 @@ private:
         std::vector<double> row_max = as_doubles(alone.row_max), lse = as_doubles(alone.log_sum);
         for (size_t i = 0; i < lse.size(); ++i) {
             lse[i] += row_max[i];
-            if (std::isnan(lse[i])) row_max[i] = NAN;  // of a row with NaN the maximum may be that of the rest
+            if (std::isnan(lse[i])) row_max[i] = NAN;  // the maximum of a row with NaN may be that of its other scores
         }
         compare("row_max", row_max, truth_.row_max);
         compare("lse", lse, truth_.lse);
@@ -417,11 +419,11 @@ private:
         for (size_t i = 0; i < got.size(); ++i) {
             const double wanted = expected.value[i], allowed = expected.tolerance[i];
             if (got[i] == wanted) continue;
-            // one as good as the other: inf - inf, 0 · inf
+            // either may come out: inf - inf, 0 · inf
             if (!case_.not_finite.empty() && !std::isfinite(wanted) && !std::isfinite(got[i])) continue;
             const double error = std::abs(got[i] - wanted);
             if (error <= allowed) {
-                // bf16 may err by half a rounding step, and does
+                // bf16 always errs by up to half a rounding step
                 if (case_.dtype == DType::f32) largest_error_ = std::max(largest_error_, error / allowed);
                 continue;
             }
@@ -440,7 +442,7 @@ private:
     double largest_error_ = 0;
 };
 
-// Those that run here, as dispatch.cpp sees it.
+// The builds that dispatch.cpp runs on this processor.
 std::vector<const Kernels*> all_kernels() {
     std::vector<const Kernels*> all;
     for (const char* name : {"v4", "v3", "v1", "native"}) {

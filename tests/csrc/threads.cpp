@@ -17,7 +17,7 @@ void use_threads(int64_t count) { threads = count; }
 
 int64_t torch_threads() { return threads; }
 
-// As torch does it, the calling thread takes the first part.
+// As in torch, the calling thread takes the first part.
 void torch_parallel(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
     const int64_t parts = std::min(threads, count);
     const auto run_part = [=](int64_t i) { body(i * count / parts, (i + 1) * count / parts, context); };

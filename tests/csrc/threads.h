@@ -1,11 +1,11 @@
-// The driver's stand-in for torch's thread pool: ThreadSanitizer sees std::thread, and not torch's OpenMP.
+// Replaces torch's thread pool in the driver: ThreadSanitizer understands std::thread, but not torch's OpenMP.
 #pragma once
 
 #include <cstdint>
 
 namespace longshort {
 
-// What torch_threads() says from now on.
+// Sets what torch_threads() returns.
 void use_threads(int64_t count);
 
 }  // namespace longshort

@@ -7,13 +7,13 @@
 namespace longshort {
 namespace {
 
-// How far fp32 may be off, in roundings of 2^-24 of the size of the numbers. "Size" is the same formula with every
-// term taken by its absolute value.
+// How far fp32 may be off, in roundings of 2^-24 of the size of the numbers. The size of a sum is the sum of the
+// absolute values of its terms.
 //
-// - A logit is a chain of head_dim roundings that do not all point the same way, and exp() errs by about four:
-//   some 4 are seen, 16 are allowed. An error of z in a score is a relative error of z in exp(score), so what
-//   hangs on probabilities may be off by 1 + the row's largest size of a score, times that.
-// - A sum of n like terms can drift: half a rounding of the sum so far at each step.
+// - A logit has head_dim roundings, which partly cancel, and exp() has about four. Together 4 are observed and 16
+//   allowed. An error of z in a score is a relative error of z in exp(score), so anything computed from probabilities
+//   may be off by that many roundings times 1 + the largest size of a score in the row.
+// - A sum of n terms can drift by half a rounding of the sum so far at each step.
 constexpr double kRounding = 0x1p-24;
 double of_scores(double size) { return 16 * kRounding * (1 + size); }
 double of_sum(double terms) { return terms / 2 * kRounding; }
@@ -124,7 +124,7 @@ private:
         differentiate(at, (b * c.kv_heads + kv_head), tolerance);
     }
 
-    // Adds what one row brings to the gradients.
+    // Adds the part of one row to the gradients.
     void differentiate(int64_t at, int64_t plane, double tolerance) {
         const int64_t d_count = c.head_dim;
         const double* grad = &grad_out[at * d_count];
@@ -164,15 +164,15 @@ private:
         }
     }
 
-    // Room for the rounding to a dtype.
+    // Allows for the rounding to a dtype.
     static void allow(Expected& expected, DType dtype) {
         for (size_t i = 0; i < expected.value.size(); ++i)
             expected.tolerance[i] +=
                 kSmallest + rounding_to(dtype) * (std::abs(expected.value[i]) + expected.tolerance[i]);
     }
 
-    // The probabilities of a row sum up to 1, much more precisely than they are known themselves: the backward
-    // pass must find the same scores again, rounding for rounding. That shows where scores are large.
+    // The probabilities of a row sum up to 1 much more precisely than each is known, if the backward pass gets exactly
+    // the scores of the forward pass. With large scores this would show if it did not.
     void sum_grad_v() {
         for (int64_t plane = 0; plane < c.batch * c.kv_heads; ++plane)
             for (int64_t j = 0; j < c.kv_len; ++j)

@@ -13,14 +13,14 @@ struct Expected {
 
 struct Truth {
     Expected out, row_max, lse, max_logit, entropy;
-    std::vector<double> saved_out;  // out, rounded to its dtype: what the backward pass is given
+    std::vector<double> saved_out;  // out, rounded to its dtype, as the backward pass gets it
     Expected grad_q, grad_k, grad_v;
     Expected sum_of_grad_v;  // over the keys: (batch, kv_heads, head_dim)
 };
 
 Truth truth_of(const Case& c);
 
-// Which pairs see each other.
+// Which queries see which keys.
 class Visible {
 public:
     explicit Visible(const Case& c);
