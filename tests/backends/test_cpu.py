@@ -283,6 +283,24 @@ def test_opcheck_of_the_backward_pass(gradients: str):
     )
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_of_more_than_32_bits_is_one_of_all_keys(causal: bool):
+    q, k, v = torch.randn(3, 1, 2, 40, 8).unbind()
+
+    def results(window: int) -> list[torch.Tensor]:
+        options = ([window, 3], 0, causal, 0.3, None)
+        out, row_max, log_sum, *_ = torch.ops.longshort.cpu_attention(
+            q, k, v, None, None, *options, q.dtype, False, True
+        )
+        gradients = torch.ops.longshort.cpu_attention_backward(
+            q, k, v, None, None, out, row_max, log_sum, torch.ones_like(out), None, *options
+        )
+        return [out, row_max, log_sum, *gradients]
+
+    for long, whole in zip(results(2**40), results(40), strict=True):
+        assert torch.equal(long, whole)
+
+
 def test_statistics_have_a_gradient_through_lse_alone():
     q, k, v = torch.randn(3, 1, 2, 20, 8).requires_grad_().unbind()
     _, stats = attention(q, k, v, HeadLayout((4, None)), backend="cpu", return_stats=True)
