@@ -1,4 +1,4 @@
-"""LS-attention: heads split into many short-range and a few long-range ones, for PyTorch."""
+"""LS-attention for PyTorch: heads split into many short-range and a few long-range ones."""
 
 from longshort.attention import AttentionStats, Explanation, attention, explain
 from longshort.layers import LongShortAttention, Rotary

@@ -1,4 +1,4 @@
-"""`python -m longshort` is `longshort`."""
+"""The entry point of `python -m longshort`, which is the same as `longshort`."""
 
 import sys
 

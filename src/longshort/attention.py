@@ -43,11 +43,11 @@ class AttentionStats:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend serves a call and, for each other one, why not.
+    """The backend that serves a call, and why each other backend does not.
 
     Attributes:
         backend: name of the backend that is used.
-        reasons: for each other backend, by name, why it is not.
+        reasons: by name of each other backend, why it is not used.
     """
 
     backend: str
@@ -59,7 +59,7 @@ class Explanation:
 
 
 class AttentionOptions(TypedDict, total=False):
-    """The keyword arguments of `attention` but return_stats and backend; see there."""
+    """The keyword arguments of `attention`, except return_stats and backend."""
 
     causal: bool
     scale: float | None
@@ -116,30 +116,30 @@ def attention(
     Scores are z = scale·q·k, then z <- softcap·tanh(z/softcap), then z <- z - slope·|i - j|, then softmax,
     whose denominator also holds exp(sink_logits[head]).
 
-    Under `torch.autocast`, q, k and v are first cast to its dtype, as SDPA does. NaN and inf reach the rows
-    that see them, and change no bit of others.
+    Under `torch.autocast`, q, k and v are first cast to its dtype, as SDPA does. A NaN or inf reaches the
+    rows that see it and changes no bit of other rows.
 
     Args:
-        q, k, v: float64, float32, bfloat16 or float16, all alike, any strides; q_len <= kv_len. Scores and
-            sums are computed in fp32 (fp64 for fp64).
+        q, k, v: float64, float32, bfloat16 or float16, the same for all, any strides; q_len <= kv_len.
+            Scores and sums are computed in fp32 (fp64 for fp64).
         layout: window of each query head; `layout.num_kv_heads` is kv_heads.
         causal: queries see no later key.
         scale: factor on q·k; None is 1/sqrt(head_dim).
         softcap: > 0, bounds the scores smoothly.
         alibi_slopes: any floating dtype; a constant (no gradient).
         sink_logits: any floating dtype, differentiable.
-        segment_ids: integers; an id may come in several runs; negative is padding. The queries have the ids
+        segment_ids: integers; an id may occur in several runs; negative is padding. The queries have the ids
             of the last q_len keys.
         round_probabilities: round as flash kernels do, see `AttentionCall`.
         return_stats: also return `AttentionStats`; changes no bit of the output or of its gradients.
         backend: "auto" or a name of `BACKENDS`.
 
     Returns:
-        (batch, heads, q_len, head_dim) in the dtype of q; rows that see nothing are 0. With return_stats a
-        pair of it and the statistics.
+        (batch, heads, q_len, head_dim) in the dtype of q; rows that see nothing are 0. With return_stats, a
+        pair of this tensor and the statistics.
 
     Raises:
-        TypeError: q, k, v or another tensor is no tensor, or layout no HeadLayout.
+        TypeError: q, k, v or another tensor argument is not a tensor, or layout is not a HeadLayout.
         ValueError: a value, shape, device or dtype is not allowed, or the named backend does not support
             the call; the message names the argument.
     """
@@ -177,7 +177,7 @@ def explain(
     backend: str = "auto",
     **options: Unpack[AttentionOptions],
 ) -> Explanation:
-    """Which backend `attention` would use for the same arguments and, for each other one, why not.
+    """Return which backend `attention` would use for the same arguments, and why it would not use the others.
 
     Args:
         q, k, v, layout, return_stats, backend, **options: as for `attention`.
@@ -213,19 +213,19 @@ def _choose(call: AttentionCall, backend: str) -> str:
 
 
 def with_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
-    """A sink adds exp(sink) to the softmax's denominator: the output shrinks by sigmoid(lse - sink).
+    """Apply sink logits: exp(sink) in the softmax's denominator scales out by sigmoid(lse - sink).
 
-    As exp(logsigmoid), whose gradient does not cancel where the sink is small.
+    The factor is computed as exp(logsigmoid), whose gradient does not cancel where the sink is small.
     """
     seen = (lse > -torch.inf) | lse.isnan()
     # lse - sink of rows that see nothing would be -inf, whose gradient is NaN where a sink is -inf too
     shares = F.logsigmoid(torch.where(seen, lse, 0.0) - sink_logits[:, None]).exp()
-    # nor does a sink or a gradient that is NaN pass through such rows
+    # a NaN sink or gradient does not pass through such rows either
     return out * torch.where(seen, shares, 0.0)[..., None]
 
 
 def _attend_to_nothing(call: AttentionCall) -> Output:
-    """No query at all: an empty output that still hands zero gradients to q, k and v."""
+    """Return the empty output of a call without queries; it still gives q, k and v zero gradients."""
     out = call.q + 0 * (call.k.sum() + call.v.sum())
     heads = call.q.shape[1]
     zeros = torch.zeros(heads, dtype=call.score_dtype, device=call.q.device)
@@ -233,7 +233,7 @@ def _attend_to_nothing(call: AttentionCall) -> Output:
 
 
 def cast_as_autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Tensors in the dtype of `torch.autocast` where it is on, as SDPA takes them."""
+    """Cast tensors to the dtype of `torch.autocast` where it is on, as SDPA does."""
     first = tensors[0]
     if not isinstance(first, Tensor) or not autocast_is_on(first.device):
         return tensors
@@ -243,7 +243,7 @@ def cast_as_autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def autocast_is_on(device: torch.device) -> bool:
-    """Whether `torch.autocast` applies to tensors on this device."""
+    """Return whether `torch.autocast` applies to tensors on this device."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 

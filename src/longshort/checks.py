@@ -1,4 +1,4 @@
-"""Checks of arguments: each raises an error that names the argument, what came and what is allowed."""
+"""Argument checks: each raises an error that names the argument, the value given and what is allowed."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def require_seed(name: str, seed: Any) -> None:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether value is a number, neither a bool nor infinite nor NaN."""
+    """Return whether value is a number, neither a bool nor infinite nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def flag(field: str) -> str:
-    """The command-line flag of a setting: batch_size -> --batch-size."""
+    """Return the command-line flag of a setting: batch_size -> --batch-size."""
     return "--" + field.replace("_", "-")
 
 
 def check_fields(settings: Any, named: Callable[[str], str] = flag) -> None:
     """Check the fields of a dataclass against their annotations.
 
-    These are `bool`, `int`, `float` (finite; an int will do), `Literal`, each of them `| None`, and tuples of
-    them; fields of other types pass. Bounds are those of annotated-types, such as `Annotated[int, Ge(1)]`.
+    Checked are `bool`, `int`, `float` (finite; an int is accepted), `Literal`, each of them `| None`, and
+    tuples of these; other types pass. Bounds are those of annotated-types, such as `Annotated[int, Ge(1)]`.
 
     Args:
         settings: an instance of the dataclass.

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class ShortConvolution(nn.Module):
-    """out[t] = Σ_j weight[:, j]·x[t - j] for j = 0 ... kernel_size - 1, channel by channel, as Primer (So et
-    al. 2021, arXiv 2109.08668) has it on queries, keys and values. It starts as the identity.
+    """A causal depthwise convolution: out[t] = Σ_j weight[:, j]·x[t - j] for j = 0 ... kernel_size - 1, as
+    Primer (So et al. 2021, arXiv 2109.08668) has it on queries, keys and values. It starts as the identity.
 
     Args:
         channels: >= 1.
         kernel_size: >= 2, the token itself included.
-        device, dtype: of `weight`, (channels, kernel_size).
+        device, dtype: those of `weight`, (channels, kernel_size).
 
     Raises:
         ValueError: an argument is out of its range; the message names it.
@@ -43,7 +43,7 @@ class ShortConvolution(nn.Module):
             self.weight.copy_(self.identity())
 
     def identity(self) -> Float[Tensor, "channels kernel"]:
-        """The weight with which the output is the input; no random number is drawn for it."""
+        """Return the weight with which the output is the input; no random number is drawn for it."""
         weight = torch.zeros_like(self.weight)
         weight[:, 0] = 1
         return weight
@@ -57,7 +57,7 @@ class ShortConvolution(nn.Module):
 
         Args:
             x: any floating dtype; nothing comes before its first token.
-            segment_ids: a token reaches back only as far as the ids are its own.
+            segment_ids: a token is mixed only with tokens before it that have the same id without a gap.
         """
         weight = self.weight.to(x.dtype)
         out = x * weight[:, 0]

@@ -1,4 +1,4 @@
-"""Which head sees how far: the layout of an attention layer's heads, as plain data."""
+"""The layout of an attention layer's heads, as plain data: how far each head sees."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class HeadLayout:
         windows: per query head the number of keys that a query sees, itself included (an integer >= 1),
             or None for a global head. Query heads that share a key/value head share a window.
         num_kv_heads: key/value heads, a divisor of the number of query heads; None means one per query head.
-        sink_tokens: so many first keys of each segment stay visible to local heads too.
+        sink_tokens: number of first keys of each segment that stay visible to local heads too.
 
     Raises:
         ValueError: a field is out of its range; the message names the field.
@@ -75,7 +75,7 @@ class HeadLayout:
         num_kv_heads: int | None = None,
         sink_tokens: int = 0,
     ) -> HeadLayout:
-        """Local heads first, then global heads: the layout of the paper.
+        """Build the layout of the paper: local heads first, then global heads.
 
         Args:
             num_heads: query heads, >= 1.
@@ -83,7 +83,7 @@ class HeadLayout:
                 that share a key/value head.
             window: keys that a local head's query sees, itself included, >= 1.
             num_kv_heads: key/value heads; None means one per query head.
-            sink_tokens: so many first keys of each segment stay visible to local heads too.
+            sink_tokens: number of first keys of each segment that stay visible to local heads too.
 
         Raises:
             ValueError: an argument is out of its range; the message names it.
@@ -105,8 +105,8 @@ class HeadLayout:
         return cls(windows, num_kv_heads, sink_tokens)  # type: ignore[arg-type]
 
     def equals(self, other: Any) -> bool:
-        """Compare as `==` does, but at once where both are one object, and in steps that `torch.compile` can
-        follow: it takes a frozen dataclass for a constant, which its numbers may no longer be."""
+        """Compare as `==` does, but at once if both are one object, and in steps that `torch.compile` can
+        trace: it treats a frozen dataclass as a constant, although its numbers may be symbolic."""
         return self is other or (
             isinstance(other, HeadLayout)
             and self.windows == other.windows
@@ -140,7 +140,7 @@ class HeadLayout:
         The queries are the last `q_len` of `kv_len` positions of one segment.
 
         Raises:
-            ValueError: a length is negative or no integer, or q_len > kv_len.
+            ValueError: a length is negative or not an integer, or q_len > kv_len.
         """
         require_integer("q_len", q_len, minimum=0)
         require_integer("kv_len", kv_len, minimum=0)
@@ -157,7 +157,7 @@ class HeadLayout:
         A local head needs its last `window` keys and its sink tokens, a global head all `length`.
 
         Raises:
-            ValueError: length < 0, head_dim < 1, or one of them is no integer.
+            ValueError: length < 0, head_dim < 1, or one of them is not an integer.
             TypeError: dtype is not a torch.dtype.
         """
         require_integer("length", length, minimum=0)
@@ -171,7 +171,7 @@ class HeadLayout:
         return 2 * kept * head_dim * dtype.itemsize
 
     def _reach(self, window: int | None) -> int | None:
-        """Most keys that one query of such a head sees: its window and the sink tokens."""
+        """The most keys that one query of a head with this window sees: the window and the sink tokens."""
         return None if window is None else window + self.sink_tokens
 
     def __repr__(self) -> str:
@@ -214,6 +214,6 @@ def _group_heads(windows: tuple[int | None, ...], group_size: int) -> tuple[Head
 
 
 def _sum_of_capped(count: int, cap: int | None) -> int:
-    """1 + 2 + ... + count, each term at most cap."""
+    """Sum 1 + 2 + ... + count, with each term capped at cap."""
     ramp = count if cap is None else min(count, cap)
     return ramp * (ramp + 1) // 2 + (count - ramp) * ramp

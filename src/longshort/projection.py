@@ -1,4 +1,4 @@
-"""Linear layers, as fast for few tokens as the CPU's memory gives their weights."""
+"""Linear layers that are as fast for few tokens as the CPU's memory can deliver their weights."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def project(
     Args:
         linear: a plain `nn.Linear` without a bias may be split. Any other is called as it is, such as one
             with hooks, or what a tool for quantization or adapters has put in its place.
-        x: what the layer takes.
+        x: the input of the layer.
     """
-    if torch.compiler.is_compiling():  # compilers choose products of their own
+    if torch.compiler.is_compiling():  # compilers choose their own products
         return linear(x)
     rows = math.prod(x.shape[:-1])
     if not 0 < rows <= _FEW or x.dtype != torch.float32 or x.device.type != "cpu" or not _is_plain(linear):
@@ -43,7 +43,7 @@ def project(
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling the layer does nothing but multiply with a weight that is an ordinary tensor."""
+    """Return whether calling the layer does nothing but multiply with a weight that is an ordinary tensor."""
     return (
         type(linear) is nn.Linear  # parametrizations, quantization and adapters change the type
         and type(linear.weight) is nn.Parameter  # as sharded and quantized tensors are not

@@ -50,9 +50,9 @@ def rotate(
     base: float,
     runs: Sequence[tuple[int, bool]],
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys, rotated where `rotated_runs` says so.
+    """Rotate queries and keys in the runs of heads that are to be rotated (see `rotated_runs`).
 
-    In fp32 at least, so that a bf16 head is rounded only once, when attention gets it.
+    The result is in fp32 at least, so that a bf16 head is rounded only once, when attention gets it.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     cos, sin = (x.to(q.device, dtype) for x in _cos_sin(position_ids, base, q.shape[3]))
@@ -60,10 +60,10 @@ def rotate(
 
 
 def _cos_sin(position_ids: Tensor, base: float, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles, (batch, 1, q_len, head_dim/2), in float64.
+    """Compute cosine and sine of the angles, (batch, 1, q_len, head_dim/2), in float64.
 
-    In fp32 an angle near 131,072 would be off by up to 0.008. There is no table: for a few tokens these
-    operations take as long as looking them up, and for many n·head_dim/2 numbers are little beside attention.
+    In fp32 an angle near 131,072 would be off by up to 0.008. There is no table: for a few tokens this takes
+    as long as a look-up would, and for many tokens n·head_dim/2 numbers are little beside attention.
     """
     if position_ids.device.type == "mps":  # has no float64
         position_ids = position_ids.cpu()
@@ -73,10 +73,10 @@ def _cos_sin(position_ids: Tensor, base: float, head_dim: int) -> tuple[Tensor, 
 
 
 def rotated_runs(rotary: Rotary | None, layout: HeadLayout, head_dim: int) -> list[tuple[int, bool]]:
-    """Runs of neighbouring query heads: how many, and whether they are rotated.
+    """Return the runs of consecutive query heads: how many, and whether they are rotated.
 
     Raises:
-        TypeError: rotary is no Rotary.
+        TypeError: rotary is not a Rotary.
         ValueError: head_dim is odd, or skip_heads do not fit the layout; the message names it.
     """
     if rotary is None:

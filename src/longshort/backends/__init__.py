@@ -1,1 +1,1 @@
-"""One module per way to compute attention over a head layout; they share `call` and nothing else."""
+"""Backends: one module per way to compute attention over a head layout."""

@@ -2,7 +2,7 @@
 
 Local heads, and global heads with options that SDPA lacks, run through the operator of `tiled_operator`,
 which computes one tile of scores at a time and recomputes it in the backward pass, so that no n×n tensor
-ever exists. Global heads that SDPA's causal kernel can serve go there.
+ever exists. Global heads that SDPA's kernels can serve run through `sdpa_operator`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from longshort.layout import HeadGroup
 
 
 def supports(call: AttentionCall) -> str | None:
-    """Why this backend cannot serve a call, or None."""
+    """Return why this backend cannot serve a call, or None."""
     return operators.NO_TANGENTS if operators.forward_mode_is_on() else None
 
 
 def attend(call: AttentionCall) -> Output:
-    """Attention per group of heads with equal windows; extra memory O(tile) beyond outputs and gradients."""
+    """Compute each group of heads with one window; takes O(tile) memory beyond outputs and gradients."""
     groups = call.layout.groups
     if len(groups) == 1:
         return _attend_group(call, groups[0])
@@ -58,14 +58,14 @@ def _heads_of(call: AttentionCall, group: HeadGroup) -> AttentionCall:
 
 
 def _select(x: Tensor, heads: tuple[int, ...], dim: int) -> Tensor:
-    """These heads of x; a view where they are neighbours."""
+    """Select heads of x along a dimension; a view if they are contiguous."""
     if heads == tuple(range(heads[0], heads[0] + len(heads))):
         return x.narrow(dim, heads[0], len(heads))
     return x.index_select(dim, torch.tensor(heads, device=x.device))
 
 
 def _attend_group(call: AttentionCall, group: HeadGroup) -> Output:
-    """Attention of heads that share one window."""
+    """Compute the attention of heads that share one window."""
     kv_len = call.k.shape[2]
     window = None if group.window is None or group.window >= kv_len else group.window
     by_sdpa = window is None and _sdpa_serves(call)
@@ -80,7 +80,7 @@ def _attend_group(call: AttentionCall, group: HeadGroup) -> Output:
 
 
 def _sdpa_serves(call: AttentionCall) -> bool:
-    """Whether SDPA's kernel without a mask computes this call for global heads."""
+    """Return whether SDPA's kernel without a mask computes this call for global heads."""
     has_kernel = sdpa_operator.has_kernel(call.q.device, call.score_dtype, call.q.shape[3])
     aligned = call.q.shape[2] == call.k.shape[2] or not call.causal  # SDPA's causal mask is top-left
     plain = call.softcap is None and call.alibi_slopes is None and call.segment_ids is None
@@ -90,8 +90,8 @@ def _sdpa_serves(call: AttentionCall) -> bool:
 
 
 def _sdpa(call: AttentionCall) -> Tensor:
-    # in the score dtype, since SDPA rounds the probabilities of half inputs; and with neighbouring entries of
-    # a head side by side, without which it falls back to n×n scores
+    # in the score dtype, since SDPA rounds the probabilities of half inputs; and with the entries of a head
+    # contiguous, without which it falls back to n×n scores
     q, k, v = (x.to(call.score_dtype) for x in (call.q, call.k, call.v))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if call.q.shape[1] != call.k.shape[1]:

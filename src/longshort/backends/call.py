@@ -1,4 +1,4 @@
-"""What a backend is asked and what it answers."""
+"""The call that a backend gets, and the output that it returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One validated call of `longshort.attention`; no tensor in it is empty of queries.
+    """One validated call of `longshort.attention`, with at least one query.
 
     Attributes:
         q, k, v: all of one dtype and device, any strides; k_len >= q_len, aligned at the bottom right.
@@ -28,7 +28,7 @@ class AttentionCall:
         segment_ids: int64 ids of all keys, negative is padding.
         round_probabilities: round exp(z - row maximum) to the dtype of v before it meets v, and P and dS
             likewise in the backward pass, as flash kernels do.
-        with_lse: the caller combines `Output.out` with `Output.lse`. This may steer how `out` is computed.
+        with_lse: the caller combines `Output.out` with `Output.lse`. This may affect how `out` is computed.
         with_stats: the caller needs lse, max_logit and entropy. This may not change a bit of `out`.
     """
 
@@ -52,17 +52,17 @@ class AttentionCall:
 
     @property
     def score_dtype(self) -> torch.dtype:
-        """Scores, sums and statistics are fp64 for fp64 inputs and fp32 for all others."""
+        """The dtype of scores, sums and statistics: fp64 for fp64 inputs, fp32 for all others."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class Output:
-    """A backend's answer.
+    """The result of a backend.
 
     Attributes:
-        out: in the dtype of q, or in `score_dtype` where the call asks for lse, since the caller goes on
-            computing with it; zeros in rows that see nothing.
+        out: in the dtype of q, or in `score_dtype` where the call asks for lse, since the caller computes
+            further with it; zeros in rows that see nothing.
         lse: natural log of the sum of exp(z) over visible keys, differentiable, -inf in rows that see
             nothing; present where the call asks for lse or statistics. In the call's `score_dtype`.
         max_logit: largest |scale·q·k| over visible pairs, no gradient; present with statistics.

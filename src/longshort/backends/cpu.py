@@ -1,11 +1,11 @@
 """Attention on the CPU with the C++ kernels of csrc/: all heads in one call, O(n·w) for local heads.
 
-Scores, sums and statistics are fp32; bfloat16 inputs are converted on the fly. Tensors are read where they
-lie, whatever their strides, and no n×n or n×w array exists: each thread holds a few blocks of
-O(head_dim · block) numbers, and the backward pass two numbers per row, and for bfloat16 the gradient of q in
-fp32. Results do not depend on the number of threads, bit for bit.
+Scores, sums and statistics are fp32; bfloat16 inputs are converted on the fly. Tensors are read in place,
+whatever their strides, and no n×n or n×w array exists: each thread holds a few blocks of O(head_dim · block)
+numbers; the backward pass adds two numbers per row and, for bfloat16, the gradient of q in fp32. Results do
+not depend on the number of threads, bit for bit.
 
-Registered with torch.library, so that compilers see one opaque call.
+The kernels are registered with torch.library, so that compilers see one opaque call.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ try:
 except ModuleNotFoundError:
     _MISSING = "the C++ kernels are not built"
 except ImportError as error:
-    if os.environ.get("LONGSHORT_CPU"):  # asked for by name: nothing else will do
+    if os.environ.get("LONGSHORT_CPU"):  # asked for by name: there is no substitute
         raise
     _MISSING = f"the C++ kernels cannot be loaded: {error}"
 else:
@@ -48,7 +48,7 @@ _GLOBAL = -1  # as a window
 
 
 def supports(call: AttentionCall) -> str | None:
-    """Why these kernels cannot serve a call, or None."""
+    """Return why these kernels cannot serve a call, or None."""
     if call.q.device.type != "cpu":
         return f"the tensors are on {call.q.device.type}, not on the CPU"
     if call.q.dtype not in (torch.float32, torch.bfloat16):
@@ -65,32 +65,32 @@ def supports(call: AttentionCall) -> str | None:
 
 
 def missing() -> str | None:
-    """Why there are no kernels on this machine, or None if there are."""
+    """Return why there are no kernels on this machine, or None if there are."""
     return _MISSING
 
 
 def instruction_set() -> str | None:
-    """Which build of the kernels is in use: v4 (AVX-512), v3 (AVX2), v1 (SSE2) or native, or None.
+    """Return the build of the kernels in use: v4 (AVX-512), v3 (AVX2), v1 (SSE2) or native, or None.
 
-    It is the fastest that this processor can run, or the one that LONGSHORT_CPU in the environment names;
-    there is none if the kernels are not built.
+    This is the fastest that this processor can run, or the one that LONGSHORT_CPU in the environment names;
+    None if the kernels are not built.
     """
     return None if _kernels is None else _kernels.instruction_set
 
 
 def instruction_sets() -> list[str]:
-    """Builds that this processor can run, the fastest first; empty if the kernels are not built."""
+    """Return the builds that this processor can run, fastest first; empty if the kernels are not built."""
     return [] if _kernels is None else _kernels.instruction_sets
 
 
 def fma_peak() -> float | None:
-    """FLOP/s of one thread that does nothing but multiply-adds, measured in about 20 ms with the vectors of
-    `instruction_set`; None if the kernels are not built."""
+    """Measure the FLOP/s of one thread that does nothing but multiply-adds, in about 20 ms, with the vectors
+    of `instruction_set`; None if the kernels are not built."""
     return None if _kernels is None else _kernels.fma_peak()
 
 
 def attend(call: AttentionCall) -> Output:
-    """Attention of all heads at once."""
+    """Compute the attention of all heads in one call."""
     differentiable = torch.is_grad_enabled() and (
         any(x.requires_grad for x in (call.q, call.k, call.v)) or operators.transforms_are_active()
     )
@@ -102,13 +102,13 @@ def attend(call: AttentionCall) -> Output:
     )  # fmt: skip
     if not (call.with_lse or call.with_stats):
         return Output(out)
-    # the gradient of log_sum is that of lse, for the row maximum counts as a constant
+    # the gradient of log_sum is that of lse, since the row maximum counts as a constant
     lse = row_max.detach() + log_sum
     return Output(out, lse, max_logit.detach(), entropy.detach()) if call.with_stats else Output(out, lse)
 
 
 def windows_of_kv_heads(layout: HeadLayout) -> list[int]:
-    """The window of each key/value head as the kernels count it."""
+    """Return the window of each key/value head as the kernels expect it."""
     return [
         _GLOBAL if window is None else min(window, _LONGEST)
         for window in layout.windows[:: layout.group_size]
@@ -130,10 +130,10 @@ def _forward(
     with_stats: bool,
     differentiable: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, row maximum of the scores, log of the sum of exp(score - row maximum), max_logit, entropy.
+    """Return out, row maximum of the scores, log of the sum of exp(score - row maximum), max_logit, entropy.
 
     `windows` has one entry per key/value head. `differentiable` keeps calls with few queries on the path
-    whose scores the backward pass repeats bit for bit, which counts when logits are large.
+    whose scores the backward pass repeats bit for bit, which matters when logits are large.
     """
     out, row_max, log_sum, max_logit, entropy = _empty_outputs(q, out_dtype, with_stats)
     decode = not differentiable and q.shape[2] <= _DECODING_QUERIES
@@ -155,7 +155,7 @@ def _fake_forward(q, k, v, alibi_slopes, segment_ids, windows, sink_tokens, caus
 def _empty_outputs(
     q: Tensor, out_dtype: torch.dtype, with_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out = torch.empty_like(q, dtype=out_dtype)  # heads and positions in memory as in q: what projections want
+    out = torch.empty_like(q, dtype=out_dtype)  # the memory layout of q, which suits the next projection
     row_max, log_sum = (q.new_empty(tuple(q.shape[:3]), dtype=torch.float32) for _ in range(2))
     heads = q.shape[1] if with_stats else 0
     max_logit, entropy = (q.new_empty(heads, dtype=torch.float32) for _ in range(2))
@@ -179,7 +179,7 @@ def _backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
     grad_q = torch.zeros_like(q, dtype=torch.float32)  # tasks add to it
     if grad_out is None:
@@ -201,7 +201,7 @@ def _fake_backward(q, k, v, alibi_slopes, segment_ids, out, row_max, log_sum, gr
 
 
 def supports_cached(q: Tensor, length: int) -> bool:
-    """Whether `attend_cached` can serve queries of this kind, `length` tokens with them."""
+    """Return whether `attend_cached` can serve queries like q over `length` tokens, the new ones included."""
     return (
         _MISSING is None
         and q.device.type == "cpu"
@@ -213,15 +213,15 @@ def supports_cached(q: Tensor, length: int) -> bool:
 
 
 def describe_store(store: Tensor, sinks: Tensor, sink_positions: Tensor, ring: int) -> tuple[int, ...]:
-    """The keys and values of a group of heads in a cache, as `attend_cached` takes them. Valid while the
-    tensors live.
+    """Describe the keys and values of a group of heads in a cache to `attend_cached`; valid while the tensors
+    live.
 
     Args:
-        store: (2, batch, kv_heads, slots, head_dim), keys and values, contiguous. Position p is in slot p %
-        ring.
+        store: (2, batch, kv_heads, slots, head_dim), keys and values, contiguous. Position p is in slot
+            p % ring.
         sinks: (2, batch, kv_heads, n, head_dim), the sinks that have left the ring, contiguous.
-        sink_positions: (batch, n) of int64: where they stood, -1 for none.
-        ring: its size, 0 for a store that keeps everything.
+        sink_positions: (batch, n) of int64: the positions of the sinks, -1 for none.
+        ring: size of the ring, 0 for a store that keeps everything.
     """
     at, sink_at, size = store.data_ptr(), sinks.data_ptr(), store.element_size()
     v, sink_v = at + store.stride(0) * size, sink_at + sinks.stride(0) * size
@@ -244,24 +244,24 @@ def attend_cached(
     segment_ids: Tensor | None,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Appends new keys and values to those of a cache and attends to them all, causally. The caller has
+    """Append new keys and values to those of a cache and attend to them all, causally. The caller has
     checked everything; there are no gradients. For compilers, torch.ops.longshort.cpu_attend_cached does the
-    same; its dispatch would cost more than all the rest.
+    same; without one, its dispatch would cost more than everything else.
 
     Args:
         q, k, v: of the new tokens; k and v in the dtype of the stores.
-        stores: per group of heads that share a window what `describe_store` says, with room for the new
-            tokens.
-        firsts: per group the first position that is still in its store once the new ones are.
-        group_of: per key/value head its group.
-        windows: what `windows_of_kv_heads` says.
-        sink_tokens: so many first keys of a segment are sinks.
+        stores: for each group of heads that share a window, the result of `describe_store`, with free slots
+            for the new tokens.
+        firsts: for each group, the first position that is still in its store after the append.
+        group_of: the group of each key/value head.
+        windows: the result of `windows_of_kv_heads`.
+        sink_tokens: number of first keys of a segment that are sinks.
         length: positions before the new ones.
-        scale, softcap, alibi_slopes, segment_ids: as of `AttentionCall`; the slopes in fp32.
+        scale, softcap, alibi_slopes, segment_ids: as in `AttentionCall`; the slopes in fp32.
         with_lse: return the lse too.
 
     Returns:
-        out, and the natural log of the sum of exp(score) or None.
+        out, and the natural log of the sum of exp(score), or None.
     """
     out = torch.empty_like(q)
     row_max = log_sum = None
@@ -340,7 +340,7 @@ def _described(x: Tensor) -> tuple[int, bool, tuple[int, ...]]:
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
-    """For small tensors that the kernels want in one piece; the caller keeps it alive during the call."""
+    """Make a small tensor contiguous, as the kernels need it; the caller keeps it alive during the call."""
     return None if x is None else x.contiguous()
 
 
@@ -359,7 +359,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _gradients(ctx, grad_out, grad_row_max, grad_lse, grad_max_logit, grad_entropy):
     if grad_out is None and grad_lse is None:
         return (None,) * 13
-    # read once: under activation checkpointing a second look is an error
+    # read once: under activation checkpointing a second access is an error
     gradients = operators.call("cpu_attention_backward", *ctx.saved_tensors, grad_out, grad_lse, *ctx.options)
     return *gradients, *(None,) * 10
 

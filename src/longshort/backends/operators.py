@@ -1,6 +1,6 @@
-"""Registers the operators of a backend with torch.library.
+"""Registration of a backend's operators with torch.library.
 
-By hand, since `torch.library.custom_op` imports the compiler on its first call: seconds and 80 MiB.
+It does without `torch.library.custom_op`, which imports the compiler on its first call: seconds and 80 MiB.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def define(
     mutates_args: tuple[str, ...] = (),
     refuse_tangents: bool = True,
 ) -> None:
-    """Defines torch.ops.longshort.NAME, without gradients.
+    """Define torch.ops.longshort.NAME, without gradients.
 
     Args:
-        name: of the operator.
-        dispatch_key: for which devices `function` is.
+        name: name of the operator.
+        dispatch_key: the devices that `function` is for.
         function: annotated; its annotations are the operator's schema.
-        fake: the same for tensors without data: it gives shapes, dtypes and strides.
-        mutates_args: names of the arguments that it writes to.
+        fake: the same for tensors without data: it returns tensors of the right shapes, dtypes and strides.
+        mutates_args: names of the arguments that the operator writes to.
         refuse_tangents: refuse to run under forward-mode differentiation.
     """
     _library.define(name + torch.library.infer_schema(function, mutates_args=mutates_args))
@@ -48,14 +48,14 @@ def define(
 
 
 def differentiate(name: str, setup_context: Callable, gradients: Callable) -> None:
-    """Gives torch.ops.longshort.NAME gradients, as `torch.library.register_autograd` takes them."""
+    """Give torch.ops.longshort.NAME gradients, as `torch.library.register_autograd` takes them."""
     torch.library.register_autograd(
         f"longshort::{name}", gradients, setup_context=setup_context, lib=_library
     )
 
 
 def vectorize(name: str, rule: Callable) -> None:
-    """Says how `torch.vmap` calls torch.ops.longshort.NAME, as `torch.library.register_vmap` takes it."""
+    """Set how `torch.vmap` calls torch.ops.longshort.NAME, as `torch.library.register_vmap` takes it."""
     torch.library.register_vmap(f"longshort::{name}", rule, lib=_library)
 
 
@@ -70,16 +70,17 @@ def register(
     backward: Callable,
     fake_backward: Callable,
 ) -> None:
-    """Defines torch.ops.longshort.NAME and NAME_backward; `call` calls them, under transforms of
+    """Define torch.ops.longshort.NAME and NAME_backward; `call` calls them, under transforms of
     `torch.func` too. Both refuse to run under forward-mode differentiation.
 
     Args:
-        name: of the forward operator.
-        dispatch_key: for which devices the two functions are.
+        name: name of the forward operator.
+        dispatch_key: the devices that the two functions are for.
         forward, backward: annotated functions; their annotations are the operators' schemas.
-        fake_forward, fake_backward: the same for tensors without data: they give shapes, dtypes and strides.
+        fake_forward, fake_backward: the same for tensors without data: they return tensors of the right
+            shapes, dtypes and strides.
         save_for_backward: `setup_context` of `torch.library.register_autograd`.
-        gradients: calls NAME_backward; it has no gradients itself, and says so.
+        gradients: calls NAME_backward, which has no gradients itself and raises an error if asked for them.
     """
     for operator, function, fake, setup_context, derivative in (
         (name, forward, fake_forward, save_for_backward, gradients),
@@ -92,26 +93,25 @@ def register(
 
 
 def call(name: str, *args: Any) -> Any:
-    """torch.ops.longshort.NAME(*args) of an operator of `register`, which `torch.vmap` calls once for each
-    of its slices."""
-    if transforms_are_active():  # what register_autograd makes does not know them
+    """Call torch.ops.longshort.NAME, an operator made by `register`; `torch.vmap` calls it once per slice."""
+    if transforms_are_active():  # register_autograd does not support them
         return _functions[name].apply(*args)
     return getattr(torch.ops.longshort, name)(*args)
 
 
 def transforms_are_active() -> bool:
-    """Whether the caller is inside of `torch.func.grad`, `vmap` or another transform of torch.func."""
+    """Return whether the caller is inside `torch.func.grad`, `vmap` or another transform of torch.func."""
     return torch._C._are_functorch_transforms_active()
 
 
 def forward_mode_is_on() -> bool:
-    """Whether tensors may carry tangents, of `torch.func.jvp`, `jacfwd`, `hessian` or
+    """Return whether tensors may carry tangents: inside `torch.func.jvp`, `jacfwd`, `hessian` or
     `torch.autograd.forward_ad`."""
     return forward_ad._current_level >= 0  # compilers guard on it
 
 
 def _refusing_tangents(function: Callable) -> Callable:
-    """torch would take the tangents of an operator's results for zero, and say nothing."""
+    """Make a function raise under forward mode: torch would silently take its results' tangents for zero."""
 
     @wraps(function)
     def checked(*args: Any) -> Any:

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def supports(call: AttentionCall) -> str | None:
-    """Why the reference cannot serve a call, or None: it serves all but one kind."""
+    """Return why the reference cannot serve a call, or None: it serves all but one kind."""
     if call.round_probabilities and operators.forward_mode_is_on():
         return "forward-mode differentiation is on, for which round_probabilities is not defined"
     return None
 
 
 def attend(call: AttentionCall) -> Output:
-    """Attention by its definition; memory O(heads · q_len · kv_len)."""
+    """Compute attention by its definition; memory O(heads · q_len · kv_len)."""
     dtype = call.score_dtype
     group_size = call.layout.group_size
     q = call.q.to(dtype)
@@ -59,7 +59,7 @@ def attend(call: AttentionCall) -> Output:
 
 
 def visible_pairs(call: AttentionCall) -> Bool[Tensor, "#batch heads q_len kv_len"]:
-    """Which query sees which key, per head: the definition that every other backend must meet."""
+    """Mark the visible pairs of each head: the definition that every other backend must meet."""
     q_len, kv_len = call.q.shape[2], call.k.shape[2]
     device = call.q.device
     key = torch.arange(kv_len, device=device)
@@ -91,7 +91,7 @@ def _distance(call: AttentionCall) -> Tensor:
 
 
 def _softmax_parts(scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(z - row maximum), the row maximum (0 where nothing is seen), and the sum (1 where nothing is)."""
+    """Return exp(z - row maximum), the row maximum and the sum; the last two are 0 and 1 in empty rows."""
     row_max = scores.detach().amax(-1, keepdim=True).masked_fill(~seen, 0.0)
     weights = torch.exp(scores - row_max)
     row_sum = weights.sum(-1, keepdim=True).masked_fill(~seen, 1.0)
@@ -99,7 +99,7 @@ def _softmax_parts(scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _mean_entropy(scores: Tensor, seen: Tensor) -> Float[Tensor, " heads"]:
-    """log l - Σ e·(z - m)/l: no cancellation at large logits, unlike lse - Σ p·z."""
+    """Compute log l - Σ e·(z - m)/l: no cancellation at large logits, unlike lse - Σ p·z."""
     weights, row_max, row_sum = _softmax_parts(scores, seen)
     weighted = torch.where(weights == 0, 0.0, weights * (scores - row_max)).sum(-1, keepdim=True)
     entropy = (row_sum.log() - weighted / row_sum).masked_fill(~seen, 0.0)

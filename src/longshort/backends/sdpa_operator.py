@@ -1,7 +1,8 @@
 """The operator behind global heads of `blockwise` that need no option: PyTorch's fused kernels for SDPA.
 
-They carry 0·NaN from hidden keys and rows into every result. So results are looked at, and where there is NaN
-or inf, the kernel computes once more without them, and the tiles of `tiled_operator` compute what they reach.
+These kernels carry 0·NaN from hidden keys and rows into every result. So results are checked, and where there
+is a NaN or inf, the kernel computes again with zeros instead, and `tiled_operator` computes the rows that the
+NaN or inf reaches.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ from longshort.backends import operators
 from longshort.backends.visible_sums import is_finite, zero_nonfinite
 
 _aten = torch.ops.aten
-# Where all scores of a row are NaN and fit into one vector of the CPU, its kernel takes them for hidden.
+# If all scores of a row are NaN and fit into one vector of the CPU, its kernel treats them as hidden.
 _FEW_KEYS = 32
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether PyTorch has a kernel without n×n scores for tensors like these."""
+    """Return whether PyTorch has a kernel without n×n scores for tensors of this kind."""
     if device.type == "cuda":
         return dtype == torch.float32 and head_dim % 4 == 0
     return device.type in ("cpu", "meta")
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """Attention of global heads.
+    """Compute the attention of global heads.
 
     Args:
-        q, k, v: (batch, heads, sequence, head_dim) in fp32 or fp64, for which `has_kernel`; neighbouring
-            entries of a head side by side. As many queries as keys if causal.
+        q, k, v: (batch, heads, sequence, head_dim) in fp32 or fp64, such that `has_kernel` is true; the last
+            dimension is contiguous. As many queries as keys if causal.
         causal: queries see no later key.
         scale: > 0, since the CPU's kernel scales the -inf of hidden pairs too.
     """
@@ -39,7 +40,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, and what the kernel's backward pass needs beside it."""
+    """Return out, and what the kernel's backward pass needs beside it."""
     outputs = _fused(q, k, v, causal, scale)
     looked_at = (outputs[0], q, k) if k.shape[2] < _FEW_KEYS else outputs[:1]
     if not is_finite(*looked_at):
@@ -72,7 +73,7 @@ def _backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     gradients = _fused_backward(q, k, v, out, lse, seed, offset, grad_out, causal, scale)
     if is_finite(*gradients):
         return gradients
@@ -116,7 +117,7 @@ def _fused_backward(
 
 
 def _rows_reached(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """(batch, heads, sequence, 1): which rows NaN or inf in q, k or v may change."""
+    """Mark the rows that a NaN or inf in q, k or v may change: (batch, heads, sequence, 1)."""
     in_keys = ~(k.isfinite() & v.isfinite()).all(-1, keepdim=True)
     seen = in_keys.cumsum(2) > 0 if causal else in_keys.any(2, keepdim=True)
     return seen | ~q.isfinite().all(-1, keepdim=True)
@@ -137,7 +138,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _gradients(ctx, grad_out, *others):
     if grad_out is None:
         return (None,) * 5
-    # read once: under activation checkpointing a second look is an error
+    # read once: under activation checkpointing a second access is an error
     gradients = operators.call("sdpa_backward", *ctx.saved_tensors, grad_out, *ctx.options)
     return *gradients, None, None
 

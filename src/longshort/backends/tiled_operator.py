@@ -2,8 +2,8 @@
 
 A tile is a run of query blocks with the keys that each block can see. Its forward pass is the textbook one;
 its backward pass recomputes the scores and takes the probabilities from the saved row maximum and log of the
-row sum: kept apart, since their sum rounds away what counts when logits are large. Registered with
-torch.library, so that compilers see one opaque call instead of an unrolled loop.
+row sum. These are kept apart, since their sum would round away what matters when logits are large. The
+operator is registered with torch.library, so that compilers see one opaque call instead of an unrolled loop.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from longshort.backends.visible_sums import add_terms, is_finite, nonfinite_term
 def tiled_attention(
     call: AttentionCall, window: int | None, with_values: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention of all heads of the call, each with this window, whatever the call's layout says.
+    """Compute the attention of all heads of the call, each with this window, whatever the call's layout says.
 
     Args:
         call: its layout is read for `sink_tokens` only.
         window: keys that a query sees, itself included; None is global.
-        with_values: False leaves `out` empty, for lse and statistics alone.
+        with_values: if False, `out` is left empty and only lse and statistics are computed.
 
     Returns:
         out (batch, heads, q_len, head_dim) in `call.out_dtype`; lse (batch, heads, q_len), differentiable;
@@ -57,9 +57,9 @@ def _forward(
     out_dtype: torch.dtype,
     with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, row maximum of the scores, log of the sum of exp(score - row maximum), max_logit, entropy.
+    """Return out, row maximum of the scores, log of the sum of exp(score - row maximum), max_logit, entropy.
 
-    The gradient of log_sum is that of lse, for the row maximum counts as a constant.
+    The gradient of log_sum is that of lse, since the row maximum counts as a constant.
     """
     problem = Problem(q, k, alibi_slopes, segment_ids, window, sink_tokens, causal, scale, softcap)
     options = (problem, v, round_probabilities, out_dtype, with_stats)
@@ -151,7 +151,7 @@ def _backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; `out` is given iff probabilities are rounded, as flash kernels do."""
+    """Return the gradients of q, k and v; `out` is given iff probabilities are rounded."""
     problem = Problem(q, k, alibi_slopes, segment_ids, window, sink_tokens, causal, scale, softcap)
     tensors = (problem, v, out, row_maxima, log_sums, grad_out, grad_lse)
     gradients = _differentiate(*tensors, over_visible=False)
@@ -168,7 +168,7 @@ def _differentiate(
     grad_lse: Tensor | None,
     over_visible: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients; `over_visible` where there is NaN or inf, which hidden pairs are not to pass on."""
+    """Return the gradients; `over_visible` is for NaN or inf, which hidden pairs must not pass on."""
     q, k, softcap = problem.q, problem.k, problem.softcap
     times_keys = _times_visible_keys if over_visible else Tile.times_keys
     add_to_keys = _add_to_visible_keys if over_visible else Tile.add_to_keys
@@ -177,7 +177,7 @@ def _differentiate(
         # converted once for all tiles
         q_part, k_part = part.queries(q), part.keys(k)
         v_part = None if v is None else part.keys(v)
-        # compilers hand on a gradient of the empty output, too
+        # compilers pass a gradient of the empty output, too
         grad_out_part = None if v is None or grad_out is None else part.queries(grad_out)
         out_part = None if out is None else part.queries(out.to(q.dtype))
         grad_k_part = torch.zeros_like(k_part)
@@ -195,7 +195,7 @@ def _differentiate(
             grad_row = None  # gradient of the row's lse
             if grad_lse is not None:
                 grad_row = tile.split_rows(tile.rows_of(part.queries(grad_lse.unsqueeze(-1))))
-                grad_row = tile.where_seen(grad_row, 0.0)  # else a NaN would pass on through 0·NaN
+                grad_row = tile.where_seen(grad_row, 0.0)  # else a NaN would spread by 0·NaN
             if v_part is None or grad_out_part is None:
                 assert grad_row is not None
                 grad_scores = probabilities.mul_(grad_row)
@@ -231,7 +231,7 @@ def _differentiate(
 
 
 def _times_visible_keys(tile: Tile, weights: Tensor, keys: Tensor) -> Tensor:
-    """`Tile.times_keys` over visible pairs alone, of weights that are 0 on hidden ones."""
+    """Compute `Tile.times_keys` over visible pairs alone; the weights are 0 on hidden ones."""
     out = tile.times_keys(weights, keys)
     if is_finite(out):
         return out
@@ -240,7 +240,7 @@ def _times_visible_keys(tile: Tile, weights: Tensor, keys: Tensor) -> Tensor:
 
 
 def _add_to_visible_keys(tile: Tile, keys: Tensor, weights: Tensor, rows: Tensor) -> None:
-    """`Tile.add_to_keys` over visible pairs alone, of weights that are 0 on hidden ones."""
+    """Do `Tile.add_to_keys` over visible pairs alone; the weights are 0 on hidden ones."""
     if is_finite(rows):
         tile.add_to_keys(keys, weights, rows)
         return
@@ -285,7 +285,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _gradients(ctx, grad_out, grad_row_maxima, grad_lse, grad_max_logit, grad_entropy):
     if grad_out is None and grad_lse is None:
         return (None,) * 13
-    saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+    saved = ctx.saved_tensors  # once: under activation checkpointing a second access is an error
     grad_q, grad_k, grad_v = operators.call(
         "tiled_attention_backward", *saved, grad_out, grad_lse, *ctx.options
     )

@@ -1,4 +1,4 @@
-"""How attention of heads with one window is cut into tiles, and the bookkeeping of one tile.
+"""The division of attention with one window into tiles, and the bookkeeping of one tile.
 
 Shapes inside a tile: rows are (batch, kv_heads, blocks, group·size, head_dim), scores are
 (batch, kv_heads, blocks, group, size, columns), where `group` query heads share a key/value head and `size`
@@ -19,12 +19,12 @@ from torch.nn import functional as F
 # Scores per tile: few enough to stay in a processor's cache, many enough to hide the cost of a call.
 _TILE_SCORES = 2**19
 
-# What to reduce of split rows (batch, kv_heads, blocks, group, size, dim) for one number per query head.
+# Dimensions of (batch, kv_heads, blocks, group, size, dim) to reduce for one number per query head.
 ALL_BUT_HEADS = (0, 2, 4, 5)
 
 
 def accumulation_dtype(q: Tensor) -> torch.dtype:
-    """Scores and sums are fp64 for fp64 inputs and fp32 for all others."""
+    """Return the dtype of scores and sums: fp64 for fp64 inputs, fp32 for all others."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -44,7 +44,7 @@ class Problem:
 
     @cached_property
     def masks(self) -> dict[tuple[int, int], Tensor]:
-        """Hidden pairs of tiles inside the sequence, alike for all with as many blocks of one size."""
+        """The masks of hidden pairs of tiles inside the sequence, by their number and size of blocks."""
         return {}
 
     @property
@@ -58,31 +58,31 @@ class Problem:
         return 0 if self.window is None else min(self.sink_tokens, self.k.shape[2])
 
     def block_size(self) -> int:
-        """Queries per block: a local block computes size + window - 1 columns to use `window` of them."""
+        """Return the queries per block: a local block computes size + window - 1 columns to use `window`."""
         if self.window is None:
             return max(16, min(128, _TILE_SCORES // (self.group_size * self.k.shape[2])))
         return 32 if self.window <= 48 else 64 if self.window <= 256 else 128
 
     def span(self, size: int) -> int:
-        """Keys that `size` neighbouring queries see together, at most."""
+        """Return the most keys that `size` consecutive queries see together."""
         if self.window is None:
             return self.k.shape[2]
         return size + (self.window - 1) * (1 if self.causal else 2)
 
     def columns(self, size: int) -> int:
-        """Numbers per row of a tile of blocks of `size`, at most."""
-        # with segments each row gathers sink keys of its own
+        """Return the most numbers per row of a tile whose blocks have `size` queries."""
+        # with segments each row gathers its own sink keys
         per_sink = 1 if self.segment_ids is None else self.q.shape[3]
         return self.span(size) + self.sinks * per_sink
 
     def rows_that_see(self) -> Tensor | int:
-        """Number of query rows per head that see something, at least 1."""
+        """Return the number of query rows per head that see something, at least 1."""
         if self.segment_ids is None:
             return self.q.shape[0] * self.q.shape[2]
         return (self.segment_ids[:, -self.q.shape[2] :] >= 0).sum().clamp(min=1)
 
     def parts(self) -> Iterator[Part]:
-        """Slices of batch and heads so small that a block of each fits a tile."""
+        """Yield slices of batch and heads that are so small that one block of each fits a tile."""
         batch, kv_heads = self.k.shape[:2]
         size = self.block_size()
         planes = max(1, _TILE_SCORES // (self.group_size * size * self.columns(size)))
@@ -102,19 +102,19 @@ class Part:
     kv_heads: slice
 
     def queries(self, x: Tensor, convert: bool = True) -> Tensor:
-        """(batch, kv_heads, group, q_len, dim) of a tensor with query heads: a view, or converted."""
+        """Return (batch, kv_heads, group, q_len, dim) of a tensor with query heads: a view, or converted."""
         group = self.problem.group_size
         heads = slice(self.kv_heads.start * group, self.kv_heads.stop * group)
         view = x[self.batch, heads].unflatten(1, (-1, group))
         return view.to(accumulation_dtype(x)) if convert else view
 
     def keys(self, x: Tensor, convert: bool = True) -> Tensor:
-        """(batch, kv_heads, kv_len, dim) of a tensor with key/value heads: a view, or converted."""
+        """Return (batch, kv_heads, kv_len, dim) of a tensor with key/value heads: a view, or converted."""
         view = x[self.batch, self.kv_heads]
         return view.to(accumulation_dtype(x)) if convert else view
 
     def heads_of(self, per_head: Tensor) -> Tensor:
-        """(kv_heads, group) of a tensor (heads,), as a view."""
+        """Return (kv_heads, group) of a tensor (heads,), as a view."""
         return per_head.view(-1, self.problem.group_size)[self.kv_heads]
 
     @cached_property
@@ -127,7 +127,7 @@ class Part:
     def sink_positions(self) -> Tensor | None:
         """(batch, q_len, sinks) positions of the sink keys of each query's segment, -1 where it has fewer.
 
-        None without segments, where they are the first keys of all.
+        None without segments: the sink keys are then the first of the sequence.
         """
         ids, sinks = self.segment_ids, self.problem.sinks
         if ids is None or sinks == 0:
@@ -141,7 +141,7 @@ class Part:
         return torch.where(same, order.gather(1, inside).view_as(place), -1)
 
     def tiles(self) -> Iterator[Tile]:
-        """Tiles that cover all queries once."""
+        """Yield tiles that cover all queries once."""
         problem = self.problem
         q_len, kv_len = problem.q.shape[2], problem.k.shape[2]
         planes = (self.batch.stop - self.batch.start) * (self.kv_heads.stop - self.kv_heads.start)
@@ -179,23 +179,23 @@ class Tile:
     # -- rows
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """The tile's rows (…, blocks, group·size, dim) of (batch, kv_heads, group, q_len, dim)."""
+        """Return the tile's rows (…, blocks, group·size, dim) of (batch, kv_heads, group, q_len, dim)."""
         rows = x[:, :, :, self.row : self.row + self.blocks * self.size]
         return rows.unflatten(3, (self.blocks, self.size)).transpose(2, 3).flatten(3, 4)
 
     def split_rows(self, rows: Tensor) -> Tensor:
-        """(…, group·size, dim) -> (…, group, size, dim)."""
+        """Reshape (…, group·size, dim) -> (…, group, size, dim)."""
         return rows.unflatten(3, (-1, self.size))
 
     def write_rows(self, x: Tensor, rows: Tensor) -> None:
-        """The inverse of `rows_of`, for rows already split into (group, size)."""
+        """Write rows to x: the inverse of `rows_of`, for rows already split into (group, size)."""
         target = x[:, :, :, self.row : self.row + self.blocks * self.size]
         target.unflatten(3, (self.blocks, self.size)).copy_(rows.transpose(2, 3))
 
     # -- keys
 
     def _windows(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """(…, blocks, span, dim) windows of (…, kv_len, dim); `fill` where a window leaves the sequence."""
+        """Return (…, blocks, span, dim) windows of (…, kv_len, dim); `fill` where one leaves the sequence."""
         before, after = max(0, -self.start), max(0, self._stop - x.shape[-2])
         keys = x[..., max(0, self.start) : self._stop, :]
         if before or after:
@@ -205,7 +205,7 @@ class Tile:
         return keys.unfold(-2, self.span, self.size).transpose(-1, -2)
 
     def _sink_keys(self, x: Tensor) -> Tensor:
-        """The sink keys of each row: (batch, kv_heads, blocks, 1, size, sinks, dim); or without segments,
+        """Return the sink keys of each row: (batch, kv_heads, blocks, 1, size, sinks, dim); without segments,
         those of all rows: (batch, kv_heads, 1, sinks, dim)."""
         sinks, index = self.part.problem.sinks, self._sink_index
         if index is None:
@@ -215,7 +215,7 @@ class Tile:
 
     @cached_property
     def _sink_index(self) -> Tensor | None:
-        """(batch, 1, rows·sinks, 1) positions of sink keys, 0 where there is none."""
+        """Return (batch, 1, rows·sinks, 1) positions of sink keys, 0 where there is none."""
         positions = self._tile_sink_positions
         return None if positions is None else positions.clamp(min=0).flatten(1)[:, None, :, None]
 
@@ -225,7 +225,7 @@ class Tile:
         return None if positions is None else positions[:, self.row : self.row + self.blocks * self.size]
 
     def logits(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """rows · keys for all columns of the tile."""
+        """Compute rows · keys for all columns of the tile."""
         logits = self.split_rows(rows @ self._windows(keys).mT)
         if self.part.problem.sinks == 0:
             return logits
@@ -237,7 +237,7 @@ class Tile:
         return torch.cat([to_sinks, logits], -1)
 
     def times_keys(self, weights: Tensor, keys: Tensor) -> Tensor:
-        """Sum over columns of weights · keys: split rows."""
+        """Sum weights · keys over columns: split rows."""
         sinks = self.part.problem.sinks
         out = self.split_rows(weights[..., sinks:].flatten(3, 4) @ self._windows(keys))
         if sinks and self._sink_index is None:
@@ -247,7 +247,7 @@ class Tile:
         return out
 
     def add_to_keys(self, keys: Tensor, weights: Tensor, rows: Tensor) -> None:
-        """keys += weightsᵀ · rows, column by column: the transpose of `times_keys`."""
+        """Add weightsᵀ · rows to keys, column by column: the transpose of `times_keys`."""
         sinks = self.part.problem.sinks
         to_windows = weights[..., sinks:].flatten(3, 4).mT @ rows
         if self.blocks == 1:
@@ -275,47 +275,47 @@ class Tile:
     # -- scores
 
     def cap(self, logits: Tensor) -> Tensor:
-        """Softcap; in place."""
+        """Apply the softcap, in place."""
         softcap = self.part.problem.softcap
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
     def bias(self, scores: Tensor) -> Tensor:
-        """ALiBi; in place."""
+        """Apply ALiBi, in place."""
         if self.part.problem.alibi_slopes is None:
             return scores
         slopes = self.part.heads_of(self.part.problem.alibi_slopes)[:, None, :, None, None]
         return scores.sub_(slopes * self._distances.abs())
 
     def hide(self, scores: Tensor) -> Tensor:
-        """-inf on pairs that do not see each other; in place."""
+        """Set hidden pairs to -inf, in place."""
         scores[..., self._first_hidden :].masked_fill_(self._hidden, -torch.inf)
         return scores
 
     def lowest_visible(self, logits: Tensor) -> Tensor:
-        """Each row's lowest logit over visible pairs, inf if there is none; NaN wins."""
+        """Return each row's lowest logit over visible pairs, inf if there is none; a NaN prevails."""
         partly = logits[..., self._first_hidden :].masked_fill(self._hidden, torch.inf)
         parts = (logits[..., : self._first_hidden], partly)
         lowest = [part.amin(-1, keepdim=True) for part in parts if part.shape[-1]]
         return lowest[0] if len(lowest) == 1 else torch.minimum(*lowest)
 
     def exp(self, scores: Tensor, in_place: bool) -> Tensor:
-        """exp(scores), 0 on hidden pairs; the scores are clamped so that no result is denormal."""
+        """Compute exp(scores), 0 on hidden pairs; the scores are clamped so that no result is denormal."""
         # exp() of -inf, or with a denormal result, takes a processor up to 20 times longer
         scores.clamp_min_(math.log(torch.finfo(scores.dtype).tiny) + 0.1)
         return self.clear_hidden(scores.exp_() if in_place else scores.exp())
 
     def clear_hidden(self, scores: Tensor) -> Tensor:
-        """0 on pairs that do not see each other; in place."""
+        """Set hidden pairs to 0, in place."""
         scores[..., self._first_hidden :].masked_fill_(self._hidden, 0.0)
         return scores
 
     def where_seen(self, rows: Tensor, otherwise: float) -> Tensor:
-        """rows, or `otherwise` in rows that see nothing: padding, since every other row sees itself."""
+        """Replace rows that see nothing by `otherwise`: padding, since every other row sees itself."""
         return rows if self._query_ids is None else rows.masked_fill(self._query_ids < 0, otherwise)
 
     @property
     def _first_hidden(self) -> int:
-        """Columns before this one are visible to every row of the tile."""
+        """The first column that may be hidden from a row of the tile."""
         problem = self.part.problem
         if problem.window is not None or self.part.segment_ids is not None:
             return 0
@@ -323,7 +323,7 @@ class Tile:
 
     @cached_property
     def _query_ids(self) -> Tensor | None:
-        """(batch, 1, blocks, 1, size, 1) segment ids of the rows."""
+        """The segment ids of the rows: (batch, 1, blocks, 1, size, 1)."""
         ids = self.part.segment_ids
         if ids is None:
             return None
@@ -333,7 +333,7 @@ class Tile:
 
     @cached_property
     def _query_positions(self) -> Tensor:
-        """(blocks, 1, size, 1)."""
+        """The positions of the rows: (blocks, 1, size, 1)."""
         problem = self.part.problem
         first = problem.k.shape[2] - problem.q.shape[2] + self.row
         positions = torch.arange(first, first + self.blocks * self.size, device=problem.q.device)
@@ -341,14 +341,15 @@ class Tile:
 
     @cached_property
     def _window_positions(self) -> Tensor:
-        """(blocks, 1, 1, span)."""
+        """The positions of the windows' keys: (blocks, 1, 1, span)."""
         device = self.part.problem.q.device
         block_starts = self.start + self.size * torch.arange(self.blocks, device=device)
         return block_starts.view(-1, 1, 1, 1) + torch.arange(self.span, device=device)
 
     @cached_property
     def _sink_column_positions(self) -> Tensor:
-        """(1 | batch, 1, 1 | blocks, 1, 1 | size, sinks), negative where there is none."""
+        """The positions of the sink keys, negative where there is none:
+        (1 | batch, 1, 1 | blocks, 1, 1 | size, sinks)."""
         positions, sinks = self._tile_sink_positions, self.part.problem.sinks
         if positions is None:
             return torch.arange(sinks, device=self.part.problem.q.device).view(1, 1, 1, 1, 1, sinks)
@@ -356,7 +357,7 @@ class Tile:
 
     @cached_property
     def _distances(self) -> Tensor:
-        """Query position minus key position of every column, fp."""
+        """The query position minus the key position of every column, floating point."""
         in_window = self._query_positions - self._window_positions
         if self.part.problem.sinks:
             to_sinks = self._query_positions - self._sink_column_positions
@@ -366,7 +367,7 @@ class Tile:
 
     @cached_property
     def _hidden(self) -> Tensor:
-        """Pairs that do not see each other, of the columns from `_first_hidden`; broadcasts to scores."""
+        """The mask of hidden pairs in the columns from `_first_hidden`; broadcasts to scores."""
         problem = self.part.problem
         leaves_the_sequence = self.start < 0 or self._stop > problem.k.shape[2]
         if leaves_the_sequence or problem.sinks or self.part.segment_ids is not None:

@@ -1,7 +1,7 @@
 """Products that sum over visible pairs alone.
 
-A hidden pair has the weight 0, but 0·NaN and 0·inf are NaN: a matrix product would carry what is in hidden
-keys, values and gradients into rows that do not see them.
+A hidden pair has the weight 0, but 0·NaN and 0·inf are NaN: a matrix product would carry a NaN or inf of
+hidden keys, values and gradients into rows that do not see it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from longshort.backends import operators
 
 
 def visible_scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-    """q·k of the visible pairs, 0 on hidden ones; gradients and tangents of every order are sums over
+    """Compute q·k of the visible pairs, 0 on hidden ones; gradients and tangents of every order are sums over
     visible pairs too.
 
     Args:
@@ -32,7 +32,7 @@ def visible_scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
 
 
 def visible_product(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
-    """Sum of weights·x over the visible keys of each row; gradients and tangents of every order are sums over
+    """Sum weights·x over the visible keys of each row; gradients and tangents of every order are sums over
     visible pairs too.
 
     Args:
@@ -45,19 +45,18 @@ def visible_product(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
 
 
 def is_finite(*tensors: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; waits for the device. Always True while a CUDA graph is captured,
-    when nothing can be read."""
+    """Return whether no entry is NaN or infinite; waits for the device. Always True while a CUDA graph is
+    captured, when nothing can be read."""
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return True
-    # a sum is the fastest look at all entries, but may overflow where no entry did
+    # a sum is the fastest check of all entries, but may overflow where no entry did
     return all(
         math.isfinite(x.sum()) or all(math.isfinite(extreme) for extreme in torch.aminmax(x)) for x in tensors
     )
 
 
 def zero_nonfinite(x: Tensor) -> Tensor:
-    """x, but 0 where it is NaN or infinite; in the same layout, or products would not be the same bit for
-    bit."""
+    """Replace NaN and inf by 0; keeps the memory layout, without which products would differ in some bits."""
     if x.numel() == 0:
         return x
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -68,10 +67,10 @@ def zero_nonfinite(x: Tensor) -> Tensor:
 def nonfinite_terms(
     multiply: Callable[[Tensor, Tensor], Tensor], weights: Tensor, x: Tensor, visible: Tensor
 ) -> Tensor:
-    """What the entries of x that are NaN or infinite add to a sum over visible pairs: 0, NaN, inf or -inf.
+    """Compute what NaN and inf entries of x add to a sum over visible pairs: 0, NaN, inf or -inf.
 
     Args:
-        multiply: gives the sums of weights·x over all pairs, for any two arguments.
+        multiply: returns the sums of weights·x over all pairs, for any two arguments.
         weights: 0 on hidden pairs.
         x: as `multiply` takes it.
         visible: a mask of the shape of weights.
@@ -94,7 +93,7 @@ def nonfinite_terms(
 
 
 def add_terms(out: Tensor, terms: Tensor) -> Tensor:
-    """out + terms, with the very bits of out where there is nothing to add."""
+    """Add terms to out, which keeps every bit where the terms are 0."""
     return torch.where(terms == 0, out, out + terms)
 
 
@@ -122,7 +121,7 @@ def _vmap_sum(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tu
     return torch.ops.longshort.sum_over_visible(*_batch_first(info, in_dims, inputs)), 0
 
 
-# an operator, since neither vmap nor compilers can look at values
+# an operator, since neither vmap nor compilers can inspect values
 operators.define(
     "sum_over_visible",
     "CompositeExplicitAutograd",
@@ -134,7 +133,7 @@ operators.vectorize("sum_over_visible", _vmap_sum)
 
 
 class _Bilinear(Function):
-    """A bilinear function of its first two arguments; the third says which pairs count."""
+    """A bilinear function of its first two arguments; the third marks the visible pairs."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -184,7 +183,7 @@ class _Product(_Bilinear):
 
 
 def _refuse_nested_tangents() -> None:
-    """torch takes the tangents of a function's tangents for zero."""
+    """Raise under nested forward mode: torch takes the tangents of a function's tangents for zero."""
     levels = [interpreter.key() for interpreter in get_interpreter_stack() or []]
     if levels.count(TransformType.Jvp) > 1:
         raise NotImplementedError(
@@ -193,7 +192,7 @@ def _refuse_nested_tangents() -> None:
         )
 
 
-# The same for compilers, which follow no function that has tangents.
+# The same for compilers, which trace no function that has tangents.
 for _name, _function, _fake in (
     ("visible_scores", _Scores, lambda q, k, visible: q @ k.mT),
     ("visible_product", _Product, _product_of_all),
