@@ -1,4 +1,4 @@
-"""Language models with LS-attention for Hugging Face transformers; importing this registers them there."""
+"""Language models with LS-attention for Hugging Face transformers, registered there when this is imported."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

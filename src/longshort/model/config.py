@@ -17,30 +17,31 @@ class LongShortConfig(PreTrainedConfig):
     """Config of `LongShortForCausalLM`: a GPT-2-like decoder (pre-LayerNorm, exact GELU, no biases) whose
     heads are local or global. All heads global is the MHSA baseline.
 
-    As every Hugging Face config it takes further keyword arguments as plain attributes.
+    Like every Hugging Face config, it keeps further keyword arguments as plain attributes.
 
     Attributes:
         vocab_size: token ids are 0 ... vocab_size - 1.
         hidden_size: width of the hidden states.
         num_hidden_layers: blocks.
         num_attention_heads: query heads per block.
-        num_key_value_heads: a divisor of num_attention_heads; None means as many.
+        num_key_value_heads: a divisor of num_attention_heads; None means num_attention_heads.
         head_dim: width of a head, independent of hidden_size; None is hidden_size / num_attention_heads.
         intermediate_size: width of the MLP; None gives the parameter-matched width
             6·hidden_size - (num_attention_heads + num_key_value_heads)·head_dim, with which a block has
             12·hidden_size² weights in its matrices, whatever its heads.
-        max_position_embeddings: rows of the learned position table; the other positions know no limit.
-        num_global_heads: how many heads see every earlier token, per model or per layer: a multiple of the
-            query heads that share a key/value head. They come after the local ones. None is the fewest: one
-            key/value head's. 0 ... num_attention_heads.
-        local_window: tokens that a local head sees, the query's own included, per model or per layer; None
-            is 100.
-        layouts: instead of both, per layer a list with the window of each head, None for a global one.
-        sink_tokens: so many first tokens of each segment stay visible to local heads.
+        max_position_embeddings: rows of the learned position table; other kinds of positions have no limit.
+        num_global_heads: number of heads that see every earlier token, one for the model or one per layer;
+            0 ... num_attention_heads, a multiple of the number of query heads that share a key/value head.
+            Global heads come after local ones. None is the smallest number: the query heads of one key/value
+            head.
+        local_window: tokens that a local head sees, the query's own included, one for the model or one per
+            layer; None is 100.
+        layouts: instead of both, for each layer a list with the window of each head, None for a global one.
+        sink_tokens: number of first tokens of each segment that stay visible to local heads.
         position_embedding: "learned" (absolute, added to the token embeddings), "rope", "alibi" (slope
             2^(-8(h+1)/H) for query head h of H) or "none".
         global_position_embedding: the same for the global heads; None: as the others. Learned positions are
-            part of the stream that all heads read, so they do not mix with another kind.
+            added to the residual stream that all heads read, so they do not mix with another kind.
         rope_theta: base of the rotary angles.
         attention_precision: see `longshort.layers.ATTENTION_PRECISIONS`.
         softcap: c in z <- c·tanh(z/c) on the attention logits; None: off.
@@ -49,7 +50,7 @@ class LongShortConfig(PreTrainedConfig):
             num_attention_heads parameters per block.
         short_convolution: kernel size >= 2 of a causal depthwise convolution on queries, keys and values
             (Primer, So et al. 2021); adds short_convolution·(num_attention_heads + 2·num_key_value_heads)·
-            head_dim parameters per block. It keeps no state for decoding: no cache goes with it. None: off.
+            head_dim parameters per block. It keeps no state for decoding, so there is no cache. None: off.
         initializer_range: standard deviation of the initial weights; those of the projections back into
             the residual stream are divided by sqrt(2·num_hidden_layers).
         tie_word_embeddings: one matrix for embed_tokens and lm_head.
@@ -161,7 +162,7 @@ class LongShortConfig(PreTrainedConfig):
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
 
     def head_layouts(self) -> list[HeadLayout]:
-        """The layout of each layer's heads.
+        """Return the layout of each layer's heads.
 
         Raises:
             ValueError: num_global_heads, local_window, layouts or sink_tokens do not fit; the message names
@@ -178,7 +179,7 @@ class LongShortConfig(PreTrainedConfig):
         return [self._split_layout(layer, *pair) for layer, pair in enumerate(pairs)]
 
     def head_position_embeddings(self) -> list[list[str]]:
-        """For each layer the kind of positions that each of its query heads uses."""
+        """Return, for each layer, the kind of positions that each query head uses."""
         local_kind = self.position_embedding
         global_kind = self.global_position_embedding or local_kind
         return [
@@ -260,5 +261,5 @@ class LongShortConfig(PreTrainedConfig):
 
 
 def _as_lists(value: Any) -> Any:
-    """Tuples as lists, so that a config equals the one that is read back from its JSON."""
+    """Turn tuples into lists, so that a config equals the one that is read back from its JSON."""
     return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value

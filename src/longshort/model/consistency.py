@@ -1,4 +1,4 @@
-"""Compares a model with its config, either of which may have been changed since the model was built."""
+"""Comparison of a model with its config, either of which may have changed since the model was built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def require_own_config(model: PreTrainedModel) -> None:
     """Raise a ValueError unless a new model of the config would have the parameters and layers of this one.
 
-    No memory is taken. Parameters that other tools have put into the model, or taken out, are not looked at.
+    No memory is allocated. Parameters that other tools have added to the model, or removed, are ignored.
     """
     with torch.device("meta"):
         wanted, found = _facts(type(model)(model.config)), _facts(model)
@@ -29,7 +29,7 @@ def require_own_config(model: PreTrainedModel) -> None:
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What a config says of a model: settings of layers, shapes of parameters, which of them there are."""
+    """Collect what a config determines: settings of layers, and the names and shapes of parameters."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LongShortAttention)}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -1,4 +1,4 @@
-"""What a model costs: operations, parameters and cached bytes, counted from its config."""
+"""The costs of a model: operations, parameters and cached bytes, counted from its config."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Flops:
     whatever a backend computes of pairs that are not visible.
 
     Attributes:
-        matrices: of the blocks' projections and MLPs: 2 · weights · tokens.
+        matrices: the blocks' projections and MLPs, 2 · weights · tokens.
         attention: q·k and p·v, 4 · head_dim for each visible pair of a query and a key.
-        lm_head: 2 · hidden_size · vocab_size · tokens.
+        lm_head: the logits, 2 · hidden_size · vocab_size · tokens.
     """
 
     matrices: int
@@ -30,72 +30,77 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The sum of all three."""
         return self.matrices + self.attention + self.lm_head
 
     def times(self, count: int) -> Flops:
-        """Of so many of them."""
+        """Multiply each number by `count`."""
         return Flops(count * self.matrices, count * self.attention, count * self.lm_head)
 
 
 def forward_flops(config: LongShortConfig, length: int) -> Flops:
-    """Of the forward pass of one sequence of `length` tokens, one segment, logits for every token.
+    """Count the operations of a forward pass of one sequence of `length` tokens, with logits for every token.
+
+    The sequence is one segment.
 
     Raises:
-        ValueError: length is no integer >= 0.
+        ValueError: length is not an integer >= 0.
     """
     require_integer("length", length, minimum=0)
     return _last_tokens_flops(config, length, length)
 
 
 def prefill_flops(config: LongShortConfig, length: int) -> Flops:
-    """Of reading a prompt of `length` tokens, one segment, logits for its last token.
+    """Count the operations of reading a prompt of `length` tokens, one segment, logits for its last token.
 
     Raises:
-        ValueError: length is no integer >= 0.
+        ValueError: length is not an integer >= 0.
     """
     return replace(forward_flops(config, length), lm_head=forward_flops(config, min(length, 1)).lm_head)
 
 
 def decode_flops(config: LongShortConfig, length: int) -> Flops:
-    """Of one token of one sequence that follows `length` others, whose keys and values are cached.
+    """Count the operations of decoding one token after `length` others, whose keys and values are cached.
 
     Raises:
-        ValueError: length is no integer >= 0.
+        ValueError: length is not an integer >= 0.
     """
     require_integer("length", length, minimum=0)
     return _last_tokens_flops(config, 1, length + 1)
 
 
 def training_flops(config: LongShortConfig, length: int) -> Flops:
-    """Of one sequence, forward and backward: three times the forward pass, since the gradient of a product is
-    two products of its size. What a backend or gradient checkpointing computes again is not counted.
+    """Count the operations of training on one sequence: three times the forward pass, since the gradient of a
+    product is two products of its size. What a backend or gradient checkpointing recomputes is not counted.
 
     Raises:
-        ValueError: length is no integer >= 0.
+        ValueError: length is not an integer >= 0.
     """
     return forward_flops(config, length).times(3)
 
 
 def parameter_count(config: LongShortConfig) -> int:
-    """Parameters of `LongShortForCausalLM`, embeddings among them, a tied matrix once; no memory is taken."""
+    """Count the parameters of `LongShortForCausalLM`, embeddings included, a tied matrix once.
+
+    No memory is allocated.
+    """
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in LongShortForCausalLM(config).parameters())
 
 
 def kv_bytes(config: LongShortConfig, length: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values, all layers together, that must be kept to decode after `length` tokens of one
-    sequence: a local head's last `window` and its sink tokens, a global head's all.
+    """Count the bytes of keys and values, over all layers, that must be kept to decode after `length` tokens
+    of one sequence: the last `window` and the sink tokens of a local head, all of a global head.
 
     Raises:
-        ValueError: length is no integer >= 0.
+        ValueError: length is not an integer >= 0.
         TypeError: dtype is not a torch.dtype.
     """
     return sum(layout.kv_bytes(length, config.head_dim, dtype) for layout in config.head_layouts())
 
 
 def _last_tokens_flops(config: LongShortConfig, new: int, length: int) -> Flops:
-    """Of the last `new` of `length` tokens, logits for each of them."""
+    """Count the operations on the last `new` of `length` tokens, logits for each of them."""
     layouts = config.head_layouts()
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     attention_weights = (2 * heads + 2 * kv_heads) * config.head_dim * config.hidden_size

@@ -72,7 +72,7 @@ class LongShortBlock(GradientCheckpointingLayer):
 
 
 class LongShortPreTrainedModel(PreTrainedModel):
-    """What both models share: how they are initialised, loaded and checkpointed."""
+    """The base of both models: how they are initialised, loaded and checkpointed."""
 
     config: LongShortConfig
     config_class = LongShortConfig
@@ -82,23 +82,23 @@ class LongShortPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
     def new_cache(self, rollback: int = 0, max_length: int | None = None) -> SplitCache:
-        """An empty cache of the layouts of this model's layers; arguments and errors as of `SplitCache`."""
+        """Return an empty cache for the layouts of this model's layers; see `SplitCache`."""
         return SplitCache(_layouts(self.base_model.layers), rollback, max_length)
 
     def save_pretrained(self, *args: Any, **options: Any) -> Any:
         """Save config and weights, as every Hugging Face model does.
 
         Raises:
-            ValueError: the config describes another model than this one, as after a change to either: what is
-                loaded again would not be what was saved.
+            ValueError: the config does not describe this model, since one of them was changed: loading would
+                not restore what was saved.
         """
         require_own_config(self)
         return super().save_pretrained(*args, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, initializer_range); projections that end a residual branch divided by sqrt(2·layers), so that
-        the stream's variance does not grow with depth (GPT-2)."""
+        """Draw weights from N(0, initializer_range²); those of projections that end a residual branch are
+        divided by sqrt(2·layers), so that the stream's variance does not grow with depth (GPT-2)."""
         std = self.initial_std(module)
         if std is not None:
             init.normal_(module.weight, mean=0.0, std=std)  # pyright: ignore[reportArgumentType]
@@ -112,7 +112,7 @@ class LongShortPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.sink_logits)
 
     def initial_std(self, module: nn.Module) -> float | None:
-        """Standard deviation of a module's initial weights; None where they are not random."""
+        """Return the standard deviation of a module's initial weights; None if they are not random."""
         if not isinstance(module, nn.Linear | nn.Embedding):
             return None
         std = self.config.initializer_range
@@ -120,8 +120,8 @@ class LongShortPreTrainedModel(PreTrainedModel):
 
 
 def prefill_limit(device_type: str) -> int:
-    """Bytes of activations with which a prompt goes through the layers at once, unless a model says
-    otherwise: 32 MiB on a CPU, whose caches they then nearly fit, and 512 MiB elsewhere."""
+    """Return the default of `LongShortModel.prefill_bytes`: 32 MiB of activations on a CPU, which nearly fit
+    its caches, and 512 MiB elsewhere."""
     return 2**25 if device_type == "cpu" else 2**29
 
 
@@ -129,8 +129,8 @@ class LongShortModel(LongShortPreTrainedModel):
     """The decoder without its head.
 
     Attributes:
-        prefill_bytes: without gradients, a prompt whose activations would take more goes through the layers
-            in chunks, with the same result. None: `prefill_limit`.
+        prefill_bytes: bytes of activations; without gradients, a prompt that would take more passes through
+            the layers in chunks, with the same result. None: `prefill_limit`.
     """
 
     prefill_bytes: int | None = None
@@ -166,11 +166,11 @@ class LongShortModel(LongShortPreTrainedModel):
         output_attentions: bool | None = None,
         states_to_keep: int = 0,
     ) -> BaseModelOutputWithPast:
-        """The hidden states after the last block and the final norm.
+        """Return the hidden states after the last block and the final norm.
 
-        Arguments and errors are those of `LongShortForCausalLM.forward`; `hidden_states` of the output holds
-        the embeddings, what each block gives, and in place of the last of them the final hidden states. Of at
-        least the last `states_to_keep` positions hidden states are returned, of all for 0.
+        Arguments and errors are those of `LongShortForCausalLM.forward`. `hidden_states` of the output holds
+        the embeddings and the output of each block, with the final hidden states in place of the last one.
+        Hidden states are returned for at least the last `states_to_keep` positions, or for all if it is 0.
         """
         if output_attentions or self.config.output_attentions:
             raise ValueError(
@@ -209,7 +209,7 @@ class LongShortModel(LongShortPreTrainedModel):
         )
 
     def _layer_caches(self, cache: Cache) -> list[Any]:
-        """What each layer gets of a cache, which is compared with all of them before anything is appended."""
+        """Return each layer's part of a cache, after a check of the cache's layouts against all layers."""
         blocks = self.layers
         caches = layer_caches(cache, len(blocks))
         if isinstance(cache, SplitCache):
@@ -224,8 +224,8 @@ class LongShortModel(LongShortPreTrainedModel):
         caches: list[Any] | None,
         all_hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
-        """All blocks and the final norm; the list, if there is one, gets what goes into each of them, and the
-        result."""
+        """Apply all blocks and the final norm; the input of each and the result are appended to the list, if
+        there is one."""
         for index, block in enumerate(self.layers):
             if all_hidden_states is not None:
                 all_hidden_states.append(hidden_states)
@@ -246,8 +246,8 @@ class LongShortModel(LongShortPreTrainedModel):
         past: int,
         states_to_keep: int,
     ) -> Tensor:
-        """`_through_blocks` of `chunk` tokens at a time; the states of the last chunks, which hold at least
-        `states_to_keep`, or of all for 0."""
+        """Apply `_through_blocks` to `chunk` tokens at a time; return the states of the last chunks, at least
+        `states_to_keep` of them, or of all chunks if that is 0."""
         q_len = tokens.shape[1]
         kept = []
         for start in range(0, q_len, chunk):
@@ -263,10 +263,11 @@ class LongShortModel(LongShortPreTrainedModel):
         return kept[0] if len(kept) == 1 else torch.cat(kept, dim=1)
 
     def _chunk_length(self, tokens: Tensor, segment_ids: Tensor | None) -> int | None:
-        """Tokens that go through the layers at once: those whose activations take about `prefill_bytes`. None
-        is all: where that is not too many, where an observer is to see all keys, where the cache could not
-        keep the sinks of packed sequences, or under `torch.compile`, for which each number of chunks would be
-        another program.
+        """Return the number of tokens that take about `prefill_bytes` of activations in the layers.
+
+        None is all of them: if they are few enough, if an observer must see all keys, if the cache could not
+        keep the sinks of packed sequences, or under `torch.compile`, which would compile anew for each number
+        of chunks.
         """
         if torch.compiler.is_compiling():
             return None
@@ -276,7 +277,7 @@ class LongShortModel(LongShortPreTrainedModel):
         widths = 2 * block.mlp.width + 6 * weight.shape[1]
         limit = prefill_limit(weight.device.type) if self.prefill_bytes is None else self.prefill_bytes
         longest = max(1, limit // max(1, batch * widths * weight.element_size()))
-        if q_len <= longest:  # before anything is looked at: so is every decoded token
+        if q_len <= longest:  # before all other checks, since this holds for every decoded token
             return None
         layers = [module for module in self.modules() if isinstance(module, LongShortAttention)]
         if any(layer.is_observed for layer in layers):
@@ -287,7 +288,7 @@ class LongShortModel(LongShortPreTrainedModel):
         return math.ceil(q_len / math.ceil(q_len / longest))  # chunks of about equal length
 
     def _embedded(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
-        """The embeddings of ids, or those given, with learned positions."""
+        """Return the embeddings of ids, or those given, with learned positions."""
         embeddings = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         return embeddings if self.embed_positions is None else embeddings + self.embed_positions(position_ids)
 
@@ -310,7 +311,7 @@ class LongShortModel(LongShortPreTrainedModel):
                 "input_ids must be (batch, sequence) of int64 or int32, "
                 f"got shape {tuple(input_ids.shape)} of {input_ids.dtype}"
             )
-        if input_ids.device.type == "cpu":  # elsewhere looking at the values would wait for the device
+        if input_ids.device.type == "cpu":  # elsewhere a check of the values would wait for the device
             check_range("input_ids", input_ids, "vocab_size", self.embed_tokens.num_embeddings)
         return input_ids
 
@@ -342,7 +343,7 @@ class LongShortModel(LongShortPreTrainedModel):
         if self.embed_positions is None:
             return
         limit = self.embed_positions.num_embeddings
-        if position_ids is not None:  # restarting ones may serve more tokens than there are positions
+        if position_ids is not None:  # if they restart, there may be more tokens than positions
             check_range("position_ids", position_ids, "max_position_embeddings", limit)
         elif past + q_len > limit:
             raise ValueError(

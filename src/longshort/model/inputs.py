@@ -1,4 +1,4 @@
-"""What a model's forward pass is given: checks, and the defaults of what is left out."""
+"""The inputs of a model's forward pass: checks, and defaults for those that are left out."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def segments_and_positions(
     past: int,
     tokens: Tensor,
 ) -> tuple[Tensor | None, Tensor]:
-    """Segment ids of all keys, None where nothing is padded or packed, and positions of the new tokens, which
-    are ids or embeddings."""
+    """Return the segment ids of all keys, None if nothing is padded or packed, and the positions of the new
+    tokens, which are ids or embeddings."""
     batch, q_len = tokens.shape[:2]
     kv_len, device = past + q_len, tokens.device
     told_by_positions = None if segment_ids is not None else position_ids
@@ -43,7 +43,7 @@ def segments_and_positions(
 
 
 def kept(hidden_states: Tensor, logits_to_keep: Any) -> Tensor:
-    """The hidden states that get logits: the last so many, 0 for all, or those at a 1-D tensor's positions.
+    """Select the hidden states that get logits: the last n, all for 0, or those at a 1-D tensor's positions.
 
     Raises:
         ValueError: logits_to_keep is neither.
@@ -69,8 +69,8 @@ def check_labels(name: str, labels: Any, hidden_states: Tensor) -> None:
 
 
 def check_range(name: str, ids: Tensor, limit_name: str, limit: int) -> None:
-    """Raise a ValueError for ids outside 0 ... limit - 1; a compiled forward pass, or one in a transform of
-    torch.func, cannot look."""
+    """Raise a ValueError for ids outside 0 ... limit - 1, except where values cannot be read: in a compiled
+    forward pass or a transform of torch.func."""
     if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(ids) or ids.numel() == 0:
         return
     low, high = torch.stack(ids.aminmax()).tolist()

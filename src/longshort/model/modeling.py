@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
     """The decoder with a linear head over the vocabulary.
 
-    A cache does not remember where packed sequences (`position_ids` that restart) end: who goes on from one
-    passes `segment_ids` for all keys.
+    A cache does not remember where packed sequences (`position_ids` that restart) end: to continue them, pass
+    `segment_ids` for all keys.
     """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -46,7 +46,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """What `generate()` calls where no cache was given to it: ours, unless another kind is asked for."""
+        """Give `generate()` a cache of ours if the caller passed none and asked for no other kind."""
         kind = generation_config.cache_implementation
         is_free = generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None
         if is_free and kind in (None, "static"):
@@ -61,23 +61,23 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """`generate()` asks for the mask that a cache of fixed size needs: the one of tokens, as ever."""
+        """Return the mask that `generate()` needs for a cache of fixed size: the ordinary mask of tokens."""
         return attention_mask
 
     @torch.no_grad()
     def draw_weights(self, seed: int) -> None:
-        """Draw all matrices and tables anew, those of each module from a random stream of its own.
+        """Draw all matrices and tables anew, those of each module from a separate random stream.
 
-        The stream is a function of seed and the module's name alone, so that models of which one has modules
-        that the other lacks agree bit for bit in all others of equal shape. The distributions are those of a
-        new model, drawn on the CPU in fp32; torch's own generators are neither read nor moved. What is not
-        random in a new model (gains, sink logits, convolutions) stays as it is.
+        The stream is a function of seed and the module's name alone: if one model has modules that another
+        lacks, the two agree bit for bit in all others of equal shape. The distributions are those of a new
+        model, drawn on the CPU in fp32; torch's own generators are neither read nor advanced. Parameters that
+        are not random in a new model (gains, sink logits, convolutions) stay as they are.
 
         Args:
             seed: an integer >= 0.
 
         Raises:
-            ValueError: seed is no such integer.
+            ValueError: seed is not such an integer.
         """
         require_integer("seed", seed, minimum=0)
         tied = {id(self.lm_head)} if self.config.tie_word_embeddings else set()
@@ -110,35 +110,35 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         **loss_arguments: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the next token and, with labels, the loss: mean cross-entropy in nats, in fp32.
+        """Return the logits of the next token and, with labels, the loss: mean cross-entropy in nats, fp32.
 
-        The mean over no target at all, as where all labels are -100, is NaN, as in every Hugging Face model;
-        its gradients are zeros, so that they spoil no accumulated batch.
+        If there is no target at all, since all labels are -100, the mean is NaN, as in every Hugging Face
+        model; its gradients are zeros, so that they spoil no accumulated batch.
 
         Args:
             input_ids: int64 or int32; or else inputs_embeds in the dtype of the parameters.
             attention_mask: 1 for tokens, 0 for padding on either side, cached tokens included. Under
-                `torch.compile` leave it out where nothing is padded: there even a mask of ones costs time.
-            position_ids: (batch, q_len) or (1, q_len). None: tokens are counted from 0, padding not. Without
-                cached tokens, a position that falls, to 0 or below that of the token before, starts a packed
-                sequence. Positions that jump ahead, step by 2 or repeat do not: their tokens see each other.
-                Where positions say nothing of borders, `segment_ids` do.
-            past_key_values: what `new_cache` gives, of this model or of one with equal layouts; or a cache
+                `torch.compile` leave it out if nothing is padded: there even a mask of ones costs time.
+            position_ids: (batch, q_len) or (1, q_len). None: tokens are counted from 0, without padding.
+                Without cached tokens, a position that is 0 or below that of the token before it starts a
+                packed sequence. Positions that jump ahead, step by 2 or repeat do not: their tokens see each
+                other. If positions do not show the borders, pass `segment_ids`.
+            past_key_values: the result of `new_cache`, of this model or of one with equal layouts; or a cache
                 that keeps every token, such as `DynamicCache`. It is appended to.
-            labels: the input ids, -100 where nothing is predicted; shifted inside. Their last token has no
-                successor and their first no predecessor.
+            labels: the input ids, -100 where nothing is predicted; shifted inside, so that the first of them
+                and the logits of the last position are not used.
             segment_ids: (batch, kv_len) for packed sequences, instead of restarting position_ids; positions
-                go on over their borders.
+                then continue over the borders.
             use_cache: return keys and values; None: as the config says, but never in training.
-            logits_to_keep: so many last positions get logits, 0 for all; or a 1-D tensor of positions.
-            output_hidden_states: also return the embeddings and what each block gives.
-            output_attentions: must be false, no attention matrix is ever held.
+            logits_to_keep: number of last positions that get logits, 0 for all; or a 1-D tensor of positions.
+            output_hidden_states: also return the embeddings and the output of each block.
+            output_attentions: must be false, since no attention matrix is ever held.
             loss_arguments: `shift_labels` (batch, q_len): entry t is the token that follows input t, -100
-                where nothing is predicted; they take the place of labels. `num_items_in_batch`: the loss is
-                the sum of the cross-entropies divided by it, so 0 over no target.
+                where nothing is predicted; they replace labels. `num_items_in_batch`: the loss is the sum of
+                the cross-entropies divided by it, so 0 if there is no target.
 
         Raises:
-            TypeError: an argument is no tensor or no cache, or is not known.
+            TypeError: an argument is not a tensor or not a cache, or is not known.
             ValueError: a value or shape is not allowed; the message names the argument.
         """
         unknown = sorted(loss_arguments.keys() - {"shift_labels", "num_items_in_batch"})

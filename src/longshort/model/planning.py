@@ -1,4 +1,4 @@
-"""What layouts of one model's heads would cost at inference, side by side; counted, no memory is taken."""
+"""The costs of different layouts of one model at inference, counted without allocating memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from longshort.model.config import LongShortConfig
 from longshort.model.costs import Flops, decode_flops, kv_bytes, parameter_count, prefill_flops
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LONGEST = 2**48  # tokens; memory for more is no longer a question of layouts
+_LONGEST = 2**48  # tokens; no memory holds more, whatever the layout
 
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """What one layout costs, all layers and sequences of the batch together.
+    """The costs of one layout, over all layers and sequences of the batch.
 
     Attributes:
-        name: of the layout, for people.
-        config: of the model with it.
+        name: readable name of the layout.
+        config: config of the model with this layout.
         cache_bytes: keys and values that are kept after a prompt.
         prefill: operations on the prompt, with logits for its last token.
         decode: operations on the token after it.
         decode_bytes: memory that must be read for that token: weights and cache.
-        longest: tokens per sequence whose cache fits beside the weights: 0 if not even those fit; None if no
-            memory was named, or any number fits.
+        longest: the most tokens per sequence whose cache fits beside the weights; 0 if the weights alone do
+            not fit; None if no memory was given, or any number fits.
     """
 
     name: str
@@ -42,8 +42,8 @@ class LayoutPlan:
 
 
 def hybrid_layers(count: int, layers: int) -> set[int]:
-    """Indices of the global layers of a hybrid: `count` of `layers`, at equal distances, each the last of its
-    period as in Gemma 3."""
+    """Return the indices of the global layers of a hybrid: `count` of `layers`, evenly spaced, each the last
+    of its period as in Gemma 3."""
     return {layer for layer in range(layers) if (layer + 1) * count // layers > layer * count // layers}
 
 
@@ -58,22 +58,23 @@ def plan_layouts(
     dtype: torch.dtype = torch.bfloat16,
     memory: int | None = None,
 ) -> list[LayoutPlan]:
-    """Plans with all heads global (MHSA), with each number of global heads and each window, and for each
-    number with a hybrid by layers: whole layers global, the others local, as in Gemma 3; none where that
-    makes all layers global.
+    """Plan one layout with all heads global (MHSA), one for each number of global heads and each window, and
+    for each number a hybrid by layers: some layers global, the others local, as in Gemma 3. A hybrid whose
+    layers would all be global is left out.
 
-    A hybrid has as many global heads in the whole model as whole layers come near to, at least one layer's.
-    With as many, and an equal window, it costs what the split by heads does.
+    The global layers of a hybrid are the number of layers, at least one, whose heads come nearest to the
+    global heads of the split by heads. If the two numbers and the windows are equal, so are the costs.
 
     Args:
-        config: shape of the model and sink tokens; its own layout is not looked at.
-        length: tokens of the prompt, of one segment, per sequence; >= 1.
-        global_heads: per layer; 0 ... heads, multiples of the query heads that share a key/value head.
-        windows: of the local heads, >= 1.
-        hybrid_window: of the local layers of hybrids, >= 1; the default is Gemma 3's.
-        batch: sequences.
-        dtype: of weights and cache: float32, bfloat16 or float16.
-        memory: bytes for weights and cache; activations come on top.
+        config: shape of the model and sink tokens; its layout is ignored.
+        length: tokens of the prompt per sequence, one segment; >= 1.
+        global_heads: numbers of global heads per layer, 0 ... heads; multiples of the number of query heads
+            that share a key/value head.
+        windows: windows of the local heads, >= 1.
+        hybrid_window: window of the local layers of hybrids, >= 1; the default is Gemma 3's.
+        batch: number of sequences.
+        dtype: dtype of weights and cache: float32, bfloat16 or float16.
+        memory: bytes for weights and cache; activations need memory beside them.
 
     Raises:
         ValueError: an argument is out of its range, or the config has a short_convolution; the message names
@@ -116,7 +117,7 @@ def plan_layouts(
         name = f"by layers: {whole} of {layers}, window {hybrid_window}"
         candidates[name] = _with_heads(config, by_layer, hybrid_window)
     parameters = parameter_count(config)
-    # A token reads one row of each table, and all of a table that is the matrix for the logits too.
+    # A token reads one row of each table, and all of a table that also serves as the matrix for the logits.
     read = parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
     if any("learned" in kinds for kinds in config.head_position_embeddings()):
         read -= config.max_position_embeddings * config.hidden_size
@@ -147,7 +148,7 @@ def _with_heads(config: LongShortConfig, global_heads: int | list[int], window: 
 
 
 def _longest(config: LongShortConfig, free: int, dtype: torch.dtype) -> int | None:
-    """Tokens whose keys and values fit into so many bytes; None if any number does."""
+    """Return the most tokens whose keys and values fit into `free` bytes; None if any number does."""
     if free < 0:
         return 0
     fit = bisect_right(range(_LONGEST), free, key=lambda length: kv_bytes(config, length, dtype)) - 1

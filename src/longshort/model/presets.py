@@ -1,4 +1,4 @@
-"""Model shapes by name: the paper's, and one for a laptop; or from a JSON file."""
+"""Model shapes by name, the paper's and one for a laptop, or from a JSON file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "local_window": 100,
     },
 }
-"""Fields of `LongShortConfig` by name of the model. `tiny` reads bytes: 256 values and an end of text."""
+"""Fields of `LongShortConfig` by model name. `tiny` has 257 tokens: the bytes and an end-of-text token."""
 
 _FIELDS = {field.name for field in fields(LongShortConfig)} - {
     field.name for field in fields(PreTrainedConfig)
@@ -58,18 +58,18 @@ _FIELDS = {field.name for field in fields(LongShortConfig)} - {
 
 
 def preset(name: str, mhsa: bool = False, **overrides: Any) -> LongShortConfig:
-    """The config of a model by name, or from a file.
+    """Build the config of a model by name, or from a file.
 
     Args:
         name: a key of `PRESETS`; or the path of a JSON file (`*.json`), an object with fields of
-            `LongShortConfig` over those of the preset that its key "preset" names, `tiny` without it.
-        mhsa: all heads global, the baseline: the same weights in number, names and shapes. A file's
-            num_global_heads gives way to it.
-        **overrides: fields of `LongShortConfig` to set, over the file's.
+            `LongShortConfig` that override those of the preset named by its key "preset" (default: `tiny`).
+        mhsa: make all heads global, for the baseline: the same weights in number, names and shapes. This
+            overrides a file's num_global_heads.
+        **overrides: fields of `LongShortConfig` that override the file's.
 
     Raises:
-        ValueError: the name or a field is not known, the file is no JSON object, mhsa contradicts the fields,
-            or the config refuses them; the message names what is wrong.
+        ValueError: the name or a field is not known, the file is not a JSON object, mhsa contradicts the
+            fields, or the config refuses them; the message names what is wrong.
         FileNotFoundError: there is no such file.
     """
     base, in_file = _read_file(Path(name)) if name.endswith(".json") else (name, {})
@@ -93,7 +93,7 @@ def preset(name: str, mhsa: bool = False, **overrides: Any) -> LongShortConfig:
 
 
 def _read_file(path: Path) -> tuple[str, dict[str, Any]]:
-    """The preset that a file names, and its fields of `LongShortConfig`."""
+    """Read the preset that a file names, and its fields of `LongShortConfig`."""
     if not path.is_file():
         raise FileNotFoundError(f"preset: there is no file {str(path)!r}")
     try:
