@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 TokenOrder = Literal["text", "permuted", "interleaved"]
-"""How the tokens of a window follow each other."""
+"""The order of the tokens in a window; see the description of this module."""
 
 _PERMUTATION_SEED = 20_240
 
@@ -36,21 +36,20 @@ class Batch(NamedTuple):
     labels: Int64[Tensor, "batch sequence"]
     """Already shifted: `labels[:, t]` is the token after `input_ids[:, t]`."""
     segment_ids: Int64[Tensor, "batch sequence"]
-    """The documents inside each window, numbered 0, 1, 2 … in the order in which they come, each from where
-    `DocumentStart` says; all 0 where the tokens are not in the text's order."""
+    """The documents inside each window, numbered 0, 1, 2 … in order, each from where `DocumentStart` says.
+    All are 0 if the tokens are not in the text's order."""
 
 
 class Batches:
     """Windows of `sequence_length` tokens, and one more for the last label, drawn uniformly with replacement.
 
     Args:
-        token_file: where the tokens come from.
+        token_file: the file that windows are cut from.
         sequence_length: tokens of one window.
         batch_size: windows of one step, of all ranks together.
         seed: 0 … 2⁶⁴ - 1; each names another sequence of batches.
         token_order: "text", or one of the other orders that this module's description explains.
-        interleave: pieces per window, 1 … sequence_length, where they are interleaved; their places are drawn
-            one by one.
+        interleave: pieces per interleaved window, 1 … sequence_length; their places are drawn independently.
         document_start: where the segment of a document begins.
 
     Raises:
@@ -78,7 +77,8 @@ class Batches:
         """Returns the `rank`-th of `world_size` equal, contiguous parts of the batch of `step`.
 
         Raises:
-            ValueError: `step` < 0, `rank` not in 0 … world_size - 1, or batch_size no multiple of world_size.
+            ValueError: `step` < 0, `rank` not in 0 … world_size - 1, or batch_size not a multiple of
+                world_size.
         """
         _check_integer("step", step, 0)
         _check_integer("world_size", world_size, 1)
@@ -106,10 +106,10 @@ def validation_windows(
     """Returns `count` windows, evenly spaced from the file's first token to its last.
 
     In a short file they overlap. Interleaved pieces are evenly spaced too, those of one window far apart. The
-    tokens are ordered, and the documents numbered, as `Batches` of the same sequence_length does.
+    order of tokens and the numbers of documents are those of `Batches` with the same sequence_length.
 
     Raises:
-        ValueError: `count` < 1, or as `Batches`.
+        ValueError: `count` < 1, or as for `Batches`.
     """
     _check_integer("count", count, 1)
     windows = _Windows(token_file, sequence_length, token_order, interleave, document_start)
@@ -152,7 +152,7 @@ class _Windows:
             )
 
     def cut(self, starts: NDArray[np.int64]) -> Batch:
-        """The windows whose pieces start there: (windows, pieces)."""
+        """Cuts the windows whose pieces start at `starts`: (windows, pieces)."""
         length = self._sequence_length
         every_piece = np.lib.stride_tricks.sliding_window_view(self._token_file.tokens, self._piece_length)
         woven = every_piece[starts].astype(np.int64).swapaxes(1, 2).reshape(len(starts), -1)[:, : length + 1]
@@ -170,7 +170,7 @@ class _Windows:
 
 
 def _permutation(size: int) -> NDArray[np.int64]:
-    """One random order of 0 … size - 1; from raw bits, as the batches are."""
+    """Returns one random order of 0 … size - 1; drawn from raw bits, as the batches are."""
     bits = np.random.Philox(key=np.array([_PERMUTATION_SEED, size], dtype=np.uint64)).random_raw(size)
     return np.argsort(bits, kind="stable")
 

@@ -1,4 +1,4 @@
-"""Where text comes from: one iterator of documents over files and Hugging Face datasets.
+"""Corpora: iterators of documents over files and Hugging Face datasets.
 
 A source is one of
 
@@ -6,7 +6,7 @@ A source is one of
 - a folder (all its files, recursively), a file, or a glob pattern (``**`` recurses);
 - ``hf:NAME`` or ``hf:NAME:CONFIG``: the ``train`` split of a Hugging Face dataset, streamed.
 
-`longshort.data.formats` says what files are read: text, JSONL and parquet, also compressed.
+`longshort.data.formats` reads the files: text, JSONL and parquet, also compressed.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ class Document:
     """One text of a corpus."""
 
     name: str
-    """Stable within its corpus whatever the machine: a relative path, `path:line` or `path:row`, or
-    `split:row`."""
+    """The same on every machine: a relative path, `path:line` or `path:row`, or `split:row`."""
     text: str
     """Not empty, and encodable as UTF-8."""
 
 
 @dataclass
 class Skipped:
-    """What one pass over a corpus left out."""
+    """The files and records that one pass over a corpus left out."""
 
     hidden: int = 0
     """Files and folders of a source folder whose name begins with a dot."""
@@ -49,7 +48,7 @@ class Skipped:
     empty: int = 0
     """Files and records whose text has no character."""
     first_not_text: str | None = None
-    """A sentence about the first of them: which file, which line or row, what it is instead."""
+    """A sentence about the first one that is not text: its file, its line or row, and what it is instead."""
     first_without_text: str | None = None
 
     def __str__(self) -> str:
@@ -60,7 +59,7 @@ class Skipped:
 
     @property
     def examples(self) -> list[str]:
-        """The first of each kind, a sentence each."""
+        """Returns a sentence about the first of each kind."""
         return [reason for reason in (self.first_not_text, self.first_without_text) if reason is not None]
 
     def note(self, found: NoText) -> None:
@@ -74,16 +73,16 @@ class Skipped:
 
 
 class Corpus(ABC):
-    """Documents in a fixed order, one in memory at a time. Each iteration yields the same anew."""
+    """Documents in a fixed order, one in memory at a time. Each iteration yields the same documents again."""
 
     source: str
-    """As the user gave it."""
+    """The source as the user gave it."""
     size: int | None
     """Bytes to read in one pass; None if that is not known beforehand."""
     position: int
     """Bytes read so far in the present pass."""
     skipped: Skipped
-    """What the present pass has left out so far."""
+    """The files and records that the present pass has left out so far."""
 
     def __init__(self, source: str, size: int | None, strict: bool, hidden: int = 0) -> None:
         self.source = source
@@ -97,8 +96,8 @@ class Corpus(ABC):
 
         Raises:
             ValueError: something cannot be read: a file is damaged, a line is not JSON, a parquet file lacks
-                the column, the first 10,000 records have no text; or, if the corpus is strict, a file is not
-                text, or a record is not or has none.
+                the column, the first 10,000 records have no text; or, if the corpus is strict, a file or
+                record is not text, or a record has none.
         """
         self._begin()
         has_documents = False
@@ -144,7 +143,7 @@ class FileCorpus(Corpus):
         for name in self._names:
             path = self._root / name
             size = path.stat().st_size
-            if not size:  # whatever its format
+            if not size:  # empty in every format
                 yield name, ""
                 continue
             with open(path, "rb") as file:
@@ -195,8 +194,8 @@ def open_corpus(source: str | os.PathLike[str], text_field: str = "text", *, str
             called `stdlib` is written `./stdlib`. In a folder, what is hidden is left out, and links to
             folders are not followed.
         text_field: the field that holds the text in JSONL records, parquet files and datasets.
-        strict: reading fails at the first file or record that is not text, or without text. Otherwise these
-            are left out, and counted.
+        strict: reading fails at the first file or record that is not text, or has none. Otherwise these are
+            left out, and counted.
 
     Raises:
         FileNotFoundError: no such file or folder, or no file in it, or no file matches the pattern.

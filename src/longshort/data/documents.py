@@ -1,7 +1,7 @@
-"""Where one document ends and the next begins, in a stream of tokens a b E c d E, E the end-of-text token.
+"""The borders of documents in a stream of tokens a b E c d E, with E the end-of-text token.
 
-Training on separate documents, evaluation and generation all ask here, so that they agree on what the first
-token of a document sees.
+Training on separate documents, evaluation and generation all use this module, so that they agree on what the
+first token of a document sees.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 DocumentStart = Literal["at-end-of-text", "after-end-of-text"]
-"""Whose segment an end-of-text token is part of where documents are kept separate.
+"""The segment that an end-of-text token belongs to if documents are kept separate.
 
-- "at-end-of-text": the next document's: [a b] [E c d] [E. The first token of a document is predicted from E
-  alone, as in evaluation and generation, which put an E before each document.
-- "after-end-of-text": its own document's: [a b E] [c d E]. The first token of a document is predicted with
-  the document before it in sight. Earlier versions trained so; only their runs still do.
+- "at-end-of-text": that of the next document: [a b] [E c d] [E. The first token of a document is predicted
+  from E alone, as in evaluation and generation, which put an E before each document.
+- "after-end-of-text": that of the document that it ends: [a b E] [c d E]. The first token of a document is
+  predicted from the whole document before it. Only runs that earlier versions started train like this.
 """
 
 
 def begins_with_end_of_text(document_start: DocumentStart) -> bool:
-    """Whether a document's segment begins with the end-of-text token before it.
+    """Returns whether a document's segment begins with the end-of-text token before it.
 
     Raises:
         ValueError: `document_start` is neither of the two.
@@ -37,11 +37,11 @@ def begins_with_end_of_text(document_start: DocumentStart) -> bool:
 def document_segments(
     document_offsets: NDArray[np.int64], positions: NDArray[np.int64], document_start: DocumentStart
 ) -> NDArray[np.int64]:
-    """Returns for each position of a token file the number of the segment that it is part of.
+    """Returns the number of the segment that each position of a token file is part of.
 
     Args:
         document_offsets: (documents + 1,), as in `TokenFile`.
-        positions: of any shape; -1 is that of an end-of-text token before the first document.
+        positions: any shape; -1 is the position of an end-of-text token before the first document.
         document_start: see `DocumentStart`.
     """
     ahead = 1 if begins_with_end_of_text(document_start) else 0  # an E is the token before an offset

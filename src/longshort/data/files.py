@@ -1,4 +1,4 @@
-"""Waiting until files are on the disk, so that they survive a loss of power."""
+"""Functions that wait until files are on the disk, so that they survive a loss of power."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""How the files of a corpus are read: what their names end in says which format, and which compression.
+"""Readers for the files of a corpus: the suffix of a file gives its format and its compression.
 
 - ``.jsonl``, ``.ndjson``: one text per line, in a field of an object;
 - ``.parquet``: one text per row, in a column;
-- anything else: the file is one text, in UTF-8.
+- any other suffix: the file is one text, in UTF-8.
 
 All but parquet may be compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``, as in ``.jsonl.zst``. Case does not
-matter. Files are read as streams: in memory are one text and a buffer, or a few rows of parquet.
+matter. Files are read as streams, which hold one text and a buffer in memory, or a few rows of parquet.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class NoText:
-    """Why a file or a record gives no document."""
+    """The reason why a file or a record gives no document."""
 
     kind: Literal["not text", "without text"]
-    """Something that is not UTF-8 text, or a record that has no string where its text should be."""
+    """A file or text that is not UTF-8, or a record that has no string where its text should be."""
     reason: str
     """A sentence that names the file, and the line or row."""
 
 
 def require_packages(names: list[str]) -> None:
-    """Fails before anything is read if one of these files needs a package that is missing.
+    """Raises an error, before anything is read, if one of these files needs a package that is missing.
 
     Raises:
-        ModuleNotFoundError: it is missing; the message names the file and the extra.
+        ModuleNotFoundError: a package is missing; the message names the file and the extra.
     """
     needs = {"pyarrow": (".parquet",), "zstandard": (".zst",)}
     for package, suffixes in needs.items():
@@ -70,10 +70,10 @@ def read_texts(path: Path, name: str, file: BinaryIO, text_field: str) -> Iterat
     """Yields the name and the text of each document of a file.
 
     Args:
-        path: of the file, for messages.
-        name: of the file within its corpus. It is the document's, or begins it: `name:line`, from 1, or
-            `name:row`, from 0.
-        file: the file itself, opened; how far it is read shows in its position.
+        path: path of the file, for messages.
+        name: name of the file within its corpus. It is the document's name, or the beginning of it:
+            `name:line`, from 1, or `name:row`, from 0.
+        file: the opened file; its position shows how far it is read.
         text_field: the field of a JSONL record, or the parquet column, that holds the text.
 
     Raises:
@@ -91,18 +91,18 @@ def read_texts(path: Path, name: str, file: BinaryIO, text_field: str) -> Iterat
         else:
             text = _read_text(path, stream)
             if isinstance(text, NoText) and suffix in _OPENERS:
-                while stream.read(_BUFFER_BYTES):  # only the end shows whether it is damaged instead
+                while stream.read(_BUFFER_BYTES):  # only at the end is it known that it is not damaged
                     pass
             yield name, text
 
 
 def text_of(record: Any, text_field: str, where: str) -> str | NoText:
-    """The text of a record, or why it has none.
+    """Returns the text of a record, or why it has none.
 
     Args:
         record: as JSON or a dataset gave it.
         text_field: the field that holds the text.
-        where: names the record in the reason.
+        where: name of the record for the reason.
     """
     if not isinstance(record, dict):
         reason = f"{where} is {_json_type(record)}, not an object with a field {text_field!r}"
@@ -121,7 +121,7 @@ def text_of(record: Any, text_field: str, where: str) -> str | NoText:
 
 
 def no_such_field(text_field: str, fields: list[str], where: str) -> str:
-    """What to say where a record or a dataset lacks the field."""
+    """Returns the message for a record or a dataset that lacks the field."""
     known = ", ".join(map(repr, fields)) or "none"
     return f"{where} has no field {text_field!r} (text_field); its fields: {known}"
 
@@ -134,7 +134,7 @@ def _read_text(path: Path, stream: BinaryIO) -> str | NoText:
     pieces = []
     reader = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     try:
-        # In pieces, so that a huge binary file is given up at its first bytes.
+        # In pieces, so that reading a huge binary file ends at its first bytes.
         while piece := reader.read(_READ_CHARACTERS):
             if "\0" in piece:
                 return _binary(path)
@@ -211,7 +211,7 @@ def _require_strings(path: Path, schema: pyarrow.Schema, text_field: str) -> Non
 
 @contextmanager
 def _decompressed(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
-    """The content of a file, as a stream; its damages are ValueErrors."""
+    """Opens the content of a file as a stream; damage to it is raised as a ValueError."""
     suffix = path.suffix.lower()
     if suffix not in _OPENERS:
         yield file
@@ -220,18 +220,18 @@ def _decompressed(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
     try:
         yield open_stream(file)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # not of the content
+        if isinstance(error, OSError) and error.errno is not None:  # not damaged content
             raise
         raise ValueError(f"{path} is not a whole {kind} file: {error}") from error
 
 
 class _ZstandardStream(io.RawIOBase):
-    """The content of frames one after another.
+    """A stream over the content of consecutive frames.
 
-    The package's own stream takes a file that is cut off for a whole one.
+    The stream of the package treats a file that is cut off as whole.
     """
 
-    _PIECE = 1 << 8  # four bytes may stand for 128 KiB, so for 8 MiB at most
+    _PIECE = 1 << 8  # four bytes may expand to 128 KiB, so these to at most 8 MiB
 
     def __init__(self, file: BinaryIO) -> None:
         import zstandard
@@ -277,4 +277,4 @@ _OPENERS: dict[str, tuple[str, Callable[[BinaryIO], Any]]] = {
     ".xz": ("xz", lzma.LZMAFile),
     ".zst": ("zstandard", lambda file: io.BufferedReader(_ZstandardStream(file), _BUFFER_BYTES)),
 }
-"""For each suffix of compressed files the name of the format, and what opens it as a stream."""
+"""The name of the format and the function that opens it as a stream, by suffix of compressed files."""

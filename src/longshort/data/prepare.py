@@ -1,4 +1,4 @@
-"""From a corpus to a data folder: train.bin, train.json, validation.bin, validation.json and tokenizer/.
+"""Preparation of a data folder: train.bin, train.json, validation.bin, validation.json and tokenizer/.
 
 One pass over the corpus (two for BPE, whose tokenizer is trained first), with one document in memory beside a
 batch of about a megabyte. Everything is written into a hidden folder beside `out` and renamed at the end.
@@ -39,10 +39,10 @@ _BATCH_DOCUMENTS = 1024
 
 
 class Progress(Protocol):
-    """Is told how far a preparation has come, after every batch of documents."""
+    """A callback for the progress of a preparation, called after every batch of documents."""
 
     def __call__(self, stage: str, done: int, total: int | None, /) -> None:
-        """`done` of `total` bytes (None: not known) are read.
+        """Reports that `done` of `total` bytes (None: not known) are read.
 
         Stages are "training the tokenizer" and "writing tokens".
         """
@@ -52,9 +52,9 @@ class Progress(Protocol):
 class PreparedSplit:
     documents: int
     tokens: int
-    """The end-of-text tokens included."""
+    """Tokens, end-of-text tokens included."""
     bytes: int
-    """Of the texts, in UTF-8."""
+    """Bytes of the texts in UTF-8."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -63,7 +63,7 @@ class PreparedSplit:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a preparation has written, and what of the source it left out."""
+    """A prepared folder, and the files and records of the source that were left out."""
 
     folder: Path
     train: PreparedSplit
@@ -89,17 +89,17 @@ def prepare(
 
     Args:
         source: see `open_corpus`.
-        out: the folder to make; it must not lie inside a source folder.
+        out: the folder to make; it must not be inside a source folder.
         tokenizer: "bytes"; "bpe", trained on this corpus' training documents; or a folder with a saved
             Hugging Face tokenizer.
         vocab_size: pieces of a BPE tokenizer; not used for the others.
-        validation_fraction: between 0 and 1: the chance of a document to become validation. It hangs on the
-            seed and the document's name alone, and each side gets at least one document.
+        validation_fraction: probability, between 0 and 1, that a document is used for validation. The choice
+            depends on the seed and the document's name alone, and each split gets at least one document.
         text_field: the field that holds the text in JSONL records, parquet files and datasets.
         seed: chooses the validation documents.
         overwrite: replace `out` if it is a data folder; the old one goes only after the new one is complete.
-        strict: fail at the first file or record that is not text, or without text; otherwise they are left
-            out, and `Prepared.skipped` counts them.
+        strict: fail at the first file or record that is not text, or has none; otherwise these are left out,
+            and `Prepared.skipped` counts them.
         progress: called after every batch of documents.
 
     Raises:
@@ -108,7 +108,7 @@ def prepare(
         FileNotFoundError: there is no such source or tokenizer folder.
         ModuleNotFoundError: a package is missing that one of the source's files needs.
         ValueError: an argument is not usable, a part of the corpus cannot be read (see `Corpus.__iter__`), or
-            there are not two documents.
+            there are fewer than two documents.
     """
     if not isinstance(validation_fraction, int | float) or not 0 < validation_fraction < 1:
         raise ValueError(
@@ -188,9 +188,9 @@ def _write(
 def _split(corpus: Corpus, validation_fraction: float, seed: int) -> Iterator[tuple[Document, str]]:
     """Yields each document with its split's name.
 
-    A document is validation if its hash, in [0, 1), is below the fraction. Until each split has its first
-    document, the nearest candidate for the empty one is held back, so that at the end none is empty; that
-    alone changes the order.
+    A document is used for validation if its hash, in [0, 1), is below the fraction. Until both splits have a
+    document, the one whose hash is nearest to the empty split is held back, so that at the end neither is
+    empty. Nothing else changes the order.
     """
     held: Document | None = None
     held_hash = 0.0
@@ -209,7 +209,7 @@ def _split(corpus: Corpus, validation_fraction: float, seed: int) -> Iterator[tu
         elif held is None:
             held, held_hash, held_split = document, value, split
         else:
-            # All so far fell on one side; the held one is nearest to the other.
+            # All so far fell into one split; the held one is nearest to the other.
             nearer = value < held_hash if split == "train" else value > held_hash
             if nearer:
                 held, held_hash, document = document, value, held
@@ -243,7 +243,7 @@ def _batched(documents: Iterator[tuple[Document, str]]) -> Iterator[list[tuple[D
 
 @contextmanager
 def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Gives an empty folder which takes the place of `out` if the block ends well, else vanishes.
+    """Yields an empty folder, which replaces `out` if the block succeeds and is removed otherwise.
 
     A killed process leaves a hidden folder, which the next preparation of the same `out` finishes or removes.
     """
@@ -253,7 +253,7 @@ def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
     new, old = workspace / "new", workspace / "old"
 
     def settle() -> None:
-        # The old folder moves away only once the new one is complete, so the new one is what takes its place.
+        # The old folder is moved away only once the new one is complete, so the new one may replace it.
         if old.exists() and not target.exists():
             new.rename(target)
         shutil.rmtree(workspace, ignore_errors=True)
@@ -293,7 +293,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _lock(path: Path, out: Path) -> Iterator[None]:
-    """Holds the file `path` locked, then removes it. A killed process leaves the file, but not the lock."""
+    """Locks the file `path`, and removes it at the end. A killed process leaves the file, not the lock."""
     with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -33,10 +33,10 @@ class TokenFileWriter:
     Leaving the block completes both files and syncs them to disk; an exception in it removes them.
 
     Args:
-        path: where to write, without suffix.
-        vocab_size: ids are below it; up to 65,536 they take two bytes, else four.
+        path: path to write to, without suffix.
+        vocab_size: ids are below it; they take two bytes if it is at most 65,536, else four.
         tokenizer_hash: `tokenizer_hash(folder)` of the tokenizer that made the ids.
-        source: where the text came from, for the reader's information.
+        source: source of the text, for the reader's information.
 
     Raises:
         FileExistsError: one of the two files exists.
@@ -138,13 +138,13 @@ class TokenFile:
     """A token file opened for reading; the tokens stay on disk until they are touched."""
 
     path: Path
-    """Without suffix."""
+    """The path of both files without suffix."""
     tokens: np.memmap[Any, np.dtype[Any]]
     """(length,) of uint16 or uint32, read-only."""
     document_offsets: NDArray[np.int64]
-    """(documents + 1,): where each document begins, and at the end the length."""
+    """(documents + 1,): the start of each document, then the length."""
     document_bytes: NDArray[np.int64]
-    """(documents,): UTF-8 bytes of each document's text; its end-of-text token counts none."""
+    """(documents,): UTF-8 bytes of each document's text, without its end-of-text token."""
     vocab_size: int
     tokenizer_hash: str
     source: str
@@ -155,7 +155,7 @@ class TokenFile:
 
         Raises:
             FileNotFoundError: one of the two is missing.
-            ValueError: the description is not one, or disagrees with the tokens' size.
+            ValueError: the description is not valid, or disagrees with the size of the tokens.
         """
         bin_path, json_path = _paths(path)
         for file in (bin_path, json_path):
@@ -198,7 +198,7 @@ class TokenFile:
         )
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Returns the number of tokens."""
         return len(self.tokens)
 
     @property
@@ -208,7 +208,7 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class DataFolder:
-    """What `longshort data` made: token files of two splits, and their tokenizer."""
+    """A folder made by `longshort data`: token files of two splits, and their tokenizer."""
 
     path: Path
     train: TokenFile
@@ -245,7 +245,7 @@ class DataFolder:
 
 
 def is_token_description(path: Path) -> bool:
-    """Whether `path` is the JSON half of a token file, by its format field."""
+    """Returns whether `path` is the JSON half of a token file, by its format field."""
     try:
         _read_description(path)
     except (OSError, ValueError):

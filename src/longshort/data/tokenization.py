@@ -29,7 +29,7 @@ _PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer whose ids are UTF-8 bytes, and 256 for `<|endoftext|>`. Every text round-trips."""
+    """Makes the tokenizer whose ids are UTF-8 bytes, and 256 for `<|endoftext|>`. Every text round-trips."""
     return _wrap(_byte_backend())
 
 
@@ -37,7 +37,7 @@ def train_bpe(texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> Pr
     """Trains a byte-level BPE tokenizer; every text round-trips. `<|endoftext|>` has the last id.
 
     Args:
-        texts: texts, or lists of texts, read once. Memory grows with the number of distinct words alone.
+        texts: texts, or lists of texts, read once. Memory grows only with the number of distinct words.
         vocab_size: number of pieces, the 256 bytes and `<|endoftext|>` included; a small corpus gives fewer.
 
     Raises:
@@ -63,13 +63,13 @@ def train_bpe(texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> Pr
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """Loads a saved tokenizer, without its length limit: texts longer than a context are ours to cut.
+    """Loads a saved tokenizer, without its length limit: this package cuts texts itself.
 
-    One without an end-of-text token (eos_token), which follows every document, gets a new one.
+    A tokenizer without an end-of-text token (eos_token), which follows every document, gets a new one.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no tokenizer, or one without a fast form.
+        ValueError: the folder holds no tokenizer, or one without a fast form.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -93,38 +93,38 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The number of rows an embedding needs: the largest id + 1, also where ids have gaps."""
+    """Returns the number of rows that an embedding needs: the largest id + 1, even if ids have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_hash(folder: str | os.PathLike[str]) -> str:
-    """SHA-256, in hexadecimal, of the saved tokenizer's `tokenizer.json`."""
+    """Returns the SHA-256, in hexadecimal, of the saved tokenizer's `tokenizer.json`."""
     return hashlib.sha256(Path(folder, "tokenizer.json").read_bytes()).hexdigest()
 
 
 class Encoder:
-    """Texts to token ids, as plain text: special tokens are neither added nor read out of the text."""
+    """An encoder of plain text to token ids: special tokens are neither added nor recognised in the text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         _disable_threads_in_forks()
         serialized = tokenizer.backend_tokenizer.to_str()
         self._is_bytes = _pipeline(serialized) == _pipeline(_byte_backend().to_str())
-        # A copy, since the settings below are not the user's.
+        # A copy, since the settings below must not change the user's tokenizer.
         self._backend = Tokenizer.from_str(serialized)
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
-        """Encodes texts in parallel; one array of ids each."""
-        if self._is_bytes:  # the same ids as below, at a hundredth of the time and memory
+        """Encodes texts in parallel; returns one array of ids for each."""
+        if self._is_bytes:  # the same ids as below, in a hundredth of the time and memory
             return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
 def _byte_symbols() -> list[str]:
-    """The characters that stand for bytes in byte-level vocabularies: printable ones for themselves."""
+    """Returns the character of each byte in byte-level vocabularies; printable bytes are themselves."""
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -142,7 +142,7 @@ def _byte_backend() -> Tokenizer:
 
 
 def _pipeline(serialized: str) -> dict[str, Any]:
-    """The parts of a serialized tokenizer that decide how plain text is encoded."""
+    """Returns the parts of a serialized tokenizer that determine how plain text is encoded."""
     parts = json.loads(serialized)
     return {part: parts[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
 
@@ -173,7 +173,7 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 @functools.cache
 def _disable_threads_in_forks() -> None:
-    """Does silently what tokenizers does with a warning: a forked child, without thread pool, is serial."""
+    """Makes forked children, which have no thread pool, encode serially; tokenizers would also warn of it."""
     inserted = False
 
     def before() -> None:
