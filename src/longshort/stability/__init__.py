@@ -1,4 +1,4 @@
-"""Watching attention while a model trains, and what helps where its logits explode."""
+"""Monitoring of attention while a model trains, and remedies if its logits explode."""
 
 from longshort.stability.monitor import MAX_LOGITS, ROW_RANGES, AttentionMonitor, Reading
 from longshort.stability.remedies import QKClip, z_loss

@@ -1,4 +1,4 @@
-"""How large, and how far apart in a row, a model's attention logits are, head by head, while it trains."""
+"""Measurement of a model's attention logits while it trains: their size and their range in a row, by head."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ MAX_LOGITS = ("max_logit", "max_logit_local", "max_logit_global", "max_logit_glo
 ROW_RANGES = ("row_range", "row_range_local", "row_range_global", "row_range_global_in_band")
 """The attributes of a `Reading` that are measured only where `AttentionMonitor` is asked to."""
 
-_ROWS, _COLUMNS = 256, 1024  # of a tile of scores, at most
+_ROWS, _COLUMNS = 256, 1024  # at most, in a tile of scores
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one or more observed passes of a model showed.
+    """The measurements of one or more observed passes of a model.
 
-    A max logit is the largest |scale·q·k| over the visible pairs, before softcap and ALiBi; it is NaN where a
+    A max logit is the largest |scale·q·k| over the visible pairs, before softcap and ALiBi; it is NaN if a
     logit was NaN. The range of a row is the largest minus the smallest scale·q·k over the keys that one query
-    sees, 0 where it sees none: softmax does not see what is common to a row, so only ranges sharpen it.
+    sees, 0 if it sees none. Softmax ignores what all logits of a row have in common, so only the range can
+    sharpen it.
 
     Attributes:
         max_logit_by_head: for each attention layer one number per query head.
@@ -43,7 +44,7 @@ class Reading:
         max_logit_global: the largest of the global heads; None if there are none.
         max_logit_global_in_band: the largest of the global heads over pairs inside the band alone; None if
             there are none, or no band was given.
-        row_range: the largest range of a row; None if it was not asked for, as are the following.
+        row_range: the largest range of a row; None if it was not asked for. So are the following.
         row_range_local: the largest of the local heads; None if there are none.
         row_range_global: the largest of the global heads; None if there are none.
         row_range_global_in_band: the largest of the global heads over the keys inside the band alone; None if
@@ -62,7 +63,7 @@ class Reading:
     row_range_global_in_band: float | None = None
 
     def as_metrics(self) -> dict[str, Any]:
-        """The attributes by name: `MAX_LOGITS`, `ROW_RANGES` if they were measured, the lists by head."""
+        """Return the attributes by name: `MAX_LOGITS`, `ROW_RANGES` if measured, and the lists by head."""
         names = MAX_LOGITS if self.row_range is None else MAX_LOGITS + ROW_RANGES
         return {
             **{name: getattr(self, name) for name in names},
@@ -75,9 +76,8 @@ class AttentionMonitor:
     """Measures the attention layers of a model in passes that run anyway.
 
     Outputs and gradients of the model are bit for bit what they are without it (under `torch.compile`, which
-    then compiles another graph, up to rounding). Passes that are recomputed in
-    the backward pass (gradient checkpointing) show the same numbers again, which moves neither the maxima nor
-    the means.
+    then compiles another graph, up to rounding). Passes that are recomputed in the backward pass (gradient
+    checkpointing) give the same numbers again, which changes neither the maxima nor the means.
 
         with monitor.observing():
             loss = model(...); loss.backward()
@@ -85,13 +85,13 @@ class AttentionMonitor:
 
     Args:
         model: holds `LongShortAttention` layers; layers are counted in the order of `model.modules()`.
-        band: the global heads' logits are also measured over the band of so many keys, the query's own
-            included, so that they can be compared with local heads of that window; None: not.
-        row_range: also measure `ROW_RANGES`; of a global head that takes all its logits a second time, in
+        band: number of keys, the query's own included; the logits of global heads are also measured over
+            this band, so that they can be compared with local heads of that window; None: they are not.
+        row_range: also measure `ROW_RANGES`. This computes all logits of a global head a second time, in
             tiles, so in linear memory.
 
     Raises:
-        ValueError: the model has no such layer, band is no integer >= 1, or row_range no bool.
+        ValueError: the model has no such layer, band is not an integer >= 1, or row_range is not a bool.
     """
 
     def __init__(self, model: nn.Module, band: int | None, *, row_range: bool = False):
@@ -112,12 +112,12 @@ class AttentionMonitor:
         self._max_logits: list[list[Tensor]] = [[] for _ in self._layers]
         self._entropies: list[list[Tensor]] = [[] for _ in self._layers]
         self._row_ranges: list[list[Tensor]] = [[] for _ in self._layers]
-        # Of the global heads: the largest logit and the largest range of a row.
+        # The largest logit and the largest range of a row in the band, for the global heads.
         self._in_band: list[list[Tensor]] = [[] for _ in self._layers]
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Measure the passes inside, forward and backward; they add to what the next reading shows.
+        """Measure the passes inside, forward and backward, for the next reading.
 
         Other observers of the same layers see them too.
         """
@@ -148,7 +148,7 @@ class AttentionMonitor:
             self._in_band[index].append(torch.stack([max_logit, (largest - smallest).amax()]))
 
     def reading(self, reduce_max: Reduction | None = None, reduce_mean: Reduction | None = None) -> Reading:
-        """What was observed since the last reading; clears it.
+        """Return the measurements since the last reading, and clear them.
 
         Args:
             reduce_max, reduce_mean: combine a tensor of numbers over processes, element by element.
@@ -201,14 +201,14 @@ def _largest(values: Tensor) -> float | None:
 def _row_extremes(
     observation: Observation, group: HeadGroup, window: int | None, is_sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The largest and the smallest scale·q·k that each query of a group's heads sees: (batch, heads, q_len).
+    """Compute the largest and the smallest scale·q·k that each query of a group's heads sees:
+    (batch, heads, q_len), 0 for a query that sees nothing.
 
-    They are 0 for a query that sees nothing. Computed in tiles of queries and keys: neither n×n nor, unlike
-    attention's own statistics, an exponential.
+    It takes tiles of queries and keys: no n×n matrix and, unlike the statistics of attention, no exponential.
 
     Args:
-        window: so many last keys are seen, the query's own included; None: all.
-        is_sink: (batch or 1, kv_len), keys that are seen beyond the window; None: there are none.
+        window: number of last keys that are seen, the query's own included; None: all.
+        is_sink: (batch or 1, kv_len), keys that are visible beyond the window; None: there are none.
     """
     q, k = observation.q[:, group.heads], observation.k[:, group.kv_heads]
     batch, heads, q_len, head_dim = q.shape
@@ -245,7 +245,7 @@ def _row_extremes(
 def _visible(
     observation: Observation, queries: Tensor, keys: Tensor, window: int | None, is_sink: Tensor | None
 ) -> Tensor:
-    """Which queries see which keys, both given by their positions: (batch or 1, 1, queries, keys)."""
+    """Mark the visible pairs of queries and keys, given by position: (batch or 1, 1, queries, keys)."""
     distances = queries[:, None] - keys
     visible = (distances >= 0)[None]
     if window is not None:
@@ -259,14 +259,14 @@ def _visible(
 
 
 def _sinks(observation: Observation, sink_tokens: int) -> Tensor | None:
-    """Which keys are among the first of their segment: (batch or 1, kv_len); None if no sink is asked for."""
+    """Mark the keys that are sink tokens of their segment: (batch or 1, kv_len); None if there are none."""
     if sink_tokens == 0:
         return None
     positions = torch.arange(observation.k.shape[2], device=observation.k.device)[None]
     segment_ids = observation.options.get("segment_ids")
     if segment_ids is None:
         return positions < sink_tokens
-    ids, order = segment_ids.sort(dim=-1, stable=True)  # an id may come in several runs
+    ids, order = segment_ids.sort(dim=-1, stable=True)  # an id may occur in several runs
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     places = positions - (positions * begins).cummax(-1).values

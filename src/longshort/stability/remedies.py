@@ -21,20 +21,21 @@ _IGNORED = -100  # torch's label of a position that nothing is predicted for
 def z_loss(
     logits: Float[Tensor, "*positions vocab"], labels: Int[Tensor, "*positions"] | None = None
 ) -> Float[Tensor, ""]:
-    """Mean over the predicted tokens of logsumexp(logits)², which keeps the softmax's normaliser near 1.
+    """Average logsumexp(logits)² over the predicted tokens; it keeps the softmax's normaliser near 1.
 
     PaLM (Chowdhery et al. 2022) adds 1e-4 of it to the cross-entropy. It acts on the logits over the
     vocabulary, not on those of the attention.
 
     Args:
         logits: any floating dtype; computed in fp32.
-        labels: what each position predicts; -100: nothing, it does not count. None: all count.
+        labels: the token that each position predicts; -100: none, the position does not count. None: all
+            positions count.
 
     Returns:
         A scalar in fp32; 0 where nothing is predicted.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: the shapes do not fit.
     """
     require_tensor("logits", logits)
@@ -55,11 +56,11 @@ class QKClip:
     """QK-clip of Kimi K2 (Moonshot AI 2025, arXiv 2507.20534): after an optimizer step, a head whose largest
     logit m was above the threshold τ gets smaller weights, so that the same input would give it τ.
 
-    A head with a key head of its own has its query and key rows of qkv_proj scaled by sqrt(τ/m) each. Where
-    query heads share a key head, the query rows alone are scaled, by τ/m: the shared keys, and with them the
-    other heads, stay as they are, as K2 leaves its shared rotary keys. This replaces a rule by group, one
-    factor for all that share the keys: that would shrink healthy heads for the sake of one. Weights of heads
-    at or below the threshold keep every bit, as do all of a head whose logit is not finite.
+    If a query head shares its key head with no other, its query and key rows of qkv_proj are scaled by
+    sqrt(τ/m) each. If query heads share a key head, only the query rows are scaled, by τ/m: the shared keys,
+    and so the other heads, stay as they are, as K2 leaves its shared rotary keys. A single factor for all
+    heads that share the keys would shrink healthy heads for the sake of one. Weights of heads at or below the
+    threshold keep every bit, and so do those of a head whose logit is not finite.
 
     A logit is linear in these rows with rotation or a short convolution too; it is measured before softcap
     and ALiBi.
@@ -95,11 +96,11 @@ class QKClip:
         """Scale the weights in place.
 
         Args:
-            max_logit_by_head: for each layer one number per query head, as `Reading` has it, of the passes
-                that led to the step.
+            max_logit_by_head: for each layer one number per query head, as in `Reading`, measured in the
+                passes of the step.
 
         Returns:
-            How many query heads were scaled.
+            The number of query heads that were scaled.
 
         Raises:
             ValueError: the numbers are not those of the model's heads.

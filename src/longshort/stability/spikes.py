@@ -1,4 +1,4 @@
-"""When a training run spikes, told while it runs, and when it diverged, told afterwards."""
+"""Detection of spikes while a training run goes on, and of divergence afterwards."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _GAUSSIAN = 1.4826  # the standard deviation of a normal distribution in units o
 
 @dataclass(frozen=True)
 class Spike:
-    """What `SpikeDetector` saw.
+    """A spike that `SpikeDetector` found.
 
     Attributes:
-        step: at which it was seen.
-        onset: at which it began; before `step` where only its duration told.
+        step: step at which it was found.
+        onset: step at which it began; before `step` if it was recognised by its duration.
         reasons: a sentence per sign.
     """
 
@@ -31,17 +31,17 @@ class Spike:
 
 @dataclass
 class SpikeDetector:
-    """Tells from loss, gradient norm and largest attention logit of each step when a training run spikes.
+    """Detects spikes of a training run from loss, gradient norm and largest attention logit of each step.
 
-    The signs, each told once and again only after `calm_steps` steps without it:
+    The signs, each reported once, and again only after `calm_steps` steps without it:
 
     - a number that is not finite;
     - a loss above the median of the last `window` by `loss_margin` nats and by `loss_score` robust standard
       deviations (1.4826·MAD, the median absolute deviation, which a spike itself hardly moves);
     - a gradient norm above its median by `norm_score` of them, and `norm_ratio` times as large: norms have
       heavy tails, and clipping makes most of them harmless;
-    - a running loss (mean of the last `rise_window`) that has been `rise` nats above its own minimum so far
-      for `rise_steps` steps in a row: a slow rise, which moves the medians along;
+    - a running loss (mean of the last `rise_window`) that has been `rise` nats above its minimum so far for
+      `rise_steps` steps in a row: a slow rise, which the medians follow;
     - a largest logit above `logit_bound`; or above `logit_floor` and `logit_ratio` times the median of its
       last `window` measurements.
 
@@ -53,11 +53,11 @@ class SpikeDetector:
         loss_margin: nats; a late loss varies so little that 8 deviations alone would mean nothing.
         norm_score: see above.
         norm_ratio: odd batches of small runs that were well had norms up to 11 times the median.
-        rise_window, rise, rise_steps: 0.5 nats, as in `divergence_step`, but told early.
+        rise_window, rise, rise_steps: 0.5 nats, as in `divergence_step`, but reported earlier.
         logit_bound: beyond it bf16 numbers, 8 bits of mantissa, are 4 nats apart.
         logit_floor: Kimi K2's threshold; smaller logits grow by large ratios early in any healthy run.
         logit_ratio: see above.
-        calm_steps: so that one spike is told once.
+        calm_steps: keeps one spike from being reported twice.
 
     Raises:
         ValueError: a field is out of its range; the message names it.
@@ -92,10 +92,10 @@ class SpikeDetector:
     def observe(
         self, step: int, loss: float, grad_norm: float, max_logit: float | None = None
     ) -> Spike | None:
-        """Take in one step.
+        """Record one step.
 
         Args:
-            step: its number; steps come in order.
+            step: number of the step; steps come in order.
             loss: nats per token.
             grad_norm: before clipping.
             max_logit: None on steps that do not measure it.
@@ -129,7 +129,7 @@ class SpikeDetector:
         return Spike(step, onset, tuple(new.values()))
 
     def state(self) -> dict[str, Any]:
-        """What was taken in, as JSON can hold it; `restore` puts it into a detector of the same fields."""
+        """Return what was recorded, for JSON; `restore` puts it into a detector with the same fields."""
         return {
             "losses": list(self._losses),
             "norms": list(self._norms),
@@ -139,7 +139,7 @@ class SpikeDetector:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Forget what was taken in; go on from `state`."""
+        """Replace what was recorded by `state`."""
         for values, name in ((self._losses, "losses"), (self._norms, "norms"), (self._logits, "logits")):
             values.clear()
             values.extend(state[name])
@@ -178,13 +178,13 @@ class SpikeDetector:
 
 
 def divergence_step(losses: Iterable[float | None]) -> int | None:
-    """The step, counted from 1, at which a run had diverged; None: it has not.
+    """Return the step, counted from 1, at which a run had diverged, or None if it has not.
 
     A run has diverged when a loss is not finite, or when its running loss (mean of the last 50 steps) has
-    been 0.5 nats above its own minimum so far for 100 steps in a row: the definition of our studies.
+    been 0.5 nats above its minimum so far for 100 steps in a row. This is the definition of our studies.
 
     Args:
-        losses: nats per token, one per step; None stands for one that is not finite, as in metrics.jsonl.
+        losses: nats per token, one per step; None means one that is not finite, as in metrics.jsonl.
     """
     rise = _Rise(window=50, margin=0.5)
     for step, loss in enumerate(losses, start=1):
@@ -194,7 +194,7 @@ def divergence_step(losses: Iterable[float | None]) -> int | None:
 
 
 class _Rise:
-    """For how many steps in a row the running loss has been `margin` above its own minimum so far."""
+    """A count of the steps in a row in which the running loss was `margin` above its minimum so far."""
 
     def __init__(
         self,
@@ -223,6 +223,6 @@ class _Rise:
 
 
 def _middle_and_deviation(values: deque[float]) -> tuple[float, float]:
-    """Median and robust standard deviation."""
+    """Return the median and the robust standard deviation."""
     middle = median(values)
     return middle, _GAUSSIAN * median(abs(value - middle) for value in values)
