@@ -1,4 +1,4 @@
-"""What a language model is worth: perplexity over whole documents, needles found, and the text it writes."""
+"""Evaluation of language models: perplexity over whole documents, retrieval of needles, generated text."""
 
 from longshort.evaluation.generation import GeneratedText, GenerationStatistics, generate_text
 from longshort.evaluation.needle import NeedleCell, NeedleResult, measure_needle

@@ -1,4 +1,4 @@
-"""Text from a causal language model, piece by piece as it comes."""
+"""Text from a causal language model, piece by piece as it is generated."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from longshort.data import DocumentStart
 
 _NEW_TOKENS = 200
-_INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
+_INCOMPLETE = "\ufffd"  # a decoder writes it for bytes that are not a character, or not yet
 
 
 @dataclass
 class GenerationStatistics:
-    """What a text took so far.
+    """The tokens, time and memory that a text took so far.
 
     Attributes:
-        prompt_tokens: that the model read before the text, an end-of-text token in front among them.
-        tokens: that the model made, an end-of-text token among them.
-        seconds_to_first_token: for reading the prompt and choosing a token; None before there is one.
-        seconds_after: for the other tokens; what the reader of the text does in between does not count.
-        cache_bytes: of the keys and values that are kept; 0 without a cache.
+        prompt_tokens: tokens that the model read before the text, including an end-of-text token in front.
+        tokens: tokens that the model generated, including an end-of-text token.
+        seconds_to_first_token: time for reading the prompt and choosing a token; None before there is one.
+        seconds_after: time for the other tokens, without what the reader of the text does in between.
+        cache_bytes: bytes of the keys and values that are kept; 0 without a cache.
     """
 
     prompt_tokens: int
@@ -50,11 +50,11 @@ class GenerationStatistics:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the tokens after the first; None if there are none."""
+        """The speed after the first token; None if there are no other tokens."""
         return (self.tokens - 1) / self.seconds_after if self.tokens > 1 else None
 
     def add(self, seconds: float) -> None:
-        """Count one token more, which took so long."""
+        """Count one more token and the seconds that it took."""
         self.tokens += 1
         if self.seconds_to_first_token is None:
             self.seconds_to_first_token = seconds
@@ -63,10 +63,10 @@ class GenerationStatistics:
 
 
 class GeneratedText(Iterator[str]):
-    """Pieces of a text, made while they are read.
+    """An iterator over the pieces of a text, which are generated as they are read.
 
     Attributes:
-        statistics: what it took so far.
+        statistics: the cost of the text so far.
     """
 
     def __init__(self, pieces: Iterator[str], statistics: GenerationStatistics) -> None:
@@ -92,30 +92,30 @@ def generate_text(
 ) -> GeneratedText:
     """Continues a prompt that begins a document: it follows an end-of-text token, as in training.
 
-    The arguments are checked, and the prompt encoded, in the call; the text is made while it is read from the
-    iterator. It ends after `max_new_tokens` tokens, or at the end-of-text token, which is not part of it.
-    Pieces are whole characters: bytes of one that is not complete yet are held back. On a CPU the same
-    arguments give the same text.
+    The arguments are checked, and the prompt encoded, in the call; the text is generated as it is read from
+    the iterator. It ends after `max_new_tokens` tokens, or at the end-of-text token, which is not part of it.
+    Pieces are whole characters: bytes of an incomplete one are held back. On a CPU the same arguments give
+    the same text.
 
     Args:
         model: on any device; it is put in eval mode.
-        tokenizer: with an `eos_token_id`.
-        prompt: plain text, in which no special token is read; may be empty.
-        max_new_tokens: at least 1; None: 200, or as many as the model's learned positions allow.
+        tokenizer: the model's; has an `eos_token_id`.
+        prompt: plain text, in which no special token is recognised; may be empty.
+        max_new_tokens: at least 1; None: 200, or fewer if the model's learned positions allow no more.
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_k: sample among the k likeliest tokens only; None: among all.
-        seed: of the sampling.
+        seed: seed of the sampling.
         separate_documents: the model was trained so that no document sees the one before it.
         document_start: where separate documents began in that training. With "after-end-of-text" they did
             not see the end-of-text token before them, and neither does a prompt.
-        prefill_chunk: read so many tokens of the prompt at a time, which takes less memory and gives the same
-            text; None: as many as the model takes at once.
+        prefill_chunk: number of prompt tokens to read at a time; fewer take less memory and give the same
+            text. None: as many as the model takes at once.
 
     Returns:
-        An iterator over pieces of text, never empty, the prompt not among them, with statistics.
+        An iterator over pieces of text, none of them empty, without the prompt; it has statistics.
 
     Raises:
-        TypeError: the prompt is no string.
+        TypeError: the prompt is not a string.
         ValueError: a value is out of range, prompt and new tokens together do not fit the model's learned
             positions, or prefill_chunk is given to a model with a short convolution, which has no cache.
     """
@@ -189,13 +189,14 @@ def _generate_tokens(
 
 
 def _has_cache(model: PreTrainedModel) -> bool:
-    """Not with a short convolution, which keeps no state: every token is computed again. `config.use_cache`
-    is no answer, models are saved with false after training with gradient checkpointing."""
+    """Return whether the model can use a cache: not with a short convolution, which keeps no state, so that
+    every token is computed again. `config.use_cache` does not show it: models trained with gradient
+    checkpointing are saved with false."""
     return getattr(model.config, "short_convolution", None) is None
 
 
 def _new_cache(model: PreTrainedModel) -> Cache | None:
-    """Longshort's own where the model knows it, else one that keeps every token."""
+    """Return the model's own kind of cache, else one that keeps every token."""
     from transformers import DynamicCache
 
     if not _has_cache(model):
@@ -205,7 +206,7 @@ def _new_cache(model: PreTrainedModel) -> Cache | None:
 
 
 def cache_bytes(cache: Cache | None) -> int:
-    """Bytes of the keys and values in a cache; 0 without one."""
+    """Return the bytes of the keys and values in a cache; 0 without one."""
     if cache is None:
         return 0
     if isinstance(cache, SplitCache):
@@ -223,13 +224,13 @@ def _choose(
         return int(logits.argmax())
     if top_k is not None and top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
-    # From the largest logit, so that a tiny temperature gives no inf - inf.
+    # Relative to the largest logit, so that a tiny temperature gives no inf - inf.
     probabilities = ((logits - logits.max()) / temperature).softmax(-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def _stream(tokens: Iterator[int], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
-    """Decodes as tokens come. The tokens before go along, since some decoders look back."""
+    """Decodes tokens as they are generated, together with those before, on which some decoders depend."""
     before: list[int] = []
     pending: list[int] = []
     yielded = ""

@@ -1,14 +1,15 @@
 """Retrieval from a distance, by models that were never trained on it: a needle in a window of text.
 
-Somewhere in a window of text stands a line with a random key and value, the needle, and the window ends with
-the same line once more, of which the last letters of the value are scored:
+A window of text contains a line with a random key and value, the needle, and ends with the same line once
+more, of which the last letters of the value are scored:
 
     text … KUDQXE = "mfkwcjhtbnpa" … text … KUDQXE = "mfkwcjhtbnpa
                                                           ────────
 
-Those letters are scored a second time in a window that differs by the needle's value alone. So what else
-helps is in both, and the gain from one to the other is what the model looks up. A model that has learnt to go
-on as a text went on before (induction) can do that without having seen the task, as far back as it sees.
+Those letters are scored a second time in a window that differs only in the needle's value. Whatever else
+helps is in both windows, so the gain from one to the other is what the model retrieves. A model that has
+learnt to continue a text as it continued before (induction) can do this without having seen the task, as far
+back as it sees.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ class NeedleCell:
 
     Attributes:
         length: tokens of a window.
-        depth: of the text around the needle, the share that comes before it.
+        depth: share of the text around the needle that is before it.
         distance: tokens from a scored token back to its copy in the needle, mean over the samples. A head
-            whose window is at least so long sees the copy when the token is predicted.
+            whose window is at least this long sees the copy when the token is predicted.
         gain: how much more likely the needle makes a scored token, nats per token, mean over the samples.
         gain_error: standard error of `gain` over the samples.
-        accuracy: share of the scored tokens that the model takes for the likeliest, with the needle.
+        accuracy: share of the scored tokens that the model finds the likeliest, with the needle.
         samples: pairs of windows.
     """
 
@@ -64,7 +65,7 @@ class NeedleCell:
 
 @dataclass(frozen=True)
 class NeedleResult:
-    """What `measure_needle` found.
+    """The result of `measure_needle`.
 
     Attributes:
         cells: for each length, in the order given, one for each depth.
@@ -81,23 +82,23 @@ class _Sample:
     opening: NDArray[np.int64]  # a line break, the key and the quotation mark
     shown: NDArray[np.int64]  # the value's first letters
     scored: NDArray[np.int64]  # and its last ones
-    other_value: NDArray[np.int64]  # of as many tokens as the value
+    other_value: NDArray[np.int64]  # as many tokens as the value
     closing: NDArray[np.int64]
-    text: NDArray[np.int64]  # of so many tokens that all together are length + 1
+    text: NDArray[np.int64]  # fills the window up to length + 1 tokens
 
     def window(self, depth: float, has_needle: bool) -> NDArray[np.int64]:
-        """The window with the needle, or with the other one, and behind it the last label: (length + 1,)."""
+        """Build the window with the needle, or with the other value, and the last label: (length + 1,)."""
         value = [self.shown, self.scored] if has_needle else [self.other_value]
         before, after = np.split(self.text, [self.place(depth)])
         needle = [self.opening, *value, self.closing]
         return np.concatenate([before, *needle, after, self.opening, self.shown, self.scored])
 
     def place(self, depth: float) -> int:
-        """Tokens of text before the needle."""
+        """Return the tokens of text before the needle."""
         return round(depth * len(self.text))
 
     def distance(self, depth: float) -> int:
-        """From a scored token to its copy."""
+        """Return the tokens from a scored token back to its copy."""
         after = len(self.text) - self.place(depth)
         return len(self.scored) + len(self.closing) + after + len(self.opening) + len(self.shown)
 
@@ -105,7 +106,7 @@ class _Sample:
 @dataclass(frozen=True)
 class _Score:
     log_probability: float  # mean over the scored tokens, nats
-    hits: int  # scored tokens that the model takes for the likeliest
+    hits: int  # scored tokens that the model finds the likeliest
 
 
 def measure_needle(
@@ -119,7 +120,7 @@ def measure_needle(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> NeedleResult:
-    """Looks for needles in windows of a text, as this module's description says.
+    """Measures how well a model retrieves needles from windows of a text, as described in this module.
 
     Keys, values and text are drawn for each length and sample; the depths share them, and so do models that
     are measured with one seed. The text of a window is cut anywhere and may span documents.
@@ -128,16 +129,16 @@ def measure_needle(
         model: a causal language model, `model(input_ids, logits_to_keep=…).logits`, on any device; it is left
             in the mode it was in. Its precision is the caller's choice (`torch.autocast`).
         tokenizer: the model's; every text must have an encoding.
-        token_file: the text, best of the validation split.
-        lengths: tokens per window, question and all but the last scored token included.
-        depths: 0 … 1, where the needle is: 0 before all of the text, 1 right before the question.
+        token_file: the text, preferably the validation split.
+        lengths: tokens per window, including the question and all scored tokens but the last.
+        depths: 0 … 1, places of the needle: 0 before all of the text, 1 right before the question.
         samples: pairs of windows per length and depth, at least 2.
-        seed: of keys, values and text.
+        seed: seed of keys, values and text.
         batch_size: windows per forward pass; None: about 8192 tokens.
 
     Raises:
-        ValueError: a value is out of range, a length exceeds the model's learned positions or has no room for
-            needle, question and text, or vocabulary or file are too large or small for it.
+        ValueError: a value is out of range, a length exceeds the model's learned positions or is too short
+            for needle, question and text, the vocabulary exceeds the model's, or the file is too short.
     """
     _check(model, tokenizer, token_file, lengths, depths, batch_size)
     require_integer("samples", samples, minimum=2)
@@ -248,7 +249,7 @@ def _measure(
 
 @torch.no_grad()
 def _score(model: nn.Module, depth: float, windows: Sequence[tuple[_Sample, bool]]) -> list[_Score]:
-    """One forward pass."""
+    """Score windows by one forward pass."""
     tokens = np.stack([sample.window(depth, has_needle) for sample, has_needle in windows])
     on_device = torch.from_numpy(tokens).to(next(model.parameters()).device)
     counts = [len(sample.scored) for sample, _ in windows]

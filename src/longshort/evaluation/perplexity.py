@@ -3,10 +3,10 @@
 A document t_0 … t_{L-1} is read as the sequence E, t_0, …, t_{L-1}, E with E the end-of-text token: the E
 before it predicts its first token, and the E after it is scored too, as in training. So the scored tokens are
 a complete code of the document, its end included, and bits per byte = nats of all scored tokens / ln 2 /
-bytes of the documents, which compares across tokenizers.
+bytes of the documents can be compared across tokenizers.
 
 A document longer than the context is read in windows that overlap by half. Each token is scored once, in the
-first window that holds it, so that it has at least half a context before it, or all there is.
+first window that holds it, with at least half a context before it, or the whole beginning of the document.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class PositionLoss:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_documents` found.
+    """The result of `evaluate_documents`.
 
     Attributes:
         loss: mean over all scored tokens, nats per token.
         perplexity: exp(loss), per token of this tokenizer.
         bits_per_byte: nats of all scored tokens / ln 2 / bytes.
-        tokens: scored tokens, the end-of-text token of each document among them.
+        tokens: scored tokens, including the end-of-text token of each document.
         bytes: bytes of the documents' text.
         documents: scored documents.
         context_length: tokens per window.
@@ -79,7 +79,7 @@ class Evaluation:
 
 
 class Window(NamedTuple):
-    """Inputs start … end - 1 of a sequence, of which scored … end - 1 make this window's predictions."""
+    """Inputs start … end - 1 of a sequence; the predictions of scored … end - 1 are scored in this window."""
 
     start: int
     end: int
@@ -87,13 +87,13 @@ class Window(NamedTuple):
 
 
 def split_into_windows(length: int, context_length: int) -> Iterator[Window]:
-    """Windows over a sequence of `length` inputs, each `context_length // 2` after the one before.
+    """Yield windows over a sequence of `length` inputs, each `context_length // 2` after the one before.
 
-    What they score covers 0 … length - 1, each once, and a window after the first scores only predictions
-    that have more than half a context.
+    Each of 0 … length - 1 is scored in one window, and a window after the first scores only predictions that
+    have more than half a context.
 
     Raises:
-        ValueError: one of the two is no integer >= 1.
+        ValueError: one of the two is not an integer >= 1.
     """
     require_integer("length", length, minimum=1)
     require_integer("context_length", context_length, minimum=1)
@@ -117,7 +117,7 @@ def evaluate_documents(
     document_start: DocumentStart = "at-end-of-text",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Scores whole documents, from the first on, as this module's description says.
+    """Scores whole documents, from the first on, as described in this module.
 
     Args:
         model: a causal language model: `model(input_ids).logits`, on any device; it is left in the mode it
@@ -126,13 +126,13 @@ def evaluate_documents(
         token_file: its documents end with the end-of-text token.
         context_length: tokens per window.
         batch_size: windows per forward pass; None: about 8192 tokens. It does not change the result.
-        max_documents: at most so many documents.
-        max_tokens: as many whole documents as fit; the first is always taken.
+        max_documents: the most documents to score.
+        max_tokens: tokens into which the scored documents must fit; the first is always taken.
         separate_documents: the model was trained so that no document sees the one before it; it must take
             segment ids.
         document_start: where separate documents began in that training. With "after-end-of-text" they did
-            not see the end-of-text token before them; here it then predicts the first token and no more.
-        progress: called after each pass with the tokens scored so far, and all of them.
+            not see the end-of-text token before them; here it then only predicts the first token.
+        progress: called after each pass with the number of tokens scored so far, and of all.
 
     Raises:
         ValueError: a number is out of range, the context exceeds the model's learned positions, the file's
@@ -215,7 +215,7 @@ def _losses(
     batch_size: int | None,
     cut_at: DocumentStart | None,
 ) -> Iterator[tuple[Float[Tensor, "batch width"], Int[Tensor, "batch width"]]]:
-    """Per forward pass the loss of each scored token, 0 elsewhere, and 1 where a token was scored."""
+    """Yield, for each forward pass, the losses of the scored tokens, 0 elsewhere, and a mask of them."""
     device = next(model.parameters()).device
     batch_size = batch_size or max(1, _TOKENS_PER_BATCH // context_length)
     lengths = np.diff(token_file.document_offsets[: documents + 1])
@@ -224,7 +224,7 @@ def _losses(
         for document, length in enumerate(lengths.tolist())
         for window in split_into_windows(length, context_length)
     ]
-    windows.sort(key=lambda entry: entry[1].start - entry[1].end)  # alike lengths together, the longest first
+    windows.sort(key=lambda entry: entry[1].start - entry[1].end)  # similar lengths together, longest first
     for first in range(0, len(windows), batch_size):
         inputs, labels = _read_windows(token_file, windows[first : first + batch_size])
         options: dict[str, Any] = {"use_cache": False}
@@ -243,7 +243,7 @@ def _losses(
 def _read_windows(
     token_file: TokenFile, windows: Sequence[tuple[int, Window]]
 ) -> tuple[Int[Tensor, "batch width"], Int[Tensor, "batch width"]]:
-    """Input ids and labels. Shorter windows are filled up at the end, where a causal model does not look."""
+    """Read input ids and labels. Shorter windows are padded at the end, which a causal model does not see."""
     width = max(window.end - window.start for _, window in windows)
     inputs = np.zeros((len(windows), width), dtype=np.int64)
     labels = np.full((len(windows), width), _IGNORED, dtype=np.int64)
@@ -252,14 +252,14 @@ def _read_windows(
         size = window.end - window.start
         following = token_file.tokens[begin + window.start : begin + window.end]
         inputs[row, 1:size] = following[:-1]
-        # A document's last token is the end-of-text token, so also what stands before its first.
+        # A document's last token is the end-of-text token, which is also read before its first.
         inputs[row, 0] = token_file.tokens[end - 1 if window.start == 0 else begin + window.start - 1]
         labels[row, window.scored - window.start : size] = following[window.scored - window.start :]
     return torch.from_numpy(inputs), torch.from_numpy(labels)
 
 
 def _positions(token_file: TokenFile, windows: Sequence[tuple[int, Window]], width: int) -> NDArray[np.int64]:
-    """(windows, width): where in the file each input stands; the one before the first document is at -1."""
+    """Return the position of each input in the file, -1 before the first document: (windows, width)."""
     starts = [int(token_file.document_offsets[document]) + window.start - 1 for document, window in windows]
     return np.array(starts, dtype=np.int64)[:, None] + np.arange(width)
 
