@@ -254,7 +254,7 @@ def test_divergence_is_reported_and_does_not_stop_the_run(settings_for: Settings
     assert records[-1]["loss"] is None
     assert records[-1]["max_logit"] is None
     first = next(record["step"] for record in records if record["loss"] is None)
-    assert recorder.messages == [f"the loss is not finite at step {first}; the run goes on"]
+    assert recorder.messages == [f"the loss is not finite at step {first}; the run continues"]
     last = recorder.steps[-1][1]
     assert last is not None
     assert math.isnan(last["loss"])

@@ -261,7 +261,7 @@ def test_finished_run_has_nothing_to_do(settings_for: SettingsFor) -> None:
     before = without_speed(settings.out)
     recorder = Recorder()
     assert resume(settings.out, progress=recorder).exit_code == 0
-    assert recorder.messages == ["all 12 steps are done; --steps goes further"]
+    assert recorder.messages == ["all 12 steps are done; --steps adds more"]
     assert without_speed(settings.out) == before
 
 

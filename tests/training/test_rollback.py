@@ -92,7 +92,7 @@ def test_a_spike_is_reported_in_a_line_of_its_own(
     assert (step, spike["onset"], spike["action"]) == (16, 16, "report")
     assert spike["reasons"][0].startswith("loss ")
     (message,) = recorder.messages
-    assert message.startswith("spike at step 16: loss ") and message.endswith("; the run goes on")
+    assert message.startswith("spike at step 16: loss ") and message.endswith("; the run continues")
     logged = {line["step"]: line["loss"] for line in read_metrics(watched.out)}
     assert 16 in logged and 17 not in logged
     assert all(losses(plain.out)[step - 1] == loss for step, loss in logged.items())
@@ -332,7 +332,7 @@ def test_what_is_decided_is_described(settings_for: SettingsFor) -> None:
     settings = settings_for(on_spike="report")
     entry = respond(spike, settings, state)
     assert entry == {"reasons": ["one", "another"], "onset": 38, "action": "report"}
-    assert describe(entry, settings, state) == "spike at step 40: one, another; the run goes on"
+    assert describe(entry, settings, state) == "spike at step 40: one, another; the run continues"
     nowhere = replace(settings, on_spike="rollback")
     entry = respond(spike, nowhere, state)
     assert entry["action"] == "stop"

@@ -1,1 +1,1 @@
-"""Training: what to train (`config`), the folder of a run (`run`), the loop (`loop`) and its parts."""
+"""Training: the settings (`config`), the folder of a run (`run`), the loop (`loop`) and its parts."""

@@ -1,8 +1,8 @@
-"""Checkpoints that a killed process or a full disk cannot spoil.
+"""Checkpoints that a killed process or a full disk cannot damage.
 
 `RUN/checkpoints/step-N/` is a `save_pretrained` folder of the model, and holds optimizer.safetensors (AdamW's
 state by parameter name) and state.json too. It is written under a name that no reader takes for a checkpoint,
-brought to the disk, and only then renamed. Nothing in it is pickled.
+synced to the disk, and only then renamed. Nothing in it is pickled.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands, beside weights and optimizer.
+    """The state of a run beside weights and optimizer.
 
     Attributes:
         step: optimizer steps done.
         tokens: training tokens seen.
-        seed: of the initial weights and of the batches.
+        seed: seed of the initial weights and of the batches.
         attempt: rollbacks so far.
-        batches_skipped: by them; the next step takes batch number `step + batches_skipped`.
-        spikes: the state of the `SpikeDetector`; None where there is none.
+        batches_skipped: batches that rollbacks left out; the next step takes batch `step + batches_skipped`.
+        spikes: the state of the `SpikeDetector`; None if there is none.
     """
 
     step: int
@@ -65,13 +65,13 @@ def save_checkpoint(
     Args:
         run: the run's folder.
         model: a PreTrainedModel.
-        optimizer: AdamW over all parameters of the model; it may have done no step yet.
+        optimizer: AdamW over all parameters of the model, even before its first step.
         state: its `step` names the folder.
 
     Raises:
         FileExistsError: there is a checkpoint of this step.
-        OSError: the disk is full, or will not take the files otherwise. Earlier checkpoints are untouched
-            and nothing of the new one is left.
+        OSError: the disk is full, or the files cannot be written for another reason. Earlier checkpoints are
+            untouched and nothing of the new one is left.
     """
     folder = run / FOLDER
     final = folder / f"step-{state.step}"
@@ -86,7 +86,7 @@ def save_checkpoint(
         save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER)
         (partial / _STATE).write_text(_as_json(state))
         sync_tree(partial)
-        if final.exists():  # one that lacks files, and so was not resumed from
+        if final.exists():  # it lacks files, so the run was not resumed from it
             _remove(final)
         partial.rename(final)
         sync_folder(folder)
@@ -111,7 +111,7 @@ def keep_checkpoints(run: Path, steps: Collection[int]) -> None:
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    """The steps of the complete checkpoints, in ascending order."""
+    """Return the steps of the complete checkpoints, in ascending order."""
     folder = run / FOLDER
     return [step for step in _steps(folder) if _is_complete(folder / f"step-{step}")]
 
@@ -119,8 +119,8 @@ def checkpoint_steps(run: Path) -> list[int]:
 def rewind(run: Path, step: int, attempt: int, batches_skipped: int) -> None:
     """Make the checkpoint of `step` the latest: the start of another attempt with other batches.
 
-    It first becomes that start, then the later ones go. A process killed in between leaves the latest one of
-    the old attempt, from which the run comes to the same rollback again.
+    Its state is rewritten first, then the later checkpoints are removed. If the process is killed in between,
+    the latest checkpoint of the old attempt remains, and a run resumed from it rolls back the same way.
 
     Raises:
         OSError: a file could not be written or removed.
@@ -141,7 +141,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
 
     Raises:
         OSError: a file is missing or damaged.
-        ValueError: the checkpoint is one of another model.
+        ValueError: the checkpoint is of another model.
     """
     load_weights(checkpoint, model)
     try:
@@ -156,7 +156,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
         missing = [f"{name}.{moment}" for moment in _MOMENTS if f"{name}.{moment}" not in moments]
         if missing:
             raise ValueError(f"{checkpoint / _OPTIMIZER} does not fit the model of this run: no {missing[0]}")
-        # Copies in memory of torch's own: a mapped file's alignment could change the last bits of sums.
+        # Copied to memory that torch allocates: a mapped file's alignment could change the last bits of sums.
         optimizer.state[parameter] = {
             moment: moments[f"{name}.{moment}"].to(parameter.device, copy=True) for moment in _MOMENTS
         }
@@ -179,7 +179,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 
 def latest_checkpoint(run: Path | str) -> Path | None:
-    """The complete checkpoint of the highest step; None if there is none."""
+    """Return the complete checkpoint of the highest step; None if there is none."""
     steps = checkpoint_steps(Path(run))
     return Path(run) / FOLDER / f"step-{steps[-1]}" if steps else None
 
@@ -192,7 +192,7 @@ def remove_partial_checkpoints(run: Path) -> None:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """The bars of transformers would disturb the one of the training."""
+    """Turn off the progress bars of transformers, which would disturb that of the training."""
     were_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -232,7 +232,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; a process killed meanwhile leaves nothing that reads as one."""
+    """Remove a checkpoint; if the process is killed meanwhile, what is left is not taken for one."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)

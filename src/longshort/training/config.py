@@ -18,12 +18,12 @@ Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 OnSpike = Literal["report", "stop", "rollback"]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
-"""What every random generator takes."""
+"""A seed that every random generator takes."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What to train, on what and how. Model settings that are left out are the preset's.
+    """The settings of a training run. Model settings that are left out are those of the preset.
 
     Raises:
         ValueError: a value is out of its range, or two contradict each other; the message names the flag.
@@ -43,7 +43,7 @@ class TrainConfig:
     """Make all heads global: the baseline of equal size, initial weights and batches."""
 
     window: Annotated[int, Ge(1)] | None = None
-    """Keys that a local head's query sees, itself included; for --mhsa the band that is monitored."""
+    """Keys that a query of a local head sees, itself included; with --mhsa the band that is monitored."""
 
     global_heads: Annotated[int, Ge(0)] | None = None
     """Global heads per layer."""
@@ -67,10 +67,10 @@ class TrainConfig:
     """Tokens per training sequence, and the longest that learned positions allow."""
 
     position_embedding: PositionEmbedding | None = None
-    """How positions enter the model."""
+    """Kind of positions."""
 
     global_position_embedding: PositionEmbedding | None = None
-    """How positions enter the global heads, where that differs."""
+    """Kind of positions of the global heads, if it differs."""
 
     qk_norm: bool | None = None
     """Normalize queries and keys per head."""
@@ -103,16 +103,16 @@ class TrainConfig:
     """Learning rate after the warm-up."""
 
     min_learning_rate: Annotated[float, Ge(0)] | None = None
-    """Where the cosine ends. None: a tenth of the learning rate."""
+    """Learning rate at the end of the cosine. None: a tenth of the learning rate."""
 
     schedule: Schedule = "cosine"
-    """Learning rate after the warm-up."""
+    """Course of the learning rate after the warm-up."""
 
     warmup_steps: Annotated[int, Ge(0)] | None = None
     """Steps of linear warm-up. None: a tenth of the steps, at most 2000."""
 
     schedule_steps: Annotated[int, Ge(1)] | None = None
-    """Step at which the cosine ends; it stays at its end afterwards. None: the steps of this run."""
+    """Step at which the cosine ends; then the learning rate is constant. None: the steps of this run."""
 
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     """AdamW: decay of the mean of gradients."""
@@ -121,17 +121,17 @@ class TrainConfig:
     """AdamW: decay of the mean of squared gradients."""
 
     weight_decay: Annotated[float, Ge(0)] = 0.1
-    """AdamW: decay of matrices, embeddings among them. Gains do not decay."""
+    """AdamW: decay of matrices, including embeddings. Gains do not decay."""
 
     grad_clip: Annotated[float, Ge(0)] = 1.0
     """Largest norm of the gradient. 0: no clipping."""
 
     z_loss: Annotated[float, Ge(0)] = 0.0
-    """Weight of the z-loss (PaLM: 1e-4) in what is differentiated; the reported loss has none of it."""
+    """Weight of the z-loss (PaLM: 1e-4) in what is differentiated; the reported loss is without it."""
 
     qk_clip: Annotated[float, Gt(0)] | None = None
     """After each step, scale queries and keys of heads whose largest logit was above this (Kimi K2: 100).
-    Every step is measured then, which takes some time."""
+    This measures the logits on every step, which takes some time."""
 
     seed: Seed = 0
     """Seed of the initial weights and of the batches."""
@@ -146,14 +146,14 @@ class TrainConfig:
     """Compile the model with torch.compile."""
 
     separate_documents: bool = False
-    """Cut attention where a new document begins, which is at the end-of-text token before it."""
+    """Let no token see an earlier document; a document begins at the end-of-text token before it."""
 
     token_order: TokenOrder = "text"
-    """Control experiments: permuted puts the tokens of every sequence into one random order, interleaved
-    weaves each sequence of pieces of text from independent places."""
+    """Control experiments: permuted puts the tokens of every sequence into the same random order; interleaved
+    alternates between tokens of several pieces of text from independent places."""
 
     interleave: Annotated[int, Ge(1)] = 16
-    """Pieces per interleaved sequence: tokens of one piece are so many tokens apart."""
+    """Pieces per interleaved sequence, which is also the distance between successive tokens of one piece."""
 
     log_every: Annotated[int, Ge(1)] = 10
     """Steps between lines of metrics.jsonl."""
@@ -162,42 +162,43 @@ class TrainConfig:
     """Steps between measurements of the attention logits. 0: none."""
 
     monitor_row_range: bool = False
-    """Measure the row range too, the largest difference between two logits of one query; slow where heads are
-    global."""
+    """Measure the row range too, the largest difference between two logits of one query; slow for global
+    heads."""
 
     evaluate_every: Annotated[int, Ge(0)] = 200
     """Steps between validation losses. 0: none."""
 
     validation_windows: Annotated[int, Ge(1)] = 64
-    """Sequences of the validation split that such a loss is measured on, at most; they are shorter where the
-    split is, but not in another token order than text."""
+    """Most sequences of the validation split on which the validation loss is measured. If the split is
+    shorter than a sequence, so are they, but only in the token order text."""
 
     checkpoint_every: Annotated[int, Ge(1)] = 200
     """Steps between checkpoints; there is one at the end too."""
 
     keep_checkpoints: Annotated[int, Ge(1)] | None = None
-    """How many checkpoints to keep, the latest ones; with --on-spike rollback also those that it may need.
+    """Number of latest checkpoints to keep; with --on-spike rollback those that it may need are kept too.
     None: all."""
 
     on_spike: OnSpike | None = None
-    """What to do when loss, gradient norm or largest logit spikes. report: say so. stop: write a checkpoint
-    and end. rollback: go back to a checkpoint and leave out batches. Each of them makes every step wait for
-    the GPU. None: do not look."""
+    """Action when loss, gradient norm or largest logit spikes. report: print a message. stop: write a
+    checkpoint and end. rollback: go back to a checkpoint and leave out batches. Any of them makes every step
+    wait for the GPU. None: spikes are not detected."""
 
     rollback_steps: Annotated[int, Ge(1)] = 100
-    """Rollback: to the latest checkpoint at least so many steps before the spike began, else to the first."""
+    """Rollback: go back to the latest checkpoint at least this many steps before the spike began, else to the
+    first."""
 
     skip_batches: Annotated[int, Ge(0)] = 200
-    """Rollback: so many batches are left out from there on, and at least those up to the spike."""
+    """Rollback: number of batches to leave out from that checkpoint on; at least those up to the spike."""
 
     max_rollbacks: Annotated[int, Ge(0)] = 5
-    """Rollback: the next spike after so many ends the run as with stop."""
+    """Rollback: after this many rollbacks, the next spike ends the run as with stop."""
 
     threads: Annotated[int, Ge(1)] | None = None
     """CPU threads of each process. None: torch's default."""
 
     device: Device = "auto"
-    """auto: a GPU where there is one."""
+    """auto: a GPU if there is one."""
 
     tensorboard: bool = True
     """Write the metrics for TensorBoard too, into OUT/tensorboard."""
@@ -243,7 +244,7 @@ class TrainConfig:
             )
 
     def schedule_or_defaults(self) -> tuple[int, int, float]:
-        """`warmup_steps`, `schedule_steps` and `min_learning_rate`, defaults filled in."""
+        """Return `warmup_steps`, `schedule_steps` and `min_learning_rate`, defaults filled in."""
         return (
             min(2000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps,
             self.steps if self.schedule_steps is None else self.schedule_steps,
@@ -251,7 +252,7 @@ class TrainConfig:
         )
 
     def model_overrides(self) -> dict[str, Any]:
-        """The model settings that were given, under the names of `LongShortConfig`."""
+        """Return the model settings that were given, under the names of `LongShortConfig`."""
         given = {theirs: getattr(self, ours) for ours, theirs in MODEL_SETTINGS.items()}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -274,4 +275,4 @@ MODEL_SETTINGS = {
     "sink_tokens": "sink_tokens",
     "attention_precision": "attention_precision",
 }
-"""Which field of `LongShortConfig` each model setting overrides."""
+"""The field of `LongShortConfig` that each model setting overrides."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop reads between two steps."""
+"""Ctrl-C and SIGTERM as requests that the loop reads between two steps."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Self
 
 
 class Interrupts:
-    """While this context lasts, the first Ctrl-C or SIGTERM is noted instead of obeyed.
+    """A context in which the first Ctrl-C or SIGTERM is recorded instead of ending the process.
 
-    A second Ctrl-C raises KeyboardInterrupt. Outside the main thread, where Python takes no signals, it does
-    nothing.
+    A second Ctrl-C raises KeyboardInterrupt. Outside the main thread, where Python handles no signals, the
+    context does nothing.
 
     Args:
-        is_patient: a second Ctrl-C is noted only, too: `torchrun` passes on the one that the terminal sent to
-            all processes already.
+        is_patient: only record a second Ctrl-C, too: `torchrun` forwards the one that the terminal has
+            already sent to all processes.
 
     Attributes:
-        signal: number of the first signal that came; None until then.
+        signal: number of the first signal; None until there is one.
     """
 
     def __init__(self, is_patient: bool):

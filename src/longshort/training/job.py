@@ -1,4 +1,4 @@
-"""What the steps of a run work on: model, batches, windows for the validation loss."""
+"""The objects that the steps of a run need: model, batches, windows for the validation loss."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from longshort.training.run import RunConfig
 
 @dataclass(frozen=True)
 class Job:
-    """What the steps of a run work on, ready before its folder is touched."""
+    """The objects that the steps of a run need, built before its folder is touched."""
 
     run: RunConfig
     model: LongShortForCausalLM
     batches: Batches
     windows: Batch | None
-    """For the validation loss."""
+    """Windows for the validation loss; None if it is not measured."""
 
 
 def prepare_job(run: RunConfig, data: DataFolder, ranks: Ranks) -> Job:

@@ -1,9 +1,9 @@
 """The training loop: from a `TrainConfig` to a trained model in a run's folder.
 
-All randomness comes from the seed: the initial weights, and each batch together with the number of its step.
-So a run that goes on from a checkpoint computes bit for bit what it would have computed without the break
+All randomness depends on the seed: the initial weights, and each batch together with the number of its step.
+So a run that is resumed from a checkpoint computes bit for bit what it would have computed without the break
 (same machine, threads and versions, fp32); one killed before its first checkpoint starts again from step 0.
-After a rollback the run starts once more from a checkpoint, with batches further on, as the state in it says:
+After a rollback the run starts again from a checkpoint with later batches: by the state in the checkpoint,
 step s takes batch s - 1 + `batches_skipped`.
 """
 
@@ -51,9 +51,9 @@ from longshort.training.run import (
 def train(settings: TrainConfig, progress: Progress | None = None) -> Outcome:
     """Start a run in the folder `settings.out`.
 
-    Ctrl-C and SIGTERM let the current step end, write a checkpoint and return; a second Ctrl-C raises
-    KeyboardInterrupt at once. A loss that is not finite does not stop the run, unless `on_spike` says so:
-    divergence is a result.
+    After Ctrl-C or SIGTERM the current step ends, a checkpoint is written and the call returns; a second
+    Ctrl-C raises KeyboardInterrupt at once. A loss that is not finite does not stop the run, unless
+    `on_spike` asks for it: divergence is a result.
 
     Raises:
         ValueError: a setting does not fit the preset, the data or the machine; no file was touched.
@@ -81,18 +81,18 @@ def resume(
     data: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Go on with a run from its latest checkpoint, with the settings of its config.json.
+    """Resume a run from its latest checkpoint, with the settings of its config.json.
 
     Args:
         run: the run's folder.
-        steps: new number of steps. The schedule of the learning rate stays: warm-up and cosine were laid out
-            when the run began, and after the cosine's end the rate stays at `min_learning_rate`.
+        steps: new number of steps. The schedule of the learning rate stays: warm-up and cosine were set when
+            the run began, and after the cosine's end the rate stays at `min_learning_rate`.
         threads: CPU threads from now on; another number may change the last bits of the losses.
-        data: where the data folder is now, if it was moved.
-        progress: is told what happens.
+        data: new path of the data folder, if it was moved.
+        progress: reports what happens.
 
     Raises:
-        FileNotFoundError: there is no such run, or its data is not where it was.
+        FileNotFoundError: there is no such run, or its data was moved.
         ValueError: an argument is out of its range, or the data is not the run's.
         BlockingIOError: another process is training this run.
         OSError: as in `train`.
@@ -108,7 +108,7 @@ def resume(
         job = prepare_job(planned, open_same_data(planned), ranks)
         if ranks.is_main and planned.versions != current_versions():
             progress.on_message(
-                f"started with {planned.versions}, going on with {current_versions()}: "
+                f"started with {planned.versions}, continuing with {current_versions()}: "
                 "the last bits of the losses may differ"
             )
         return _run_steps(job, ranks, progress)
@@ -126,7 +126,7 @@ def _run_steps(job: Job, ranks: Ranks, progress: Progress) -> Outcome:
 
 
 def _go_on(job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) -> Outcome:
-    """Train from the latest checkpoint on."""
+    """Train from the latest checkpoint on, or from the start."""
     settings = job.run.training
     training = _Training(job, ranks, progress, log)
     state = training.load()
@@ -140,7 +140,7 @@ def _go_on(job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) -
     if log is not None:
         progress.on_start(job.run, state.step)
         if state.step == settings.steps:
-            progress.on_message(f"all {state.step} steps are done; --steps goes further")
+            progress.on_message(f"all {state.step} steps are done; --steps adds more")
     with Interrupts(is_patient=ranks.world_size > 1) as interrupts:
         outcome = training.run(state, interrupts)
     ranks.barrier()  # the last checkpoint is there
@@ -148,7 +148,7 @@ def _go_on(job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) -
 
 
 class _Training:
-    """What the steps of a run share. Only the main process has a log; only it writes."""
+    """The training of one run, step by step. Only the main process has a log; only it writes."""
 
     def __init__(self, job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None):
         self._job, self._ranks, self._progress, self._log = job, ranks, progress, log
@@ -160,7 +160,7 @@ class _Training:
         self._clip = self._clip_monitor = None
         if settings.qk_clip is not None:
             self._clip = QKClip(self._model, settings.qk_clip)
-            self._clip_monitor = AttentionMonitor(self._model, None)  # what the clip needs and no more
+            self._clip_monitor = AttentionMonitor(self._model, None)  # only what the clip needs
         self._recorder = Recorder(settings, log, progress)
 
     def load(self) -> TrainState:
@@ -186,10 +186,10 @@ class _Training:
         self._recorder.begin(state)
         needs_start = self._settings.on_spike == "rollback" and self._log is not None
         if needs_start and latest_checkpoint(self._settings.out) is None:
-            self._save(state)  # what the first rollbacks go back to
+            self._save(state)  # the first rollbacks go back to this one
 
     def run(self, state: TrainState, interrupts: Interrupts) -> Outcome:
-        """Do the steps after `state`: each is taken, observed and responded to."""
+        """Run the steps after `state`: each is taken, recorded, and checked for a spike."""
         settings = self._settings
         while state.step < settings.steps:
             state, taken = self._step(state)
@@ -208,7 +208,7 @@ class _Training:
         return Outcome(settings.out, state.step, settings.steps, None)
 
     def _step(self, state: TrainState) -> tuple[TrainState, Taken]:
-        """One optimizer step, its attention measured where that is due, and QK-clip after it."""
+        """Take one optimizer step, measure its attention if that is due, and apply QK-clip after it."""
         settings, ranks, step = self._settings, self._ranks, state.step + 1
         every = settings.monitor_every
         is_monitored = is_due(step, every, settings.steps) or (step == 1 and every > 0)
@@ -228,7 +228,7 @@ class _Training:
         return state, Taken(torch.stack([loss, norm]), learning_rate, reading, is_monitored, clipped)
 
     def _observe(self, state: TrainState, taken: Taken) -> dict[str, Any] | None:
-        """Record the step, if that is due; returns the entry of a spike that it shows."""
+        """Record the step, if that is due; return the entry of its spike, if it shows one."""
         record = spike = None
         has_line = self._recorder.is_due(state.step, taken)
         if has_line or self._detector is not None:
@@ -252,7 +252,7 @@ class _Training:
     def _look_for_spike(
         self, loss: float, norm: float, reading: Reading | None, state: TrainState
     ) -> dict[str, Any] | None:
-        """The entry of metrics.jsonl for a spike, if the step that was just done shows one."""
+        """Return the entry of metrics.jsonl for a spike, if the last step shows one."""
         if self._detector is None:
             return None
         spike = self._detector.observe(state.step, loss, norm, None if reading is None else reading.max_logit)
@@ -274,7 +274,7 @@ class _Training:
 
     def _roll_back(self, spike: dict[str, Any], state: TrainState) -> TrainState:
         """Make an earlier checkpoint the latest, and start from it once more."""
-        self._ranks.barrier()  # nobody reads checkpoints any more
+        self._ranks.barrier()  # no process reads checkpoints any more
         if self._log is not None:
             self._log.sync()
             rewind(self._settings.out, spike["to_step"], state.attempt + 1, spike["batches_skipped"])
@@ -287,7 +287,7 @@ class _Training:
         run, onset = self._settings.out, state.step + 1
         if self._detector is not None:
             state = replace(state, spikes=self._detector.state())
-            onset -= self._detector.rise_steps  # a slow rise is seen as late
+            onset -= self._detector.rise_steps  # a slow rise is detected this much later
         save_checkpoint(run, self._model, self._optimizer, state)
         keep_checkpoints(run, checkpoints_to_keep(self._settings, onset))
 

@@ -1,4 +1,4 @@
-"""What a run measured, line by line: metrics.jsonl, and TensorBoard beside it.
+"""The measurements of a run, line by line: metrics.jsonl, and TensorBoard beside it.
 
 A line is one strict JSON object. Its keys:
 
@@ -6,16 +6,16 @@ A line is one strict JSON object. Its keys:
 - `loss` (nats per token) of this step's batch and `grad_norm` before clipping, both at the weights before the
   step; `learning_rate` of the step; `tokens_per_second` since the line before, checkpoints and validation
   not counted.
-- if the run is monitored `max_logit`, and of it `max_logit_local`, `max_logit_global`,
-  `max_logit_global_in_band`, as last measured; null where the model has no such heads.
-- on the steps that measure them `max_logit_by_head` and `entropy_by_head` (nats), for each layer a list; with
-  `monitor_row_range` also `row_range`, and of it `row_range_local`, `row_range_global` and
+- if the run is monitored, `max_logit` and its parts `max_logit_local`, `max_logit_global` and
+  `max_logit_global_in_band`, as last measured; null if the model has no such heads.
+- on the steps that measure them, `max_logit_by_head` and `entropy_by_head` (nats), a list for each layer.
+  With `monitor_row_range` also `row_range` and its parts `row_range_local`, `row_range_global` and
   `row_range_global_in_band`: the largest difference between two logits of one query, null as above.
 - `validation_loss` (nats per token) after the step, on evaluated steps.
 - `qk_clipped`: with QK-clip, the heads that were scaled after the step.
 - `spike`, on a step that showed one: `reasons`, `onset` (the step at which it began) and `action`; with the
   action "rollback" also `to_step`, the steps that stay done, and `batches_skipped`, batches left out so far.
-- `attempt`: how many rollbacks came before; absent where there were none.
+- `attempt`: number of rollbacks before this line; absent if there were none.
 
 After a rollback the lines of the abandoned steps stay; the steps of the next attempt follow them.
 
@@ -43,7 +43,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsLog:
-    """Appends to a run's metrics; whoever holds it is the only process that trains the run.
+    """Appends to a run's metrics; the process that holds it is the only one that trains the run.
 
     Args:
         run: the run's folder.
@@ -66,9 +66,9 @@ class MetricsLog:
         """Cut off what comes after `step` of `attempt`, the half line of a killed process included.
 
         Args:
-            step: optimizer steps that the run goes on from.
+            step: optimizer steps after which the run continues.
             tensorboard: write TensorBoard's files too.
-            attempt: how many rollbacks came before; lines of earlier attempts stay.
+            attempt: number of rollbacks so far; lines of earlier attempts stay.
 
         Returns:
             The last line that counts, if there is one.
@@ -100,7 +100,7 @@ class MetricsLog:
         """Append one line; it has reached the operating system when this returns.
 
         Raises:
-            OSError: the disk is full, or does not take the line otherwise.
+            OSError: the disk is full, or the line cannot be written for another reason.
         """
         line = json.dumps(finite_or_none(record), allow_nan=False)
         try:
@@ -127,14 +127,14 @@ class MetricsLog:
 
 
 def read_metrics(run: Path | str, *, abandoned: bool = False) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; values that were not finite are None.
+    """Read the lines of a run's metrics.jsonl; values that were not finite are None.
 
-    A last line without its end, as a killed process leaves it, is not read.
+    An incomplete last line, which a killed process may leave, is not read.
 
     Args:
         run: the run's folder.
-        abandoned: also give the lines of steps that a rollback undid, in the order in which they were
-            written. Without them steps only grow.
+        abandoned: also return the lines of steps that a rollback undid, in the order in which they were
+            written. Without them the steps ascend.
 
     Raises:
         FileNotFoundError: the folder has no metrics.jsonl.
@@ -152,7 +152,7 @@ def read_metrics(run: Path | str, *, abandoned: bool = False) -> list[dict[str, 
 
 
 def has_values(metrics: Sequence[Mapping[str, Any]], key: str) -> bool:
-    """Whether at least one line holds a value of `key` that is not null."""
+    """Return whether at least one line holds a value of `key` that is not null."""
     return any(line.get(key) is not None for line in metrics)
 
 

@@ -16,7 +16,7 @@ from longshort.training.parallel import Ranks
 
 
 def learning_rate_at(settings: TrainConfig, step: int) -> float:
-    """Learning rate of the step-th step, counted from 0.
+    """Return the learning rate of a step, counted from 0.
 
     Linear warm-up to `learning_rate` over `warmup_steps`, then a half cosine down to `min_learning_rate` at
     `schedule_steps`, where it stays; or, for the constant schedule, no change.
@@ -31,8 +31,10 @@ def learning_rate_at(settings: TrainConfig, step: int) -> float:
 
 
 def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices, embeddings among them, and leaves gains alone, sink logits and convolutions
-    too: these start as the identity, and decay would shrink the attention logits."""
+    """Make AdamW that decays matrices, including embeddings, but no gains, sink logits or convolutions.
+
+    Convolutions start as the identity, and decay would shrink the attention logits.
+    """
     kept = {id(module.weight) for module in model.modules() if isinstance(module, ShortConvolution)}
     decayed, others = [], []
     for parameter in model.parameters():
@@ -54,7 +56,7 @@ def optimizer_step(
     settings: TrainConfig,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor]:
-    """One step on this rank's part of a batch.
+    """Take one step on this rank's part of a batch.
 
     Returns:
         The mean cross-entropy over that part, and the norm of the gradient of what is differentiated (with
@@ -81,14 +83,14 @@ def optimizer_step(
 
 
 def batch_loss(model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks) -> Tensor:
-    """Mean cross-entropy of a batch's labels, nats per token; a scalar."""
+    """Compute the mean cross-entropy of a batch's labels, nats per token; a scalar."""
     return _forward(model, batch, settings, ranks).loss
 
 
 def _loss_and_objective(
     model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """The cross-entropy, and what is differentiated."""
+    """Compute the cross-entropy, and the objective that is differentiated."""
     output = _forward(model, batch, settings, ranks)
     if not settings.z_loss:
         return output.loss, output.loss
@@ -96,7 +98,7 @@ def _loss_and_objective(
 
 
 def _forward(model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks) -> Any:
-    """The model's output: `loss`, a scalar, and `logits` (batch, sequence, vocab)."""
+    """Compute the model's output: `loss`, a scalar, and `logits` (batch, sequence, vocab)."""
     on_device = Batch(*(tensor.to(ranks.device) for tensor in batch))
     with torch.autocast(ranks.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         return model(
@@ -109,7 +111,10 @@ def _forward(model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, windows: Batch, settings: TrainConfig, ranks: Ranks) -> float:
-    """Mean cross-entropy over windows, nats per token; each rank computes every world_size-th micro-batch."""
+    """Compute the mean cross-entropy over windows, nats per token.
+
+    Each rank takes every world_size-th micro-batch.
+    """
     parts = _micro_batches(windows, settings, ranks)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     model.eval()

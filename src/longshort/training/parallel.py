@@ -1,4 +1,4 @@
-"""Devices and processes: one process, or data parallel ones under `torchrun`. Nothing else knows of ranks."""
+"""Devices and processes: one process, or data parallelism under `torchrun`, both behind `Ranks`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Ranks:
     """The processes that train one model together, as seen from one of them.
 
     Attributes:
-        device: where this process computes.
+        device: device of this process.
         rank: number of this process, 0 ... world_size - 1.
         world_size: number of processes.
     """
@@ -29,18 +29,18 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes files and reports."""
+        """Whether this is the process that writes files and reports."""
         return self.rank == 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over the ranks in each backward pass."""
+        """Wrap the model so that its gradients are averaged over the ranks in each backward pass."""
         if self.world_size == 1:
             return model
         device_ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     def accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
-        """Around one micro-batch: gradients travel with the last of a step only."""
+        """Make a context for one micro-batch: gradients are exchanged with the last of a step only."""
         if isinstance(model, DistributedDataParallel) and not is_last:
             return model.no_sync()
         return nullcontext()
@@ -67,7 +67,7 @@ class Ranks:
         return both[0].masked_fill(both[1] > 0, torch.nan)
 
     def any(self, condition: bool) -> bool:
-        """Whether the condition holds on at least one rank."""
+        """Return whether the condition holds on at least one rank."""
         if self.world_size == 1:
             return condition
         return bool(self.reduce_sum(torch.tensor(float(condition), device=self.device)) > 0)
@@ -83,7 +83,7 @@ def connect(device: str = "auto") -> Iterator[Ranks]:
     """Join the processes that `torchrun` started, or be the only one.
 
     Args:
-        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
 
     Raises:
         ValueError: "cuda" is asked for and there is none.
@@ -104,6 +104,6 @@ def connect(device: str = "auto") -> Iterator[Ranks]:
     try:
         ranks = Ranks(here, dist.get_rank(), world_size)
         yield ranks
-        ranks.barrier()  # a process that leaves while others still talk can take them down at its exit
+        ranks.barrier()  # a process that exits while others still communicate can make them fail
     finally:
         dist.destroy_process_group()

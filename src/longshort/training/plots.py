@@ -186,7 +186,7 @@ def _entropy(metrics: Metrics) -> Figure:
 
 
 def _heads(by_name: Mapping[str, Metrics]) -> Figure:
-    """Layers × heads of the largest logit at the last step where it was measured, on one colour scale."""
+    """Draws the largest logit by layer and head at the last step that measured it, on one colour scale."""
     steps, values = [], []
     for metrics in by_name.values():
         at, by_head = _series(metrics, "max_logit_by_head")
@@ -236,14 +236,14 @@ def _has(metrics: Metrics, key: str) -> bool:
 
 
 def _series(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (n,) and values (n,) or (n, layers, heads) of the lines that have `key`; None becomes NaN."""
+    """Returns steps (n,) and values (n,) or (n, layers, heads) of lines that have `key`; None becomes NaN."""
     measured = [line for line in metrics if key in line]
     steps = np.array([line["step"] for line in measured], dtype=np.float64)
     return steps, np.array([line[key] for line in measured], dtype=np.float64)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred mean over about a fiftieth of the points, so that a spike stays one; NaN stays NaN."""
+    """Returns the centred mean over about a fiftieth of the points, so that a spike stays one; keeps NaN."""
     half = len(values) // 100
     if half == 0:
         return values
@@ -278,7 +278,7 @@ def _log_norm(values: np.ndarray) -> Normalize:
 
 
 def _legend(axes: Axes, extra_marker: str | None = None, extra_line: tuple[str, str] | None = None) -> None:
-    """A legend of the lines; what a marker or dash means is said once, in grey."""
+    """Adds a legend of the lines; the meaning of a marker or dash is explained once, in grey."""
     if extra_marker:
         axes.plot([], [], "o", color="#777777", ms=5, label=extra_marker)
     if extra_line:

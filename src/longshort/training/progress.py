@@ -1,4 +1,4 @@
-"""What a run reports while it trains, and how a call of `train` or `resume` ends."""
+"""The reports of a run while it trains, and the outcome of a call of `train` or `resume`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longshort.training.run import RunConfig
 
 
 class Progress:
-    """Reports of a run on its main process; override what you want to show."""
+    """Callbacks of a run on its main process; override those that you need."""
 
     def on_start(self, run: RunConfig, step: int) -> None:
         """Training starts, or resumes, after `step` steps."""
@@ -27,13 +27,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `train` or `resume` ended.
+    """The outcome of a call of `train` or `resume`.
 
     Attributes:
         run: the run's folder.
-        step: optimizer steps done; a checkpoint of this step is there.
-        steps: how many the run is to have.
-        signal: number of the signal that stopped it early; None: none did.
+        step: optimizer steps done; there is a checkpoint of this step.
+        steps: optimizer steps that the run is to have.
+        signal: number of the signal that stopped it early; None if none did.
         stopped_by_spike: whether a spike ended it.
     """
 
@@ -45,14 +45,14 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """For the shell: 0; 128 + the signal's number (130 after Ctrl-C); 3 after a spike."""
+        """The exit code for the shell: 0; 128 + the signal's number (130 after Ctrl-C); 3 after a spike."""
         if self.stopped_by_spike:
             return 3
         return 0 if self.signal is None else 128 + self.signal
 
 
 def resume_command(run: Path, ranks: Ranks) -> str:
-    """The command that resumes a run."""
+    """Return the command that resumes a run."""
     program = "longshort"
     if ranks.world_size > 1:
         local = os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)

@@ -1,4 +1,4 @@
-"""What a step has shown, and its line of metrics.jsonl."""
+"""The measurements of a step, and its line of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Taken:
 
     Attributes:
         loss_and_norm: (2,), on this rank.
-        learning_rate: that of the step.
-        reading: what the monitor read, of all ranks; None where nothing was measured.
+        learning_rate: learning rate of the step.
+        reading: the monitor's reading over all ranks; None if nothing was measured.
         is_monitored: whether the reading is meant for the metrics, and not for QK-clip alone.
         clipped: heads that QK-clip scaled; None without it.
     """
@@ -36,7 +36,7 @@ class Taken:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Whether what is done every `every` steps (0: never), and on the last one, is done on this one."""
+    """Return whether a task for every `every` steps (0: none) and the last one is due on this step."""
     return every > 0 and (step % every == 0 or step == last)
 
 
@@ -44,9 +44,9 @@ class Recorder:
     """Makes the lines of a run's metrics, and reports the first loss that is not finite.
 
     Args:
-        settings: those of the run.
-        log: takes the lines; None on all processes but the main one.
-        progress: takes what a reader should know.
+        settings: settings of the run.
+        log: receives the lines; None on all processes but the main one.
+        progress: receives messages for the user.
     """
 
     def __init__(self, settings: TrainConfig, log: MetricsLog | None, progress: Progress) -> None:
@@ -61,12 +61,12 @@ class Recorder:
             self._max_logits = {name: last_line[name] for name in MAX_LOGITS if name in last_line}
 
     def add_work(self, tokens: int, seconds: float) -> None:
-        """Count training alone: checkpoints and validation take no part in the speed."""
+        """Count the tokens and seconds of training alone: the speed leaves out checkpoints and validation."""
         self._tokens += tokens
         self._seconds += seconds
 
     def is_due(self, step: int, taken: Taken) -> bool:
-        """Whether the step has a line."""
+        """Return whether the step has a line."""
         settings = self._settings
         intervals = (settings.log_every, settings.evaluate_every)
         return taken.is_monitored or any(is_due(step, every, settings.steps) for every in intervals)
@@ -80,14 +80,14 @@ class Recorder:
         spike: dict[str, Any] | None,
         validate: Callable[[], float] | None,
     ) -> dict[str, Any]:
-        """Write the line of a step, see `longshort.training.metrics`; returns it.
+        """Write the line of a step and return it; see `longshort.training.metrics`.
 
         Args:
-            state: after the step.
+            state: the state after the step.
             taken: the step.
             loss, norm: the means over all ranks.
             spike: the entry of a spike.
-            validate: computes the validation loss; None where there is nothing to compute it on.
+            validate: computes the validation loss; None if there are no windows for it.
         """
         record: dict[str, Any] = {
             "step": state.step,
@@ -119,5 +119,5 @@ class Recorder:
     def _report_divergence(self, record: dict[str, Any]) -> None:
         is_finite = math.isfinite(record["loss"])
         if self._settings.on_spike is None and self._was_finite and not is_finite:
-            self._progress.on_message(f"the loss is not finite at step {record['step']}; the run goes on")
+            self._progress.on_message(f"the loss is not finite at step {record['step']}; the run continues")
         self._was_finite = is_finite

@@ -64,7 +64,7 @@ _CAPTIONS = {
 
 
 def summarize(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Rows of name, value and step: losses at the end and at their best, logits at the end, speed."""
+    """Returns rows of name, value and step: last and best losses, last logits, speed."""
     rows = []
     for name, key in (("training loss", "loss"), ("validation loss", "validation_loss")):
         line = _last(metrics, key)

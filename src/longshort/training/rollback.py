@@ -1,12 +1,12 @@
-"""What a run does about a spike.
+"""Rollbacks and other responses of a run to a spike.
 
 A rollback is what PaLM's authors did by hand (Chowdhery et al. 2022, section 5.1): go back to a checkpoint of
-about 100 steps before the spike and leave out a few hundred batches, those that led to it among them.
+about 100 steps before the spike and leave out a few hundred batches, including those that led to it.
 
-Only a checkpoint at least `rollback_steps` older than the spike's first sign counts as good: one taken
-shortly before may hold what led to it. The weights before the first step are a checkpoint too, always good.
-Checkpoints that an interrupt left between the regular ones do not count, and take no other one's place among
-those that are kept, so that a run that was interrupted goes back as far as one that was not.
+Only a checkpoint at least `rollback_steps` older than the spike's first sign counts as good: a later one may
+contain the cause. The weights before the first step are a checkpoint too, always good. Checkpoints that an
+interrupt left between the regular ones count neither here nor among those that are kept, so that an
+interrupted run goes back as far as one without interrupts.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from longshort.training.config import TrainConfig
 
 
 def good_checkpoint(settings: TrainConfig, onset: int) -> int | None:
-    """Step of the latest regular checkpoint at least `rollback_steps` before a spike that began at step
-    `onset`; else of the first that is older than it; None: there is none."""
+    """Return the step of the latest regular checkpoint at least `rollback_steps` before a spike that began at
+    step `onset`, else of the first one before it; None if there is none."""
     older = [step for step in _regular(settings, checkpoint_steps(settings.out)) if step < onset]
     good = [step for step in older if step <= onset - settings.rollback_steps]
     return good[-1] if good else min(older, default=None)
 
 
 def checkpoints_to_keep(settings: TrainConfig, onset: int) -> list[int]:
-    """Steps of the checkpoints that `keep_checkpoints` leaves once the latest one is written.
+    """Return the steps of the checkpoints to keep once the latest one is written.
 
-    Those that a rollback may need stay too. For rollbacks regular checkpoints alone are counted; one that an
-    interrupt has left goes when the next regular one is there.
+    They are the latest `keep_checkpoints`, and those that a rollback may need. With rollbacks only regular
+    checkpoints count; one that an interrupt left is removed after the next regular one.
 
     Args:
-        onset: the first step at which a spike that was not seen yet may have begun.
+        onset: the first step at which a spike that is not detected yet may have begun.
     """
     steps, count = checkpoint_steps(settings.out), settings.keep_checkpoints
     if count is None or settings.on_spike != "rollback":
@@ -48,12 +48,12 @@ def checkpoints_to_keep(settings: TrainConfig, onset: int) -> list[int]:
 
 
 def respond(spike: Spike, settings: TrainConfig, state: TrainState) -> dict[str, Any]:
-    """Decide what to do about a spike: its entry in metrics.jsonl, see `longshort.training.metrics`.
+    """Decide what to do about a spike; return its entry in metrics.jsonl, see `longshort.training.metrics`.
 
     Args:
-        spike: seen in the step that was just done.
-        settings: of the run; `on_spike` is not None.
-        state: after that step.
+        spike: the spike that the last step showed.
+        settings: settings of the run; `on_spike` is not None.
+        state: the state after that step.
     """
     entry: dict[str, Any] = {
         "reasons": list(spike.reasons),
@@ -70,14 +70,14 @@ def respond(spike: Spike, settings: TrainConfig, state: TrainState) -> dict[str,
 
 
 def describe(entry: dict[str, Any], settings: TrainConfig, state: TrainState) -> str:
-    """What a reader should know of a spike and of what is done about it.
+    """Describe a spike and the response to it, for the user.
 
     Args:
-        entry: by `respond`, which got the same settings and state.
+        entry: the result of `respond` for the same settings and state.
     """
     text = f"spike at step {state.step}: {', '.join(entry['reasons'])}; "
     if entry["action"] == "report":
-        return text + "the run goes on"
+        return text + "the run continues"
     if entry["action"] == "rollback":
         skipped = entry["batches_skipped"] - state.batches_skipped
         return text + (

@@ -1,4 +1,4 @@
-"""The folder of a run: what it trains is resolved, checked and written down before the first step.
+"""The folder of a run: its settings are resolved, checked and written before the first step.
 
 RUN/config.json        `RunConfig`: every setting, the model's config, which data, which versions
 RUN/tokenizer/         a copy of the data's tokenizer
@@ -29,10 +29,10 @@ TOKENIZER_FOLDER = "tokenizer"
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """By what a resumed run knows that its data is the same.
+    """The facts by which a resumed run recognises its data.
 
     Attributes:
-        tokenizer_hash: of the tokenizer that made the tokens.
+        tokenizer_hash: hash of the tokenizer that made the tokens.
         train_tokens, validation_tokens: lengths of the two splits.
     """
 
@@ -42,7 +42,7 @@ class DataIdentity:
 
     @classmethod
     def of(cls, data: DataFolder) -> DataIdentity:
-        """The identity of a prepared folder."""
+        """Return the identity of a prepared folder."""
         return cls(data.train.tokenizer_hash, len(data.train.tokens), len(data.validation.tokens))
 
 
@@ -53,10 +53,10 @@ class RunConfig:
     Attributes:
         training: the settings, defaults filled in, paths absolute.
         model: `LongShortConfig` as a dictionary.
-        band: window over which the global heads' logits are compared with local heads; None: not compared,
-            the model has no local head and its config no window.
-        data: what the run was started on.
-        versions: of longshort and torch.
+        band: window over which the global heads' logits are compared with local heads; None: they are not,
+            since the model has no local head and its config no window.
+        data: identity of the data that the run was started on.
+        versions: versions of longshort and torch.
         document_start: where documents begin, if the run keeps them separate.
     """
 
@@ -71,8 +71,8 @@ class RunConfig:
         begins_with_end_of_text(self.document_start)  # checks it
 
     def build_model(self) -> LongShortForCausalLM:
-        """The model with the initial weights of the run's seed, on the CPU in fp32."""
-        with torch.random.fork_rng(devices=[]):  # the weights that a new model draws are not the run's
+        """Build the model with the initial weights of the run's seed, on the CPU in fp32."""
+        with torch.random.fork_rng(devices=[]):  # keeps torch's generator; the drawn weights are replaced
             model = LongShortForCausalLM(LongShortConfig.from_dict(self.model))
         model.draw_weights(self.training.seed)
         return model
@@ -96,7 +96,7 @@ def plan_run(settings: TrainConfig) -> tuple[RunConfig, DataFolder]:
         **settings.model_overrides(),
     )
     resolved = {ours: getattr(model, theirs) for ours, theirs in MODEL_SETTINGS.items()}
-    # What differs by layer is no flag's value; `RunConfig.model` has it.
+    # A flag holds no value that differs by layer; `RunConfig.model` does.
     chosen = {name: value for name, value in resolved.items() if not isinstance(value, list)}
     if settings.mhsa:
         chosen.pop("global_heads", None)
@@ -122,7 +122,7 @@ def plan_run(settings: TrainConfig) -> tuple[RunConfig, DataFolder]:
 
 
 def _band(model: LongShortConfig) -> int | None:
-    """The largest window of a local head; without local heads the one that the config names all the same."""
+    """Return the largest window of a local head; without local heads, the window in the config, if any."""
     windows = [window for layout in model.head_layouts() for window in layout.windows if window is not None]
     named = model.local_window if isinstance(model.local_window, list) else [model.local_window]
     return max(windows or [window for window in named if window is not None], default=None)
@@ -154,10 +154,10 @@ def create_run(run: RunConfig, data: DataFolder) -> None:
 
 
 def read_run(run: Path | str) -> RunConfig:
-    """A run's config.json; `training.out` is where the run is now.
+    """Read a run's config.json; `training.out` is the present folder of the run.
 
     Raises:
-        FileNotFoundError: the folder is no run.
+        FileNotFoundError: the folder is not a run.
         ValueError: its config.json is damaged.
     """
     path = Path(run) / CONFIG_FILE
@@ -179,17 +179,17 @@ def read_run(run: Path | str) -> RunConfig:
 
 
 def write_config(folder: Path, run: RunConfig) -> None:
-    """Write a run's config.json, replacing the one that is there at once or not at all."""
+    """Write a run's config.json; an old one is replaced at once or not at all."""
     content = json.dumps(asdict(run), indent=2, allow_nan=False, default=str)  # default: paths
     replace_file(folder / CONFIG_FILE, content.encode() + b"\n")
     sync_folder(folder)
 
 
 def open_same_data(run: RunConfig) -> DataFolder:
-    """The data that the run was started on.
+    """Open the data that the run was started on.
 
     Raises:
-        FileNotFoundError: it is not where it was.
+        FileNotFoundError: it was moved or removed.
         ValueError: it is not the same.
     """
     data = DataFolder.open(run.training.data)
@@ -203,7 +203,7 @@ def open_same_data(run: RunConfig) -> DataFolder:
 
 
 def current_versions() -> dict[str, str]:
-    """Versions of what decides the numbers of a run."""
+    """Return the versions of the packages that determine the numbers of a run."""
     return {"longshort": __version__, "torch": str(torch.__version__)}
 
 
@@ -212,6 +212,6 @@ def _require_new(out: Path) -> None:
         return
     if out.exists() or out.is_symlink():
         raise FileExistsError(
-            f"--out: {out} exists already; `longshort train --resume {out}` goes on with a run, "
+            f"--out: {out} exists already; `longshort train --resume {out}` resumes a run, "
             "another --out starts a new one"
         )

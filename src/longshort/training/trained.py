@@ -1,4 +1,4 @@
-"""A run's model and tokenizer, to use them."""
+"""Loading of a run's model and tokenizer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a run has come to.
+    """A model that a run trained, with its tokenizer.
 
     Attributes:
-        model: with the weights of the latest checkpoint, fp32, in eval mode.
-        tokenizer: of the data that it was trained on.
-        config: of the run.
-        step: of the checkpoint.
+        model: model with the weights of the latest checkpoint, fp32, in eval mode.
+        tokenizer: tokenizer of the data that it was trained on.
+        config: config of the run.
+        step: step of the checkpoint.
     """
 
     model: LongShortForCausalLM
@@ -39,14 +39,14 @@ def open_trained(run: Path | str, device: torch.device | str = "cpu") -> Trained
     """Load the latest checkpoint of a run.
 
     Raises:
-        FileNotFoundError: the folder is no run, or has no checkpoint yet.
+        FileNotFoundError: the folder is not a run, or has no checkpoint yet.
         OSError: the weights are damaged.
         ValueError: config, weights and tokenizer do not fit together.
     """
     config = read_run(run)
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
-        raise FileNotFoundError(f"{run} has no checkpoint yet; `longshort train --resume {run}` goes on")
+        raise FileNotFoundError(f"{run} has no checkpoint yet; `longshort train --resume {run}` resumes it")
     tokenizer = Path(run) / TOKENIZER_FOLDER
     if tokenizer_hash(tokenizer) != config.data.tokenizer_hash:
         raise ValueError(f"{tokenizer} is not the tokenizer of the data that {run} was trained on")
