@@ -348,8 +348,7 @@ class Tile:
 
     @cached_property
     def _sink_column_positions(self) -> Tensor:
-        """The positions of the sink keys, negative where there is none:
-        (1 | batch, 1, 1 | blocks, 1, 1 | size, sinks)."""
+        """Sink positions, negative where there is none: (1 | batch, 1, 1 | blocks, 1, 1 | size, sinks)."""
         positions, sinks = self._tile_sink_positions, self.part.problem.sinks
         if positions is None:
             return torch.arange(sinks, device=self.part.problem.q.device).view(1, 1, 1, 1, 1, sinks)
