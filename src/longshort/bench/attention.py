@@ -1,8 +1,8 @@
 """Speed of attention on this CPU: provider × length × layout × dtype × threads × pass.
 
-GFLOP/s count the work on visible pairs alone, as if nothing else were computed: 4·head_dim operations a pair
-forward (two products), 14·head_dim forward and backward (seven), of the pairs that the provider's layout has.
-Their share of the machine's peak, which is measured in the same rounds, compares across machines.
+GFLOP/s count only the work on visible pairs of the provider's layout, whatever else is computed: 4·head_dim
+operations a pair forward (two products), 14·head_dim forward and backward (seven). Their share of the
+machine's peak, which is measured in the same rounds, can be compared across machines.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PASSES = {"forward": 4, "forward-backward": 14}
-"""By name of a pass its operations per visible pair and element of head_dim."""
+"""The operations of each pass per visible pair and element of head_dim."""
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 """Dtypes by name."""
@@ -35,7 +35,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 @dataclass(frozen=True)
 class LayoutBenchmark(Benchmark):
-    """The flags of benchmarks of attention alone: what its tensors look like."""
+    """The flags of benchmarks of attention alone: shapes, dtypes and layouts."""
 
     baseline = BASELINE
 
@@ -46,7 +46,7 @@ class LayoutBenchmark(Benchmark):
     """Query heads."""
 
     global_heads: tuple[Annotated[int, Ge(0)], ...] = (1,)
-    """How many of them are global."""
+    """Number of query heads that are global."""
 
     window: tuple[Annotated[int, Ge(1)], ...] = (100,)
     """Keys that a query of a local head sees, itself included."""
@@ -82,7 +82,7 @@ class LayoutBenchmark(Benchmark):
                 )
 
     def cases_of(self, variants: Iterable[str], column: str) -> list[Case]:
-        """A case for each length, layout, dtype, number of threads and variant, which has a column."""
+        """Makes a case, with columns, for each length, layout, dtype, number of threads and variant."""
         layouts = [
             HeadLayout.split(self.heads, count, window, self.kv_heads)
             for count, window in product(self.global_heads, self.window)
@@ -106,7 +106,7 @@ class LayoutBenchmark(Benchmark):
         return cases
 
     def random(self, case: Case, generator: torch.Generator, heads: int, tokens: int) -> Tensor:
-        """Normal numbers, (batch, heads, tokens, head_dim)."""
+        """Draws normal numbers, (batch, heads, tokens, head_dim)."""
         shape = (self.batch, heads, tokens, self.head_dim)
         return torch.randn(shape, generator=generator).to(DTYPES[case.columns["dtype"]])
 
@@ -116,7 +116,7 @@ class AttentionBenchmark(LayoutBenchmark):
     """Time ways to compute attention on this CPU, in turns, for each combination of the flags that take
     several values.
 
-    Milliseconds are CPU time at one thread and wall time at more. The speedup is over sdpa, whose heads are
+    Milliseconds are CPU time on one thread and wall time on more. The speedup is over sdpa, whose heads are
     all global. GFLOP/s count the work on visible pairs alone, also as a share of the peak, which is measured
     in the same rounds.
     """
@@ -142,7 +142,7 @@ class AttentionBenchmark(LayoutBenchmark):
     """forward or forward-backward."""
 
     repeats: Annotated[int, Ge(1)] = 5
-    """Rounds that count, after one that warms up."""
+    """Rounds that are measured, after one for warm-up."""
 
     max_memory_gib: Annotated[float, Gt(0)] = 4.0
     """Leave out a provider whose arrays of length × length would take more GiB."""
@@ -159,7 +159,7 @@ class AttentionBenchmark(LayoutBenchmark):
         return self.cases_of(self.passes, "pass")
 
     def inputs(self, case: Case, group: Sequence[str]) -> tuple[AttentionInputs, Tensor]:
-        """The inputs, and the gradient of the output."""
+        """Draws the inputs, and the gradient of the output."""
         generator, layout = torch.Generator().manual_seed(0), layout_of(case)
         q, k, v, grad_out = (
             self.random(case, generator, heads, case.x)
@@ -205,7 +205,7 @@ class AttentionBenchmark(LayoutBenchmark):
         return rounds.assign(gflops=gflops, speedup=speedup, peak_share=gflops / peak)
 
     def describe_machine(self) -> str:
-        """The machine, and its peak right now on each number of threads."""
+        """Describes the machine, and its present peak on each number of threads."""
         peaks = []
         for count in dict.fromkeys(self.threads):
             torch.set_num_threads(count)
@@ -216,7 +216,7 @@ class AttentionBenchmark(LayoutBenchmark):
 
 
 def layout_of(case: Case) -> HeadLayout:
-    """The layout that the columns of a case describe."""
+    """Returns the layout that the columns of a case describe."""
     heads, global_heads, window, kv_heads = (
         case.columns[name] for name in ("heads", "global_heads", "window", "kv_heads")
     )
@@ -224,7 +224,7 @@ def layout_of(case: Case) -> HeadLayout:
 
 
 def describe_layout(layout: HeadLayout) -> str:
-    """Heads by window, in words: "11 heads of window 100, 1 global head"."""
+    """Describes heads by window, in words: "11 heads of window 100, 1 global head"."""
     parts = []
     for group in layout.groups:
         heads = "head" if len(group.heads) == 1 else "heads"

@@ -1,4 +1,4 @@
-"""What a benchmark is: flags that give cases, and providers that take turns in each case."""
+"""The definition of a benchmark: flags that give cases, and providers that take turns in each case."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from longshort.bench.record import Column
 from longshort.checks import check_fields, flag
 
 Turn = Callable[[], Mapping[str, float | list[float]]]
-"""One provider's work of a round, which returns metrics by name: a number, or several that all count."""
+"""One provider's work in a round, which returns metrics by name: a number, or several samples."""
 
 Note = Callable[[str], None]
-"""Takes what the numbers of a provider leave out, in words."""
+"""A function that takes a remark on what the numbers of a provider leave out."""
 
 LeaveOut = Callable[[str, str], None]
-"""Takes a provider that is not measured in a case, and why, in words."""
+"""A function that takes a provider that is not measured in a case, and the reason."""
 
 
 class UnsuitableError(Exception):
-    """Why a provider cannot serve a case, in words for the user."""
+    """An error that tells the user why a provider cannot serve a case."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Case:
     """One point of a sweep.
 
     Attributes:
-        x: tokens; the axis of plots.
-        setting: all the rest in words; cases of one setting share a panel of a plot.
-        threads: CPU threads of torch while it is measured.
-        columns: the setting in numbers, by name of the column.
+        x: tokens; the x axis of plots.
+        setting: everything else in words; cases of one setting share a panel of a plot.
+        threads: CPU threads of torch during the measurement.
+        columns: the values of the setting, by name of the column.
     """
 
     x: int
@@ -51,21 +51,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Benchmark(ABC):
-    """The flags of a benchmark, and what it does in each case. Subclasses add flags as fields.
+    """The flags of a benchmark, and its work in each case. Subclasses add flags as fields.
 
     Attributes:
         name: the NAME of `longshort bench NAME`.
-        title: what the plot shows, which is the table's first column.
-        y_label: its unit.
-        known: all providers that there are; each keeps its colour in every plot.
+        title: title of the plot, which shows the table's first column.
+        y_label: unit of the plot's y axis.
+        known: all providers of this benchmark; each has the same colour in every plot.
         baseline: the provider in grey.
         bound: a dashed line of the plot: its label, and the provider and metric that it shows.
         table: the columns that are printed for each case.
-        warm_up: rounds before those that count.
+        warm_up: rounds before those that are measured.
     """
 
     out: Path | None = None
-    """CSV file to make; a plot, a .png of the same name, goes beside it. Until the end the rows are in
+    """CSV file to write, with a plot beside it, a .png of the same name. Until the end the rows are in
     OUT.partial. None: only print."""
 
     overwrite: bool = False
@@ -93,45 +93,45 @@ class Benchmark(ABC):
 
     @abstractmethod
     def cases(self) -> list[Case]:
-        """The points of the sweep, each once, in the order in which they are measured."""
+        """Returns the points of the sweep, each once, in the order in which they are measured."""
 
     @abstractmethod
     def turn(self, case: Case, provider: str, inputs: Any, note: Note) -> Turn:
         """Makes a provider ready to take turns.
 
         Args:
-            case: what to do.
-            provider: who does it.
-            inputs: what `inputs` returned.
-            note: takes what the numbers of this provider leave out.
+            case: the case to measure.
+            provider: name of the provider.
+            inputs: the result of `inputs`.
+            note: takes a remark on what the numbers of this provider leave out.
 
         Raises:
             UnsuitableError: the provider cannot serve this case.
-            RuntimeError: it failed, as without memory.
+            RuntimeError: it failed, for example since memory ran out.
         """
 
     def groups(self, case: Case, leave_out: LeaveOut) -> list[list[str]]:
-        """The providers that are measured in turns; one group is gone when the next is built."""
+        """Divides providers into groups that are measured in turns; one is freed before the next is built."""
         return [list(dict.fromkeys(self.providers))]
 
     def inputs(self, case: Case, group: Sequence[str]) -> Any:
-        """What the providers of a group share."""
+        """Makes the inputs that the providers of a group share."""
         return None
 
     def each_round(self, case: Case) -> Mapping[str, float]:
-        """Metrics that are measured once in a round, for all providers."""
+        """Measures the metrics that are measured once in a round, for all providers."""
         return {}
 
     def derive(self, case: Case, rounds: pd.DataFrame) -> pd.DataFrame:
-        """Adds the metrics that follow from others to a table of metrics by group, round and provider."""
+        """Adds metrics that are computed from others to a table of metrics by group, round and provider."""
         return rounds
 
     def sentences(self, medians: pd.DataFrame) -> list[str]:
-        """Lines below the table of a case, from medians by provider and metric."""
+        """Returns lines for below the table of a case, from medians by provider and metric."""
         return []
 
     def describe_machine(self) -> str:
-        """The first line that is shown."""
+        """Describes the machine in a line, which is printed first."""
         return machine_name()
 
     @property
@@ -141,7 +141,7 @@ class Benchmark(ABC):
 
 
 def require_among(name: str, chosen: Iterable[str], allowed: Iterable[str]) -> None:
-    """Raises a ValueError that names the flag unless all that was chosen is allowed."""
+    """Raises a ValueError that names the flag unless all choices are allowed."""
     allowed = tuple(allowed)
     for choice in chosen:
         if choice not in allowed:

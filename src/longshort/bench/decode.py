@@ -2,9 +2,9 @@
 
 The caches are filled with random keys and values, since a real prompt of this length takes minutes and the
 time of a step does not depend on the values. In a turn a provider decodes some tokens one by one, and the
-context grows by them. Percentiles are over the steps; what is compared are the sums of rounds.
+context grows by them. Percentiles are over the steps; comparisons are between sums over rounds.
 
-transformers' caches are its own: `DynamicCache` makes a copy of itself for each token.
+Models of transformers use the cache of transformers: `DynamicCache` copies itself for each token.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class DecodeBenchmark(ModelBenchmark):
     """Time the tokens after a long context, in turns, by whole language models of equal size with random
     weights.
 
-    The context is random keys and values in the caches: none is computed. Times are wall times. The floor is
-    the speedup over mhsa if a step did nothing but read the weights and the cache.
+    The context is random keys and values in the caches, which no model computed. Times are wall times. The
+    floor is the speedup over mhsa if a step did nothing but read the weights and the cache.
     """
 
     name = "decode"
@@ -57,11 +57,11 @@ class DecodeBenchmark(ModelBenchmark):
     """Tokens that a provider decodes in its turn."""
 
     rounds: Annotated[int, Ge(1)] = 5
-    """Rounds that count, after one that warms up."""
+    """Rounds that are measured, after one for warm-up."""
 
     @property
     def growth(self) -> int:
-        """Tokens by which the context grows: those of each round, and one for attention alone."""
+        """The tokens by which the context grows: those of each round, and one for attention alone."""
         return (self.rounds + 1) * (self.tokens + 1)
 
     def new_tokens(self, length: int) -> int:
@@ -83,7 +83,7 @@ class DecodeBenchmark(ModelBenchmark):
         }
         step = partial(model, inputs.tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-        def attend() -> None:  # the layers take turns, so that none is found in the processor's cache
+        def attend() -> None:  # the layers take turns, so that none is in the processor's cache
             for layer in cache.layers:
                 layer.cache.attend(*inputs.qkv)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -1,6 +1,6 @@
 """Speed of attention from one query against long caches: provider × length × layout × dtype × threads.
 
-The caches of all layers are used in turn, so that none of them is found in the processor's cache.
+The caches of all layers are used in turn, so that none of them is in the processor's cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GLOBAL = "-global"
 class KernelBenchmark(LayoutBenchmark):
     """Time the attention of one query against long caches on this CPU, in turns.
 
-    Times are of one layer: CPU time at one thread, wall time at more. The speedup is over sdpa, whose heads
+    Times are of one layer: CPU time on one thread, wall time on more. The speedup is over sdpa, whose heads
     are all global. GB/s count the keys and values that the query must see.
     """
 
@@ -55,13 +55,13 @@ class KernelBenchmark(LayoutBenchmark):
     """Caches that are used in turn."""
 
     rounds: Annotated[int, Ge(1)] = 7
-    """Rounds that count, after one that warms up."""
+    """Rounds that are measured, after one for warm-up."""
 
     def cases(self) -> list[Case]:
         return self.cases_of([f"{self.layers} caches"], "layers")
 
     def inputs(self, case: Case, group: Sequence[str]) -> list[AttentionInputs]:
-        """The query, which all layers share, and each layer's keys and values."""
+        """Draws the query, which all layers share, and each layer's keys and values."""
         generator, layout = torch.Generator().manual_seed(0), layout_of(case)
         q = self.random(case, generator, layout.num_heads, 1)
         k_heads = v_heads = layout.num_kv_heads

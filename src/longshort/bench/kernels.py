@@ -1,11 +1,11 @@
-"""Ways to compute attention on a CPU, made ready to be timed against each other.
+"""Providers of attention on a CPU, prepared to be timed against each other.
 
 - `cpu`, `blockwise`, `reference`: the backends of `longshort.attention`; `cpu-statistics`: with return_stats.
 - `sdpa`: PyTorch's `scaled_dot_product_attention` with every head global: MHSA, the baseline.
-- `sdpa-masked`: the same with the layout as a boolean mask, which is made beforehand.
+- `sdpa-masked`: the same with the layout as a boolean mask, which is built beforehand.
 - `flex`: PyTorch's `flex_attention`, compiled, with the layout as a block mask. Forward only.
-- `local-attention`: `LocalAttention` of the package of that name, for layouts without global heads. A tile of
-  it is a window of queries against two windows of keys; by default a query sees between w + 1 and 2w keys.
+- `local-attention`: `LocalAttention` of the package of that name, for layouts without global heads. Its tiles
+  are a window of queries against two windows of keys; by default a query sees between w + 1 and 2w keys.
   Here it gets window_size = w - 1 and exact_windowsize=True: a query sees the w keys of the layout, itself
   included, and the scores of the others in its tile are computed and masked.
 """
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
     Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_FLEX_BLOCK = 128  # queries and keys of a block, FlexAttention's own choice
+_FLEX_BLOCK = 128  # queries and keys of a block, FlexAttention's default
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What is to be computed: causal attention over heads of `layout`.
+    """The inputs of causal attention over heads of `layout`.
 
     Attributes:
         layout: windows of the query heads; no sink tokens.
         q, k, v: float64, float32, bfloat16 or float16; they require gradients if there is a backward pass. As
             many queries as keys, or one query, the last.
-        max_bytes: what a provider's arrays of length × length may take, all heads together.
+        max_bytes: most bytes that a provider's arrays of length × length may take, over all heads.
     """
 
     layout: HeadLayout
@@ -55,7 +55,7 @@ class AttentionInputs:
 
     @property
     def length(self) -> int:
-        """Keys of a sequence."""
+        """The keys of a sequence."""
         return self.k.shape[2]
 
     def require_memory(self, bytes_per_pair: int, batch: int = 1) -> None:
@@ -70,12 +70,12 @@ class AttentionInputs:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A provider that is ready for its inputs.
+    """A provider that is prepared for its inputs.
 
     Attributes:
         run: q, k, v -> out, shaped like q.
         layout: the heads that it computes, whose visible pairs are its work.
-        note: what its time leaves out, or does; None: nothing to say.
+        note: a remark on its time or what it computes; None if there is none.
     """
 
     run: Attend
@@ -84,21 +84,21 @@ class Kernel:
 
 
 def prepare(provider: str, inputs: AttentionInputs) -> Kernel:
-    """Makes a provider of `PROVIDERS` ready: masks are built and code is compiled here, not when it runs.
+    """Prepares a provider of `PROVIDERS`: masks are built and code is compiled here, not when it runs.
 
     Raises:
-        UnsuitableError: it cannot serve these inputs, or not give gradients where they require them.
+        UnsuitableError: it cannot serve these inputs, or cannot compute the gradients that they require.
     """
     return PROVIDERS[provider](inputs)
 
 
 def all_global(layout: HeadLayout) -> HeadLayout:
-    """The same heads, each of them global: MHSA."""
+    """Returns the same heads, each of them global: MHSA."""
     return HeadLayout((None,) * layout.num_heads, layout.num_kv_heads)
 
 
 def visible_pairs(layout: HeadLayout, length: int) -> Bool[Tensor, "heads length length"]:
-    """Which query (rows) sees which key, per head, without sink tokens."""
+    """Marks the visible pairs of queries (rows) and keys, per head, without sink tokens."""
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     masks = {
         group.window: causal if group.window is None else causal.triu(1 - group.window)
@@ -177,7 +177,7 @@ def _flex(inputs: AttentionInputs) -> Kernel:
 
 
 def flex_block_mask(layout: HeadLayout, length: int) -> BlockMask:
-    """The layout as FlexAttention's block mask, from arithmetic on blocks alone: no length × length array."""
+    """Builds FlexAttention's block mask of a layout by arithmetic on blocks: no length × length array."""
     reach = torch.tensor([length if window is None else window for window in layout.windows])
     index = torch.arange(-(-length // _FLEX_BLOCK))
     nearest = (index[:, None] - index) * _FLEX_BLOCK - (_FLEX_BLOCK - 1)  # smallest distance of query to key
@@ -201,7 +201,7 @@ def flex_block_mask(layout: HeadLayout, length: int) -> BlockMask:
 def _block_lists(
     blocks: Bool[Tensor, "heads rows columns"],
 ) -> tuple[Int[Tensor, "1 heads rows"], Int[Tensor, "1 heads rows columns"]]:
-    """Per row how many blocks are set, and their columns first."""
+    """Counts the blocks that are set in each row, and lists their columns before those of the others."""
     counts = blocks.sum(-1, dtype=torch.int32)
     columns = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return counts[None], columns.int()[None].contiguous()
@@ -240,7 +240,7 @@ PROVIDERS: dict[str, Callable[[AttentionInputs], Kernel]] = {
     "flex": _flex,
     "local-attention": _local_attention,
 }
-"""By name what makes each provider ready."""
+"""The function that prepares each provider, by name."""
 
 BASELINE = "sdpa"
 """The provider that the others are compared with."""

@@ -23,7 +23,7 @@ _CPU = torch.device("cpu")
 
 @cache
 def processor_name() -> str:
-    """The processor's model, as exactly as this system reports it to an ordinary user."""
+    """Returns the processor's model, as exactly as this system reports it to an ordinary user."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -33,12 +33,12 @@ def processor_name() -> str:
 
 
 def machine_name() -> str:
-    """torch, its vector instructions, and the processor, in a line."""
+    """Describes torch, its vector instructions and the processor in a line."""
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {processor_name()}"
 
 
 def machine_columns(device: torch.device = _CPU) -> dict[str, str | None]:
-    """What a row of results says of the machine; `accelerator` names the GPU and is None on a CPU."""
+    """Returns the columns of results that describe the machine; `accelerator` is the GPU, None on a CPU."""
     return {
         "torch_version": torch.__version__,
         "transformers_version": metadata.version("transformers"),
@@ -49,7 +49,7 @@ def machine_columns(device: torch.device = _CPU) -> dict[str, str | None]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that the device can still give; on a system without /proc, all the memory that it has."""
+    """Returns the free memory of the device in bytes; on a system without /proc, all its memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -60,11 +60,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def measure_peak(threads: int) -> tuple[float, str]:
-    """Peak of that many threads right now, in float32 operations per second, and how it was found.
+    """Measures the present peak of some threads, in float32 operations per second; returns the method, too.
 
-    "fma": fused multiply-adds from registers on one core, times the threads that have a core of their own.
+    "fma": fused multiply-adds from registers on one core, times the number of threads, at most one per core.
     "matmul": torch's product of two matrices of 1024 × 1024 on torch's present number of threads, which stays
-    somewhat below the peak; where the C++ kernels are not built.
+    somewhat below the peak; used if the C++ kernels are not built.
     """
     one_core = cpu.fma_peak()
     if one_core is not None:
@@ -75,25 +75,25 @@ def measure_peak(threads: int) -> tuple[float, str]:
 
 
 def stopwatch(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds that one run takes: of CPU time, summed over threads, and of wall time."""
+    """Measures one run in seconds of CPU time, summed over threads, and of wall time."""
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def clock_name(threads: int) -> str:
-    """The clock that `quiet_seconds` reads."""
+    """Names the clock that `quiet_seconds` reads."""
     return "CPU time" if threads == 1 else "wall time"
 
 
 def quiet_seconds(run: Callable[[], object], threads: int) -> float:
-    """Seconds that one run takes on a CPU: CPU time with one thread, which other programs disturb least, and
-    wall time with more, whose CPU time counts waiting too."""
+    """Measures one run on a CPU in seconds: of CPU time with one thread, which other programs disturb least,
+    and of wall time with more, whose CPU time includes waiting."""
     return stopwatch(run)[0 if threads == 1 else 1]
 
 
 def wall_seconds(run: Callable[[], object], device: torch.device = _CPU) -> float:
-    """Wall time of one run, a GPU's work included."""
+    """Measures the wall time of one run in seconds, a GPU's work included."""
 
     def finish() -> None:
         run()
@@ -104,5 +104,5 @@ def wall_seconds(run: Callable[[], object], device: torch.device = _CPU) -> floa
 
 
 def count_threads(threads: int) -> str:
-    """ "1 thread" or "2 threads"."""
+    """Returns "1 thread" or, for example, "2 threads"."""
     return "1 thread" if threads == 1 else f"{threads} threads"

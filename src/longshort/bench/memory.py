@@ -1,8 +1,8 @@
-"""Memory that a prompt takes in whole language models: provider × length, each in a process of its own.
+"""Memory that a prompt takes in whole language models: provider × length, each in a separate process.
 
-Measured is how much the peak of resident memory rises while the prompt is read: on Linux VmHWM of
-/proc/self/status, elsewhere ru_maxrss, on a GPU the most that torch's allocator held. The model, the tokens
-and what a first short prompt leaves are in memory before.
+The benchmark measures how much the peak of resident memory rises while the prompt is read: on Linux VmHWM of
+/proc/self/status, elsewhere ru_maxrss, on a GPU the peak of torch's allocator. The model, the tokens and
+whatever a first short prompt leaves are in memory before.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class MemoryBenchmark(ModelBenchmark):
-    """Measure what a prompt adds to the peak of memory, each provider and length in a process of its own.
+    """Measure how much a prompt adds to the peak of memory, each provider and length in a separate process.
 
     The models are language models of equal size with random weights.
     """
@@ -70,7 +70,7 @@ class MemoryBenchmark(ModelBenchmark):
         return 0, provider.weight_bytes(self.torch_dtype) + provider.kv_bytes(*sizes) + working
 
     def inputs(self, case: Case, group: Sequence[str]) -> None:
-        """Nothing: each process makes its own."""
+        """Makes nothing: each process makes its inputs itself."""
 
     def turn(self, case: Case, provider: str, inputs: Any, note: Note) -> Turn:
         return partial(self._take_turn, case.x, provider, note)
@@ -95,7 +95,7 @@ class MemoryBenchmark(ModelBenchmark):
 
 
 class Peaks(NamedTuple):
-    """Bytes that the process of one provider and length reports; and whether an older peak was forgotten."""
+    """The bytes that the process of one provider and length reports, and whether the older peak was reset."""
 
     before: int
     after: int
@@ -137,7 +137,7 @@ def _peaks_of_process(benchmark: MemoryBenchmark, name: str, length: int) -> Pea
 
 
 def _forget_peak(device: torch.device) -> bool:
-    """Makes what is in memory now the peak; returns whether the system allows it."""
+    """Resets the peak to the memory in use now; returns whether the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -149,7 +149,7 @@ def _forget_peak(device: torch.device) -> bool:
 
 
 def _peak(device: torch.device) -> int:
-    """The peak so far, in bytes."""
+    """Returns the peak so far, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,4 +1,4 @@
-"""What the benchmarks of whole models have in common: their flags, and which models are in memory at once."""
+"""The common part of the benchmarks of whole models: flags, and the choice of models in memory at once."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _ALL_SHARE, _ONE_SHARE = 0.6, 0.9  # of the free memory
 
 
 class ModelInputs(NamedTuple):
-    """What the providers of a group share: the same in each group.
+    """The inputs of the providers of a group, the same for each group.
 
     Attributes:
-        generator: on the device of the models.
+        generator: random numbers on the device of the models.
         tokens: (batch, new tokens), int64.
         qkv: queries, keys and values for one layer's attention alone, (batch, heads, new tokens, head_dim).
     """
@@ -56,7 +56,7 @@ class ModelBenchmark(Benchmark):
     """Tokens per sequence. None: the powers of two from 512 to --max-length."""
 
     max_length: Annotated[int, Ge(1)] | None = None
-    """Leave out longer sequences. None: 131072, and 8192 on a CPU, unless --lengths are given."""
+    """Leave out longer sequences. None: 131072, or 8192 on a CPU, unless --lengths are given."""
 
     layers: Annotated[int, Ge(1)] | None = None
     """Number of layers. None: the preset's."""
@@ -80,8 +80,8 @@ class ModelBenchmark(Benchmark):
     """cpu or cuda."""
 
     max_memory_gib: Annotated[float, Gt(0)] | None = None
-    """GiB that models and caches may take: those that do not fit together are measured apart, those that do
-    not fit alone are left out. None: 60 % of the free memory together, 90 % alone."""
+    """GiB that models and caches may take: models that do not fit together are measured separately, those
+    that do not fit alone are left out. None: 60 % of the free memory together, 90 % alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +109,7 @@ class ModelBenchmark(Benchmark):
                 raise ValueError(f"--preset must have no {name}: attention alone is measured without it")
 
     def _check_layout(self, shape: LongShortConfig) -> None:
-        """Raises unless the flags fit the preset's heads."""
+        """Raises a ValueError unless the flags fit the preset's heads."""
         if shape.layouts is not None:
             for flag, value in (("--global-heads", self.global_heads), ("--window", self.window)):
                 if value is not None:
@@ -125,7 +125,7 @@ class ModelBenchmark(Benchmark):
             )
 
     def sweep(self) -> list[int]:
-        """Each length once, ascending."""
+        """Returns each length once, ascending."""
         longest = self.max_length
         if self.lengths is not None:
             return sorted({length for length in self.lengths if longest is None or length <= longest})
@@ -135,11 +135,11 @@ class ModelBenchmark(Benchmark):
 
     @property
     def growth(self) -> int:
-        """Tokens by which a sequence grows while it is measured."""
+        """The tokens by which a sequence grows while it is measured."""
         return 0
 
     def config(self) -> LongShortConfig:
-        """The config of the provider `ls`, with positions for the longest sequence and its growth."""
+        """Returns the config of the provider `ls`, with positions for the longest sequence and its growth."""
         overrides: dict[str, Any] = {
             "num_hidden_layers": self.layers,
             "num_global_heads": self.global_heads,
@@ -156,17 +156,17 @@ class ModelBenchmark(Benchmark):
 
     @property
     def torch_device(self) -> torch.device:
-        """The device."""
+        """The device of the models."""
         return torch.device(self.device)
 
     @property
     def num_threads(self) -> int:
-        """CPU threads."""
+        """The number of CPU threads."""
         return self.threads or torch.get_num_threads()
 
     @cached_property
     def memory_limits(self) -> tuple[float, float]:
-        """Bytes that all providers together may take, and one alone, or one with its baseline, measured
+        """The most bytes for a group of providers, and for one provider alone or with its baseline; measured
         before any model is built."""
         if self.max_memory_gib is not None:
             return self.max_memory_gib * 2**30, self.max_memory_gib * 2**30
@@ -189,7 +189,7 @@ class ModelBenchmark(Benchmark):
             "heads": config.num_attention_heads,
             "global_heads": sum(len(layout.global_heads) for layout in config.head_layouts()),
             "window": windows[0] if len(windows) == 1 else None,
-        }  # the heads of ls, all layers together
+        }  # the heads of ls, over all layers
         return [Case(length, setting, self.num_threads, columns) for length in self.sweep()]
 
     @cached_property
@@ -198,12 +198,12 @@ class ModelBenchmark(Benchmark):
         return Models(self.torch_device, self.torch_dtype)
 
     def provider(self, name: str) -> Provider:
-        """A provider, described."""
+        """Returns the description of a provider."""
         return prepare_provider(name, self.config())
 
     @abstractmethod
     def memory_of(self, provider: Provider, length: int) -> tuple[int, int]:
-        """Bytes that a provider takes as long as its group, and those that it takes in its turn on top."""
+        """Returns the bytes that a provider takes while its group exists, and those that its turn adds."""
 
     def groups(self, case: Case, leave_out: LeaveOut) -> list[list[str]]:
         taken = {}
@@ -235,5 +235,5 @@ class ModelBenchmark(Benchmark):
         return ModelInputs(generator, tokens, (random(heads), random(kv_heads), random(kv_heads)))
 
     def new_tokens(self, length: int) -> int:
-        """Tokens of a sequence that go through a model at once."""
+        """Returns the number of tokens of a sequence that pass through a model at once."""
         return length

@@ -1,11 +1,12 @@
-"""Language models with random weights, of equal size, made ready to be timed against each other.
+"""Language models with random weights, of equal size, prepared to be timed against each other.
 
 - `ls`: `LongShortForCausalLM`; `mhsa`: the same with every head global. Both run longshort's own kernels.
 - `hybrid`: the same with whole layers local or global, as Gemma 3 has them: as many global heads in the model
   as `ls` has, so that attention costs as much. The last layer of each period is the global one.
 - `gpt2`: transformers' `GPT2LMHeadModel` with SDPA and exact GELU. Its projections have biases.
 - `mistral`: transformers' `MistralForCausalLM` with SDPA, where every layer has the window: no query sees
-  beyond it in one layer. Its gated MLP has 2/3 of the width, so as many weights; its positions are rotary.
+  beyond it in one layer. Its gated MLP has 2/3 of the width, so the same number of weights; its positions are
+  rotary.
   transformers gives SDPA a mask of length × length.
 """
 
@@ -46,17 +47,17 @@ BASELINES = ("mhsa", "gpt2")
 """The providers that the others are compared with."""
 
 OURS = ("ls", "mhsa", "hybrid")
-"""The providers whose attention is longshort's own."""
+"""The providers whose attention runs on longshort's kernels."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A language model that can be built, and how it attends.
+    """A language model that can be built, and its attention alone.
 
     Attributes:
         name: a key of `PROVIDERS`.
-        model_class, config: what to build.
-        layouts: of the heads of each layer.
+        model_class, config: class and config of the model.
+        layouts: layout of the heads of each layer.
         head_dim: width of a head.
         intermediate_size: weights of an MLP / (2 · hidden size).
     """
@@ -70,40 +71,40 @@ class Provider:
 
     @property
     def is_ours(self) -> bool:
-        """Whether `longshort.attention` does the work."""
+        """Whether `longshort.attention` computes its attention."""
         return self.model_class is LongShortForCausalLM
 
     def build(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """The model in eval mode, the same weights each time."""
+        """Builds the model in eval mode, with the same weights each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self.model_class(self.config)
         return model.to(device=device, dtype=dtype).eval()  # type: ignore[arg-type]
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the parameters; no memory is taken."""
+        """Counts the bytes of the parameters without allocating them."""
         with torch.device("meta"):
             return self.model_class(self.config).num_parameters() * dtype.itemsize
 
     def kv_bytes(self, length: int, batch: int, dtype: torch.dtype) -> int:
-        """Bytes of keys and values after `length` tokens that decoding needs."""
+        """Counts the bytes of keys and values that decoding needs after `length` tokens."""
         return batch * sum(layout.kv_bytes(length, self.head_dim, dtype) for layout in self.layouts)
 
     def mask_bytes(self, length: int) -> int:
-        """Bytes of the booleans that say what a query sees, if the provider needs them."""
+        """Counts the bytes of the boolean mask of visible pairs, if the provider needs one."""
         windows = () if self.is_ours else self.layouts[0].windows
         return length**2 * any(window is not None and window < length for window in windows)
 
     def working_bytes(self, length: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
-        """About what a prefill takes at its peak beside weights and cache: an MLP, and a mask if any."""
+        """Estimates the peak bytes of a prefill beside weights and cache: an MLP, and a mask if any."""
         widths = 2 * self.intermediate_size + 6 * self.config.hidden_size
         working = batch * length * dtype.itemsize * widths
         if self.is_ours:
             return min(working, prefill_limit(device.type))
-        return working + (1 + dtype.itemsize) * self.mask_bytes(length)  # SDPA makes numbers of the booleans
+        return working + (1 + dtype.itemsize) * self.mask_bytes(length)  # SDPA converts booleans to numbers
 
     def attend(self, layout: HeadLayout, length: int, device: torch.device) -> Attend:
-        """How a layer with such heads attends, q, k, v -> out; a mask is made here, on the device."""
+        """Returns the attention of a layer with these heads, q, k, v -> out; any mask is built here."""
         if self.is_ours:
             return lambda q, k, v: attention(q, k, v, layout)
         grouped, window = layout.group_size > 1, layout.windows[0]
@@ -115,13 +116,13 @@ class Provider:
     def filled_cache(
         self, model: PreTrainedModel, batch: int, length: int, growth: int, generator: torch.Generator
     ) -> Cache:
-        """A cache with `length` tokens of random keys and values, the same in every layer.
+        """Makes a cache with `length` tokens of random keys and values, the same in every layer.
 
         Args:
-            model: what `build` gave.
-            batch, length: sequences, and tokens of each.
-            growth: tokens that will come.
-            generator: on the model's device.
+            model: the result of `build`.
+            batch, length: number of sequences, and tokens of each.
+            growth: number of tokens that will be appended.
+            generator: random numbers on the model's device.
         """
         ours = isinstance(model, LongShortForCausalLM)
         cache = model.new_cache() if ours else DynamicCache(config=self.config)
@@ -140,8 +141,8 @@ class Provider:
 
 
 def bytes_of_weights_read(model: PreTrainedModel) -> int:
-    """Bytes of the parameters that a token reads: all but the embedding tables, of which it reads a row; a
-    tied one is read as the head."""
+    """Counts the bytes of the parameters that a token reads: all but the embedding tables, of which it reads
+    a row; a tied table is read as the head."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     head = model.get_output_embeddings()
     assert head is not None
@@ -153,11 +154,11 @@ def prepare_provider(name: str, config: LongShortConfig) -> Provider:
     """Describes a provider of `PROVIDERS`; nothing is built.
 
     Args:
-        name: of the provider.
-        config: of `ls`; the others follow it.
+        name: name of the provider.
+        config: config of `ls`, to which the other models are fitted.
 
     Raises:
-        UnsuitableError: the provider cannot follow it.
+        UnsuitableError: the provider cannot be fitted to it.
     """
     return PROVIDERS[name](name, config)
 
@@ -235,26 +236,26 @@ def _mistral(name: str, config: LongShortConfig) -> Provider:
 
 
 class Models:
-    """The models that are in memory, kept from one group to the next where they are wanted again."""
+    """The models in memory, kept from one group to the next if they are needed again."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self._built: dict[str, PreTrainedModel] = {}
 
     def keep(self, names: Sequence[str]) -> None:
-        """Gives up the models of other names."""
+        """Frees the models of all other names."""
         self._built = {name: model for name, model in self._built.items() if name in names}
         gc.collect()
 
     def of(self, provider: Provider) -> PreTrainedModel:
-        """The model of a provider, built unless it was kept."""
+        """Returns the model of a provider, built unless it was kept."""
         if provider.name not in self._built:
             self._built[provider.name] = provider.build(self._device, self._dtype)
         return self._built[provider.name]
 
 
 def local_windows(config: LongShortConfig) -> list[int]:
-    """The windows that local heads have, ascending; none where every head is global."""
+    """Returns the windows of local heads, ascending; none if every head is global."""
     return sorted({w for layout in config.head_layouts() for w in layout.windows if w is not None})
 
 
@@ -290,5 +291,5 @@ PROVIDERS: dict[str, Callable[[str, LongShortConfig], Provider]] = {
     "gpt2": _gpt2,
     "mistral": _mistral,
 }
-"""By name what describes each provider. Attention of `ls`, `mhsa` and `hybrid` is by longshort's own kernels,
-of `gpt2` and `mistral` by PyTorch's SDPA."""
+"""The function that describes each provider, by name. Attention of `ls`, `mhsa` and `hybrid` is computed by
+longshort's kernels, that of `gpt2` and `mistral` by PyTorch's SDPA."""

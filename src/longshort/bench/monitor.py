@@ -1,7 +1,7 @@
 """Cost of the attention monitor, as a share of a training step: plain against monitored steps.
 
-A monitored step measures all heads of one forward and backward pass and takes the reading. Its extra time,
-spread over the steps from one to the next, is the cost.
+A monitored step measures all heads of one forward and backward pass and reads the result. The cost is its
+extra time, divided by the number of steps between two measurements.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MonitorBenchmark(Benchmark):
-    """Time training steps with and without the attention monitor, in turns, of LS-attention and of MHSA.
+    """Time training steps of LS-attention and of MHSA, with and without the attention monitor, in turns.
 
-    Times are CPU time at one thread, wall time at more.
+    Times are CPU time on one thread, wall time on more.
     """
 
     name = "monitor"
@@ -61,7 +61,7 @@ class MonitorBenchmark(Benchmark):
     """CPU threads."""
 
     rounds: Annotated[int, Ge(1)] = 15
-    """Rounds that count, after one that warms up."""
+    """Rounds that are measured, after one for warm-up."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +84,7 @@ class MonitorBenchmark(Benchmark):
         ]  # fmt: skip
 
     def inputs(self, case: Case, group: Sequence[str]) -> tuple[Callable[[], None], AttentionMonitor]:
-        """A plain step, and the monitor of its model."""
+        """Makes a plain step, and the monitor of its model."""
         config = preset(self.preset, mhsa=case.columns["model"] == "MHSA", max_position_embeddings=case.x)
         torch.manual_seed(0)
         model = LongShortForCausalLM(config).train()

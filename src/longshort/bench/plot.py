@@ -1,4 +1,4 @@
-"""The picture of a benchmark: a metric by tokens, a line for each provider."""
+"""The plot of a benchmark: a metric by tokens, a line for each provider."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from longshort.bench.benchmark import Benchmark
 
 _GREY = "#777777"
-_LEAST = 1e-6  # nothing, as a rise of memory may be, has no place on a logarithmic axis
-_SMALLEST_RANGE = 5.0  # of a y axis, highest to lowest, so that two ticks at least have a number
+_LEAST = 1e-6  # shown for 0, such as no rise of memory, which a logarithmic axis cannot show
+_SMALLEST_RANGE = 5.0  # highest to lowest value of a y axis, so that at least two ticks have a number
 
 
 def plot_rows(rows: pd.DataFrame, benchmark: Benchmark | type[Benchmark], file: Path) -> None:
@@ -31,8 +31,8 @@ def plot_rows(rows: pd.DataFrame, benchmark: Benchmark | type[Benchmark], file: 
     Medians by tokens are on logarithmic axes; bars reach from the 10th to the 90th percentile.
 
     Args:
-        rows: those of the benchmark, as `longshort.bench.record` describes them; a panel is a setting.
-        benchmark: what was measured.
+        rows: rows of the benchmark, as `longshort.bench.record` describes them; a panel is a setting.
+        benchmark: the benchmark.
         file: the PNG.
 
     Raises:

@@ -1,12 +1,12 @@
 """Speed of reading a prompt by whole language models: provider × length.
 
-A turn is a whole forward pass that fills a cache and gives the last position's logits, and attention alone
-beside it.
+A turn is a whole forward pass that fills a cache and computes the last position's logits, and then attention
+alone.
 
-Amdahl's law bounds what a model can gain by less attention. Where a reference model takes t, of which t_a is
+Amdahl's law bounds what a model can gain by less attention. If a reference model takes t, of which t_a is
 attention, and a model of equal size computes the share s of its visible pairs, the bound is
-t - t_a · (1 - s): all else is the same, and attention runs at the reference's own rate, that of longshort's
-kernels for `mhsa` and of SDPA for `gpt2`. It may be beaten by a model that has other things faster too.
+t - t_a · (1 - s): all else is the same, and attention runs at the reference's rate, that of longshort's
+kernels for `mhsa` and of SDPA for `gpt2`. A model whose other parts are faster too may beat it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from longshort.bench.sweep import measure
 
 Times = TypeVar("Times", float, np.ndarray, pd.Series)
 
-_KERNELS = {"mhsa": "longshort's kernels", "gpt2": "SDPA"}  # of the baselines' attention
+_KERNELS = {"mhsa": "longshort's kernels", "gpt2": "SDPA"}  # for the baselines' attention
 
 
 def amdahl_bound(total: Times, attention: Times, pairs: Any, reference_pairs: Any) -> Times:
-    """Least time of a model that differs from a reference in its pairs alone (Amdahl, 1967).
+    """Computes the least time of a model that differs from a reference only in its pairs (Amdahl, 1967).
 
     Args:
-        total: time of the reference, one or an array of them.
-        attention: how much of it is attention, likewise in the same unit.
+        total: time of the reference, a number or an array.
+        attention: the part of it that is attention, in the same unit.
         pairs, reference_pairs: visible pairs of the model and of the reference.
     """
     return total - attention * (1 - pairs / reference_pairs)
@@ -49,8 +49,8 @@ def amdahl_bound(total: Times, attention: Times, pairs: Any, reference_pairs: An
 class PrefillBenchmark(ModelBenchmark):
     """Time whole language models of equal size with random weights, in turns, while they read a prompt.
 
-    Times are wall times. Beside our own models stands Amdahl's bound: the time of the model that they are
-    compared with less the attention that they avoid, at that model's own rate.
+    Times are wall times. Amdahl's bound is printed for our own models: the time of the model that they are
+    compared with, minus the attention that they avoid, at that model's rate.
     """
 
     name = "prefill"
@@ -67,7 +67,7 @@ class PrefillBenchmark(ModelBenchmark):
     )
 
     rounds: Annotated[int, Ge(1)] = 5
-    """Rounds that count, after one that warms up."""
+    """Rounds that are measured, after one for warm-up."""
 
     def memory_of(self, provider: Provider, length: int) -> tuple[int, int]:
         config, dtype, sizes = self.config(), self.torch_dtype, (length, self.batch, self.torch_dtype)
@@ -80,7 +80,7 @@ class PrefillBenchmark(ModelBenchmark):
         described, device = self.provider(provider), self.torch_device
         model = self.models.of(described)
         run = partial(model, inputs.tokens, use_cache=True, logits_to_keep=1)
-        layers = [  # of each kind how many there are, and the attention of one
+        layers = [  # for each kind of layer, how many there are, and the attention of one
             (count, partial(described.attend(layout, case.x, device), *inputs.qkv))
             for layout, count in Counter(described.layouts).items()
         ]
@@ -132,7 +132,7 @@ class PrefillBenchmark(ModelBenchmark):
 
 
 class PrefillTimes(NamedTuple):
-    """What one provider took at one length.
+    """The times of one provider at one length.
 
     Attributes:
         seconds: wall time of the whole model, by round.
@@ -156,18 +156,19 @@ def time_prefill(
     """Times a prompt of each length in float32 by models that take turns, as `PrefillBenchmark` does.
 
     Args:
-        preset: shape of `ls`; the other models follow it.
+        preset: shape of `ls`, to which the other models are fitted.
         lengths: tokens of a prompt.
-        providers: of `longshort.bench.models.PROVIDERS`.
-        rounds: that count, after one that warms up.
+        providers: keys of `longshort.bench.models.PROVIDERS`.
+        rounds: rounds that are measured, after one for warm-up.
         device: "cpu" or "cuda".
         report_progress: takes the share of the work that is done, after each round.
 
     Returns:
-        By length and provider the times of the rounds.
+        The times of the rounds, by length and provider.
 
     Raises:
-        RuntimeError: a provider was left out, as for want of memory; the message says which, and why.
+        RuntimeError: a provider was left out, for example for lack of memory; the message names it and the
+            reason.
         ValueError: an argument is wrong.
     """
     benchmark = PrefillBenchmark(

@@ -1,7 +1,6 @@
 """Speed of projections of a few tokens: rows split over threads against nn.Linear.
 
-All matrices of 12 layers of the preset paper-base are used in turn, so that none is found in the processor's
-cache.
+All matrices of 12 layers of the preset paper-base are used in turn, so that none is in the processor's cache.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class ProjectionBenchmark(Benchmark):
     )
 
     providers: tuple[str, ...] = known
-    """linear, nn.Linear as torch multiplies; projection, the library's own product."""
+    """linear, torch's product of nn.Linear; projection, the library's own product."""
 
     tokens: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 4, 8, 16)
     """Tokens that are multiplied at once."""
@@ -54,7 +53,7 @@ class ProjectionBenchmark(Benchmark):
     """CPU threads. None: torch's default."""
 
     rounds: Annotated[int, Ge(1)] = 11
-    """Rounds that count, after one that warms up."""
+    """Rounds that are measured, after one for warm-up."""
 
     def cases(self) -> list[Case]:
         threads = self.threads or torch.get_num_threads()
@@ -63,7 +62,7 @@ class ProjectionBenchmark(Benchmark):
         return [Case(tokens, setting, threads, columns) for tokens in dict.fromkeys(self.tokens)]
 
     def inputs(self, case: Case, group: Sequence[str]) -> list[nn.Linear]:
-        """All matrices."""
+        """Makes all matrices."""
         return [nn.Linear(*shape, bias=False) for _ in range(_LAYERS) for shape in _SHAPES]
 
     def turn(self, case: Case, provider: str, inputs: Any, note: Note) -> Turn:

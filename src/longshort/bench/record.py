@@ -1,7 +1,7 @@
 """The rows of every benchmark: one metric of one provider at one point of a sweep.
 
-A table of rows is a DataFrame, and a CSV file. Its columns are `benchmark`, `setting` (in words, what stays
-the same along a line of a plot), `x` (tokens), `provider`, `metric`, `unit`, `p10`, `p50` and `p90`
+A table of rows is a DataFrame, and a CSV file. Its columns are `benchmark`, `setting` (a description of what
+is constant along a line of a plot), `x` (tokens), `provider`, `metric`, `unit`, `p10`, `p50` and `p90`
 (percentiles over `rounds` rounds), then the numbers of the setting, and the machine.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 METRICS = {
-    # times: of a whole turn, in the clock that the benchmark chose, and of attention alone, all layers or one
+    # times: a whole turn, by the clock that the benchmark chose, and attention alone, in all layers or one
     "milliseconds": "ms",
     "microseconds": "us",
     "cpu_milliseconds": "ms",
@@ -26,7 +26,7 @@ METRICS = {
     "attention_milliseconds": "ms",
     "attention_microseconds": "us",
     "attention_share": "ratio",
-    # work: what must be computed or read at least, and how fast that was done
+    # work: the least that must be computed or read, and the speed of it
     "visible_pairs": "pairs",
     "parameters": "parameters",
     "cache_bytes": "B",
@@ -37,7 +37,7 @@ METRICS = {
     "fma_peak": "GFLOP/s",
     "matmul_peak": "GFLOP/s",
     "peak_share": "ratio",
-    # memory: its peak before and after, and what came on top
+    # memory: its peak before and after, and the difference
     "peak_before": "B",
     "peak_bytes": "B",
     "increment_bytes": "B",
@@ -62,13 +62,13 @@ METRICS = {
 """The unit of each metric."""
 
 ROUND_KEYS = ["group", "round", "provider"]
-"""The index of a table of rounds: providers of one group were measured in turns, in the same rounds."""
+"""The index of a table of rounds. Providers of one group were measured in turns, in the same rounds."""
 
 _QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
 
 class Column(NamedTuple):
-    """A column of a printed table: its title, metric, format, the number's factor and percentile."""
+    """A column of a printed table: title, metric, format, factor of the number and percentile."""
 
     title: str
     metric: str
@@ -78,7 +78,7 @@ class Column(NamedTuple):
 
 
 def in_same_round(rounds: pd.DataFrame, metric: str, provider: str) -> pd.Series:
-    """A metric of `provider` beside each row of a table of rounds; NaN where it took no part in the round."""
+    """Returns a metric of `provider` for each row of a table of rounds; NaN if it is not in the round."""
     if provider not in rounds.index.unique("provider"):
         return pd.Series(float("nan"), rounds.index)
     theirs: pd.Series = rounds[metric].xs(provider, level="provider")  # pyright: ignore[reportAssignmentType]
@@ -86,11 +86,11 @@ def in_same_round(rounds: pd.DataFrame, metric: str, provider: str) -> pd.Series
 
 
 def summarize(rounds: pd.DataFrame, point: Mapping[str, Any], context: Mapping[str, Any]) -> pd.DataFrame:
-    """The rows of one point of a sweep.
+    """Summarizes the rounds of one point of a sweep as rows.
 
     Args:
-        rounds: by `ROUND_KEYS` a column for each of `METRICS`; a list of numbers in a cell all count. NaN and
-            inf, as of a comparison with nothing, make no row.
+        rounds: columns named in `METRICS`, indexed by `ROUND_KEYS`; each number of a list in a cell is a
+            sample. NaN and inf, such as a comparison with a missing provider, are left out.
         point, context: columns before and after the others, the same in all rows.
     """
     names = [name for name in METRICS if name in rounds]
@@ -105,13 +105,13 @@ def summarize(rounds: pd.DataFrame, point: Mapping[str, Any], context: Mapping[s
 
 
 def wide(rows: pd.DataFrame, at: str = "p50") -> pd.DataFrame:
-    """A percentile of the metrics of one point of a sweep, providers × metrics."""
+    """Returns a percentile of the metrics of one point of a sweep, providers × metrics."""
     table = rows.pivot(index="provider", columns="metric", values=at)
     return table.reindex(index=rows["provider"].unique(), columns=list(METRICS))
 
 
 def as_table(rows: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
-    """Lines of a table of one point of a sweep, its header first; what was not measured is left blank."""
+    """Formats one point of a sweep as lines of a table, header first; what was not measured is blank."""
     tables = {at: wide(rows, at) for at in _QUANTILES}
     names = list(tables["p50"].index)
     cells = [["provider", *names]]
@@ -127,7 +127,7 @@ def as_table(rows: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
 
 
 def write_rows(rows: pd.DataFrame, path: Path) -> None:
-    """Writes a CSV file; an older one stays until the new one is whole."""
+    """Writes a CSV file; an older one stays until the new one is complete."""
     replace_file(path, rows.to_csv(index=False).encode())
 
 
@@ -136,7 +136,7 @@ def read_rows(path: Path) -> pd.DataFrame:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is no such CSV; the message names it and the columns that it lacks.
+        ValueError: the file is not such a CSV; the message names it and the columns that it lacks.
     """
     rows = pd.read_csv(path)
     needed = ["benchmark", "setting", "x", "provider", "metric", "unit", *_QUANTILES, "rounds"]
@@ -147,5 +147,5 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def _five_digits(value: float) -> float:
-    """Five significant digits of a measured number; a count stays exact."""
+    """Rounds a measured number to five significant digits; a count stays exact."""
     return value if value.is_integer() else float(f"{value:.5g}")

@@ -1,8 +1,8 @@
-"""The one driver of every benchmark.
+"""The driver of all benchmarks.
 
-In each case the providers take turns: every round runs each of them once, so that what else the machine does
-meets all alike. The first round warms up. What is compared is compared within a round, and reported are
-percentiles over rounds.
+In each case the providers take turns: every round runs each of them once, so that other load on the machine
+affects all of them alike. The first round is for warm-up. Comparisons are made within a round, and
+percentiles over rounds are reported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Remark(NamedTuple):
-    """Why a provider was left out of a case, or what its numbers leave out."""
+    """A remark on a provider: why it was left out of a case, or what its numbers leave out."""
 
     provider: str
     case: str
@@ -36,13 +36,13 @@ class Remark(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a benchmark measured.
+    """The measurements of a benchmark.
 
     Attributes:
         rows: a row for each metric of each provider and case, as `longshort.bench.record` describes them.
-        rounds: the metrics of every round that counted, by setting, x, group, round and provider.
+        rounds: the metrics of every round after warm-up, by setting, x, group, round and provider.
         left_out: providers that were not measured in a case, and why.
-        notes: what the numbers of a provider leave out.
+        notes: remarks on what the numbers of a provider leave out.
     """
 
     rows: pd.DataFrame
@@ -61,8 +61,8 @@ def measure(
     torch's number of threads is set for each case, and restored.
 
     Args:
-        benchmark: what to measure.
-        show: takes lines of text as they come: the machine, a table for each case, what was left out.
+        benchmark: the benchmark.
+        show: takes lines of text one by one: the machine, a table for each case, what was left out.
         report_progress: takes the share of the cases and rounds that are done.
 
     Raises:
@@ -108,7 +108,7 @@ def measure(
 
 
 class _Driver:
-    """Runs the rounds of one case after the other, and collects remarks."""
+    """Runs the rounds of one case after another, and collects remarks."""
 
     def __init__(self, benchmark: Benchmark) -> None:
         self._benchmark = benchmark
@@ -116,7 +116,7 @@ class _Driver:
         self.notes: list[Remark] = []
 
     def measure(self, case: Case, report: Callable[[float], None]) -> pd.DataFrame:
-        """The metrics of every round of a case that counts, by `ROUND_KEYS`; empty if there are none."""
+        """Measures a case; returns the metrics of every round after warm-up, by `ROUND_KEYS`."""
 
         def leave_out(provider: str, text: str) -> None:
             self.left_out.append(Remark(provider, str(case), text))
@@ -136,10 +136,10 @@ class _Driver:
     def _rounds(
         self, case: Case, names: Sequence[str], leave_out: LeaveOut
     ) -> Iterator[tuple[float, list[dict[str, Any]]]]:
-        """The share of the rounds that are done, and what was found in one; the warm-up finds nothing.
+        """Yields the share of the rounds that are done, and the metrics of a round; none for warm-up.
 
-        A provider that fails is taken out, so that its memory is free for the others; at the end nothing of
-        the group stays in memory.
+        A provider that fails is removed, so that its memory is free for the others; at the end nothing of the
+        group stays in memory.
         """
         benchmark = self._benchmark
         turns: dict[str, Turn] = {}
@@ -174,17 +174,17 @@ def groups_in_memory(
     pair: tuple[str, str],
     leave_out: LeaveOut,
 ) -> list[list[str]]:
-    """Groups of providers that are in memory at once, and so measured in turns.
+    """Divides providers into groups that fit into memory at once, and so are measured in turns.
 
-    All, if they fit together; else those of `pair`, and the others as they fit.
+    There is one group if all fit together; else one for `pair`, and others for the rest.
 
     Args:
-        names: of providers.
-        need: bytes that some of them take together.
+        names: names of providers.
+        need: returns the bytes that some of them take together.
         together: bytes that a group may take.
-        alone: bytes that one may take, or the pair.
-        pair: whose comparison matters most.
-        leave_out: takes a provider that takes more than that.
+        alone: bytes that one provider may take, or the pair.
+        pair: the two providers whose comparison matters most.
+        leave_out: called with each provider that takes more than `alone`.
     """
     fitting = []
     for name in names:
@@ -229,7 +229,7 @@ def _rows(benchmark: Benchmark, case: Case, rounds: pd.DataFrame) -> pd.DataFram
 
 
 def _summary(title: str, remarks: Sequence[Remark]) -> list[str]:
-    """Lines that give each remark on a provider once, and in which or how many cases it was made."""
+    """Formats each remark on a provider once, with the case or the number of cases that it is about."""
     cases: dict[tuple[str, str], list[str]] = {}
     for remark in remarks:
         cases.setdefault((remark.provider, remark.text), []).append(remark.case)
@@ -241,7 +241,7 @@ def _summary(title: str, remarks: Sequence[Remark]) -> list[str]:
 
 
 def _partial(path: Path) -> Path:
-    """Where the rows are until the sweep is done."""
+    """Returns the path of the rows until the sweep is done."""
     return path.with_name(f"{path.name}.partial")
 
 
