@@ -1,1 +1,1 @@
-"""What results are written and shown with: files, intervals, pictures and pages."""
+"""Tools to write and show results: files, intervals, figures and pages."""

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place and renamed into it."""
+"""Files that are complete or absent: written under another name and then renamed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes `path`, its folder too if need be; an older file stays until the new one is whole on the disk.
+    """Writes `path`, and makes its folder; an older file stays until the new one is complete on the disk.
 
     Raises:
-        OSError: the folder or the disk does not take it; an older file is untouched then.
+        OSError: the file cannot be written; an older file is untouched then.
     """
     name = None
     try:
@@ -24,9 +24,9 @@ def replace_file(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
+        os.chmod(name, 0o666 & ~_umask())  # only the owner can read the files of mkstemp
         os.replace(name, path)
-    except OSError as error:  # of the file that was asked for, not of the hidden one
+    except OSError as error:  # name the file that was asked for, not the hidden one
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         if name is not None:
@@ -34,15 +34,15 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def strict_json(content: dict[str, Any]) -> str:
-    """JSON that every reader takes: a number that is not finite becomes null."""
+    """Writes JSON that every reader accepts: a number that is not finite becomes null."""
     return json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n"
 
 
 def parse_json_line(line: str | bytes, path: Path, number: int, key: str) -> dict[str, Any]:
-    """The object on a line of a JSONL file, which holds at least `key`.
+    """Parses the object on a line of a JSONL file, which holds at least `key`.
 
     Raises:
-        ValueError: it is none; the message names the file and the line's number.
+        ValueError: there is no such object; the message names the file and the line's number.
     """
     try:
         record = json.loads(line)
@@ -54,7 +54,7 @@ def parse_json_line(line: str | bytes, path: Path, number: int, key: str) -> dic
 
 
 def finite_or_none(value: Any) -> Any:
-    """The same dictionaries and lists with None for each number that is not finite."""
+    """Copies dictionaries and lists with None for each number that is not finite."""
     if isinstance(value, dict):
         return {name: finite_or_none(entry) for name, entry in value.items()}
     if isinstance(value, list):

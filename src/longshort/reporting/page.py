@@ -1,4 +1,4 @@
-"""Pages: one HTML file each that needs nothing beside it, its pictures included."""
+"""Pages: self-contained HTML files that include their figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPORT_FILE = "report.html"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are shown. The first cell of a row names it."""
+    """A table of cells as they are shown. The first cell of a row is its name."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -30,7 +30,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG file, which goes into the report, and what it shows."""
+    """A PNG file, which is included in the report, and its caption."""
 
     file: Path
     caption: str
@@ -38,7 +38,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sample:
-    """Text of a model, after its prompt."""
+    """A text that a model wrote, and its prompt."""
 
     label: str
     prompt: str
@@ -47,14 +47,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Card:
-    """A statement and what came out for it.
+    """A statement and its outcome.
 
     Attributes:
-        title: names it.
+        title: name of the statement.
         badge: the outcome in a word or two.
         tone: "good", "mixed", "bad" or "neutral"; the colour of the badge.
         text: the statement.
-        rows: names and what is to be said, such as ("measured", "…").
+        rows: names and texts, such as ("measured", "…").
     """
 
     title: str
@@ -66,7 +66,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """Paragraphs, then cards, a table, figures and samples, each where there are some."""
+    """A section of a page: paragraphs, then cards, a table, figures and samples, all optional."""
 
     heading: str = ""
     paragraphs: Sequence[str] = ()
@@ -78,7 +78,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A page. All its text is plain: markup in it is shown, not obeyed."""
+    """A page. All its text is plain: markup in it is shown, not interpreted."""
 
     title: str
     subtitle: str
@@ -86,11 +86,11 @@ class Report:
 
 
 def render_report(report: Report) -> str:
-    """The page as HTML.
+    """Renders a page as HTML.
 
     Raises:
         FileNotFoundError: the file of a figure is missing.
-        ValueError: it is no PNG.
+        ValueError: a figure is not a PNG.
     """
     environment = Environment(
         loader=PackageLoader("longshort.reporting"),
@@ -104,12 +104,12 @@ def render_report(report: Report) -> str:
 
 
 def write_page(report: Report, folder: Path) -> Path:
-    """Write FOLDER/report.html; an old one is replaced.
+    """Writes FOLDER/report.html; an old one is replaced.
 
     Raises:
         FileNotFoundError: the file of a figure is missing.
         OSError: the file could not be written.
-        ValueError: a figure is no PNG.
+        ValueError: a figure is not a PNG.
     """
     file = folder / REPORT_FILE
     replace_file(file, render_report(report).encode())
@@ -117,7 +117,7 @@ def write_page(report: Report, folder: Path) -> Path:
 
 
 def number(value: float | None) -> str:
-    """A measured value to four digits; None is one that was not finite."""
+    """Formats a measured value with four digits; None is one that was not finite."""
     if value is None or value != value:
         return "not finite"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -128,7 +128,7 @@ def _base64(file: Path) -> str:
 
 
 def _width_on_page(file: Path) -> int:
-    """In CSS pixels, from the header of the PNG: the page does not jump while it loads."""
+    """Reads the width in CSS pixels from the header of a PNG; with it, a page does not shift as it loads."""
     with open(file, "rb") as picture:
         header = picture.read(24)
     if len(header) < 24 or not header.startswith(b"\x89PNG\r\n\x1a\n"):

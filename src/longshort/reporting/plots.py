@@ -1,4 +1,4 @@
-"""The figures that studies share: curves by arm with all seeds, and values with their intervals."""
+"""Figures that studies share: curves by arm with all seeds, and values with their intervals."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Panel:
     """One panel of curves.
 
     Attributes:
-        title, x, y: what it shows, with units.
-        curves: by arm, one curve per seed.
+        title, x, y: the title and the labels of the axes, with units.
+        curves: one curve per seed, by arm.
     """
 
     title: str
@@ -49,8 +49,8 @@ class Panel:
 
 
 def draw_curves(panels: Sequence[Panel], file: Path, columns: int = 2, height: float = 3.4) -> Path:
-    """Each arm's mean over seeds, thick, and its seeds, faint, on a logarithmic y axis. An arm has the same
-    colour in all panels; one legend serves them all."""
+    """Draws each arm's mean over seeds, thick, and its seeds, faint, on a logarithmic y axis. An arm has the
+    same colour in all panels, and there is one legend."""
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.1 * columns + 0.4, height * rows + 0.6), layout="constrained")
@@ -78,7 +78,7 @@ def draw_intervals(
     references: Mapping[float, str] | None = None,
     log: bool = False,
 ) -> Path:
-    """A row per name: the mean as a dot, its 95 % interval as a line, and vertical lines to compare with."""
+    """Draws a row per name, the mean as a dot and its 95 % interval as a line, with vertical references."""
     figure, axes = new_figure(title, x, "", height=1.3 + 0.36 * len(rows))
     shown = [value for _, row in rows for value in (row.mean, row.low, row.high) if math.isfinite(value)]
     shown += list(references or {})
@@ -118,15 +118,15 @@ def draw_points(
     log_y: bool = True,
     log_x_base: int = 2,
 ) -> Path:
-    """A panel per title, a line per arm through means with their 95 % intervals.
+    """Draws a panel per title, with a line per arm through means with their 95 % intervals.
 
     Args:
-        panels: by title, then arm: points (x, interval).
+        panels: points (x, interval), by title, then arm.
         file: the PNG; an old one is replaced.
         x: label of the x axes, or one for each panel.
         y: label of the y axis that all panels share, or one for each panel's own axis.
         log_y: logarithmic y axes.
-        log_x_base: of logarithmic x axes; 0: linear.
+        log_x_base: base of logarithmic x axes; 0: linear.
     """
     figure = Figure(figsize=(max(4.5, min(4.1 * len(panels) + 0.4, 9.0)), 4.0), layout="constrained")
     is_shared = isinstance(y, str)
@@ -198,7 +198,7 @@ def _label_lengths(axes: Axes, values: Sequence[float], base: int = 2) -> None:
 
 
 def shared_legend(figure: Figure, panels: Iterable[Axes], columns: int = 3) -> None:
-    """One legend below all panels."""
+    """Adds one legend below all panels."""
     handles = {}
     for axes in panels:
         handles |= {name: mark for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}

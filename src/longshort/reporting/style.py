@@ -1,4 +1,4 @@
-"""How the pictures of this library look: colours, axes, and PNG files twice as fine as they are shown."""
+"""The style of all figures: colours, axes, and PNG files at twice the size at which they are shown."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers, in an order that prints well in grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, in an order that prints well in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, FAINT = "#222222", "#c8c8c8"
-PIXEL_RATIO = 2  # pictures are twice as fine as they are shown
+PIXEL_RATIO = 2  # figures have twice the size at which they are shown
 
 
 def new_figure(title: str, x: str, y: str, height: float = 4.2) -> tuple[Figure, Axes]:
-    """A figure of one panel."""
+    """Makes a figure with one panel."""
     figure = Figure(figsize=(7.5, height), layout="constrained")
     axes = figure.subplots()
     style_axes(axes, title, x, y)
@@ -32,7 +32,7 @@ def new_figure(title: str, x: str, y: str, height: float = 4.2) -> tuple[Figure,
 
 
 def style_axes(axes: Axes, title: str, x: str, y: str) -> None:
-    """Title, labels with units, and quiet lines."""
+    """Sets the title, the labels with units, and unobtrusive lines."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10)
     axes.set_xlabel(x)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -45,14 +45,14 @@ def style_axes(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def scale_logarithmically(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers, if a line has a value that it can show."""
+    """Makes the y axis logarithmic, with plain numbers, if a line has a value that it can show."""
     if any((np.asarray(line.get_ydata(), dtype=np.float64) > 0).any() for line in axes.get_lines()):
         axes.set_yscale("log")
         label_log_axis(axes.yaxis)
 
 
 def label_log_axis(axis: Axis) -> None:
-    """Plain numbers, also where the range lies within one power of ten."""
+    """Labels a logarithmic axis with plain numbers, even within one power of ten."""
     low, high = axis.get_view_interval()
     subs = (1.0, 2.0, 5.0) if high > 30 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     if high > 1e5 * low:
@@ -63,12 +63,12 @@ def label_log_axis(axis: Axis) -> None:
 
 
 def plain_number(value: float, _position: int | None = None) -> str:
-    """A tick's label without powers of ten."""
+    """Formats a tick's label without powers of ten."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def save_figure(figure: Figure, file: Path) -> None:
-    """Write a PNG; an old file is replaced."""
+    """Writes a PNG; an old file is replaced."""
     picture = io.BytesIO()
     figure.set_dpi(100 * PIXEL_RATIO)
     FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})
