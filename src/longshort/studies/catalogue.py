@@ -1,4 +1,4 @@
-"""The studies there are, and `longshort study`, which runs them in a folder and writes their report."""
+"""The list of studies, and `longshort study`, which runs them in a folder and writes their report."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ class StudySettings:
     """Run a study of the paper's claims, or resume one, and write its report.
 
     Each study states its claims and the rules of its verdicts before it runs. Finished trials are not run
-    again: the same command resumes after Ctrl-C, and draws the report anew when all is done.
+    again: the same command resumes after Ctrl-C, and writes the report again if all trials are done.
     """
 
     name: str
     """dense-local, explosion, length, remedies, design, latency, or all."""
 
     scale: Scale = "laptop"
-    """smoke: seconds, shows that it works. laptop: up to 40 minutes a study on two cores. overnight: hours,
-    with controls. paper: the author's sizes, for GPUs."""
+    """smoke: seconds, only shows that the study runs. laptop: up to 40 minutes a study on two cores.
+    overnight: hours, with controls. paper: the author's sizes, for GPUs."""
 
     seeds: Annotated[int, Ge(1)] | None = None
-    """Seeds of each arm. None: those of the scale."""
+    """Number of seeds of each arm. None: that of the scale."""
 
     first_seed: Seed = 0
-    """Seeds are this one and those that follow."""
+    """The first seed; the others follow it."""
 
     out: Path | None = None
     """Folder for results and report. None: runs/study-SCALE."""
@@ -66,10 +66,10 @@ class StudySettings:
     """Text to train on, as for `longshort data`."""
 
     jobs: Annotated[int, Ge(1)] | None = None
-    """Trials at once, each on one CPU thread. None: one per core; 1 at the scale paper."""
+    """Trials to run at once, each on one CPU thread. None: one per core; 1 at the scale paper."""
 
     device: Literal["auto", "cpu", "cuda"] | None = None
-    """Where trials run. None: cpu; auto at the scale paper."""
+    """Device of the trials. None: cpu; auto at the scale paper."""
 
     def __post_init__(self) -> None:
         if self.name != ALL and self.name not in STUDIES:
@@ -78,17 +78,17 @@ class StudySettings:
 
     @property
     def folder(self) -> Path:
-        """Where results and report go."""
+        """The folder of results and report."""
         return Path("runs") / f"study-{self.scale}" if self.out is None else self.out
 
     def seeds_of(self, study: Study) -> list[int]:
-        """The seeds of a study."""
+        """List the seeds of a study."""
         count = self.seeds or study.default_seeds(self.scale)
         return list(range(self.first_seed, self.first_seed + count))
 
     @property
     def studies(self) -> list[Study]:
-        """The studies that are asked for."""
+        """List the studies that are asked for."""
         return list(STUDIES.values()) if self.name == ALL else [STUDIES[self.name]]
 
 
@@ -107,8 +107,8 @@ def run_studies(settings: StudySettings, progress: StudyProgress | None = None) 
         ValueError: the folder holds results of another scale or corpus, or a file there is damaged.
         FileExistsError: the folder holds something else.
         FileNotFoundError: there is no such corpus.
-        BlockingIOError: another process works there.
-        ChildProcessError: a trial failed; what is finished stays.
+        BlockingIOError: another process runs studies there.
+        ChildProcessError: a trial failed; finished trials are kept.
         OSError: a file could not be written.
     """
     open_corpus(settings.source)  # a wrong source is an error before anything is made
@@ -143,8 +143,8 @@ def judge_all(scale: Scale, folder: Path) -> dict[str, Findings]:
     """Draw the figures and write the findings of all studies that have results in the folder.
 
     Args:
-        scale: of the results.
-        folder: with study.json and a folder per study.
+        scale: scale of the results.
+        folder: folder with study.json and a folder per study.
     """
     seeds = _read_manifest(folder)["seeds"]
     found = {}
@@ -184,7 +184,7 @@ def _check_folder(folder: Path, manifest: Mapping[str, str]) -> None:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, str], seeds: Mapping[str, list[int]]) -> None:
-    """Add the seeds, and the machine and versions of this call to those that worked here before."""
+    """Add the seeds, machine and versions of this call to those of earlier calls."""
     path = folder / _MANIFEST
     before: dict[str, Any] = _read_manifest(folder) if path.is_file() else {}
     versions = ", ".join(f"{name} {version}" for name, version in current_versions().items())

@@ -1,10 +1,10 @@
 """The demo: LS-attention and full attention (MHSA) of equal size, trained side by side on real text.
 
 Both start from the same initial weights and see the same batches; the one difference is how far their heads
-see. Each trains in a process of its own with one thread, by the command `longshort train`, so that their
-speeds compare on a machine of two cores.
+see. Each trains in a separate process with one thread, by the command `longshort train`, so that their speeds
+can be compared on a machine with two cores.
 
-`SETTING` says which setting, and how it was chosen.
+`SETTING` describes the setting and how it was chosen.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 MODELS = {"LS-attention": "ls", "MHSA": "mhsa"}
-"""Folder of each model's run by its name."""
+"""The folder of each model's run, by name of the model."""
 
 PROMPT = 'def read_lines(path):\n    """'
 SETTING = (
@@ -52,7 +52,7 @@ SETTING = (
     "hardly begun: loss 2.31, logits 13, where LS-attention came to 1.90 (at 5e-3). Seed 1 at 640 shows the "
     "same as seed 0."
 )
-"""Which setting the demo trains in, and how it was chosen; the report says it too."""
+"""The setting of the demo and how it was chosen, for the report."""
 
 _NUMBERS_FILE = "demo.json"
 _OWN_ENTRIES = {"data", "plots", "report.html", _NUMBERS_FILE, *MODELS.values()}
@@ -62,12 +62,12 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """See LS-attention and full attention (MHSA) of equal size trained side by side: same text, same initial
+    """Train LS-attention and full attention (MHSA) of equal size side by side: same text, same initial
     weights, same batches, one core each. Takes about seven minutes on two cores, and ends with a report.
     """
 
     out: Path
-    """Folder for everything that the demo makes."""
+    """Folder for all files of the demo."""
 
     overwrite: bool = False
     """Replace an earlier demo in OUT."""
@@ -88,7 +88,7 @@ class DemoSettings:
     """Learning rate after the warm-up; it falls along a cosine to a tenth."""
 
     evaluation_tokens: Annotated[int, Ge(1)] = 500_000
-    """Validation tokens that the finished models are measured on, at most, in whole documents."""
+    """Most validation tokens, in whole documents, on which the trained models are measured."""
 
     seed: Seed = 0
     """Seed of the initial weights and the batches."""
@@ -103,7 +103,7 @@ class DemoSettings:
 
 
 class DemoProgress:
-    """Reports of the demo; override what you want to show."""
+    """Callbacks of the demo; override those that you need."""
 
     def on_stage(self, text: str) -> None:
         """A part of the demo begins."""
@@ -118,13 +118,14 @@ class ModelResult:
 
     Attributes:
         parameters: number of parameters.
-        evaluation: on whole validation documents, with the context of the training.
+        evaluation: evaluation on whole validation documents, with the context of the training.
         max_logit: largest |scale·q·k| over the last tenth of the training; None if it was not finite.
-        max_logit_in_band: the same, over the pairs inside the local window alone: equal sets of pairs.
-        logit_growth: by what factor the largest logit grew from two thirds of the training to its end.
+        max_logit_in_band: the same over the pairs inside the local window, so that both models have equal
+            pairs.
+        logit_growth: factor by which the largest logit grew from two thirds of the training to its end.
         first_not_finite: first logged step whose loss was not finite; None if all were.
-        tokens_per_second: in training; the median, both models training at once.
-        training_seconds: of the training steps alone.
+        tokens_per_second: median in training, while both models train at once.
+        training_seconds: time of the training steps alone.
         sample: the model's continuation of `PROMPT`.
     """
 
@@ -146,7 +147,7 @@ def run_demo(settings: DemoSettings, progress: DemoProgress | None = None) -> di
 
     Raises:
         FileExistsError: `settings.out` is not empty and `overwrite` is not set, or holds other files.
-        BlockingIOError: trainings of an earlier demo still run there.
+        BlockingIOError: the trainings of an earlier demo are still running there.
         FileNotFoundError, ValueError: the source is not usable.
         ChildProcessError: a training failed; its log is in `settings.out`.
         OSError: a file could not be written.
@@ -175,7 +176,7 @@ def run_demo(settings: DemoSettings, progress: DemoProgress | None = None) -> di
 
 
 def training_arguments(settings: DemoSettings, folder: str) -> list[str]:
-    """The arguments of `longshort` that train one of the models."""
+    """Return the arguments of `longshort` that train one of the models."""
     values = {
         "data": settings.out / "data",
         "out": settings.out / folder,
@@ -210,7 +211,7 @@ def _clear(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"--out: {out} holds more than a demo ({strangers[0]!r}); it stays as it is")
     for folder in MODELS.values():
         if (out / folder / METRICS_FILE).exists():
-            MetricsLog(out / folder).close()  # refuses while somebody trains there
+            MetricsLog(out / folder).close()  # raises an error if a process is training there
     for entry in out.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -219,7 +220,7 @@ def _clear(out: Path, overwrite: bool) -> None:
 
 
 def _is_own(name: str) -> bool:
-    """Whether a demo writes an entry of this name, the half-written files of a killed one included."""
+    """Return whether a demo writes an entry of this name, including partial files of a killed one."""
     return name in _OWN_ENTRIES or any(name.startswith(f".{own}.") for own in _OWN_ENTRIES)
 
 
@@ -247,8 +248,8 @@ def _train_side_by_side(settings: DemoSettings, progress: DemoProgress) -> None:
 def _processes(
     commands: dict[str, list[str]], logs: dict[str, Path]
 ) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Run commands at once; whatever ends the block, none of them outlives it."""
-    # One thread each, from the start: a pool that is made larger and then not used still costs.
+    """Run commands at once; however the block ends, none of them outlives it."""
+    # One thread each from the start: a larger thread pool costs time even if it is not used.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
@@ -256,7 +257,7 @@ def _processes(
             with open(logs[name], "wb") as log:
                 log.write(f"{shlex.join(command)}\n".encode())
                 log.flush()
-                # A session of its own: Ctrl-C comes to us, and we end both in good order.
+                # In a separate session: only this process gets Ctrl-C, and it stops both cleanly.
                 processes[name] = subprocess.Popen(
                     command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                 )
@@ -305,7 +306,7 @@ def _measure(settings: DemoSettings, run: Path) -> ModelResult:
 
 
 def summarize_training(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Take the parts of a `ModelResult` that follow from its metrics."""
+    """Compute the parts of a `ModelResult` that depend only on its metrics."""
     monitored = [with_band(line) for line in metrics if "max_logit" in line]
     late = last_tenth(monitored)
     middle = monitored[int(len(monitored) * 0.6) : max(1, int(len(monitored) * 0.7))] or monitored[:1]

@@ -1,4 +1,4 @@
-"""What the demo's numbers say: a table, plain words, and one page with the pictures."""
+"""The report of the demo: a table, a description in words, and one page with the figures."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ _CAPTIONS = {
         ),
     ),
 }
-_ALIKE = 0.005  # nats per token; closer than another seed moves a loss
+_ALIKE = 0.005  # nats per token; less than the difference between two seeds
 
 
 def result_table(results: Results) -> Table:
-    """One row per measure, one column per model."""
+    """Make a table with one row per measure and one column per model."""
     rows = [
         ("parameters", [f"{result.parameters:,}" for result in results.values()]),
         ("validation loss (nats per byte)", [number(result.evaluation.loss) for result in results.values()]),
@@ -68,7 +68,7 @@ def result_table(results: Results) -> Table:
 
 
 def describe_outcome(settings: DemoSettings, results: Results) -> list[str]:
-    """What happened, in plain words, whichever model did better."""
+    """Describe the results in words, whichever model did better."""
     local, full = (results[name] for name in MODELS)
     return [_on_loss(settings, local, full), _on_logits(local, full), _on_speed(local, full)]
 
@@ -139,7 +139,7 @@ def _on_speed(local: ModelResult, full: ModelResult) -> str:
 
 
 def write_demo_report(settings: DemoSettings, results: Results) -> Path:
-    """Draw both models in one picture each and write OUT/report.html, one file.
+    """Draw both models together in each figure, and write OUT/report.html, one file.
 
     Raises:
         OSError: a file could not be written.

@@ -41,7 +41,7 @@ from longshort.studies.language.measures import (
 from longshort.studies.language.trial import LanguageStudy
 
 TOLERANCE = 0.02
-"""Losses nearer than this, in nats per token, are called alike."""
+"""Losses that differ by less than this, in nats per token, are called alike."""
 
 _CACHE_LENGTH = 32_768
 
@@ -110,7 +110,7 @@ PAPER_GATHERED = tuple(
 
 @dataclass(frozen=True)
 class _Scale:
-    """`spread` is the layout that the `gathered` ones are compared with; `others` are in no verdict."""
+    """The arms of one scale: `gathered` layouts are compared with `spread`; `others` affect no verdict."""
 
     setting: Setting
     seeds: int
@@ -121,7 +121,7 @@ class _Scale:
 
     @property
     def deciding(self) -> list[Arm]:
-        """The arms that verdicts rest on."""
+        """The arms on which verdicts depend."""
         return self._arms((LS, MHSA, self.spread, NO_GLOBAL, *self.gathered))
 
     @property
@@ -137,7 +137,7 @@ _NEEDLE = {"lengths": [128, 512], "depths": [0.1, 0.5, 0.9], "samples": 64}
 
 
 class Design(LanguageStudy):
-    """Layouts against each other: loss, needle retrieval, largest logit and cost."""
+    """A comparison of layouts: loss, needle retrieval, largest logit and cost."""
 
     name = "design"
     title = "Choosing a layout (beyond the paper)"
@@ -190,7 +190,7 @@ def _judge(
     names: Sequence[str],
     rule: Callable[[Sequence[Interval]], Outcome],
 ) -> Verdict:
-    """Judge the losses of some layouts minus that of a reference."""
+    """Judge the differences between the losses of some layouts and that of a reference."""
 
     def differences(rate: Rate) -> list[Interval]:
         return [loss_difference(arms[name], arms[reference], rate) for name in names]
@@ -210,7 +210,7 @@ def _judge(
 
 
 def _below_tolerance(intervals: Sequence[Interval]) -> Outcome:
-    """The rule for all heads global minus one global head per layer."""
+    """Apply the rule for the difference between all heads global and one global head per layer."""
     (interval,) = intervals
     if interval.low > -TOLERANCE:
         return Outcome.SHOWN
@@ -244,7 +244,7 @@ def _recommend(arms: Arms) -> str:
 
 
 def _describe_late(arms: Arms) -> str:
-    """Say which layouts are still catching up at the end, LS among them."""
+    """Describe which layouts, including LS, are still catching up at the end."""
     slopes = {name: _late_slope(arm) for name, arm in arms.items()}
     known = {name: value for name, value in slopes.items() if value is not None}
     if LS.name not in known or MHSA.name not in known:
@@ -264,7 +264,7 @@ def _describe_late(arms: Arms) -> str:
 
 
 def _describe_rotary(arms: Arms) -> str:
-    """Say whether local heads still help where all heads have rotary positions."""
+    """Describe whether local heads still help if all heads have rotary positions."""
     if LS_ROPE.name not in arms or MHSA_ROPE.name not in arms:
         return ""
     pair = arms[LS_ROPE.name], arms[MHSA_ROPE.name]
@@ -350,7 +350,7 @@ def _sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
 
 
 def _needle_gains(arm: ArmResults, length: int, depth: float | None = None) -> list[float | None]:
-    """The needle's gain at a length by seed; the mean over depths if none is given."""
+    """Return the needle's gain at a length by seed; the mean over depths if no depth is given."""
     return [
         _mean(
             cell["gain"]
@@ -369,13 +369,13 @@ def _late_slope(arm: ArmResults) -> float | None:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean; None if a value is missing."""
+    """Compute the mean; None if a value is missing."""
     known = list(values)
     return None if None in known else fmean(value for value in known if value is not None)
 
 
 def _cache_share(arm: ArmResults) -> float:
-    """The bytes of the cache at `_CACHE_LENGTH` tokens relative to MHSA's."""
+    """Compute the bytes of the cache at `_CACHE_LENGTH` tokens relative to MHSA's."""
     model, training = arm.settings["model"], arm.settings["train"]
     plain = {name: value for name, value in model.items() if name not in ("num_global_heads", "layouts")}
     configs = model_config(model, training), model_config(plain, {**training, "mhsa": True})

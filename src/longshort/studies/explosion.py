@@ -1,5 +1,5 @@
-"""Study `explosion` (figures 1 and 4): do the logits of MHSA explode where those of LS-attention do not, and
-is it for the reason that the paper gives?"""
+"""Study `explosion` (figures 1 and 4): do the logits of MHSA explode when those of LS-attention do not, and
+for the reason that the paper gives?"""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ MECHANISM = Claim(
 )
 
 Divergences = Mapping[str, Mapping[str, Sequence[int | None]]]
-"""For each setting and arm the step of each seed at which it diverged."""
+"""The step at which each seed diverged, by setting and arm."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _Scale:
 
     @property
     def map(self) -> dict[str, tuple[Setting, float]]:
-        """Learning rate × length × precision × depth, at equal tokens a step."""
+        """Return settings and rates: learning rate × length × precision × depth, at equal tokens a step."""
         tokens = self.setting.train["batch_size"] * self.setting.train["sequence_length"]
         found = {}
         for depth in self.depths:
@@ -164,7 +164,7 @@ class _Scale:
 
 
 class Explosion(LanguageStudy):
-    """MHSA against LS-attention, and the arms and texts that test the paper's explanation."""
+    """A comparison of MHSA and LS-attention, with arms and texts that test the paper's explanation."""
 
     name = "explosion"
     title = "Logit explosion and divergence (figures 1 and 4)"
@@ -303,7 +303,7 @@ def _judge_mechanism(arms: Arms) -> Verdict:
 
 
 def _mechanism_outcome(ratios: Mapping[str, Interval], rope_growth: float) -> Outcome:
-    """The outcome by the ratios to MHSA, and by RoPE's growth over the second half."""
+    """Return the outcome by the ratios to MHSA, and by RoPE's growth over the second half."""
     permuted, *others = ratios.values()
     below = [interval.high < 1 for interval in others]
     if all(interval.low > 1 for interval in ratios.values()):
@@ -314,7 +314,8 @@ def _mechanism_outcome(ratios: Mapping[str, Interval], rope_growth: float) -> Ou
 
 
 def _late_growth(arm: ArmResults, rate: Rate) -> Interval:
-    """Factor between the largest logit at half of the training and at its end, by the curves' last tenths."""
+    """Compute the factor between the largest logit at half of the training and at its end, as means over the
+    last tenths of the curves."""
     ratios: list[float | None] = []
     for curve in curves(arm, "max_logit", rate):
         last = curve[-1][0]
@@ -414,7 +415,7 @@ def _logit_panel(arms: Arms, title: str, quantity: str = "max_logit") -> Panel:
 
 
 def _head_panels(main: Arms) -> list[Panel]:
-    """Per arm the largest logit of each layer and kind of head, a line per seed and their mean."""
+    """Make a panel per arm with the largest logit of each layer and kind of head, a line per seed."""
     panels = []
     for name, arm in main.items():
         lines: dict[str, list[Any]] = {}

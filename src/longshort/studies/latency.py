@@ -57,7 +57,7 @@ class _Scale:
 
 
 class Latency(Study):
-    """Prefill of our LS model against our MHSA model and GPT-2 of equal size, weights untrained."""
+    """A comparison of prefill by our LS model, our MHSA model and GPT-2 of equal size, weights untrained."""
 
     name = "latency"
     title = "Inference latency (last figure and table)"
@@ -130,7 +130,7 @@ class Latency(Study):
 
 
 def saving_outcome(seconds: Mapping[int, Mapping[str, Sequence[float]]]) -> Outcome:
-    """The outcome by the rule of the claim, from the times of all passes by length and model."""
+    """Apply the rule of the claim to the times of all passes, by length and model."""
     ratios = {n: max(times[LS.name]) / min(map(min, _baselines(times))) for n, times in seconds.items()}
     if any(ratio <= 0.64 for n, ratio in ratios.items() if n <= 32_768):
         return Outcome.SHOWN
@@ -145,13 +145,13 @@ def _baselines(times: Mapping[str, Sequence[float]]) -> list[Sequence[float]]:
 
 
 def _saving(times: Mapping[str, Sequence[float]], baseline: str | None = None) -> float:
-    """The share by which the median of LS is below that of a baseline, None being the faster one."""
+    """Return the share by which the median of LS is below that of a baseline; None: of the faster one."""
     others = _baselines(times) if baseline is None else [times[baseline]]
     return 1 - median(times[LS.name]) / min(map(median, others))
 
 
 def _allowed(result: Mapping[str, Any], baseline: str) -> float:
-    """The saving against a baseline that Amdahl's law allows."""
+    """Return the saving against a baseline that Amdahl's law allows."""
     total, attention = (median(result["timing"][key][baseline]) for key in ("seconds", "attention_seconds"))
     return 1 - amdahl_bound(total, attention, result["pairs"][LS.name], result["pairs"][baseline]) / total
 

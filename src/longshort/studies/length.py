@@ -1,5 +1,5 @@
-"""Study `length` (figures 3 and 4): do MHSA's logits grow with the sequence length, and LS-attention's
-less?"""
+"""Study `length` (figures 3 and 4): do logits grow with the sequence length in MHSA, and less in
+LS-attention?"""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from longshort.studies.language.measures import (
 from longshort.studies.language.trial import LanguageStudy
 
 TOKENS, SEQUENCES = "equal tokens a step", "equal sequences a step"
-"""The budgets: with equal sequences every learned position is trained as often, whatever the length."""
+"""The budgets: with equal sequences every learned position is trained equally often at all lengths."""
 
 GROWTH = Claim(
     "F3",
@@ -59,7 +59,7 @@ MITIGATION = Claim(
 
 @dataclass(frozen=True)
 class _Scale:
-    """Rates are swept at the length of `setting`, unless every length has a sweep of its own."""
+    """The arms of one scale. Rates are swept at the length of `setting`, or at each with `own_sweeps`."""
 
     setting: Setting
     lengths: Sequence[int]
@@ -70,7 +70,7 @@ class _Scale:
 
     @property
     def arms(self) -> list[Arm]:
-        """MHSA in both budgets, the others at equal tokens a step."""
+        """Return MHSA in both budgets, and the other variants at equal tokens a step."""
         return [
             self._at_length(variant, budget, length)
             for variant in (MHSA, LS, *self.controls)
@@ -97,7 +97,7 @@ def _name(variant: Variant, budget: str, length: int) -> str:
 
 
 class Length(LanguageStudy):
-    """MHSA and LS-attention at growing sequence lengths, in two token budgets."""
+    """A comparison of MHSA and LS-attention at growing sequence lengths, in two budgets."""
 
     name = "length"
     title = "Sequence length (figures 3 and 4)"
@@ -137,7 +137,7 @@ def _series(chosen: _Scale, arms: Arms, variant: Variant, budget: str) -> Series
 
 
 def _slope(series: Series, quantity: str, rate: Rate) -> Interval:
-    """The slope of log value over log length, over seeds."""
+    """Compute the slope of log value over log length, over seeds."""
     values = {math.log(length): arm.values(quantity, rate) for length, arm in series.items()}
     seeds = next(iter(values.values()))
     return slope_interval([[(x, log_or_none(row[seed])) for x, row in values.items()] for seed in seeds])

@@ -44,7 +44,7 @@ from longshort.studies.language.trial import LanguageStudy
 FP32 = Variant("MHSA, fp32", {"attention_precision": "fp32"}, {**MHSA.train, "precision": "fp32"})
 QK_NORM = MHSA.with_model("MHSA + QK-norm", qk_norm=True)
 PAPER_ARMS = (LS, MHSA, FP32, QK_NORM)
-"""The paper's four; LS and MHSA in bf16."""
+"""The paper's four arms; LS and MHSA are in bf16."""
 
 FURTHER_ARMS = (
     LS.with_model("LS + QK-norm", qk_norm=True),
@@ -56,7 +56,7 @@ FURTHER_ARMS = (
 
 PIECES = 10_000
 PEAK_TFLOPS = {"bf16": 312.0, "fp32": 19.5}
-"""NVIDIA A100, published dense peaks; fp32 outside the tensor cores."""
+"""Published dense peaks of an NVIDIA A100; fp32 outside the tensor cores."""
 
 FIGURE_5 = Claim(
     "F5",
@@ -87,8 +87,7 @@ class _Scale:
 
 
 class Remedies(LanguageStudy):
-    """The perplexity and cost of LS-attention and of other remedies, and their sensitivity to the learning
-    rate."""
+    """A comparison of LS-attention and other remedies: perplexity, cost, sensitivity to the learning rate."""
 
     name = "remedies"
     title = "LS-attention against other remedies (figure 5)"
@@ -121,7 +120,7 @@ class Remedies(LanguageStudy):
         chosen = self.scales[scale]
         arms = measure_arms(chosen.arms, seeds, results)
         pieces = results.get(_pieces_trial().key)
-        # At the scale "paper" models read pieces themselves.
+        # At the scale "paper" the tokens of models are pieces already.
         bytes_per_piece = 1.0 if scale == "paper" else pieces["bytes_per_piece"] if pieces else math.nan
         return Findings(
             [_judge(arms, bytes_per_piece)],
@@ -162,7 +161,7 @@ def _judge(arms: Arms, bytes_per_piece: float) -> Verdict:
 
 
 def figure_5_outcome(perplexity: Sequence[Interval], cost: Sequence[Interval]) -> Outcome:
-    """The outcome by the ratios of perplexity and of cost against each of the two remedies."""
+    """Return the outcome by the ratios of perplexity and of cost against each of the two remedies."""
     for lower, cheaper in zip(perplexity, reversed(cost), strict=True):
         if lower.high < 1 / 2 and cheaper.high < 1 / 10:
             return Outcome.PARTLY
@@ -172,12 +171,12 @@ def figure_5_outcome(perplexity: Sequence[Interval], cost: Sequence[Interval]) -
 def _perplexity_ratio(
     first: ArmResults, second: ArmResults, bytes_per_piece: float, rate: Rate = "best"
 ) -> Interval:
-    """The ratio of perplexities per piece: a difference of losses per byte, times the bytes of a piece."""
+    """Compute the ratio of perplexities per piece: a difference of losses per byte, times bytes per piece."""
     return loss_difference(first, second, rate).times(bytes_per_piece).exp()
 
 
 def _cost_ratio(first: ArmResults, second: ArmResults, unit: str, rate: Rate = "best") -> Interval:
-    """What the first needs to reach the second's final loss, relative to what the second spent."""
+    """Compute what the first spends to reach the second's final loss, relative to what the second spent."""
     budget, needed = {}, {}
     for seed, result in second.by_rate[rate].items():
         loss = result["validation_loss"]
@@ -258,7 +257,7 @@ def _cost_table(arms: Arms, bytes_per_piece: float) -> Table:
 
 
 def _cost_panels(arms: Arms) -> list[Panel]:
-    """Loss by cost, by time where that was measured for all arms, and the largest logit by step."""
+    """Make panels of loss by cost, by time if it was measured for all arms, and of largest logit by step."""
 
     def panel(title: str, x: str, per_step: Mapping[str, float]) -> Panel:
         lines = {

@@ -1,6 +1,6 @@
-"""What the study `dense-local` compares at each scale.
+"""The comparisons of the study `dense-local` at each scale.
 
-An arm is a `Fit` whose seed and learning rate are open. Rates are half powers of ten to three digits.
+An arm is a `Fit` without its seed and learning rate. Rates are half powers of ten to three digits.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from longshort.studies.framework.sweep import Arm, Ladder, Rate
 Topic = Literal["grid", "length", "head_dim", "sigma", "control", "shuffled", "precision", "layer"]
 
 LOSS_FLOOR = 1e-7
-"""Losses below it count as it: fp32 does not resolve them."""
+"""The smallest loss; lower ones count as this, since fp32 does not resolve them."""
 
 COMMON_RATE = 0.1
-"""A rate that every sweep of free fits with Adam has."""
+"""A learning rate that is in every sweep of free fits with Adam."""
 
 ALIBI_SLOPE = 0.5
 """The slope of the control with ALiBi, the steepest of 8 heads."""
@@ -38,13 +38,13 @@ _LAYER_RATES = (0.00316, 0.01, 0.0316)
 
 @dataclass(frozen=True)
 class Pair:
-    """A local arm and what it is compared with, most often a global one of the same fit.
+    """A local arm and the arm that it is compared with, most often a global one of the same fit.
 
     Attributes:
-        topic: what the comparison is for; "grid" decides the verdicts.
-        label: for tables.
-        local, other: their fits, whatever the seed and rate.
-        other_name: of the other arm, for legends.
+        topic: topic of the comparison; "grid" decides the verdicts.
+        label: label for tables.
+        local, other: the two fits, for any seed and rate.
+        other_name: name of the other arm for legends.
     """
 
     topic: Topic
@@ -55,7 +55,7 @@ class Pair:
 
     @property
     def fits(self) -> tuple[Fit, Fit]:
-        """Both fits, the local one first."""
+        """The two fits, the local one first."""
         return self.local, self.other
 
 
@@ -68,11 +68,11 @@ class MeasuredPair:
     other: ArmResults
 
     def is_run_at(self, rate: Rate) -> bool:
-        """Whether both arms were run on all seeds at a rate."""
+        """Return whether both arms were run on all seeds at a rate."""
         return rate in self.local.by_rate and rate in self.other.by_rate
 
     def log_ratio(self, quantity: str, rate: Rate = "best") -> Interval:
-        """Log-ratio local / other over paired seeds."""
+        """Compute the log-ratio local / other over paired seeds."""
         return log_ratio(self.local, self.other, quantity, rate)
 
 
@@ -82,12 +82,12 @@ class Sizes:
 
     Attributes:
         steps: steps of each fit.
-        grid_length, length: tokens of the grid, and of all else but the growth with the length.
+        grid_length, length: tokens of the grid, and of everything else except the growth with the length.
         head_dim: d; the growth and the controls have l' = d and w = 2·l'.
-        lengths, head_dims, sigmas: for the growth of the logits.
+        lengths, head_dims, sigmas: values for the growth of the logits.
         variants: precisions and optimizers beside fp32 and Adam.
-        variants_on_grid: run them in every combination of the grid, not at l' = d, w = 2·l' alone.
-        logit_limits: limits within which the least loss is searched.
+        variants_on_grid: run them in every combination of the grid, not only at l' = d, w = 2·l'.
+        logit_limits: limits within which the least loss is searched for.
         seeds: number of seeds.
     """
 
@@ -134,7 +134,7 @@ SIZES: dict[Scale, Sizes] = {
 
 @cache
 def pairs(scale: Scale) -> tuple[Pair, ...]:
-    """The pairs of a scale, the grid first."""
+    """List the pairs of a scale, the grid first."""
     sizes = SIZES[scale]
     grid = _grid(sizes)
     base = _base(sizes, sizes.length)
@@ -192,7 +192,7 @@ def _controls(base: Fit) -> list[Pair]:
 
 
 def equal_freedom_head_dim(local: Fit) -> int:
-    """The head_dim at which global attention has as many parameters per visible score as the local fit."""
+    """Compute the head_dim for global attention with as many parameters per visible score as a local fit."""
     scores = [
         HeadLayout((window,)).score_count(local.length, local.length) for window in (None, local.window)
     ]
@@ -200,7 +200,7 @@ def equal_freedom_head_dim(local: Fit) -> int:
 
 
 def arm_of(fit: Fit) -> Arm:
-    """The arm of a fit, whatever its seed and rate."""
+    """Make the arm of a fit, ignoring its seed and rate."""
     ladder = _LADDER
     if fit.optimizer == "sgd":
         ladder = replace(_LADDER, rates=_SGD_RATES)
@@ -211,14 +211,14 @@ def arm_of(fit: Fit) -> Arm:
 
 def _trial(fit: Fit, rate: float, seed: int) -> Trial:
     fit = replace(fit, learning_rate=rate, seed=seed)
-    seconds_of_step = 3e-4 + 1.2e-8 * fit.length**2  # of a laptop's core
+    seconds_of_step = 3e-4 + 1.2e-8 * fit.length**2  # on one core of a laptop
     stages = 1 if fit.start_window is None else 2
     forms = 1 if fit.form == "free" else 3
     return Trial(name_of(fit), seed, asdict(fit), fit.steps * seconds_of_step * stages * forms)
 
 
 def name_of(fit: Fit) -> str:
-    """The name of a fit's arm, which no other arm has."""
+    """Make the name of a fit's arm, which is unique."""
     parts = [
         "global" if fit.window is None else f"local w={fit.window}",
         f"n={fit.length} d={fit.head_dim} l'={fit.span} σ={fit.sigma:g}",
@@ -241,7 +241,7 @@ def name_of(fit: Fit) -> str:
 
 
 def measure_pairs(scale: Scale, seeds: Sequence[int], results: Results) -> dict[Pair, MeasuredPair]:
-    """The pairs of a scale whose trials at the best rates are done."""
+    """Collect the pairs of a scale whose trials at the best rates are done."""
     fits = dict.fromkeys(fit for pair in pairs(scale) for fit in pair.fits)
     measured = {fit: measure(arm_of(fit), seeds, results, ("best",)) for fit in fits}
     found = {}
@@ -255,7 +255,8 @@ def measure_pairs(scale: Scale, seeds: Sequence[int], results: Results) -> dict[
 def grid_ratios(
     scale: Scale, found: Mapping[Pair, MeasuredPair], quantity: str, rate: Rate = "best"
 ) -> dict[Pair, Interval | None]:
-    """Log-ratios local / global of all combinations of the grid, in the order of the plan; None: not run."""
+    """Collect log-ratios local / global of all combinations of the grid, in the order of the plan; None: not
+    run."""
     return {
         pair: found[pair].log_ratio(quantity, rate) if pair in found and found[pair].is_run_at(rate) else None
         for pair in pairs(scale)
@@ -264,12 +265,12 @@ def grid_ratios(
 
 
 def speaking(intervals: Sequence[Interval]) -> tuple[int, int]:
-    """How many log-ratios speak for local attention, and how many against it."""
+    """Count the log-ratios that are evidence for local attention, and those against it."""
     return sum(interval.high < 0 for interval in intervals), sum(interval.low > 0 for interval in intervals)
 
 
 def frontier_trials(scale: Scale, seed: int) -> list[Trial]:
-    """Searches for the least loss of global attention within each limit, at two rates."""
+    """List trials that search for the least loss of global attention within each limit, at two rates."""
     sizes = SIZES[scale]
     whole = replace(_base(sizes, sizes.length), window=None)
     return [
@@ -280,7 +281,7 @@ def frontier_trials(scale: Scale, seed: int) -> list[Trial]:
 
 
 def illustrated_pair(scale: Scale) -> Pair:
-    """The pair that figure 2a,b is drawn from, and that the controls are compared with."""
+    """Return the pair from which figure 2a,b is drawn, and with which the controls are compared."""
     sizes = SIZES[scale]
     return next(
         pair for pair in pairs(scale) if pair.topic == "length" and pair.label == f"n = {sizes.length}"
@@ -288,5 +289,5 @@ def illustrated_pair(scale: Scale) -> Pair:
 
 
 def illustration(fit: Fit) -> Arm:
-    """The arm whose results hold the crops."""
+    """Make the arm whose results hold the crops."""
     return arm_of(replace(fit, crop=min(_CROP, fit.length)))

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 Points = Sequence[tuple[float, float]]
 
-_LEAST_DRAWN = 1e-7  # of a probability
-_RATIOS = (1 / 30, 30.0)  # where the colours end
+_LEAST_DRAWN = 1e-7  # the smallest probability on the colour scale
+_RATIOS = (1 / 30, 30.0)  # the ends of the colour scale
 
 
 def draw_heat_maps(matrices: Mapping[str, Sequence[Sequence[float]]], first: int, file: Path) -> Path:
-    """Probabilities by query and key, a panel each, on one colour scale.
+    """Draw probabilities by query and key, a panel for each matrix, on one colour scale.
 
     Args:
-        matrices: square, by title.
+        matrices: square matrices, by title.
         first: position of the first row and column.
     """
     figure = Figure(figsize=(8.2, 3.6), layout="constrained")
@@ -58,12 +58,12 @@ def draw_heat_maps(matrices: Mapping[str, Sequence[Sequence[float]]], first: int
 
 
 def draw_grid(tables: Mapping[str, Mapping[tuple[str, str], Interval | None]], file: Path) -> Path:
-    """Ratios local / global by row and column, a panel per title: means with their 95 % intervals.
+    """Draw ratios local / global by row and column, a panel per title: means with their 95 % intervals.
 
-    Purple is for local attention, orange against it; a cell is bold where the interval excludes 1.
+    Purple is for local attention, orange against it; a cell is bold if the interval excludes 1.
 
     Args:
-        tables: by title, intervals of log-ratios by (row, column); None: not run.
+        tables: intervals of log-ratios, by title, then (row, column); None: not run.
     """
     figure = Figure(figsize=(8.6, 3.3), layout="constrained")
     panels = figure.subplots(1, len(tables), squeeze=False)[0]
@@ -106,7 +106,7 @@ def _write_cell(axes: Axes, at: tuple[int, int], interval: Interval | None) -> N
 
 
 def _ratio(value: float) -> str:
-    """A ratio to two digits."""
+    """Format a ratio with two digits."""
     if 0 < value < 0.0095 or (math.isfinite(value) and value >= 9999.5):
         mantissa, exponent = f"{value:.0e}".split("e")
         return f"{mantissa}e{int(exponent)}"
@@ -118,12 +118,12 @@ def _ratio(value: float) -> str:
 def draw_bounds(
     bounds: Mapping[str, Points], measured: Mapping[str, Points], paths: Mapping[str, Points], file: Path
 ) -> Path:
-    """Losses by the largest logit.
+    """Draw losses by the largest logit.
 
     Args:
-        bounds: lower bounds of the loss: dotted.
-        measured: single fits: dots.
-        paths: fits from the first step to the last: lines.
+        bounds: lower bounds of the loss, drawn as dotted lines.
+        measured: single fits, drawn as dots.
+        paths: fits from the first step to the last, drawn as lines.
     """
     figure, axes = new_figure(
         "How large logits must be for a loss", "largest |scale · q·k|", "loss (nats)", height=4.4

@@ -49,7 +49,7 @@ _BOUND_POINTS = 60
 
 @dataclass(frozen=True)
 class _Found:
-    """What there is to report."""
+    """The results to report."""
 
     scale: Scale
     seeds: Sequence[int]
@@ -72,7 +72,7 @@ def sections(
     measured: Mapping[Pair, MeasuredPair],
     folder: Path,
 ) -> list[Section]:
-    """The sections of the report, their figures drawn into a folder. What is not run yet is left out."""
+    """Write the sections of the report and draw their figures into a folder. What is not run is left out."""
     folder.mkdir(parents=True, exist_ok=True)
     found = _Found(scale, seeds, results, measured, folder)
     return [
@@ -222,13 +222,13 @@ def _logits(found: _Found) -> Section:
 
 
 def _windows(pair: Pair) -> float:
-    """The window of a pair's local arm, in spans."""
+    """Return the window of a pair's local arm, in spans."""
     assert pair.local.window is not None
     return pair.local.window / pair.local.span
 
 
 def _draw_curves(found: _Found, quantity: str, label: str, file: str) -> Path:
-    """Curves by step: a panel per l'/d of the grid, and one of the controls."""
+    """Draw curves by step: a panel per l'/d of the grid, and one of the controls."""
     panels: dict[str, dict[str, Any]] = {}
     illustrated = illustrated_pair(found.scale)
     chosen = found.of_topics("grid", "control")
@@ -251,7 +251,7 @@ def _curves(arm: ArmResults, quantity: str) -> list[list[tuple[float, float | No
 
 
 def _growth(found: _Found) -> Section:
-    """The largest logit by n, d and σ."""
+    """Report the largest logit by n, d and σ."""
     sizes = found.sizes
     topics: tuple[tuple[Topic, str, str, Sequence[float]], ...] = (
         ("length", "By length", "tokens n", sizes.lengths),
@@ -310,7 +310,7 @@ def _growth(found: _Found) -> Section:
 
 
 def _controls(found: _Found) -> Section:
-    """ALiBi, equal freedom, a start from the local fit, and targets without a band."""
+    """Report the controls: ALiBi, equal freedom, a start from the local fit, targets without a band."""
     base = illustrated_pair(found.scale).local
     texts = [
         (
@@ -335,7 +335,7 @@ def _controls(found: _Found) -> Section:
 
 
 def _pairs(found: _Found, heading: str, topics: Sequence[Topic], *texts: str) -> Section:
-    """A row per pair of these topics."""
+    """Make a section with a row per pair of these topics."""
     table = _table(
         found.of_topics(*topics),
         {
@@ -352,7 +352,7 @@ def _pairs(found: _Found, heading: str, topics: Sequence[Topic], *texts: str) ->
 
 
 def _theory(found: _Found) -> Section:
-    """Rank of the target, and how large logits must be for a loss."""
+    """Report the rank of the target, and the logits that a loss needs."""
     pair, seed = illustrated_pair(found.scale), found.seeds[0]
     fit, limits = pair.other, found.sizes.logit_limits
     target = make_target(fit, torch.Generator().manual_seed(seed))
@@ -414,7 +414,7 @@ def _theory(found: _Found) -> Section:
 
 
 def _method(found: _Found) -> Section:
-    """Rates and rules."""
+    """Report rates and rules."""
     text = (
         f"{found.sizes.steps:,} steps at a constant rate, {len(found.seeds)} seeds. One seed gives all arms "
         "the same target and the same initial queries and keys. Each arm has its own sweep of rates in steps "
@@ -437,7 +437,7 @@ def _method(found: _Found) -> Section:
 def _table(
     rows: Sequence[MeasuredPair], columns: Mapping[str, Callable[[MeasuredPair], str]], first: str = ""
 ) -> Table:
-    """A row per pair, with its label and what each column makes of it."""
+    """Make a table with a row per pair: its label, and the text of each column."""
     cells = [(row.pair.label, *(column(row) for column in columns.values())) for row in rows]
     return Table((first, *columns), cells)
 
@@ -447,7 +447,7 @@ def _mean(arm: ArmResults, quantity: str) -> str:
 
 
 def _ratio(quantity: str, rate: Rate = "best") -> Callable[[MeasuredPair], str]:
-    """A column of ratios local / other; empty where a rate was not run."""
+    """Make a column of ratios local / other; a cell is empty if the rate was not run."""
 
     def column(measured: MeasuredPair) -> str:
         is_run = measured.is_run_at(rate)

@@ -1,9 +1,9 @@
-"""The dense local task on tokens, through one real attention layer.
+"""The dense local task on tokens, learned by one real attention layer.
 
-Token i asks for a weighted mean of fixed random vectors of the last `span` tokens; the weights are a softmax
-of a random N(0, σ²) table at (token i, token j). One `LongShortAttention` of one head, with token embeddings
-and learned, rotary or no positions, is trained to give it, on new random sequences in every step. The loss is
-the mean squared error over the mean square of what is wanted: 1 where the layer gives zeros.
+The target of token i is a weighted mean of fixed random vectors of the last `span` tokens; the weights are a
+softmax of a random N(0, σ²) table at (token i, token j). One `LongShortAttention` of one head, with token
+embeddings and learned, rotary or no positions, is trained on it, with new random sequences in every step. The
+loss is the mean squared error over the mean square of the target: 1 if the output is zero.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _SEQUENCES_TO_MEASURE = 4
 
 
 class TokenTask:
-    """The wanted outputs for sequences of random tokens.
+    """The target outputs for sequences of random tokens.
 
-    The vocabulary is twice, the embedding's width four times head_dim: the table has a higher rank than one
-    head has, as much for a local as for a global head. The vectors' rank is head_dim, so that a head's values
-    can carry them.
+    The vocabulary is twice, and the embedding's width four times, head_dim: the rank of the table is higher
+    than that of one head, local or global. The vectors' rank is head_dim, so that a head's values can express
+    them.
     """
 
     def __init__(self, fit: Fit, generator: torch.Generator, device: torch.device | str) -> None:
@@ -46,18 +46,18 @@ class TokenTask:
         self._length = fit.length
 
     def draw(self, count: int, generator: torch.Generator) -> Int[Tensor, "count length"]:
-        """Sequences of random tokens."""
+        """Draw sequences of random tokens."""
         tokens = torch.randint(self.vocabulary, (count, self._length), generator=generator)
         return tokens.to(self._table.device)
 
     def wanted(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
-        """The outputs that the layer should give."""
+        """Compute the target outputs."""
         logits = self._table[tokens[:, :, None], tokens[:, None, :]]
         return logits.masked_fill(self._outside, -math.inf).softmax(-1) @ self._vectors[tokens]
 
 
 class TokenLayer(nn.Module):
-    """Embeddings, positions, one attention layer; weights of one seed are alike for all windows."""
+    """Embeddings, positions and one attention layer; the weights of a seed are the same for all windows."""
 
     def __init__(self, fit: Fit, task: TokenTask, generator: torch.Generator) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class TokenLayer(nn.Module):
 def relative_error(
     out: Float[Tensor, "batch length width"], wanted: Float[Tensor, "batch length width"]
 ) -> Float[Tensor, ""]:
-    """Mean squared error over the mean square of what is wanted."""
+    """Compute the mean squared error over the mean square of the target."""
     return (out - wanted).square().mean() / wanted.square().mean()
 
 
@@ -93,9 +93,9 @@ def run_layer_fit(
     """Train a layer on the task.
 
     Returns:
-        loss (see above), on sequences that were not trained on; max_logit and row_range at the end, on the
-        same; max_logit_in_band: [[span, the largest logit inside the band]] of a global head, else []; steps,
-        losses, max_logits: curves. A number that was not finite is None.
+        loss (see the module), on sequences that were not trained on; max_logit and row_range at the end, on
+        the same; max_logit_in_band: [[span, the largest logit inside the band]] for a global head, else [];
+        steps, losses, max_logits: curves. A number that was not finite is None.
     """
     generator = torch.Generator().manual_seed(fit.seed)
     task = TokenTask(fit, generator, device)

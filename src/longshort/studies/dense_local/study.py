@@ -1,7 +1,7 @@
 """The study `dense-local`, the paper's figure 2: global and local attention fit a dense random band.
 
-Trials are single fits. The plan: every arm's sweep, then every arm on all seeds at its best rate and, where
-verdicts rest on it, at the next lower one; then the fits that are drawn, and those within a limit of logits.
+Trials are single fits. The plan is every arm's sweep, then every arm on all seeds at its best rate and, if
+verdicts depend on it, at the next lower one; then the fits that are drawn, and those with limited logits.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _judge(
 
 
 def outcome(intervals: Sequence[Interval | None]) -> Outcome:
-    """The outcome by the log ratios (local / global) of all combinations at one choice of rates."""
+    """Return the outcome by the log-ratios local / global of all combinations at one choice of rates."""
     known = [interval for interval in intervals if interval is not None]
     if not known or len(known) < len(intervals) or any(interval.count < 2 for interval in known):
         return Outcome.NOT_MEASURED

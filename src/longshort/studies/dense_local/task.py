@@ -28,11 +28,11 @@ Optimizer = Literal["adam", "sgd"]
 Precision = Literal["fp32", "bf16", "bf16-flash"]
 
 HIDDEN_PROBABILITY = 1e-6
-"""The probability that a key of the band counts with if the window hides it; 0 would make the loss infinite.
-The size of such a window's loss is our convention; that it cannot fall to 0 is not."""
+"""The assumed probability of a key of the band that the window hides; 0 would make the loss infinite.
+The size of the loss of such a window is our convention; that it cannot be 0 is not."""
 
 WINDOWS_PER_SPAN = (0.5, 1, 2, 4)
-"""Windows w/l' of the grid; of each fit the largest logit inside each of them is kept."""
+"""The windows w/l' of the grid; each fit keeps the largest logit inside each of them."""
 
 POINTS_OF_A_CURVE = 40
 _INITIAL_STD = 0.3
@@ -41,24 +41,24 @@ _LIMIT_WEIGHT = 1.0
 
 @dataclass(frozen=True)
 class Fit:
-    """Everything that decides the result of a fit.
+    """Everything that determines the result of a fit.
 
     Attributes:
         length: tokens n.
         head_dim: d.
         span: tokens l' that each row of the target depends on.
         window: keys that a query sees, its own included; None: all earlier ones.
-        learning_rate: constant.
-        steps: of the optimizer.
-        seed: of the target, the initial parameters and, in a layer, the sequences.
+        learning_rate: constant learning rate.
+        steps: steps of the optimizer.
+        seed: seed of the target, the initial parameters and, in a layer, the sequences.
         sigma: standard deviation of the target's logits.
         form: "free" queries and keys, or one attention layer with "learned", "rotary" or no positions.
         optimizer: Adam (betas 0.9, 0.999) or plain SGD.
         precision: as in `longshort.layers.ATTENTION_PRECISIONS`.
         alibi_slope: the ALiBi slope of the head; 0: none.
-        start_window: first fit with this window for `steps` steps, then with `window`; None: do not.
-        logit_limit: look for the best fit whose logits are all within ± this; None: do not.
-        has_band: False spreads each row's targets over all the tokens that it could see: a control.
+        start_window: window of a first stage of `steps` steps, before one with `window`; None: no such stage.
+        logit_limit: search for the best fit whose logits are all within ± this; None: no limit.
+        has_band: False spreads each row's targets over all tokens that it could see, as a control.
         crop: number of last rows and columns of target and fit to keep; 0: none.
 
     Raises:
@@ -97,9 +97,9 @@ class Fit:
 
 
 def make_target(fit: Fit, generator: torch.Generator) -> Float[Tensor, "length length"]:
-    """Rows that sum to 1, fp64, zero outside the last `span` tokens; on the CPU, so the same everywhere.
+    """Draw rows that sum to 1, fp64, zero outside the last `span` tokens; on the CPU, so the same everywhere.
 
-    Without a band the same values lie on tokens drawn from all that a row sees under the causal mask.
+    Without a band the same values are at tokens drawn from all that a row sees under the causal mask.
     """
     n, span = fit.length, fit.span
     drawn = fit.sigma * torch.randn(n, span, generator=generator, dtype=torch.float64)
@@ -119,20 +119,20 @@ def make_target(fit: Fit, generator: torch.Generator) -> Float[Tensor, "length l
 def visible_pairs(
     length: int, window: int | None, device: torch.device | str | None = None
 ) -> Bool[Tensor, "length length"]:
-    """Which query (row) sees which key: i − window < j ≤ i."""
+    """Mark the visible pairs of queries (rows) and keys: i − window < j ≤ i."""
     distances = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     visible = distances >= 0
     return visible if window is None else visible & (distances < window)
 
 
 class Loss:
-    """KL(target ‖ softmax(scores + bias)), the mean over the rows, in nats.
+    """The loss KL(target ‖ softmax(scores + bias)), the mean over the rows, in nats.
 
     Args:
         target: (n, n), rows sum to 1, fp64.
-        visible: (n, n), which key each query sees.
-        alibi_slope: slope·|i − j| is taken from each score.
-        dtype: of the computation.
+        visible: (n, n), the visible pairs.
+        alibi_slope: slope·|i − j| is subtracted from each score.
+        dtype: dtype of the computation.
     """
 
     def __init__(self, target: Tensor, visible: Tensor, alibi_slope: float, dtype: torch.dtype) -> None:
@@ -149,18 +149,18 @@ class Loss:
         self._unmasked_bias = bias.to(dtype)
 
     def __call__(self, scores: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
-        """The loss of scores before bias and mask."""
+        """Compute the loss of scores before bias and mask."""
         lse = (scores + self._bias).logsumexp(-1)
         return (lse @ self._seen_mass - (scores * self._seen).sum()) / len(scores) + self._constant
 
     def with_rounded_exponentials(self, scores: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
-        """The loss with exp(z − row maximum) rounded to bf16 under an exact denominator, as in flash kernels.
+        """Compute the loss as flash kernels do: exp(z − row maximum) in bf16, with an exact denominator.
 
-        Such probabilities do not quite sum to 1, so this may be a little below 0: it is for training.
+        Such probabilities do not quite sum to 1, so the loss may be a little below 0: it is for training.
         """
         biased = scores + self._bias
         maxima = biased.detach().amax(-1, keepdim=True)
-        smallest = torch.finfo(scores.dtype).tiny  # where the target is 0 the logarithm must stay finite
+        smallest = torch.finfo(scores.dtype).tiny  # the logarithm must be finite also where the target is 0
         exponentials = (biased - maxima).exp().bfloat16().to(scores.dtype).clamp_min(smallest)
         log_probabilities = exponentials.log() + maxima - biased.logsumexp(-1, keepdim=True)
         expected = (log_probabilities - self._unmasked_bias) * self._seen
@@ -168,26 +168,26 @@ class Loss:
 
 
 def scores_of(queries: Tensor, keys: Tensor) -> Float[Tensor, "n n"]:
-    """QKᵀ/√head_dim."""
+    """Compute QKᵀ/√head_dim."""
     return queries @ keys.T / math.sqrt(queries.shape[-1])
 
 
 def least_loss(target: Float[Tensor, "n n"], visible: Bool[Tensor, "n n"]) -> float:
-    """The loss of the best probabilities on the visible keys: the target's, scaled to sum to 1; 0 if the
-    window hides none of it."""
+    """Compute the loss of the best probabilities on the visible keys: those of the target, scaled to sum to
+    1; 0 if the window hides none of it."""
     seen = (target * visible).sum(-1)
     best = torch.where(visible, target, 0.0) / seen[:, None].clamp_min(torch.finfo(target.dtype).tiny)
     return Loss(target, visible, 0.0, target.dtype)(best.log().clamp_min(-1e4)).clamp_min(0.0).item()
 
 
 def curve_steps(steps: int) -> list[int]:
-    """0, then steps spread evenly on a logarithmic scale, and the last."""
+    """List 0, then steps spread evenly on a logarithmic scale, up to the last."""
     share = math.log(steps) / (POINTS_OF_A_CURVE - 1)
     return [0, *sorted({round(math.exp(share * index)) for index in range(POINTS_OF_A_CURVE)})]
 
 
 class Curve:
-    """Loss and largest logit by step; a value that is not finite is None."""
+    """A curve of loss and largest logit by step; a value that is not finite is None."""
 
     def __init__(self, steps: int) -> None:
         self.due = curve_steps(steps)
@@ -208,14 +208,14 @@ def rounded_or_none(value: float) -> float | None:
 
 
 def make_optimizer(fit: Fit, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """The optimizer of the fit's kind, at its rate."""
+    """Make the fit's optimizer, with its learning rate."""
     if fit.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=fit.learning_rate)
     return torch.optim.SGD(parameters, lr=fit.learning_rate)
 
 
 def windows_of_grid(span: int) -> list[int]:
-    """The window w of each of `WINDOWS_PER_SPAN`, 1 at least."""
+    """Compute the window w, at least 1, for each of `WINDOWS_PER_SPAN`."""
     return [max(1, int(span * factor)) for factor in WINDOWS_PER_SPAN]
 
 
@@ -227,10 +227,10 @@ def run_fit(
     Returns:
         loss (nats), max_logit: at the end, largest |scale·q·k| over visible pairs; max_logit_in_band:
         [window, the same over the visible pairs inside that window] for each of `WINDOWS_PER_SPAN`;
-        row_range: largest minus smallest logit of a row, the largest of all rows; least_loss: what the window
-        allows; steps, losses, max_logits: curves; with start_window: `start`, loss and max_logit before the
-        last stage; with crop: target and fit, lists of rows. All are measured in fp64 on queries and keys as
-        the attention gets them. A number that was not finite is None.
+        row_range: largest minus smallest logit of a row, the largest of all rows; least_loss: the least that
+        the window allows; steps, losses, max_logits: curves; with start_window: `start`, loss and max_logit
+        before the last stage; with crop: target and fit, lists of rows. All are measured in fp64 on queries
+        and keys as the attention gets them. A number that was not finite is None.
     """
     generator = torch.Generator().manual_seed(fit.seed)
     target = make_target(fit, generator).to(device)
@@ -295,7 +295,7 @@ def _rounded(fit: Fit, parameters: list[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def _exact_scores(fit: Fit, parameters: list[Tensor], visible: Tensor) -> Float[Tensor, "n n"]:
-    """Scores in fp64; with a limit, scaled down so that they keep it."""
+    """Compute scores in fp64; if there is a limit, they are scaled down to it."""
     queries, keys = _rounded(fit, parameters)
     scores = scores_of(queries.double(), keys.double())
     if fit.logit_limit is None:

@@ -1,8 +1,9 @@
-"""What a dense band asks of attention: the rank of the target, and how large logits must be.
+"""Theory of a dense band: the rank of the target, and how large logits must be.
 
-Ours, not the paper's. Let T be a target whose rows lie inside a band of l' keys, P the probabilities of
-causal attention whose logits are all within ± M. Row i sees m = i + 1 − l' keys outside the band. Their mass
-is least where all band logits are M and all others −M, and then the band's mass is 1 / (1 + (m/l')·e^(−2M)).
+The theory is ours, not the paper's. Let T be a target whose rows are inside a band of l' keys, and P the
+probabilities of causal attention whose logits are all within ± M. Row i sees m = i + 1 − l' keys outside the
+band. Their mass is least if all band logits are M and all others −M; then the band's mass is
+1 / (1 + (m/l')·e^(−2M)).
 Since T is inside the band, KL(Tᵢ ‖ Pᵢ) ≥ −log(mass of the band) (data processing), so
 
     loss ≥ B(M) = mean over i of log(1 + max(0, i + 1 − l')/l' · e^(−2M)),
@@ -28,7 +29,7 @@ _HALVINGS = 60
 
 
 def numerical_rank(matrix: Float[Tensor, "rows columns"], tolerance: float) -> int:
-    """How many singular values are larger than `tolerance` times the largest.
+    """Count the singular values that are larger than `tolerance` times the largest.
 
     Raises:
         ValueError: tolerance is not within 0 ... 1.
@@ -40,10 +41,10 @@ def numerical_rank(matrix: Float[Tensor, "rows columns"], tolerance: float) -> i
 
 
 def loss_bound(length: int, span: int, max_logit: float) -> float:
-    """B(M), in nats: no causal attention with logits within ± max_logit has a lower loss on a band of `span`.
+    """Compute B(M) in nats: causal attention with logits within ± max_logit has no lower loss on a band.
 
     Raises:
-        ValueError: length or span is no integer >= 1, span > length, or max_logit is not >= 0.
+        ValueError: length or span is not an integer >= 1, span > length, or max_logit is not >= 0.
     """
     _check(length, span)
     if not max_logit >= 0:
@@ -53,11 +54,11 @@ def loss_bound(length: int, span: int, max_logit: float) -> float:
 
 
 def max_logit_bound(length: int, span: int, loss: float) -> float:
-    """The least M with B(M) <= loss: causal attention of that loss (nats) has a logit at least so large.
-    ∞ for a loss of 0 where there are keys outside the band.
+    """Compute the least M with B(M) <= loss: causal attention of that loss (nats) has a logit of at least M.
+    It is ∞ for a loss of 0 if there are keys outside the band.
 
     Raises:
-        ValueError: length or span is no integer >= 1, span > length, or loss is not >= 0.
+        ValueError: length or span is not an integer >= 1, span > length, or loss is not >= 0.
     """
     _check(length, span)
     if not loss >= 0:
@@ -77,12 +78,12 @@ def max_logit_bound(length: int, span: int, loss: float) -> float:
 
 
 def least_loss_within(target: Float[Tensor, "n n"], max_logit: float) -> float:
-    """The lowest loss (nats) of causal attention on a target with logits within ± max_logit, exact if the
-    rank is free (head_dim >= n), so a lower bound for any head_dim; at least `loss_bound`.
+    """Compute the lowest loss (nats) of causal attention on a target with logits within ± max_logit. It is
+    exact for free rank (head_dim >= n), so a lower bound for any head_dim; it is at least `loss_bound`.
 
-    A row's loss, lse(z) − T·z over a box, is convex. Where zⱼ is inside the box its gradient Pⱼ − Tⱼ is 0; at
-    an end of the box it points outwards: zⱼ = clamp(log Tⱼ + c, −M, M) with c = lse(z). lse of the right side
-    grows slower than c, so c is found by bisection.
+    A row's loss, lse(z) − T·z over a box, is convex. If zⱼ is inside the box, its gradient Pⱼ − Tⱼ is 0; at
+    an end of the box it points outwards: zⱼ = clamp(log Tⱼ + c, −M, M) with c = lse(z). The lse of the right
+    side grows slower than c, so c is found by bisection.
 
     Raises:
         ValueError: max_logit is not a finite number >= 0.

@@ -1,1 +1,1 @@
-"""The framework of all studies: what a study is, sweeps, comparisons, the runner, its files and page."""
+"""The framework of all studies: their interface, sweeps, comparisons, the runner, its files and page."""

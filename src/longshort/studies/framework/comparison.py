@@ -1,4 +1,4 @@
-"""Comparing arms over paired seeds, at their best rates and at the next lower ones."""
+"""Comparison of arms over paired seeds, at their best rates and at the next lower ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ArmResults:
 
     Attributes:
         arm: the arm.
-        sweep: of its learning rates.
-        by_rate: results by rate and seed; a rate is there once it was run on all seeds.
+        sweep: sweep of its learning rates.
+        by_rate: results by rate and seed; a rate is in it once it was run on all seeds.
     """
 
     arm: Arm
@@ -32,12 +32,12 @@ class ArmResults:
         return self.arm.trial(self.sweep.best, next(iter(self.by_rate["best"]))).settings
 
     def results(self, rate: Rate = "best") -> list[Mapping[str, Any]]:
-        """Its results, one per seed."""
+        """Return the results of the arm, one per seed."""
         return list(self.by_rate[rate].values())
 
     def values(self, quantity: str, rate: Rate = "best") -> dict[int, float | None]:
-        """A number of the results by seed, None where it was not finite; losses are the ladder's floor at
-        least."""
+        """Return a number of the results by seed, None if it was not finite; losses are at least the ladder's
+        floor."""
         values = {seed: result.get(quantity) for seed, result in self.by_rate[rate].items()}
         if quantity == self.arm.ladder.loss:
             floor = self.arm.ladder.floor
@@ -45,7 +45,7 @@ class ArmResults:
         return values
 
     def mean(self, quantity: str) -> float:
-        """The mean over seeds at the best rate; NaN if a value was not finite."""
+        """Compute the mean over seeds at the best rate; NaN if a value was not finite."""
         return confidence_interval(self.values(quantity).values()).mean
 
 
@@ -56,7 +56,7 @@ Arms = Mapping[str, ArmResults]
 def measure(
     arm: Arm, seeds: Sequence[int], results: Results, rates: Sequence[Rate] = RATES
 ) -> ArmResults | None:
-    """The main trials of an arm; None until they are done at all of `rates`."""
+    """Collect the main trials of an arm; None until they are done at all of `rates`."""
     found = sweep(arm, results, seeds[0])
     if not found.is_done:
         return None
@@ -71,23 +71,23 @@ def measure(
 def measure_arms(
     arms: Iterable[Arm], seeds: Sequence[int], results: Results, rates: Sequence[Rate] = RATES
 ) -> dict[str, ArmResults]:
-    """The arms by name whose main trials are done at all of `rates`."""
+    """Collect the arms, by name, whose main trials are done at all of `rates`."""
     measured = {arm.name: measure(arm, seeds, results, rates) for arm in arms}
     return {name: arm for name, arm in measured.items() if arm is not None}
 
 
 def log_ratio(first: ArmResults, second: ArmResults, quantity: str, rate: Rate = "best") -> Interval:
-    """Paired log-ratio of a number of two arms, each at its own rate."""
+    """Compute the paired log-ratio of a number of two arms, each at its own rate."""
     return paired_log_ratio(first.values(quantity, rate), second.values(quantity, rate))
 
 
 def ratio(first: ArmResults, second: ArmResults, quantity: str, rate: Rate = "best") -> Interval:
-    """Paired ratio of a number of two arms, each at its own rate."""
+    """Compute the paired ratio of a number of two arms, each at its own rate."""
     return log_ratio(first, second, quantity, rate).exp()
 
 
 def difference(first: ArmResults, second: ArmResults, quantity: str, rate: Rate = "best") -> Interval:
-    """Paired difference of a number of two arms, each at its own rate."""
+    """Compute the paired difference of a number of two arms, each at its own rate."""
     return paired_difference(first.values(quantity, rate), second.values(quantity, rate))
 
 
@@ -98,14 +98,14 @@ def judge(
     rule: Callable[[Rate], Outcome],
     evidence: Callable[[], str],
 ) -> Verdict:
-    """The weaker of a claim's outcomes at the best rates and at the next lower ones.
+    """Judge a claim by the weaker of its outcomes at the best rates and at the next lower ones.
 
     Args:
-        claim: what is judged.
-        arms: those whose trials are done; sweeps that end at an edge are named in the evidence.
-        needed: names of the arms without which nothing is judged.
-        rule: the outcome at one choice of rates.
-        evidence: the numbers in words.
+        claim: the claim.
+        arms: arms whose trials are done; sweeps that end at an edge are named in the evidence.
+        needed: names of the arms without which the claim is not judged.
+        rule: returns the outcome at one choice of rates.
+        evidence: returns the numbers in words.
     """
     if any(name not in arms for name in needed):
         return not_measured(claim)
@@ -113,7 +113,7 @@ def judge(
 
 
 def weaker(first: Outcome, second: Outcome) -> Outcome:
-    """The outcome of a claim that must hold twice, such as at two learning rates."""
+    """Combine the outcomes of a claim that must hold twice, such as at two learning rates."""
     if first == second:
         return first
     order = (Outcome.SHOWN, Outcome.PARTLY, Outcome.NOT_SHOWN)
@@ -123,7 +123,7 @@ def weaker(first: Outcome, second: Outcome) -> Outcome:
 
 
 def judge_below(interval: Interval, shown: float, partly: float) -> Outcome:
-    """Shown if the interval lies below `shown`, partly if below `partly`, contradicted if above that."""
+    """Judge an interval: shown if below `shown`, partly if below `partly`, contradicted if above `partly`."""
     if interval.high < shown:
         return Outcome.SHOWN
     if interval.high < partly:
@@ -132,33 +132,33 @@ def judge_below(interval: Interval, shown: float, partly: float) -> Outcome:
 
 
 def edge_text(arms: Iterable[ArmResults]) -> str:
-    """A warning that names the arms whose best rate lies at the edge of their sweep; empty if none does."""
+    """Return a warning that names the arms whose best rate is at the edge of their sweep, or nothing."""
     sweeps = {arm.sweep.name: arm.sweep for arm in arms}
     names = [f"{name} ({rate_text(found.best)})" for name, found in sweeps.items() if found.is_at_edge]
     return f" Best rate at the edge of the sweep: {', '.join(names)}." if names else ""
 
 
 def mean_text(values: Iterable[float | None]) -> str:
-    """The mean to four digits."""
+    """Format the mean with four digits."""
     return number(confidence_interval(values).mean)
 
 
 def interval_text(interval: Interval) -> str:
-    """Mean and ends, to three digits."""
+    """Format mean and ends with three digits."""
     if not interval.is_known:
         return _short(interval.mean)
     return f"{_short(interval.mean)} [{_short(interval.low)}, {_short(interval.high)}]"
 
 
 def difference_text(interval: Interval) -> str:
-    """Mean and ends with signs."""
+    """Format mean and ends with signs."""
     if not interval.is_known:
         return f"{interval.mean:+.3f}" if interval.mean == interval.mean else "not finite"
     return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def rate_text(rate: float) -> str:
-    """A learning rate as it is written in the settings: 3e-3."""
+    """Format a learning rate as in the settings: 3e-3."""
     mantissa, exponent = f"{rate:.2e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 

@@ -1,4 +1,4 @@
-"""The report page of the studies: every claim beside what was measured, then numbers and figures."""
+"""The report page of the studies: every claim with its measurements, then numbers and figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals of commands that work in several processes."""
+"""Signal handling for commands that use several processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM, and SIGHUP when the terminal closes, end the block in good order, as Ctrl-C does."""
+    """Let SIGTERM, and SIGHUP when the terminal closes, end the block with cleanup, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

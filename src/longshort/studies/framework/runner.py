@@ -1,4 +1,4 @@
-"""Running the trials of studies side by side, in one process per core, and stopping in good order."""
+"""The runner of studies: trials run side by side, in one process per core, and stop cleanly."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from longshort.studies.framework.store import ResultsFile
 from longshort.studies.framework.study import Scale, Study, Trial, Workplace
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-_RECENT = 8  # finished trials that the time left is estimated from
+_RECENT = 8  # finished trials from which the time left is estimated
 
 
 @dataclass(frozen=True)
 class Running:
-    """A trial at work, and the share of it that is done, 0 ... 1."""
+    """A running trial, and the share of it that is done, 0 ... 1."""
 
     study: str
     trial: Trial
@@ -38,7 +38,7 @@ class State:
 
     Attributes:
         done, known: number of trials of each study; more become known as sweeps are done.
-        running: trials at work.
+        running: running trials.
         seconds_left: an estimate; None before the first trial is done.
     """
 
@@ -49,7 +49,7 @@ class State:
 
 
 class StudyProgress:
-    """Reports of the runner; override what you want to show."""
+    """Callbacks of the runner; override those that you need."""
 
     def on_state(self, state: State) -> None:
         """Called about twice a second."""
@@ -66,7 +66,7 @@ def run_trials(
     jobs: int,
     progress: StudyProgress | None = None,
 ) -> None:
-    """Run what is planned and not done yet, study by study, `jobs` trials at once, until nothing is left.
+    """Run all trials that are planned and not done yet, study by study, `jobs` trials at once.
 
     Ctrl-C and SIGTERM stop the workers; trainings write a checkpoint first. Finished trials are kept.
 
@@ -203,10 +203,10 @@ def _describe(running: Running) -> str:
 
 @contextmanager
 def _workers(count: int) -> Iterator[list[_Worker]]:
-    """Start processes that wait for trials; whatever ends the block, none of them outlives it."""
+    """Start processes that wait for trials; however the block ends, none of them outlives it."""
     context = multiprocessing.get_context("spawn")  # forked children of torch may hang
     threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # a pool that is made larger and then not used still costs
+    os.environ["OMP_NUM_THREADS"] = "1"  # a larger thread pool costs time even if it is not used
     workers = []
     try:
         for _ in range(count):

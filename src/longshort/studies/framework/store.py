@@ -1,7 +1,7 @@
 """The files of a study: OUT/NAME/results.jsonl, a line per finished trial, and timing.jsonl beside it.
 
-results.jsonl holds what is a pure function of settings, corpus and machine, in the order of the plan, so it
-is the same file whether the study was interrupted or not. Measured times lie in timing.jsonl.
+results.jsonl holds only pure functions of settings, corpus and machine, in the order of the plan, so it is
+the same file whether the study was interrupted or not. Measured times are in timing.jsonl.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TIMING_FILE = "timing.jsonl"
 
 
 class ResultsFile:
-    """The finished trials of one study; every `add` leaves whole files behind.
+    """The finished trials of one study; every `add` leaves complete files.
 
     Args:
         folder: the study's folder; it may not exist yet.
@@ -36,7 +36,7 @@ class ResultsFile:
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:
-        """Results by the key of their trial, with measured times under "timing"."""
+        """Return the results by the key of their trial, with measured times under "timing"."""
         return {
             key: {**record["result"], "timing": self._timings.get(key, {}).get("timing", {})}
             for key, record in self._records.items()
@@ -50,7 +50,7 @@ class ResultsFile:
             self._write()
 
     def add(self, trial: Trial, result: dict[str, Any]) -> None:
-        """Write down the result of a trial; its key "timing" goes to the other file."""
+        """Write the result of a trial; its key "timing" is written to the other file."""
         result = finite_or_none(result)
         name = {"key": trial.key, "arm": trial.arm, "seed": trial.seed}
         self._timings[trial.key] = {**name, "timing": result.pop("timing", {})}

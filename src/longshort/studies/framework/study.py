@@ -1,8 +1,8 @@
-"""What a study is: trials to run, claims to judge, and findings.
+"""The interface of a study: trials to run, claims to judge, and findings.
 
-A study states its claims and the rule of each verdict before anything runs. Its plan follows from the results
-so far alone, so a study that was stopped resumes where it was: the rates of the main trials, say, follow from
-the sweeps. Findings are drawn and judged from results alone too.
+A study states its claims and the rule of each verdict before anything runs. Its plan depends only on the
+results so far, so a study that was stopped resumes where it was: for example, the sweeps determine the rates
+of the main trials. Findings depend on results alone too.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from longshort.reporting.page import Section
 
 Scale = Literal["smoke", "laptop", "overnight", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
-"""smoke: whether the machinery works, in seconds. laptop: what decides the verdicts, within 40 minutes on 2
-cores. overnight: controls and interventions too, at least 5 seeds. paper: the author's sizes, for GPUs."""
+"""The scales. smoke: only tests that the study runs, in seconds. laptop: the trials that decide the verdicts,
+within 40 minutes on 2 cores. overnight: controls and interventions too, at least 5 seeds. paper: the author's
+sizes, for GPUs."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Trial:
     """One run of a study.
 
     Attributes:
-        arm: what is compared, such as "MHSA"; trials of one arm differ in seed or learning rate.
-        seed: trials of unlike arms and the same seed are pairs.
-        settings: everything that decides the result, seed included; JSON.
-        work: how long it takes, in a unit common to the study's trials, such as FLOPs.
+        arm: name of the arm, such as "MHSA"; trials of one arm differ in seed or learning rate.
+        seed: trials of different arms with the same seed are pairs.
+        settings: everything that determines the result, seed included; JSON.
+        work: estimate of its cost, in a unit common to the study's trials, such as FLOPs.
     """
 
     arm: str
@@ -58,8 +59,8 @@ class Plan:
     """The trials that are known by now.
 
     Attributes:
-        trials: in the order in which they are run and written down.
-        later_work: work of the trials that follow once these are done, for the estimate of the time left.
+        trials: trials, in the order in which they are run and written.
+        later_work: work of the trials that are known only after these, for the estimate of the time left.
     """
 
     trials: Sequence[Trial]
@@ -75,7 +76,7 @@ def unique(trials: Iterable[Trial], keep: Literal["first", "last"] = "last") -> 
 
 
 class Outcome(Enum):
-    """How a claim stands after a study."""
+    """The outcome of a study for one claim."""
 
     SHOWN = "shown"
     PARTLY = "partly shown"
@@ -91,9 +92,9 @@ class Claim:
 
     Attributes:
         id: the paper's figure or table, such as "F2c", or a word for questions of ours.
-        statement: what is claimed.
-        falsifier: what would speak against it.
-        rule: when it counts as shown, and what the other outcomes are; fixed before the trials are run.
+        statement: the statement itself.
+        falsifier: results that would be evidence against it.
+        rule: conditions for each outcome; fixed before the trials are run.
     """
 
     id: str
@@ -104,7 +105,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome for a claim, and the numbers that it rests on, in words."""
+    """The outcome for a claim, and the numbers on which it is based, in words."""
 
     claim: Claim
     outcome: Outcome
@@ -112,7 +113,7 @@ class Verdict:
 
 
 def not_measured(claim: Claim, reason: str = "The trials are not done.") -> Verdict:
-    """The verdict on a claim whose trials do not suffice to judge it."""
+    """Return the verdict on a claim for which there are not enough trials."""
     return Verdict(claim, Outcome.NOT_MEASURED, reason)
 
 
@@ -122,8 +123,8 @@ class Findings:
 
     Attributes:
         verdicts: one per claim.
-        sections: for the report.
-        predictions: by arm and quantity, where another seed's value will lie with 95 % confidence.
+        sections: sections of the report.
+        predictions: 95 % prediction intervals of another seed's value, by arm and quantity.
     """
 
     verdicts: Sequence[Verdict]
@@ -137,10 +138,10 @@ def _ignore_progress(_share: float) -> None:  # a lambda cannot be sent to anoth
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where and with what trials run.
+    """The environment of trials: folder, corpus and hardware.
 
     Attributes:
-        folder: the folder of all studies of one scale; corpora and training runs that they share lie here.
+        folder: the folder of all studies of one scale, with the corpora and training runs that they share.
         source: the corpus, as for `longshort data`.
         tokenizer: "bytes" or "bpe" (10,000 pieces, as in the paper).
         threads: CPU threads of one trial.
@@ -157,7 +158,7 @@ class Workplace:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device, "auto" resolved: a GPU where there is one."""
+        """Return the device; "auto" is a GPU if there is one."""
         if self.device != "auto":
             return torch.device(self.device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,10 +168,10 @@ class Study(ABC):
     """A figure or table of the paper, or a question of ours, as an experiment.
 
     Attributes:
-        name: for the command line.
-        title: for the report.
-        claims: what is judged.
-        scales: the sizes of each scale, its number of seeds among them.
+        name: name on the command line.
+        title: title in the report.
+        claims: the claims to judge.
+        scales: the sizes of each scale, including the number of seeds.
     """
 
     name: ClassVar[str]
@@ -179,16 +180,16 @@ class Study(ABC):
     scales: ClassVar[Mapping[Scale, Any]]
 
     def default_seeds(self, scale: Scale) -> int:
-        """Give the number of seeds of a scale."""
+        """Return the number of seeds of a scale."""
         return self.scales[scale].seeds
 
     @abstractmethod
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
-        """List the trials that follow from the results so far: a pure function. Sweeps run on the first
+        """List the trials that are known from the results so far: a pure function. Sweeps run on the first
         seed."""
 
     def prepare(self, workplace: Workplace) -> None:  # noqa: B027  # most need nothing
-        """Make what all trials need, once, before the first of them runs."""
+        """Prepare what all trials need, once, before the first of them runs."""
 
     @abstractmethod
     def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:

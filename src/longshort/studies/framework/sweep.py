@@ -1,8 +1,8 @@
 """Arms, the sweeps that find their learning rates, and the plan of their trials.
 
-Fair comparison: every arm has a sweep of its own, run in full on the first seed. It is then run on all seeds
-at its best rate and, where verdicts rest on it, at the next lower one: rates that diverge later look good in
-short runs.
+To make comparisons fair, every arm has its own sweep, run in full on the first seed. The arm is then run on
+all seeds at its best rate and, if verdicts depend on it, at the next lower one: rates that diverge later look
+good in short runs.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ RATES: tuple[Rate, ...] = ("best", "lower")
 
 @dataclass(frozen=True)
 class Ladder:
-    """The learning rates of a sweep, and which of them counts as best.
+    """The learning rates of a sweep, and the rule for the best of them.
 
     Attributes:
-        rates: half powers of ten, rising, that every sweep tries; one rate alone is taken as given.
+        rates: half powers of ten, ascending, that every sweep tries; a single rate is not extended.
         digits: significant digits of a rate: 3e-3 with one, 3.16e-3 with three.
-        extensions: how many rates a sweep may add, each beside a best one at its edge.
+        extensions: number of rates that a sweep may add, each next to a best one at its edge.
         loss: the key of the results that is lowest at the best rate; None counts as infinite.
-        floor: losses below it count as it.
-        tie: losses above the lowest by this share of it are as good; the lowest of these rates is best.
+        floor: losses below this count as equal to it.
+        tie: losses above the lowest by at most this share of it are ties, of which the lowest rate is best.
     """
 
     rates: Sequence[float]
@@ -40,7 +40,7 @@ class Ladder:
     tie: float = 0.0
 
     def neighbour(self, rate: float, direction: int) -> float:
-        """The next rate of … 1e-3, 3e-3, 1e-2 … upwards (1) or downwards (-1)."""
+        """Return the next rate of … 1e-3, 3e-3, 1e-2 … upwards (1) or downwards (-1)."""
         return float(f"{10 ** ((round(2 * math.log10(rate)) + direction) / 2):.{self.digits}g}")
 
 
@@ -49,7 +49,7 @@ class Arm:
     """One side of a comparison: trials that differ in seed and learning rate alone.
 
     Attributes:
-        name: for tables and legends.
+        name: name in tables and legends.
         trial: makes the trial of a learning rate and a seed.
         ladder: the rates of its sweep.
         swept: the arm whose sweep gives the rates; None: this one.
@@ -63,14 +63,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The sweep of an arm as far as results are there.
+    """The sweep of an arm, as far as there are results.
 
     Attributes:
-        name: the arm's.
-        ladder: its rates.
-        losses: by rate, rising; None where one was not finite, or is not known yet.
-        trials: one per rate, in the same order.
-        is_done: whether all losses are known and the best rate lies at no edge that may still move.
+        name: name of the arm.
+        ladder: the rates of the sweep.
+        losses: losses by ascending rate; None if one was not finite, or is not known yet.
+        trials: one trial per rate, in the same order.
+        is_done: whether all losses are known and no extension of the rates is pending.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Sweep:
 
     @property
     def best(self) -> float:
-        """The lowest rate whose loss is as low as the lowest; the lowest of all if every run was lost."""
+        """The lowest rate whose loss ties with the lowest; the lowest rate of all if every run diverged."""
         losses = {
             rate: math.inf if loss is None else max(loss, self.ladder.floor)
             for rate, loss in self.losses.items()
@@ -91,12 +91,12 @@ class Sweep:
 
     @property
     def lower(self) -> float:
-        """The next lower rate than the best, whether it was tried or not."""
+        """The next rate below the best, whether it was tried or not."""
         lower = [rate for rate in self.losses if rate < self.best]
         return max(lower, default=self.ladder.neighbour(self.best, -1))
 
     def rate(self, name: Rate) -> float:
-        """The best or the next lower rate."""
+        """Return the best or the next lower rate."""
         return self.best if name == "best" else self.lower
 
     @property
@@ -106,7 +106,7 @@ class Sweep:
 
 
 def sweep(arm: Arm, results: Results, seed: int) -> Sweep:
-    """The sweep of an arm on a seed; its rates are extended while the best one lies at an edge."""
+    """Make the sweep of an arm on a seed; its rates are extended while the best one is at an edge."""
     arm = arm.swept or arm
     ladder = arm.ladder
     rates = sorted(ladder.rates)
@@ -131,13 +131,13 @@ def sweep(arm: Arm, results: Results, seed: int) -> Sweep:
 def plan_arms(
     arms: Iterable[Arm], seeds: Sequence[int], results: Results, rates: Sequence[Rate] = RATES
 ) -> Plan:
-    """The sweeps on the first seed, and the main trials of each arm whose sweep is done, with repetitions.
+    """Plan the sweeps on the first seed, and the main trials of arms whose sweep is done; may repeat trials.
 
     Args:
-        arms: in the order in which they are run.
-        seeds: of the main trials.
-        results: so far.
-        rates: at which the main trials are run.
+        arms: arms, in the order in which they are run.
+        seeds: seeds of the main trials.
+        results: results so far.
+        rates: rates at which the main trials are run.
     """
     trials: list[Trial] = []
     later_work = 0.0

@@ -1,1 +1,1 @@
-"""Studies that train language models: arms, trials, and what their results say."""
+"""Studies that train language models: arms, trials, and measures of their results."""

@@ -1,8 +1,8 @@
 """The language models that studies compare, and the settings in which they are trained.
 
 Arms of one seed start from the same weights and see the same batches, at equal steps and a constant rate
-after the warm-up. Variants and settings that several studies share lie here, so that the studies share the
-trials too.
+after the warm-up. Variants and settings that several studies use are defined here, so that the studies share
+the trials too.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from longshort.model import LongShortConfig, preset, training_flops
 from longshort.studies.framework.study import Trial
 from longshort.studies.framework.sweep import Arm, Ladder
 
-_FLOPS_PER_SECOND = 4e10  # of a laptop's core, overhead included: for the estimate of the time left
+_FLOPS_PER_SECOND = 4e10  # on one core of a laptop, with overhead; to estimate the time left
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one arm has of its own.
+    """The settings in which one arm differs from others.
 
     Attributes:
-        name: for tables and legends.
+        name: name in tables and legends.
         model: fields of `LongShortConfig`.
         train: fields of `TrainConfig`.
-        measure: what is measured after the training; see `train_language_model`.
+        measure: measurements after the training; see `train_language_model`.
     """
 
     name: str
@@ -36,23 +36,23 @@ class Variant:
     measure: Mapping[str, Any] = field(default_factory=dict)
 
     def with_model(self, name: str, **model: Any) -> Variant:
-        """A variant with further fields of its model's config."""
+        """Make a variant with further fields of its model's config."""
         return replace(self, name=name, model={**self.model, **model})
 
     def with_train(self, name: str, **train: Any) -> Variant:
-        """A variant with further settings of its training."""
+        """Make a variant with further settings of its training."""
         return replace(self, name=name, train={**self.train, **train})
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all arms of a comparison share.
+    """The settings that all arms of a comparison share.
 
     Attributes:
-        model: fields of `LongShortConfig` over the preset that its key "preset" names.
+        model: fields of `LongShortConfig` that override the preset named by the key "preset".
         train: fields of `TrainConfig`.
-        description: for the report.
-        rates: learning rates that every sweep tries, rising, from … 1e-3, 3e-3, 1e-2 …
+        description: description for the report.
+        rates: learning rates that every sweep tries, ascending, from … 1e-3, 3e-3, 1e-2 …
     """
 
     model: Mapping[str, Any]
@@ -61,7 +61,7 @@ class Setting:
     rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
 
     def trial(self, variant: Variant, rate: float, seed: int) -> Trial:
-        """The trial of a variant at a learning rate."""
+        """Make the trial of a variant at a learning rate."""
         model = {**self.model, **variant.model}
         training = {"schedule": "constant", **self.train, **variant.train}
         training |= {"learning_rate": rate, "seed": seed}
@@ -73,37 +73,37 @@ class Setting:
         return Trial(variant.name, seed, settings, flops * sequences / _FLOPS_PER_SECOND)
 
     def arm(self, variant: Variant) -> Arm:
-        """The arm of a variant, with a sweep of its own."""
+        """Make the arm of a variant, with its own sweep."""
         return Arm(variant.name, partial(self.trial, variant), Ladder(self.rates))
 
     def arms(self, variants: Sequence[Variant]) -> list[Arm]:
-        """The arms of variants."""
+        """Make the arms of variants."""
         return [self.arm(variant) for variant in variants]
 
 
 def model_config(model: Mapping[str, Any], training: Mapping[str, Any]) -> LongShortConfig:
-    """The config of a trial's model."""
+    """Make the config of a trial's model."""
     fields = {key: value for key, value in model.items() if key != "preset"}
     length = training["sequence_length"]
     return preset(model["preset"], mhsa=training.get("mhsa", False), **fields, max_position_embeddings=length)
 
 
 LS = Variant("LS")
-"""The preset's layout: one global head, the others local."""
+"""The variant with the preset's layout: one global head, the others local."""
 
 MHSA = Variant("MHSA", train={"mhsa": True})
-"""Every head global."""
+"""The variant with every head global."""
 
 MHSA_ROPE = MHSA.with_model("MHSA + RoPE", position_embedding="rope")
 LS_ROPE = LS.with_model("LS + RoPE", position_embedding="rope")
 DEEP_LS = LS.with_model("LS, 4 layers", num_hidden_layers=4)
 HYBRID = LS.with_model("hybrid by layers, 4 layers", num_hidden_layers=4, num_global_heads=[0, 0, 0, 4])
-"""As many global heads as `DEEP_LS`, all in the last layer, as in Gemma 3."""
+"""A variant with as many global heads as `DEEP_LS`, all in the last layer, as in Gemma 3."""
 
 
 def tiny(length: int, batch: int, steps: int, rates: Sequence[float] = Setting.rates) -> Setting:
-    """The preset `tiny` on bytes: 2 layers, width 64, 4 heads of 16, window 16; attention in bf16, as in the
-    paper."""
+    """Make the setting of the preset `tiny` on bytes: 2 layers, width 64, 4 heads of 16, window 16; attention
+    in bf16, as in the paper."""
     return Setting(
         {"preset": "tiny", "attention_precision": "bf16"},
         {
@@ -122,7 +122,7 @@ def tiny(length: int, batch: int, steps: int, rates: Sequence[float] = Setting.r
 
 
 PAPER_RATES: Sequence[float] = (3e-4, 1e-3, 3e-3)
-"""Rates around the author's 6e-4."""
+"""The learning rates around the author's 6e-4."""
 
 PAPER_SMALL = Setting(
     {"preset": "paper-small", "attention_precision": "bf16", "local_window": 50},
@@ -142,7 +142,7 @@ PAPER_SMALL = Setting(
 
 
 def paper_base(length: int) -> Setting:
-    """The author's base model at a sequence length, half a million tokens a step."""
+    """Make the setting of the author's base model at a sequence length, half a million tokens a step."""
     batch = max(1, 524_288 // length)
     return Setting(
         {"preset": "paper-base", "attention_precision": "bf16"},

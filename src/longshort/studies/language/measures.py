@@ -1,4 +1,4 @@
-"""What the results of trained language models say: losses at equal cost, curves, and tables of arms."""
+"""Measures of trained language models: losses at equal cost, curves, and tables of arms."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from longshort.studies.framework.comparison import ArmResults, Arms, difference,
 from longshort.studies.framework.sweep import Rate, Sweep
 
 QUANTITIES = ("validation_loss", "max_logit", "max_logit_in_band", "row_range")
-"""The numbers that tables show of an arm, and that are predicted for another seed."""
+"""The numbers of an arm that tables show, and that are predicted for another seed."""
 
-_GOOD = 0.1  # nats above the lowest loss, within which a rate is good
+_GOOD = 0.1  # nats above the lowest loss up to which a rate is good
 
 
 def loss_difference(first: ArmResults, second: ArmResults, rate: Rate = "best") -> Interval:
-    """Paired difference of the validation loss at equal steps, nats per token."""
+    """Compute the paired difference of the validation loss at equal steps, nats per token."""
     return difference(first, second, "validation_loss", rate)
 
 
 def loss_difference_at_equal_flops(first: ArmResults, second: ArmResults, rate: Rate = "best") -> Interval:
-    """Paired difference of the validation loss when both had spent what the cheaper one spends in all."""
+    """Compute the paired difference of the validation loss when both had spent the cheaper one's total."""
     losses = []
     for arm, other in ((first, second), (second, first)):
         by_seed = {}
@@ -41,12 +41,12 @@ def loss_difference_at_equal_flops(first: ArmResults, second: ArmResults, rate: 
 
 
 def spent(result: Mapping[str, Any], unit: str) -> float:
-    """What a run spent in all, in "tokens" or "flops"."""
+    """Compute the total that a run spent, in "tokens" or "flops"."""
     return result["validation_curve"][-1][0] * result[f"{unit}_per_step"]
 
 
 def loss_at_flops(result: Mapping[str, Any], flops: float) -> float | None:
-    """The validation loss of a run when it had spent these FLOPs, interpolated between two measurements."""
+    """Interpolate the validation loss of a run when it had spent these FLOPs."""
     step = flops / result["flops_per_step"]
     curve = result["validation_curve"]
     before = curve[0]
@@ -63,8 +63,8 @@ def loss_at_flops(result: Mapping[str, Any], flops: float) -> float | None:
 
 
 def cost_to_reach(result: Mapping[str, Any], loss: float, unit: str) -> float | None:
-    """What a run had spent when its validation loss first was as low, in "tokens" or "flops"; None if it
-    never was."""
+    """Compute what a run had spent, in "tokens" or "flops", when its validation loss first was as low as
+    `loss`; None if it never was."""
     per_step = result[f"{unit}_per_step"]
     before: list[Any] | None = None
     for step, value in result["validation_curve"]:
@@ -78,12 +78,12 @@ def cost_to_reach(result: Mapping[str, Any], loss: float, unit: str) -> float | 
 
 
 def diverged(arm: ArmResults, rate: Rate = "best") -> int:
-    """How many seeds of an arm diverged."""
+    """Count the seeds of an arm that diverged."""
     return sum(result["diverged_at"] is not None for result in arm.results(rate))
 
 
 def curves(arm: ArmResults, name: str, rate: Rate = "best") -> list[list[tuple[float, float | None]]]:
-    """A curve per seed: "loss_curve", "validation_curve" or one of the logit curves."""
+    """Return a curve per seed: "loss_curve", "validation_curve" or one of the logit curves."""
     return [
         [
             tuple(point)
@@ -94,7 +94,7 @@ def curves(arm: ArmResults, name: str, rate: Rate = "best") -> list[list[tuple[f
 
 
 def seconds_per_step(arm: ArmResults) -> float | None:
-    """Median seconds of a training step at the best rate; None where it was not measured."""
+    """Compute the median seconds of a training step at the best rate; None if it was not measured."""
     seconds = [
         result["tokens_per_step"] / result["timing"]["tokens_per_second"]
         for result in arm.results()
@@ -104,8 +104,8 @@ def seconds_per_step(arm: ArmResults) -> float | None:
 
 
 def good_decades(sweep: Sweep) -> float:
-    """Width of the range of rates within 0.1 nats of the best, in decades, between tried rates (Wortsman et
-    al. 2023 call its inverse learning-rate sensitivity)."""
+    """Compute the width, in decades, of the range of tried rates within 0.1 nats of the best (Wortsman et al.
+    2023 call its inverse learning-rate sensitivity)."""
     least = sweep.losses[sweep.best]
     if least is None:
         return 0.0
@@ -114,19 +114,19 @@ def good_decades(sweep: Sweep) -> float:
 
 
 def split_by_depth(arms: Arms) -> tuple[dict[str, ArmResults], dict[str, ArmResults]]:
-    """Separate the arms of the setting's depth from those of another, which do not compare with them."""
+    """Separate the arms of the setting's depth from those of another, which cannot be compared with them."""
     deep = {name: arm for name, arm in arms.items() if "num_hidden_layers" in arm.settings["model"]}
     return {name: arm for name, arm in arms.items() if name not in deep}, deep
 
 
 def predict(quantity: str, values: Mapping[int, float | None]) -> Interval:
-    """Where another seed's value of a quantity will lie: losses by differences, logits by factors."""
+    """Predict another seed's value of a quantity: losses vary by differences, logits by factors."""
     rule = prediction_interval if quantity.endswith("loss") else log_prediction_interval
     return rule(values.values())
 
 
 def predictions(arms: Arms) -> dict[str, dict[str, Interval]]:
-    """Where another seed's values will lie, by arm, at its best rate."""
+    """Predict another seed's values, by arm, at its best rate."""
     return {
         name: {quantity: predict(quantity, arm.values(quantity)) for quantity in QUANTITIES}
         for name, arm in arms.items()
@@ -134,8 +134,8 @@ def predictions(arms: Arms) -> dict[str, dict[str, Interval]]:
 
 
 def arm_table(arms: Arms) -> Table:
-    """A row per arm at its best rate: means over seeds, with the 95 % prediction interval for another
-    seed."""
+    """Make a table with a row per arm at its best rate: means over seeds, with the 95 % prediction interval
+    for another seed."""
     rows = []
     for name, arm in arms.items():
         results = arm.results()
@@ -158,7 +158,7 @@ def arm_table(arms: Arms) -> Table:
 
 
 def sweep_section(arms: Arms) -> Section:
-    """A row per arm: the validation loss of the first seed at every rate of its sweep."""
+    """Make a section with a row per arm: the validation loss of the first seed at every rate of its sweep."""
     rates = sorted({rate for arm in arms.values() for rate in arm.sweep.losses})
     rows = []
     for name, arm in arms.items():

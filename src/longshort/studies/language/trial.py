@@ -1,4 +1,4 @@
-"""Training the model of a trial, and summarizing the run in numbers."""
+"""The trials of language models: training of the model, and a summary of the run in numbers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def train_language_model(trial: Trial, workplace: Workplace) -> dict[str, Any]:
     hold "needle": the lengths, depths and samples of `measure_needle`.
 
     Raises:
-        InterruptedError: the training was stopped by a signal; its checkpoint is written.
+        InterruptedError: the training was stopped by a signal, after it wrote a checkpoint.
     """
     settings = trial.settings
     training = Trial(trial.arm, trial.seed, {"model": settings["model"], "train": settings["train"]})
@@ -98,7 +98,7 @@ def _alone(run: Path) -> Iterator[None]:
 
 
 def data_folder(workplace: Workplace) -> Path:
-    """The folder of the corpus, made by `LanguageStudy.prepare`."""
+    """Return the folder of the corpus, made by `LanguageStudy.prepare`."""
     return workplace.folder / "data"
 
 
@@ -141,7 +141,7 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _logging(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a trial's training, and those that decide what it logs."""
+    """Return the settings of a trial's training, and those that determine what it logs."""
     steps = training["steps"]
     every = max(1, steps // 50)
     return {
@@ -176,7 +176,7 @@ def _needle(run: Path, needle: Mapping[str, Any], workplace: Workplace) -> list[
 
 
 def _count_spikes(metrics: Sequence[Mapping[str, Any]]) -> int:
-    """Count spikes as `SpikeDetector` does, in the numbers that a run logged."""
+    """Count the spikes that `SpikeDetector` finds in the numbers that a run logged."""
     detector = SpikeDetector()
     spikes = 0
     for line in metrics:
@@ -188,7 +188,7 @@ def _count_spikes(metrics: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _running_mean(losses: Sequence[float | None]) -> list[list[Any]]:
-    """The mean loss between two points of the curve; None where a loss was not finite."""
+    """Compute the mean loss between two points of the curve; None if a loss was not finite."""
     size = max(1, len(losses) // _CURVE_POINTS)
     curve = []
     for end in range(size, len(losses) + 1, size):
@@ -198,7 +198,7 @@ def _running_mean(losses: Sequence[float | None]) -> list[list[Any]]:
 
 
 def last_tenth(lines: Sequence[Any]) -> Sequence[Any]:
-    """The last tenth of the lines, one at least."""
+    """Return the last tenth of the lines, at least one."""
     return lines[-max(1, len(lines) // 10) :]
 
 
@@ -215,6 +215,6 @@ def _thinned(lines: Sequence[Any], points: int) -> Sequence[Any]:
 
 
 def largest(values: Iterable[float | None]) -> float | None:
-    """The largest value; None if one was not finite, or there is none."""
+    """Return the largest value; None if one was not finite, or there is none."""
     known = list(values)
     return None if not known or None in known else max(value for value in known if value is not None)
