@@ -1,4 +1,4 @@
-"""What longshort finds on this machine: versions, processor, GPUs, and which backend serves which tensors."""
+"""A report on this machine: versions, processor, GPUs, and which backend serves which tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from longshort.layout import HeadLayout
 Rows = list[tuple[str, str]]
 Report = list[tuple[str, Rows]]
 
-# Which extra brings a package.
+# The extra that installs each package.
 OPTIONAL_PACKAGES = {
     "annotated-types": "train",
     "transformers": "hf",
@@ -38,7 +38,7 @@ OPTIONAL_PACKAGES = {
 
 
 def report() -> Report:
-    """Sections of (name, finding) rows, in reading order; needs no extra, and a missing part is a finding."""
+    """Make sections of (name, finding) rows, in reading order; needs no extra, and lists missing ones."""
     return [
         ("Versions", _versions()),
         ("Processor", _processor()),
@@ -48,7 +48,7 @@ def report() -> Report:
 
 
 def as_text(sections: Report) -> str:
-    """The report as plain text, one aligned line for each row."""
+    """Format the report as plain text, one aligned line for each row."""
     width = max((len(name) for _, rows in sections for name, _ in rows), default=0)
     blocks = [
         "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)]) for title, rows in sections
@@ -112,7 +112,7 @@ def _cases() -> list[tuple[str, torch.dtype]]:
 
 
 def _backends(device: str, dtype: torch.dtype) -> Rows:
-    """For a typical call, which backend is chosen and why the others are not."""
+    """Explain for a typical call which backend is chosen and why the others are not."""
     layout = HeadLayout.split(num_heads=4, num_global=1, window=16)
     try:
         x = torch.zeros(1, layout.num_heads, 64, 64, device=device, dtype=dtype)

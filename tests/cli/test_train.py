@@ -130,7 +130,7 @@ def test_progress_elsewhere_than_on_a_terminal_is_lines(data, tmp_path, capsys):
 
 def test_resume_goes_on(run, capsys):
     assert main(["train", "--resume", str(run), "--steps", "15"]) == 0
-    assert "going on after step 12" in capsys.readouterr().out
+    assert "resuming after step 12" in capsys.readouterr().out
     assert read_metrics(run)[-1]["step"] == 15
     assert "15 steps" in (run / "report.html").read_text()
 

@@ -1,7 +1,7 @@
 """The command line: `main` finds the command, calls it, and turns errors into messages and exit codes.
 
-One file per command, imported when it is called, so that none waits for what another needs. Each has
-`run(arguments) -> int`, whose result is the exit code.
+There is one module per command, imported when it is called, so that no command waits for another's imports.
+Each has `run(arguments) -> int`, which returns the exit code.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 _COMMANDS = {
     "data": "Turn text into a folder of tokens.",
-    "train": "Train a model, or go on with a run.",
+    "train": "Train a model, or resume a run.",
     "evaluate": "Measure a trained model on whole validation documents.",
-    "generate": "Let a trained model write.",
+    "generate": "Generate text with a trained model.",
     "plan": "Count what layouts of heads would cost: cache, operations, longest context.",
     "bench": "Measure the speed and memory of attention and of models on this machine.",
     "study": "Run the paper's experiments: trials, figures, verdicts, one report.",
     "doctor": "Show versions, hardware, and which attention backends work here.",
-    "demo": "See LS-attention and full attention trained side by side.",
+    "demo": "Train LS-attention and full attention side by side.",
 }
 _HELP = """\
 usage: longshort COMMAND [flags]
@@ -35,7 +35,7 @@ LS-attention for PyTorch: attention heads split into many short-range and a few 
 commands:
 {commands}
 
-`longshort COMMAND --help` explains a command; `longshort --version` tells the version.
+`longshort COMMAND --help` explains a command; `longshort --version` prints the version.
 
 example:
   longshort data stdlib --out data
@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        argv: command and flags; None: those that the program was started with.
+        argv: command and flags; None: those of the program.
 
     Returns:
-        0; 1 after a failure; 2 if the command or a flag is wrong; 130 after Ctrl-C. Errors are a message on
+        0; 1 after a failure; 2 if the command or a flag is wrong; 130 after Ctrl-C. Errors are printed to
         stderr; with LONGSHORT_DEBUG=1 in the environment failures are raised instead.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # the parser of flags, after --help or its own message
         return stop.code if isinstance(stop.code, int) else _FAILURE
     except UsageError as error:
-        return _complain(str(error), _USAGE)
+        return _report_error(str(error), _USAGE)
     except KeyboardInterrupt:
-        return _complain("interrupted", _INTERRUPTED)
+        return _report_error("interrupted", _INTERRUPTED)
     except BrokenPipeError:
         from longshort.cli.console import discard_output
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("LONGSHORT_DEBUG", "0") not in ("", "0"):
             raise
-        return _complain(_describe(error), _FAILURE)
+        return _report_error(_describe(error), _FAILURE)
 
 
 def _run(arguments: list[str]) -> int:
@@ -97,7 +97,7 @@ def _run(arguments: list[str]) -> int:
     return import_module(f"longshort.cli.{command}").run(rest)
 
 
-def _complain(message: str, code: int) -> int:
+def _report_error(message: str, code: int) -> int:
     print(f"longshort: error: {message}", file=sys.stderr)
     return code
 

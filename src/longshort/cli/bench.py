@@ -1,4 +1,4 @@
-"""`longshort bench`"""
+"""The command `longshort bench`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from longshort.cli.flags import parse
 _BENCHMARKS = {
     "attention": "Time attention: backends of this library against PyTorch's and others'.",
     "kernel": "Time the attention of one query against long caches.",
-    "prefill": "Time whole models that read a prompt, beside the bound that Amdahl's law sets.",
+    "prefill": "Time whole models that read a prompt, with the bound by Amdahl's law.",
     "decode": "Time each token after a long context.",
-    "memory": "Measure what a prompt adds to the peak of memory.",
+    "memory": "Measure how much a prompt adds to the peak of memory.",
     "monitor": "Time training steps with and without the attention monitor.",
     "projection": "Time linear layers that multiply a few tokens.",
 }
-"""By name, which is also that of the module in longshort.bench, what each benchmark does."""
+"""The description of each benchmark, by its name, which is also its module in longshort.bench."""
 
 _HELP = """\
 usage: longshort bench BENCHMARK [flags]

@@ -1,4 +1,4 @@
-"""What the commands show while they work: bars on a terminal, a line now and then elsewhere."""
+"""The output of commands while they run: progress bars on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ SECONDS_BETWEEN_LINES = 5.0
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Leave it to the caller, where rich's own ends the program."""
+        """Raise the error for the caller; the method of rich would end the program."""
         raise BrokenPipeError
 
 
 def console() -> Console:
-    """The terminal, or whatever stdout is; numbers and paths stay as they are."""
+    """Make a console for stdout that leaves numbers and paths as they are."""
     width = None if sys.stdout.isatty() else 110
     return _Console(highlight=False, soft_wrap=True, width=width)
 
 
 def discard_output() -> None:
-    """Nobody reads stdout any more; what is left in its buffer must not fail once more at exit."""
+    """Discard stdout once its reader is gone, so that flushing its buffer at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Gives a function of a stage's name, what is done of it and the total (None: not known)."""
+    """Yield a function that takes the name of a stage, the work done and the total (None: not known)."""
     output = console()
     if not output.is_terminal:
         yield _PlainLines().show

@@ -1,4 +1,4 @@
-"""`longshort data`"""
+"""The command `longshort data`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class DataFlags:
     """Turn text into a folder of tokens for training: a training and a validation split, by document, and
     their tokenizer.
 
-    SOURCE is a file, a folder or a glob: each text file is a document, each line of a .jsonl or .ndjson file,
-    each row of a .parquet file; text and lines may be compressed (.gz, .bz2, .xz, .zst). Or it is hf:NAME, a
-    dataset of the Hugging Face Hub; or stdlib, the source files of this Python's standard library, which need
-    no download.
+    SOURCE is a file, a folder or a glob. A document is a text file, a line of a .jsonl or .ndjson file, or a
+    row of a .parquet file; text and lines may be compressed (.gz, .bz2, .xz, .zst). SOURCE may also be
+    hf:NAME, a dataset of the Hugging Face Hub; or stdlib, the source files of this Python's standard library,
+    which need no download.
 
-    What is not text, and records without text, are left out and counted.
+    Files that are not text, and records without text, are left out and counted.
     """
 
     out: Path
-    """Folder to make."""
+    """Folder to create."""
 
     source: Annotated[str, tyro.conf.Positional] = "stdlib"
-    """Where the text comes from."""
+    """Source of the text."""
 
     tokenizer: str = "bytes"
     """bytes; bpe, trained on this text; or a folder with a saved Hugging Face tokenizer."""
@@ -40,19 +40,19 @@ class DataFlags:
     """Pieces of the bpe tokenizer. None: 10,000."""
 
     validation_fraction: float = 0.05
-    """Share of the documents that is kept for validation."""
+    """Share of the documents for validation."""
 
     text_field: str = "text"
     """Field of a JSONL record, a parquet file or a dataset that holds the text."""
 
     strict: bool = False
-    """Fail at the first file or record that is not text, or without text, instead of leaving it out."""
+    """Fail at the first file or record that is not text, or has none, instead of leaving it out."""
 
     seed: Annotated[int, Ge(0)] = 0
     """Chooses the validation documents."""
 
     overwrite: bool = False
-    """Replace OUT if it is such a folder."""
+    """Replace OUT if it is a folder that this command wrote."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,4 +1,4 @@
-"""`longshort demo`"""
+"""The command `longshort demo`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> int:
 
 
 class DemoDisplay(DemoProgress):
-    """The stages as lines; the two trainings as bars on a terminal, as a line now and then elsewhere."""
+    """Shows stages as lines, and the two trainings as bars on a terminal, as occasional lines elsewhere."""
 
     def __init__(self, output: Console, steps: int) -> None:
         self._output = output

@@ -1,4 +1,4 @@
-"""`longshort doctor`, which works where the extras are missing: finding that out is what it is for."""
+"""The command `longshort doctor`, which needs no extra, since it reports missing ones."""
 
 from __future__ import annotations
 

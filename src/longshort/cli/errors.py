@@ -1,5 +1,5 @@
-"""What a command raises when its call, not its work, is wrong."""
+"""The error of commands that are called in a wrong way."""
 
 
 class UsageError(Exception):
-    """The command cannot be what the user meant: exit code 2."""
+    """The command line is wrong: exit code 2."""

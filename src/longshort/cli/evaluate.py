@@ -1,4 +1,4 @@
-"""`longshort evaluate`"""
+"""The command `longshort evaluate`."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ class EvaluateFlags:
     and the loss by position in the context.
 
     Long documents are read in windows that overlap by half; each token is scored once, with at least half a
-    context before it, or all there is. The numbers also go to RUN/evaluation, as JSON and as a plot.
+    context before it, or the whole beginning of the document. The numbers are also written to RUN/evaluation,
+    as JSON and as a plot.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
 
     data: Path | None = None
-    """Folder with the validation documents. None: the run's own."""
+    """Folder with the validation documents. None: that of the run."""
 
     context: Annotated[int, Ge(1)] | None = None
     """Tokens per window. None: the sequence length of the training."""
@@ -47,7 +48,8 @@ class EvaluateFlags:
     """Windows per forward pass; it does not change the result. None: about 8192 tokens."""
 
     max_tokens: Annotated[int, Ge(1)] | None = None
-    """Take the first documents, as many as fit in so many tokens, at least one. None: all."""
+    """Tokens into which the scored documents, from the first on, must fit; at least one is scored. None: all
+    documents."""
 
     json: Path | None = None
     """File for the numbers, instead of the one in RUN/evaluation; it must not exist."""
@@ -56,7 +58,7 @@ class EvaluateFlags:
     """PNG file for the plot, instead of the one in RUN/evaluation; it must not exist."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one."""
+    """auto: a GPU if there is one."""
 
     threads: Annotated[int, Ge(1)] | None = None
     """CPU threads. None: torch's default."""
@@ -111,7 +113,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _note(token_order: str) -> str | None:
-    """What a reader of the numbers must know."""
+    """Return a remark on the numbers that their reader must know, if there is one."""
     if token_order == "text":
         return None
     return f"trained with --token-order {token_order}, but measured here on plain text"

@@ -1,4 +1,4 @@
-"""Flags of a command, parsed into a dataclass."""
+"""Parsing of a command's flags into a dataclass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Flags = TypeVar("Flags")
 
 
 def parse(kind: type[Flags], command: str, arguments: list[str], description: str | None = None) -> Flags:
-    """The flags as an instance of `kind`, a dataclass whose fields' docstrings are their help.
+    """Parse flags into an instance of `kind`, a dataclass whose fields' docstrings are their help.
 
     Raises:
         SystemExit: with 0 after --help; with 2, and a message on stderr, if a flag or its value is wrong, a

@@ -1,4 +1,4 @@
-"""`longshort generate`"""
+"""The command `longshort generate`."""
 
 from __future__ import annotations
 
@@ -30,47 +30,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateFlags:
-    """Let the latest checkpoint of a run go on with a prompt, or with each of many; the text appears as it is
-    made, and how fast that was on stderr at the end."""
+    """Continue a prompt, or each of many, with the latest checkpoint of a run. The text is printed as it is
+    generated, and at the end the speed is printed to stderr."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
 
     prompt: str | None = None
-    """Beginning of the text. None, without a file too: the model begins."""
+    """Beginning of the text. None, and no file: the model writes from the start."""
 
     prompt_file: Path | None = None
-    """A file with the beginning, UTF-8 text; - is stdin."""
+    """File with the beginning of the text, UTF-8; - is stdin."""
 
     each_line: bool = False
-    """Take each line of the file as a prompt of its own, in a .jsonl file the "prompt" of each object; empty
-    lines are skipped."""
+    """Take each line of the file, or in a .jsonl file the "prompt" of each object, as a separate prompt.
+    Empty lines are skipped."""
 
     max_new_tokens: Annotated[int, Ge(1)] | None = None
-    """The text ends after so many tokens, or where the model ends it. None: 200, or as many as the model has
-    positions for."""
+    """Most tokens to generate; the model may end the text earlier. None: 200, or fewer if the model has no
+    more positions."""
 
     temperature: Annotated[float, Gt(0)] | None = None
-    """Divides the logits: below 1 safer text, above 1 wilder. None: 1."""
+    """Divisor of the logits: below 1 the text is more predictable, above 1 more random. None: 1."""
 
     top_k: Annotated[int, Ge(1)] | None = None
-    """Sample among the so many likeliest tokens. None: among all."""
+    """Sample only among this many likeliest tokens. None: among all."""
 
     greedy: bool = False
     """Take the likeliest token each time."""
 
     seed: Seed = 0
-    """Of the sampling, for each prompt anew."""
+    """Seed of the sampling, the same for each prompt."""
 
     prefill_chunk: Annotated[int, Ge(1)] | None = None
-    """Read so many tokens of the prompt at a time: less memory, the same text. None: as many as fit into 32
-    MiB of activations on a CPU, 512 MiB elsewhere."""
+    """Number of prompt tokens to read at a time; fewer take less memory and give the same text. None: as many
+    as take 32 MiB of activations on a CPU, 512 MiB elsewhere."""
 
     json: bool = False
     """Print a JSON object for each prompt when its text is done, and no text before."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one."""
+    """auto: a GPU if there is one."""
 
     threads: Annotated[int, Ge(1)] | None = None
     """CPU threads. None: torch's default."""
@@ -121,11 +121,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _prompts(flags: GenerateFlags) -> list[str]:
-    """The prompts that the flags name, at least one.
+    """Read the prompts that the flags name, at least one.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no UTF-8 text, a line of it has no prompt, or all are empty.
+        ValueError: the file is not UTF-8 text, a line of it has no prompt, or all are empty.
     """
     path = flags.prompt_file
     if path is None:
@@ -187,7 +187,7 @@ def _record(prompt: str, text: GeneratedText, seed: int) -> dict[str, str | int 
 
 
 def _summary(all_statistics: Sequence[GenerationStatistics]) -> str:
-    """One line about all prompts together."""
+    """Summarize all prompts in one line."""
     count = len(all_statistics)
     tokens = sum(each.tokens for each in all_statistics)
     first = sum(each.seconds_to_first_token or 0.0 for each in all_statistics) / count

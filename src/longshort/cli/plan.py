@@ -1,4 +1,4 @@
-"""`longshort plan`"""
+"""The command `longshort plan`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanFlags:
-    """Count what layouts of a model's heads cost at inference: all heads global (MHSA), each number of global
-    heads with each window, and for each number a hybrid by layers, as in Gemma 3. Nothing is loaded or run.
+    """Count the costs of different layouts of a model's heads at inference: all heads global (MHSA), each
+    number of global heads with each window, and for each number a hybrid by layers, as in Gemma 3. Nothing is
+    loaded or run.
 
-    Decoding reads the weights and the cache for each token, so its share of MHSA's bytes is the floor of its
-    share of the time where memory is the limit. Positions count as free, activations are not counted.
+    Decoding reads the weights and the cache for each token. If memory bandwidth is the limit, the time
+    relative to MHSA is at least the bytes relative to MHSA. Positions and activations are not counted.
     """
 
     length: Annotated[int, Ge(1)]
     """Tokens of the prompt."""
 
     preset: str = "paper-base"
-    """Shape of the model: a preset's name or a JSON file, as of `longshort train`. The flags below override
+    """Shape of the model: a preset's name or a JSON file, as for `longshort train`. The flags below override
     it."""
 
     layers: Annotated[int, Ge(1)] | None = None
@@ -52,30 +53,30 @@ class PlanFlags:
     """Width of the hidden states. None: the preset's, or heads × head dim if one of them is given."""
 
     vocab_size: Annotated[int, Ge(1)] | None = None
-    """Tokens that there are."""
+    """Number of tokens in the vocabulary."""
 
     sink_tokens: Annotated[int, Ge(0)] | None = None
     """First tokens that local heads always see."""
 
     global_heads: tuple[Annotated[int, Ge(0)], ...] = ()
-    """How many heads of a block are global; one number or several. None given: the fewest, one key/value
-    head's."""
+    """Number of global heads per block, or several numbers. None given: the smallest, the query heads of one
+    key/value head."""
 
     windows: tuple[Annotated[int, Ge(1)], ...] = ()
-    """Tokens that a local head sees, the query's own included; one number or several. None given: the
+    """Tokens that a local head sees, the query's own included, or several numbers. None given: the
     preset's."""
 
     hybrid_window: Annotated[int, Ge(1)] = 1024
-    """The same for the local layers of hybrids; Gemma 3's by default."""
+    """Tokens that heads see in the local layers of hybrids; the default is Gemma 3's."""
 
     batch: Annotated[int, Ge(1)] = 1
     """Sequences at a time."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of weights and cache."""
+    """Dtype of weights and cache."""
 
     memory: str | None = None
-    """For weights and cache, such as 4GiB: also print the longest context that fits. None: do not."""
+    """Memory for weights and cache, such as 4GiB: also print the longest context that fits. None: do not."""
 
     json: bool = False
     """Print JSON instead of a table."""
@@ -113,7 +114,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _config(flags: PlanFlags) -> LongShortConfig:
-    """The model's shape; its heads' layout is still to be chosen."""
+    """Make a config of the model's shape; the layout of its heads is chosen later."""
     heads, head_dim, hidden_size = flags.heads, flags.head_dim, flags.hidden_size
     if hidden_size is None and (heads or head_dim):
         shape = preset(flags.preset)
@@ -180,7 +181,7 @@ def _table(name: str, *columns: str) -> Table:
 
 
 def _split(flops: Flops) -> list[str]:
-    """Of the matrices, those for the logits among them, and of attention; each with its share."""
+    """Format the operations of matrices, including that for logits, and of attention, with their shares."""
     matrices = flops.matrices + flops.lm_head
     return [f"{format_count(part)} ({part / flops.total:3.0%})" for part in (matrices, flops.attention)]
 

@@ -1,4 +1,4 @@
-"""`longshort study`"""
+"""The command `longshort study`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
 
 
 class StudyDisplay(StudyProgress):
-    """What runs and how long is left: a live table on a terminal, a line now and then elsewhere."""
+    """Shows running trials and the time left: a live table on a terminal, occasional lines elsewhere."""
 
     def __init__(self, output: Console) -> None:
         self._output = output
@@ -79,7 +79,7 @@ class StudyDisplay(StudyProgress):
 
 
 def describe_time(seconds: float | None) -> str:
-    """How long is left, in words."""
+    """Describe the time left in words."""
     if seconds is None:
         return "time left not known yet"
     return (

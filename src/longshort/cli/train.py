@@ -1,4 +1,4 @@
-"""`longshort train`"""
+"""The command `longshort train`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from longshort.training.report import write_report
 if TYPE_CHECKING:
     from longshort.training.run import RunConfig
 
-_DESCRIPTION = """Train a model on a folder that `longshort data` made.
+_DESCRIPTION = """Train a model on a folder that `longshort data` wrote.
 
-Settings of the model that are left out are the preset's. `longshort train --resume RUN` goes on with a run
-from its latest checkpoint; `longshort train --resume --help` explains it."""
-_RESUME_DESCRIPTION = "Go on with a run from its latest checkpoint, with its own settings."
+Settings of the model that are left out are the preset's. `longshort train --resume RUN` resumes a run from
+its latest checkpoint; `longshort train --resume --help` explains it."""
+_RESUME_DESCRIPTION = "Resume a run from its latest checkpoint, with its own settings."
 _GO_ONLY_WITH = {
     "rollback_steps": ("on_spike", "rollback"),
     "skip_batches": ("on_spike", "rollback"),
     "max_rollbacks": ("on_spike", "rollback"),
     "interleave": ("token_order", "interleaved"),
 }
-"""Settings that do nothing unless another one has this value."""
+"""Settings that have no effect unless another one has this value."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class ResumeFlags:
     """Folder of the run."""
 
     steps: Annotated[int, Ge(1)] | None = None
-    """New number of steps; the learning rate's schedule stays as it was laid out."""
+    """New number of steps; the schedule of the learning rate does not change."""
 
     threads: Annotated[int, Ge(1)] | None = None
     """CPU threads from now on; another number may change the last bits of the losses."""
 
     data: Path | None = None
-    """Where the data folder is now, if it was moved."""
+    """New path of the data folder, if it was moved."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -93,7 +93,7 @@ def _parse_settings(arguments: list[str]) -> TrainConfig:
         if flag(name) in given and found != value:
             raise UsageError(f"{flag(name)} goes only with {flag(other)} {value}, got {found}")
     values = {field.name: getattr(flags, field.name) for field in fields(TrainConfig)}
-    # A switch of the model that is not given is the preset's.
+    # A switch of the model that is not given has the value of the preset.
     values |= {name: None for name in MODEL_SETTINGS if values[name] is False}
     settings = TrainConfig(**values)
     try:
@@ -104,7 +104,7 @@ def _parse_settings(arguments: list[str]) -> TrainConfig:
 
 
 class TrainingDisplay(Progress):
-    """Loss, largest logit, speed and time left: in a bar on a terminal, in a line now and then elsewhere."""
+    """Shows loss, largest logit, speed and time left: a bar on a terminal, occasional lines elsewhere."""
 
     def __init__(self) -> None:
         self.output = console()
@@ -126,7 +126,7 @@ class TrainingDisplay(Progress):
         self._step = step
         self.on_message(describe_model(run))
         if step:
-            self.on_message(f"going on after step {step}")
+            self.on_message(f"resuming after step {step}")
         if self.output.is_terminal:
             text = TextColumn("{task.description}")
             self._bar = Bar(
@@ -152,12 +152,12 @@ class TrainingDisplay(Progress):
     def on_message(self, text: str) -> None:
         try:
             self.output.print(text, markup=False)
-        except BrokenPipeError:  # whoever read along is gone; the training goes on
+        except BrokenPipeError:  # the reader of the output is gone; the training continues
             discard_output()
 
 
 def describe_model(run: RunConfig) -> str:
-    """One line: the parameters of the model and of its twin, which has the other kind of attention."""
+    """Describe in one line the parameters of the model and of its twin with the other kind of attention."""
     config = LongShortConfig.from_dict(run.model)
     heads = config.num_attention_heads
     is_mhsa = not any(layout.local_heads for layout in config.head_layouts())
@@ -171,7 +171,7 @@ def describe_model(run: RunConfig) -> str:
 
 
 def describe_progress(record: dict[str, Any]) -> str:
-    """What is known of loss, validation loss, largest logit and speed."""
+    """Describe loss, validation loss, largest logit and speed, as far as they are known."""
     parts = []
     for name, key, shape in (
         ("loss", "loss", ".4f"),

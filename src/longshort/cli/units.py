@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Readable sizes and counts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _UNITS = {
 
 
 def parse_bytes(name: str, text: str) -> int:
-    """Bytes that a text such as "4GiB", "512 MB" or "1e9" means.
+    """Parse a text such as "4GiB", "512 MB" or "1e9" as a number of bytes.
 
     Raises:
-        ValueError: it means none, or less than one; the message names what was to be set.
+        ValueError: the text is not a size, or is less than one byte; the message starts with `name`.
     """
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{0,15})?(?:e[0-9]{1,2})?)\s*([A-Za-z]*)\s*", text)
     size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
@@ -25,20 +25,20 @@ def parse_bytes(name: str, text: str) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """Three digits and a binary unit."""
+    """Format bytes with three digits and a binary unit."""
     return _three_digits(size, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def format_count(count: int) -> str:
-    """Three digits and a metric unit."""
+    """Format a count with three digits and a metric unit."""
     return _three_digits(count, 1000, ("", "k", "M", "G", "T", "P")).rstrip()
 
 
 def _three_digits(size: int, step: int, units: tuple[str, ...]) -> str:
-    """In the first unit that takes three digits; as many as it takes in the last."""
+    """Format a size in the smallest unit in which it has at most three digits, or in the largest unit."""
     value, unit = float(size), units[0]
     for larger in units[1:]:
-        if value < 999.5:  # which rounds to four
+        if value < 999.5:  # 999.5 would be rounded to four digits
             break
         value, unit = value / step, larger
     return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
