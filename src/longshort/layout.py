@@ -135,7 +135,7 @@ class HeadLayout:
         return tuple(head for head, window in enumerate(self.windows) if window is None)
 
     def score_count(self, q_len: int, kv_len: int) -> int:
-        """Exact number of visible causal (query, key) pairs, all query heads together.
+        """Count the visible causal (query, key) pairs of all query heads, exactly.
 
         The queries are the last `q_len` of `kv_len` positions of one segment.
 
@@ -152,7 +152,7 @@ class HeadLayout:
         )
 
     def kv_bytes(self, length: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes of keys and values that must be kept to decode after `length` tokens of one sequence.
+        """Count the bytes of keys and values that must be kept to decode after `length` tokens of a sequence.
 
         A local head needs its last `window` keys and its sink tokens, a global head all `length`.
 

@@ -83,7 +83,7 @@ def test_the_layers_of_the_hybrid(layers, global_heads, full):
         (
             "hybrid",
             {"num_global_heads": 1},
-            "2 global heads in 2 layers are no whole number of layers with 4",
+            "2 global heads in 2 layers do not make a whole number of layers with 4",
         ),
         ("hybrid", {"local_window": [6, 7]}, r"must have one window, got \[6, 7\]"),
         ("gpt2", {"num_key_value_heads": 2}, "GPT-2 has a key/value head for each head"),

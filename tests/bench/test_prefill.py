@@ -105,7 +105,7 @@ def test_what_was_left_out_is_shown():
         PrefillBenchmark(**{**SMALL, "global_heads": 1}, providers=("hybrid", "ls")), shown.append
     )
     assert set(results.rows["provider"]) == {"ls"}
-    assert "  hybrid: 2 global heads in 2 layers are no whole number of layers" in "\n".join(shown)
+    assert "  hybrid: 2 global heads in 2 layers do not make a whole number of layers" in "\n".join(shown)
     assert "(2 settings)" in shown[-1]
 
 

@@ -243,7 +243,7 @@ def test_progress_ends_at_the_total(corpus: Path, out: Path) -> None:
         (
             {"validation_fraction": 0},
             ValueError,
-            "validation_fraction must lie between 0 and 1, both excluded, got 0",
+            "validation_fraction must be between 0 and 1, both excluded, got 0",
         ),
         ({"validation_fraction": 1.0}, ValueError, "both excluded, got 1.0"),
         ({"validation_fraction": float("nan")}, ValueError, "both excluded, got nan"),
@@ -294,7 +294,7 @@ def test_out_inside_the_source_is_refused(corpus: Path) -> None:
     for out in (corpus / "data", corpus, corpus / ".." / "corpus" / "data"):
         with pytest.raises((ValueError, FileExistsError)):
             prepare(corpus, out)
-    with pytest.raises(ValueError, match="lies inside the source folder"):
+    with pytest.raises(ValueError, match="is inside the source folder"):
         prepare(corpus, corpus / "data")
     assert content(corpus) == before
 
@@ -327,7 +327,7 @@ def test_an_empty_folder_is_as_good_as_none(corpus: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"validation_fraction": "0.1"}, r"validation_fraction must lie between 0 and 1, .* got '0.1'"),
+        ({"validation_fraction": "0.1"}, r"validation_fraction must be between 0 and 1, .* got '0.1'"),
         ({"vocab_size": 300.5}, "vocab_size must be an integer, got 300.5"),
         ({"seed": "x"}, "seed must be an integer, got 'x'"),
         ({"tokenizer": 5}, "tokenizer must be a string or a path, got 5"),

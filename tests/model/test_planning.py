@@ -126,7 +126,7 @@ def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> Non
 
 
 def test_shapes_that_have_no_cache_or_no_such_heads_are_refused() -> None:
-    with pytest.raises(ValueError, match="no short_convolution, which no cache goes with, got 3"):
+    with pytest.raises(ValueError, match="no short_convolution, which has no cache, got 3"):
         plan_layouts(make_config(short_convolution=3), 9, global_heads=[1], windows=[3])
     with pytest.raises(ValueError, match=r"multiples of the 2 query heads .*, got 1"):
         plan_layouts(make_config(num_key_value_heads=2), 9, global_heads=[1], windows=[3])

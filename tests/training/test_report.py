@@ -100,7 +100,7 @@ def test_figures_say_what_they_show(tmp_path):
 
 def test_a_figure_must_be_a_png(tmp_path):
     (tmp_path / "text.png").write_text("not a picture, but long enough for its header")
-    with pytest.raises(ValueError, match=r"text\.png is no PNG"):
+    with pytest.raises(ValueError, match=r"text\.png is not a PNG"):
         render_report(Report("t", "s", [Section(figures=[Figure(tmp_path / "text.png", "c")])]))
 
 

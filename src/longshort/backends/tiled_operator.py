@@ -240,7 +240,7 @@ def _times_visible_keys(tile: Tile, weights: Tensor, keys: Tensor) -> Tensor:
 
 
 def _add_to_visible_keys(tile: Tile, keys: Tensor, weights: Tensor, rows: Tensor) -> None:
-    """Do `Tile.add_to_keys` over visible pairs alone; the weights are 0 on hidden ones."""
+    """Apply `Tile.add_to_keys` over visible pairs alone; the weights are 0 on hidden ones."""
     if is_finite(rows):
         tile.add_to_keys(keys, weights, rows)
         return

@@ -131,7 +131,7 @@ def _peaks_of_process(benchmark: MemoryBenchmark, name: str, length: int) -> Pea
     if result.returncode < 0:
         raise UnsuitableError(f"its process was ended by signal {-result.returncode}: out of memory?")
     if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["without a word"]
+        lines = result.stderr.strip().splitlines() or ["no message"]
         raise UnsuitableError(f"its process failed: {lines[-1]}")
     return Peaks(**json.loads(result.stdout))
 

@@ -97,7 +97,7 @@ class ModelBenchmark(Benchmark):
         self._check_layout(preset(self.preset))
         config = self.config()
         if config.short_convolution is not None:
-            raise ValueError("--preset must have no short_convolution, which goes with no cache")
+            raise ValueError("--preset must have no short_convolution, which has no cache")
         kinds = {kind for layer in config.head_position_embeddings() for kind in layer}
         for name, is_given in (
             ("softcap", config.softcap is not None),

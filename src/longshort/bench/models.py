@@ -183,7 +183,7 @@ def _hybrid(name: str, config: LongShortConfig) -> Provider:
     global_heads = sum(len(layout.global_heads) for layout in layouts)
     if global_heads % heads:
         raise UnsuitableError(
-            f"{global_heads} global heads in {len(layouts)} layers are no whole number of layers with "
+            f"{global_heads} global heads in {len(layouts)} layers do not make a whole number of layers with "
             f"{heads} heads each: choose --layers or --global-heads"
         )
     whole = hybrid_layers(global_heads // heads, len(layouts))

@@ -112,7 +112,7 @@ def prepare(
     """
     if not isinstance(validation_fraction, int | float) or not 0 < validation_fraction < 1:
         raise ValueError(
-            f"validation_fraction must lie between 0 and 1, both excluded, got {validation_fraction!r}"
+            f"validation_fraction must be between 0 and 1, both excluded, got {validation_fraction!r}"
         )
     for name, number in (("vocab_size", vocab_size), ("seed", seed)):
         if isinstance(number, bool) or not isinstance(number, int):
@@ -135,7 +135,7 @@ def prepare(
     is_folder = source != "stdlib" and Path(source).is_dir()
     if is_folder and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(
-            f"out {str(out)!r} lies inside the source folder, and would be part of the corpus next time"
+            f"out {str(out)!r} is inside the source folder, and would be part of the corpus next time"
         )
 
     def batches(stage: str) -> Iterator[list[tuple[Document, str]]]:

@@ -168,8 +168,8 @@ class TokenFile:
         length = _field(description, "length", int, json_path)
         if bin_path.stat().st_size != length * dtype.itemsize:
             raise ValueError(
-                f"{bin_path} has {bin_path.stat().st_size} bytes, but {json_path.name} speaks of {length} "
-                f"tokens of {dtype.itemsize} bytes: the file is cut off or not its own"
+                f"{bin_path} has {bin_path.stat().st_size} bytes, but {json_path.name} states {length} "
+                f"tokens of {dtype.itemsize} bytes: the file is cut off or belongs to another description"
             )
         offsets = _integers(description, "document_offsets", json_path)
         text_bytes = _integers(description, "document_bytes", json_path)
@@ -232,7 +232,7 @@ class DataFolder:
         missing = [str(part.relative_to(path)) for part in parts if not part.is_file()]
         if missing:
             raise FileNotFoundError(
-                f"{str(path)!r} is no prepared data: it lacks {', '.join(missing)}; {remedy}"
+                f"{str(path)!r} is not prepared data: it lacks {', '.join(missing)}; {remedy}"
             )
         train, validation = (TokenFile.open(path / split) for split in SPLITS)
         digest = tokenizer_hash(path / TOKENIZER)

@@ -145,7 +145,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
         if unknown:
             raise TypeError(
                 f"{type(self).__name__}.forward got arguments that it does not know: {', '.join(unknown)}; "
-                "packed sequences are told by segment_ids or by restarting position_ids"
+                "mark packed sequences by segment_ids or by restarting position_ids"
             )
         shift_labels = loss_arguments.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None

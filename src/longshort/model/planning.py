@@ -99,7 +99,7 @@ def plan_layouts(
             )
     if config.short_convolution is not None:
         raise ValueError(
-            f"config must have no short_convolution, which no cache goes with, got {config.short_convolution}"
+            f"config must have no short_convolution, which has no cache, got {config.short_convolution}"
         )
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")

@@ -132,5 +132,5 @@ def _width_on_page(file: Path) -> int:
     with open(file, "rb") as picture:
         header = picture.read(24)
     if len(header) < 24 or not header.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise ValueError(f"{file} is no PNG file")
+        raise ValueError(f"{file} is not a PNG file")
     return struct.unpack(">I", header[16:20])[0] // PIXEL_RATIO

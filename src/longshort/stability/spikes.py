@@ -1,4 +1,4 @@
-"""Detection of spikes while a training run goes on, and of divergence afterwards."""
+"""Detection of spikes during a training run, and of divergence afterwards."""
 
 from __future__ import annotations
 

@@ -106,10 +106,10 @@ class DemoProgress:
     """Callbacks of the demo; override those that you need."""
 
     def on_stage(self, text: str) -> None:
-        """A part of the demo begins."""
+        """Called when a part of the demo begins."""
 
     def on_training(self, name: str, step: int, record: dict[str, Any]) -> None:
-        """A model has done `step` steps; `record` holds the newest value of everything measured."""
+        """Called when a model has done `step` steps; `record` holds the newest value of each measurement."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _clear(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"--out: {out} exists and is not empty; --overwrite replaces an earlier demo")
     if not out.is_dir():
-        raise FileExistsError(f"--out: {out} is no folder; it stays as it is")
+        raise FileExistsError(f"--out: {out} is not a folder; it stays as it is")
     strangers = sorted(entry.name for entry in out.iterdir() if not _is_own(entry.name))
     if strangers:
         raise FileExistsError(f"--out: {out} holds more than a demo ({strangers[0]!r}); it stays as it is")

@@ -97,8 +97,8 @@ def resume(
         BlockingIOError: another process is training this run.
         OSError: as in `train`.
     """
-    told = {"steps": steps, "threads": threads, "data": None if data is None else Path(data).absolute()}
-    changes = {name: value for name, value in told.items() if value is not None}
+    given = {"steps": steps, "threads": threads, "data": None if data is None else Path(data).absolute()}
+    changes = {name: value for name, value in given.items() if value is not None}
     planned = read_run(run)
     planned = replace(planned, training=replace(planned.training, **changes))
     progress = progress or Progress()

@@ -46,7 +46,7 @@ class Ranks:
         return nullcontext()
 
     def reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks, element by element."""
+        """Compute the sum over the ranks, element by element."""
         if self.world_size == 1:
             return values
         total = values.detach().clone()
@@ -54,11 +54,11 @@ class Ranks:
         return total
 
     def reduce_mean(self, values: Tensor) -> Tensor:
-        """Mean over the ranks, element by element."""
+        """Compute the mean over the ranks, element by element."""
         return self.reduce_sum(values) / self.world_size
 
     def reduce_max(self, values: Tensor) -> Tensor:
-        """Maximum over the ranks, element by element; NaN where any rank has a NaN."""
+        """Compute the maximum over the ranks, element by element; NaN where any rank has a NaN."""
         if self.world_size == 1:
             return values
         is_nan = values.isnan()  # whether a collective's MAX keeps NaN is up to its library

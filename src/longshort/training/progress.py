@@ -16,13 +16,13 @@ class Progress:
     """Callbacks of a run on its main process; override those that you need."""
 
     def on_start(self, run: RunConfig, step: int) -> None:
-        """Training starts, or resumes, after `step` steps."""
+        """Called when training starts, or resumes, after `step` steps."""
 
     def on_step(self, step: int, record: dict[str, Any] | None) -> None:
-        """A step is done; `record` is its line of metrics.jsonl, if it has one."""
+        """Called when a step is done; `record` is its line of metrics.jsonl, if it has one."""
 
     def on_message(self, text: str) -> None:
-        """Something happened that a reader should know."""
+        """Called with a message for the user."""
 
 
 @dataclass(frozen=True)

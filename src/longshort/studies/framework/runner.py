@@ -55,7 +55,7 @@ class StudyProgress:
         """Called about twice a second."""
 
     def on_result(self, study: str, trial: Trial, seconds: float) -> None:
-        """A trial is done."""
+        """Called when a trial is done."""
 
 
 def run_trials(
