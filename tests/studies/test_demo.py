@@ -137,7 +137,7 @@ def test_other_files_are_never_touched(tmp_path, overwrite):
 
 def test_a_file_is_no_place_for_a_demo(tmp_path):
     (tmp_path / "out").write_text("precious")
-    with pytest.raises(FileExistsError, match="no folder"):
+    with pytest.raises(FileExistsError, match="is not a folder"):
         run_demo(DemoSettings(tmp_path / "out", overwrite=True))
     assert (tmp_path / "out").read_text() == "precious"
 
