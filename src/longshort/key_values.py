@@ -1,4 +1,4 @@
-"""What an attention layer asks of a cache, and an adapter for caches that give back every key."""
+"""The protocol between an attention layer and a cache, and an adapter for caches that return every key."""
 
 from __future__ import annotations
 

@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-flash": torch.bfloat16}
 
 ATTENTION_PRECISIONS = ("input", *_DTYPES)
-"""What q, k and v are cast to: nothing; fp32; bf16 with scores and sums in fp32; the same with the
-probabilities rounded to bf16 too, as flash kernels do."""
+"""Dtypes that q, k and v are cast to: none; fp32; bf16, with scores and sums in fp32; bf16 with the
+probabilities rounded too, as flash kernels do."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one attention call saw, given to `LongShortAttention.observer`. The tensors are live: in the
-    graph of the forward pass, not to be changed in place.
+    """The tensors and statistics of one attention call, given to `LongShortAttention.observer`.
+
+    The tensors are live: they are in the graph of the forward pass and must not be changed in place.
 
     Attributes:
         q, k, v: as attention got them: normalised, rotated, in the attention's precision.
@@ -73,8 +74,8 @@ class LongShortAttention(nn.Module):
 
     Attributes:
         observer: called with an `Observation` in every forward pass (in a checkpointed one also when it is
-            recomputed) while it is not None; it changes no bit of outputs and gradients. Whoever is not the
-            only one to watch takes `add_observer`.
+            recomputed) while it is not None; it changes no bit of outputs and gradients. `add_observer`
+            adds more than one.
 
     Raises:
         TypeError: layout is no HeadLayout, or rotary no Rotary.
@@ -170,7 +171,7 @@ class LongShortAttention(nn.Module):
         Raises:
             TypeError: an argument is no tensor.
             ValueError: a shape or dtype is not allowed, the cache has another layout, a cache comes to a
-                short convolution, or rotary positions cannot be told: the cache has no `length` and
+                short convolution, or rotary positions are unknown: the cache has no `length` and
                 position_ids are not given.
         """
         keys_and_values = None if cache is None else self._adapted(cache)
@@ -241,8 +242,8 @@ class LongShortAttention(nn.Module):
     def _check_input(
         self, hidden_states: Any, segment_ids: Any, position_ids: Any, cache: KeyValueCache | None
     ) -> int:
-        """Refuse bad input before anything is computed or cached; returns the number of cached tokens, where
-        the cache tells it."""
+        """Refuse bad input before anything is computed or cached; return the number of cached tokens, 0 where
+        that is unknown."""
         require_tensor("hidden_states", hidden_states)
         if hidden_states.ndim != 3 or hidden_states.shape[2] != self.embed_dim:
             raise ValueError(

@@ -55,7 +55,7 @@ def attend_with_distant_sinks(
     flagged = is_sink.any(0).nonzero()
     far = max(
         distant, int(flagged.max()) + 1 if len(flagged) else 0
-    )  # all sinks are among so many first keys
+    )  # all sinks are among the first keys up to here
     outs, lses = [], []
     for start in range(0, q_len, _QUERIES):
         end = min(start + _QUERIES, q_len)

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 _RECORDED = 1024
-"""Most tokens that may be cropped again while recording; drafts are not longer."""
+"""The largest number of tokens that may be cropped again while recording; drafts are not longer."""
 
 
 class LayerCache(KeyValueCache):
-    """Keys and values of one layer: for each window a ring of so many keys, for global heads a store of all.
+    """Keys and values of one layer: a ring of w keys for each window w, and all keys for global heads.
 
     Nothing is allocated before the first tokens come; they give batch, head_dim, dtype and device. Stores
     keep no gradients.
 
     Args:
         layout: of the layer's heads.
-        rollback: tokens that `crop` may take back once rings are full; each ring holds so many keys more.
-        max_length: room for so many tokens at once, all of it taken at the first append, and no more; None
+        rollback: tokens that `crop` may take back once rings are full; each ring holds that many more keys.
+        max_length: number of tokens that memory is allocated for, at the first append; more are refused. None
             grows, with at most a quarter of slack.
 
     Raises:
@@ -63,7 +63,7 @@ class LayerCache(KeyValueCache):
         self._group_of = [group_of[head] for head in range(layout.num_kv_heads)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without addresses: a copy has tensors of its own."""
+        """Return the state without addresses, since a copy has its own tensors."""
         return {**self.__dict__, "_versions": None, "_descriptions": []}
 
     @property
@@ -118,7 +118,7 @@ class LayerCache(KeyValueCache):
 
         Raises:
             TypeError: an argument is no tensor.
-            ValueError: an argument is not allowed; there is no room left; or gradients are asked for through
+            ValueError: an argument is not allowed; the cache is full; or gradients are asked for through
                 tokens in the cache, which keeps none.
         """
         q, k, v = cast_as_autocast(q, k, v)
@@ -189,7 +189,7 @@ class LayerCache(KeyValueCache):
             store.crop(length)
 
     def expect(self, length: int) -> None:
-        """Say that the cache will soon hold `length` tokens, so that it makes room for them at once.
+        """Announce that the cache will soon hold `length` tokens, and allocate memory for them at once.
 
         Raises:
             ValueError: length is more than max_length.
@@ -306,8 +306,7 @@ class LayerCache(KeyValueCache):
         check_call(query, k, v, self.layout, **new_options)
 
     def _record(self, new: int) -> None:
-        """Let the rings hold all that was appended since the last crop, within reason: a prompt is not taken
-        back."""
+        """Let the rings hold what was appended since the last crop, at most `_RECORDED` tokens."""
         self._since_crop = min(self._since_crop + new, _RECORDED)
         if self._since_crop > self.rollback:
             self.rollback = max(min(2 * self.rollback, _RECORDED), self._since_crop)

@@ -14,18 +14,20 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 _SLACK = 4
-"""A store that must grow gets room for a quarter more: a key is copied 4 times in its life, on average."""
+"""A store that must grow allocates a quarter more: on average a key is copied 4 times."""
 
 
 class Store:
-    """Positions count from 0, padding included. Position p is in slot p % ring; what a ring has lost is gone,
-    but for sinks, which move to a place of their own.
+    """The keys and values of one group of heads, by position.
+
+    Positions count from 0, padding included. Position p is in slot p % ring; a ring overwrites its oldest
+    keys, except that sinks are copied to a tensor beside it.
 
     Attributes:
         window: of the heads; None is global.
         ring: positions that are kept, window + rollback; 0 keeps all.
         length: positions seen so far.
-        expected: positions that are about to come, so that room for them is made at once.
+        expected: positions that have been announced, so that memory for them is allocated at once.
         data: (2, batch, kv_heads, slots, head_dim), keys and values; None before the first append, as all
             tensors.
         sinks: (2, batch, kv_heads, n, head_dim), those of the first `sink_tokens` keys that left the ring.
@@ -48,7 +50,7 @@ class Store:
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
         self.length = self.expected = 0
-        self._lost = 0  # so many first positions are gone, whatever the length
+        self._lost = 0  # number of first positions that are gone, whatever the length
         self.version += 1
         self.has_several_segments = False
         self.data: Tensor | None = None
@@ -66,13 +68,13 @@ class Store:
         return max(self._lost, self.length + new - self.ring) if self.ring else 0
 
     def loses_needed(self, new: int) -> bool:
-        """Whether the ring has no room for `new` positions beside those that the first of them sees."""
+        """Whether `new` positions overwrite some that the first of them sees."""
         return self.window is not None and self.next_first(new) > max(
             self.first, self.length - self.window + 1
         )
 
     def kept(self) -> tuple[int, int]:
-        """How many positions are in the store, and how many sinks beside it."""
+        """Count the positions in the store, and the sinks beside it."""
         return self.length - self.first, min(self.sink_tokens, self.first)
 
     def nbytes_used(self) -> int:
@@ -87,7 +89,7 @@ class Store:
         return sum(x.nbytes for x in (self.data, self.sinks) if x is not None)
 
     def reserve(self, new: int, like: Tensor | None = None) -> Tensor:
-        """Make room for `new` positions; returns `data`. The first time, `like` is one of those to come:
+        """Allocate memory for `new` positions and return `data`. The first time, `like` is a tensor of them,
         (batch, kv_heads, any, head_dim)."""
         slots = 0 if self.data is None else self.data.shape[3]
         needed = self._capped(self.length + new)
@@ -104,7 +106,7 @@ class Store:
         return self.data
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`data`, `sinks` and `sink_positions`, which are there once a token was."""
+        """Return `data`, `sinks` and `sink_positions`, which exist after the first append."""
         assert self.data is not None and self.sinks is not None and self.sink_positions is not None
         return self.data, self.sinks, self.sink_positions
 
@@ -145,7 +147,7 @@ class Store:
         return keys, values
 
     def move_sinks(self, keys: Tensor, values: Tensor, segment_ids: Tensor | None) -> None:
-        """Take those sinks that these new positions drive out of the ring to their own place."""
+        """Copy the sinks that these new positions will overwrite to `sinks`."""
         if not self.sink_tokens:
             return
         if segment_ids is not None:
@@ -155,7 +157,7 @@ class Store:
         if begin == end or (segment_ids is None and begin >= count):
             return
         if segment_ids is None:  # the first positions, by slices, which compilers can follow
-            sinks, positions = self._room_for_sinks(keys, count)
+            sinks, positions = self._reserve_sinks(keys, count)
             positions[:, begin:count] = torch.arange(begin, count, device=keys.device)
             for i, leaving in enumerate(self._leaving(begin, count, keys, values)):
                 sinks[i][:, :, begin:count] = leaving
@@ -166,7 +168,7 @@ class Store:
         if len(rows) == 0:
             return
         ranks = rank[rows, columns + begin]
-        sinks, positions = self._room_for_sinks(keys, count)
+        sinks, positions = self._reserve_sinks(keys, count)
         positions[rows, ranks] = columns + begin
         for i, leaving in enumerate(self._leaving(begin, end, keys, values)):
             sinks[i][rows, :, ranks] = leaving[rows, :, columns]
@@ -189,16 +191,16 @@ class Store:
         self.length = length
 
     def least_length(self) -> int:
-        """To which the store can be cropped: a shorter sequence would see what the ring has lost."""
+        """The least length to crop to: a shorter sequence would see what the ring has lost."""
         return self.first + self.window if self.first and self.window is not None else 0
 
     def set_rollback(self, rollback: int) -> None:
-        """Keep so many positions more than the window holds, from now on; never fewer than are kept now."""
+        """Keep `rollback` positions beyond the window from now on; never fewer than are kept now."""
         if self.window is None or self.window + rollback <= self.ring:
             return
         self.version += 1
         if self.data is None or self.length <= self.ring:
-            self.ring = self.window + rollback  # nothing has gone round yet
+            self.ring = self.window + rollback  # nothing has been overwritten yet
             return
         self._lost = first = self.first
         kept = torch.stack(self.view(first, self.length))
@@ -209,13 +211,13 @@ class Store:
             self.data[:, :, :, slot : slot + high - low] = kept[:, :, :, low - first : high - first]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Put `change(x)` in the place of each tensor x of shape (2, batch, kv_heads, n, head_dim)."""
+        """Replace each tensor x by `change(x)`, of shape (2, batch, kv_heads, n, head_dim)."""
         self.version += 1
         self.data = None if self.data is None else change(self.data)
         self.sinks = None if self.sinks is None else change(self.sinks)
 
     def map_batch(self, change: Callable[[Tensor, int], Tensor]) -> None:
-        """Put `change(x, dim)` in the place of each tensor x, whose batch is dimension `dim`."""
+        """Replace each tensor x, whose batch is dimension `dim`, by `change(x, dim)`."""
         self.map(lambda x: change(x, 1).contiguous())
         if self.sink_positions is not None:
             self.sink_positions = change(self.sink_positions, 0).contiguous()
@@ -229,8 +231,8 @@ class Store:
         return position % self.ring if self.ring else position
 
     def _slots(self, begin: int, end: int) -> Int[Tensor, " positions"]:
-        """Slots of positions begin ... end - 1 in a ring, for compilers: with slices each place to turn at
-        would be another graph."""
+        """Slots of positions begin ... end - 1 in a ring, for compilers: with slices, each place where the
+        ring wraps would be another graph."""
         assert self.data is not None
         return torch.arange(begin, end, device=self.data.device) % self.ring
 
@@ -242,7 +244,7 @@ class Store:
         return [(begin, end)] if end <= turn else [(begin, turn), (turn, end)]
 
     def _allocate(self, like: Tensor, slots: int) -> None:
-        """New room, with what is there, which must not have gone round in the ring."""
+        """Allocate new memory and copy what is there, which must not have wrapped around."""
         batch, kv_heads, _, head_dim = like.shape
         data = like.new_empty((2, batch, kv_heads, slots, head_dim))
         if self.data is not None:
@@ -254,7 +256,7 @@ class Store:
         self.data = data
         self.version += 1
 
-    def _room_for_sinks(self, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _reserve_sinks(self, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
         batch, kv_heads, _, head_dim = like.shape
         _, old, old_positions = self.tensors()
         held = old.shape[3]
@@ -268,7 +270,7 @@ class Store:
         return old, old_positions
 
     def _note_segments(self, segment_ids: Tensor) -> None:
-        """Whether all tokens of a sequence are in one segment or padding, as those of the past."""
+        """Note whether all tokens of a sequence, earlier ones included, are padding or in one segment."""
         new = segment_ids[:, self.length :]
         highest = new.amax(1)
         lowest = torch.where(new < 0, highest[:, None], new).amin(1)

@@ -1,5 +1,4 @@
-"""Hugging Face caches and `LongShortAttention`: a split cache for `generate()`, and one layer of any
-other."""
+"""Hugging Face caches for `LongShortAttention`: `SplitCache`, and an adapter for a layer of any other."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ class SplitCache(Cache):
     Args:
         layouts: of the heads of each layer.
         rollback: tokens that `crop` can take back; assisted decoding asks for its drafts by itself.
-        max_length: memory for so many tokens at once, and no more; shapes then stay as they are, for
+        max_length: number of tokens that memory is allocated for at once; shapes then stay as they are, for
             `torch.compile`. None grows.
 
     Raises:
@@ -44,7 +43,7 @@ class SplitCache(Cache):
         self._served: weakref.ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the owner of the layouts that it was compared with, which no copy is to hold."""
+        """Return the state without the model that it was compared with, which a copy must not keep alive."""
         return {**self.__dict__, "_served": None}
 
     @property
@@ -59,7 +58,7 @@ class SplitCache(Cache):
         return sum(layer.cache.nbytes_allocated for layer in self._split_layers())
 
     def expect(self, length: int) -> None:
-        """Say that the cache will soon hold `length` tokens, so that it makes room for them at once.
+        """Announce that the cache will soon hold `length` tokens, and allocate memory for them at once.
 
         Raises:
             ValueError: length is more than max_length.
@@ -209,7 +208,7 @@ class GrowingLayer:
         if self._layer >= len(self._cache.layers):
             return
         held = getattr(self._cache.layers[self._layer], "keys", None)
-        if held is None or held.ndim != 4:  # nothing yet, or kept in a form of its own
+        if held is None or held.ndim != 4:  # nothing yet, or in another form
             return
         of_held, of_new = ((x.shape[0], x.shape[1], x.shape[3], x.dtype) for x in (held, keys))
         if of_held != of_new:

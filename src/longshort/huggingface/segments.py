@@ -1,4 +1,4 @@
-"""From the attention masks and position ids of Hugging Face to the segment ids of `longshort.attention`."""
+"""Segment ids of `longshort.attention` from the attention masks and position ids of Hugging Face."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def segment_ids_from(
     how packed sequences arrive: one that is 0, or smaller than that of the token before it. Positions that
     jump ahead (as in position-skip training), step by 2 or repeat (but for 0) stay in their sequence, since
     all of these are in use for tokens that see each other; transformers' own masks would cut there. Masked
-    tokens are passed over. With cached keys only the mask speaks.
+    tokens are passed over. With cached keys only the mask counts.
 
-    In eager mode, values are looked at, so that a mask of ones or ordinary positions cost attention nothing.
-    Under `torch.compile` they cannot be: whatever is given then becomes segment ids.
+    In eager mode values are read, so that a mask of ones or ordinary positions cost attention nothing. Under
+    `torch.compile` they cannot be: whatever is given becomes segment ids.
 
     Args:
         attention_mask: 1 (True) for tokens, 0 (False) for padding, also for cached keys; any dtype.
@@ -90,7 +90,7 @@ def _other_value(attention_mask: Tensor) -> float:
 
 
 def _segment_starts(position_ids: Tensor, visible: Tensor | None) -> Tensor | None:
-    """Where a position falls, from one visible token to the next; None where none does."""
+    """Mark the tokens whose position is lower than that of the visible token before; None if none is."""
     before = position_ids[:, :-1]
     if visible is not None:
         slots = torch.arange(visible.shape[1], device=visible.device)

@@ -79,9 +79,10 @@ class SpikeDetector:
     def __post_init__(self) -> None:
         for name in ("window", "rise_window", "rise_steps", "calm_steps"):
             require_integer(name, getattr(self, name), minimum=1)
-        for name in ("loss_score", "loss_margin", "norm_score", "norm_ratio", "rise"):
-            require_positive(name, getattr(self, name))
-        for name in ("logit_bound", "logit_floor", "logit_ratio"):
+        for name in (
+            "loss_score", "loss_margin", "norm_score", "norm_ratio", "rise", "logit_bound", "logit_floor",
+            "logit_ratio",
+        ):  # fmt: skip
             require_positive(name, getattr(self, name))
         self._losses: deque[float] = deque(maxlen=self.window)
         self._norms: deque[float] = deque(maxlen=self.window)

@@ -35,7 +35,7 @@ from longshort.training.job import Job, prepare_job
 from longshort.training.metrics import MetricsLog
 from longshort.training.optimization import learning_rate_at, make_optimizer, optimizer_step, validation_loss
 from longshort.training.parallel import Ranks, connect
-from longshort.training.progress import Outcome, Progress, resume_command
+from longshort.training.progress import Progress, RunOutcome, resume_command
 from longshort.training.recorder import Recorder, Taken, is_due
 from longshort.training.rollback import checkpoints_to_keep, describe, respond
 from longshort.training.run import (
@@ -48,7 +48,7 @@ from longshort.training.run import (
 )
 
 
-def train(settings: TrainConfig, progress: Progress | None = None) -> Outcome:
+def train(settings: TrainConfig, progress: Progress | None = None) -> RunOutcome:
     """Start a run in the folder `settings.out`.
 
     After Ctrl-C or SIGTERM the current step ends, a checkpoint is written and the call returns; a second
@@ -80,7 +80,7 @@ def resume(
     threads: int | None = None,
     data: Path | str | None = None,
     progress: Progress | None = None,
-) -> Outcome:
+) -> RunOutcome:
     """Resume a run from its latest checkpoint, with the settings of its config.json.
 
     Args:
@@ -114,18 +114,18 @@ def resume(
         return _run_steps(job, ranks, progress)
 
 
-def _run_steps(job: Job, ranks: Ranks, progress: Progress) -> Outcome:
+def _run_steps(job: Job, ranks: Ranks, progress: Progress) -> RunOutcome:
     folder = job.run.training.out
     log = MetricsLog(folder) if ranks.is_main else None  # keeps other processes out of the folder
     try:
         ranks.barrier()
-        return _go_on(job, ranks, progress, log)
+        return _start(job, ranks, progress, log)
     finally:
         if log is not None:
             log.close()
 
 
-def _go_on(job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) -> Outcome:
+def _start(job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) -> RunOutcome:
     """Train from the latest checkpoint on, or from the start."""
     settings = job.run.training
     training = _Training(job, ranks, progress, log)
@@ -188,7 +188,7 @@ class _Training:
         if needs_start and latest_checkpoint(self._settings.out) is None:
             self._save(state)  # the first rollbacks go back to this one
 
-    def run(self, state: TrainState, interrupts: Interrupts) -> Outcome:
+    def run(self, state: TrainState, interrupts: Interrupts) -> RunOutcome:
         """Run the steps after `state`: each is taken, recorded, and checked for a spike."""
         settings = self._settings
         while state.step < settings.steps:
@@ -201,11 +201,11 @@ class _Training:
             is_interrupted = self._ranks.any(interrupts.signal is not None)
             self._checkpoint(state, is_interrupted, is_interrupted or action == "stop")
             if action == "stop":
-                return Outcome(settings.out, state.step, settings.steps, None, stopped_by_spike=True)
+                return RunOutcome(settings.out, state.step, settings.steps, None, stopped_by_spike=True)
             if is_interrupted and state.step < settings.steps:
                 number = interrupts.signal or signal.SIGTERM
-                return Outcome(settings.out, state.step, settings.steps, number)
-        return Outcome(settings.out, state.step, settings.steps, None)
+                return RunOutcome(settings.out, state.step, settings.steps, number)
+        return RunOutcome(settings.out, state.step, settings.steps, None)
 
     def _step(self, state: TrainState) -> tuple[TrainState, Taken]:
         """Take one optimizer step, measure its attention if that is due, and apply QK-clip after it."""

@@ -26,7 +26,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """The outcome of a call of `train` or `resume`.
 
     Attributes:
