@@ -7,7 +7,7 @@
 // plane       one head of one sequence, as a number: b * heads + head, or b * kv_heads + kv_head.
 // strip       16 queries (forward.cpp) or keys (backward.cpp, decode.cpp), one in each lane of one or more vectors.
 // block       queries or keys that a task works on, or that are packed together; a strip is a part of one.
-// step        4 queries (kRowStep), the least that the sums of backward.cpp take at once.
+// step        4 rows (kRowStep), the least that the sums over rows take at once; blocks are padded to it.
 // chunk       in forward.cpp, keys of a block whose scores a strip computes at once; in decode.cpp, keys of a task.
 // piece       in decode.cpp, keys of a plane that lie one after the other in memory; a chunk is a part of one.
 // task        work that a thread claims and does in one go.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
 
-from longshort.checks import check_fields, is_finite, require_integer, require_positive, require_seed
+from longshort.checks import check_fields, is_finite, require_integer, require_positive
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,20 @@ def test_names_may_be_those_of_the_fields() -> None:
         ),
         (require_positive, 0.0, "x must be a finite number > 0, got 0.0"),
         (require_positive, float("inf"), "x must be a finite number > 0, got inf"),
-        (require_seed, 2**63, "x must be an integer >= 0 and < 2**63, got 9223372036854775808"),
+        (require_positive, float("nan"), "x must be a finite number > 0, got nan"),
     ],
 )
 def test_arguments_are_refused_by_name(check: Any, value: Any, message: str) -> None:
     with pytest.raises(ValueError) as error:
         check("x", value)
     assert str(error.value) == message
+
+
+def test_integers_may_be_of_any_size() -> None:
+    require_integer("x", 10**400, minimum=1)
+    check_fields(Settings(count=10**400))
+    with pytest.raises(ValueError, match="x must be an integer >= 1, got -1000"):
+        require_integer("x", -(10**400), minimum=1)
 
 
 def test_what_is_finite() -> None:

@@ -30,8 +30,27 @@ class ByHand(KeyValueCache):
         return self._cache.update(k, v)
 
 
+class Attending:
+    """An object of no class of ours that attends by itself."""
+
+    def __init__(self):
+        self._cache = LayerCache(LAYOUT)
+
+    @property
+    def length(self):
+        return self._cache.length
+
+    def attend(self, q, k, v, **options):
+        return self._cache.attend(q, k, v, **options)
+
+    def append(self, k, v, segment_ids=None):
+        self._cache.append(k, v, segment_ids)
+
+
 @pytest.mark.parametrize(
-    "kind", [ByHand, GrowingCache, lambda: LayerCache(LAYOUT)], ids=["own", "updatable", "ours"]
+    "kind",
+    [ByHand, GrowingCache, lambda: LayerCache(LAYOUT), Attending],
+    ids=["own", "updatable", "ours", "attending"],
 )
 @torch.no_grad()
 def test_every_kind_of_cache_serves_a_layer(kind):
@@ -50,6 +69,18 @@ def test_an_observer_gets_every_key_through_update():
     layer(x[:, 3:5], cache=cache)
     assert cache.calls == ["attend", "update"]
     assert seen == [5]
+
+
+@torch.no_grad()
+def test_an_object_that_attends_is_observed_only_while_it_is_empty():
+    layer, x, cache = make_layer(), make_input(), Attending()
+    seen = []
+    layer.observer = lambda observation: seen.append(observation.k.shape[2])
+    layer(x[:, :3], cache=cache)
+    assert seen == [3] and cache.length == 3
+    with pytest.raises(ValueError, match=r"keep every key while there is an observer.*got Attending"):
+        layer(x[:, 3:], cache=cache)
+    assert cache.length == 3
 
 
 def test_a_layer_cache_returns_keys_only_while_it_has_them_all():

@@ -19,11 +19,6 @@ def require_positive(name: str, value: Any) -> None:
     _require_number(name, value, int | float, "a finite number", [("gt", 0)])
 
 
-def require_seed(name: str, seed: Any) -> None:
-    """Raise a ValueError that names the argument unless seed is an integer that every generator takes."""
-    _require_number(name, seed, Integral, "an integer", [("ge", 0), ("lt", 2**63)])
-
-
 def is_finite(value: Any) -> bool:
     """Return whether value is a number, neither a bool nor infinite nor NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -88,7 +83,8 @@ def _check(name: str, value: Any, hint: Any, bounds: list[tuple[str, Any]]) -> N
 
 
 def _require_number(name: str, value: Any, kind: Any, words: str, bounds: list[tuple[str, Any]]) -> None:
-    is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    is_number = is_number and (isinstance(value, Integral) or math.isfinite(value))
     if not is_number or not all(_COMPARISONS[key][1](value, bound) for key, bound in bounds):
         allowed = " and ".join(f"{_COMPARISONS[key][0]} {_in_words(bound)}" for key, bound in bounds)
         raise ValueError(f"{name} must be {words} {allowed}".rstrip() + f", got {value!r}")

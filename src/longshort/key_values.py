@@ -16,8 +16,8 @@ class KeyValueCache:
     """Base class of the caches that a layer attends through, such as `longshort.cache.LayerCache`.
 
     Attributes:
-        layout: of the layer that it serves.
-        length: tokens that it holds, or None where that is unknown.
+        layout: layout of the layer that it serves.
+        length: number of tokens that it holds, or None where that is unknown.
         has_every_key: whether `update` can return the keys of all tokens.
     """
 
@@ -54,27 +54,33 @@ class UpdatableCache(Protocol):
 
 
 class UpdatedCache(KeyValueCache):
-    """An `UpdatableCache` as a `KeyValueCache`.
+    """An object with another interface as a `KeyValueCache`.
 
     Args:
-        cache: to adapt.
-        layout: of the layer, where the cache has none.
+        cache: an `UpdatableCache`; or an object that has `attend` and `append`, as `LayerCache` has them.
+        layout: of the layer, used if the cache has none.
 
     Raises:
-        TypeError: the cache has no `update`.
+        TypeError: the cache has neither `update` nor `attend`.
     """
 
-    has_every_key = True
-
-    def __init__(self, cache: UpdatableCache, layout: HeadLayout) -> None:
-        if not callable(getattr(cache, "update", None)):
+    def __init__(self, cache: Any, layout: HeadLayout) -> None:
+        self._attends = callable(getattr(cache, "attend", None))
+        if not self._attends and not callable(getattr(cache, "update", None)):
             raise TypeError(f"cache must have an update(keys, values), got {type(cache).__name__}")
         self._cache = cache
         self.layout = getattr(cache, "layout", layout)
         self.length = getattr(cache, "length", None)
+        self.has_every_key = not self._attends or not self.length
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        return attention(q, *self.update(k, v), self.layout, **options)
+        if self._attends:
+            return self._cache.attend(q, k, v, **options)
+        keys, values = self._cache.update(k, v)
+        return attention(q, keys, values, self.layout, **options)
 
     def update(self, k: Tensor, v: Tensor, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._cache.update(k, v)
+        if not self._attends:
+            return self._cache.update(k, v)
+        self._cache.append(k, v, segment_ids)  # to an empty cache: the new keys are all there are
+        return k, v

@@ -14,9 +14,7 @@ from longshort.backends import cpu
 from longshort.bench import attention as bench_attention
 from longshort.bench import machine
 from longshort.bench.attention import PASSES, AttentionBenchmark, layout_of
-from longshort.bench.benchmark import UnsuitableError
-from longshort.bench.kernel import KernelBenchmark
-from longshort.bench.kernels import (
+from longshort.bench.attention_providers import (
     PROVIDERS,
     AttentionInputs,
     Kernel,
@@ -24,6 +22,8 @@ from longshort.bench.kernels import (
     prepare,
     visible_pairs,
 )
+from longshort.bench.benchmark import UnsuitableError
+from longshort.bench.kernel import KernelBenchmark
 from longshort.bench.sweep import measure
 from longshort.layout import HeadLayout
 

@@ -5,7 +5,7 @@ from tests.bench.toy import metrics
 
 from longshort.bench import decode
 from longshort.bench.decode import DecodeBenchmark
-from longshort.bench.models import PROVIDERS
+from longshort.bench.model_providers import PROVIDERS
 from longshort.bench.sweep import measure
 from longshort.model import kv_bytes, preset
 

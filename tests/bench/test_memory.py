@@ -5,7 +5,7 @@ import pytest
 import torch
 from tests.bench.toy import metrics
 
-from longshort.bench import memory
+from longshort.bench import memory, model_benchmark
 from longshort.bench.memory import MemoryBenchmark, Peaks, peaks_of
 from longshort.bench.record import read_rows
 from longshort.bench.sweep import measure
@@ -48,6 +48,17 @@ def test_ratios_of_increments(monkeypatch):
     (remark,) = results.notes
     assert remark.provider == "gpt2"
     assert "hides a part of the rise, since /proc/self/clear_refs cannot be written" in remark.text
+
+
+def test_ratios_need_no_room_for_all_at_once(monkeypatch):
+    """Each provider takes most of the memory: they are compared all the same, since none stays."""
+    benchmark = MemoryBenchmark(**SMALL)
+    largest = max(sum(benchmark.memory_of(benchmark.provider(name), 4096)) for name in benchmark.providers)
+    monkeypatch.setattr(model_benchmark, "free_memory", lambda _device: 1.3 * largest)
+    monkeypatch.setattr(memory, "_peaks_of_process", lambda *_: Peaks(10, 20, 1, 7, True))
+    rows = metrics(measure(benchmark)).values()
+    assert len(rows) == 3
+    assert all(row["increment_by_mhsa"] == row["increment_by_gpt2"] == 1 for row in rows)
 
 
 def test_a_peak_that_cannot_be_forgotten_is_noticed(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from longshort.bench import model_benchmark
 from longshort.bench.decode import DecodeBenchmark
 from longshort.bench.memory import MemoryBenchmark
 from longshort.bench.model_benchmark import ModelBenchmark
-from longshort.bench.models import Provider
+from longshort.bench.model_providers import Provider
 from longshort.bench.prefill import PrefillBenchmark
 from longshort.bench.sweep import Remark, measure
 

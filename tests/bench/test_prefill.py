@@ -4,7 +4,7 @@ import pytest
 from tests.bench.toy import metrics
 
 from longshort.bench import prefill
-from longshort.bench.models import PROVIDERS, Provider
+from longshort.bench.model_providers import PROVIDERS, Provider
 from longshort.bench.prefill import PrefillBenchmark, amdahl_bound, time_prefill
 from longshort.bench.record import read_rows
 from longshort.bench.sweep import measure

@@ -319,3 +319,9 @@ def test_a_plot_has_a_panel_for_each_setting(tmp_path, bound, monkeypatch):
     names = [text.get_text() for text in legend.get_texts()]
     assert sorted(names) == sorted(["first", "second", *(["the least"] if bound else [])])
     assert [tick.get_text() for tick in visible[0].get_xticklabels()] == ["32", "64"]
+
+
+@pytest.mark.parametrize("none", [(), []], ids=["tuple", "list"])
+def test_an_empty_list_is_refused(none):
+    with pytest.raises(ValueError, match="--lengths must name at least one, got none"):
+        ToyBenchmark(lengths=none)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from annotated_types import Ge, Gt
 
+from longshort.bench.attention_providers import BASELINE, PROVIDERS, AttentionInputs, prepare
 from longshort.bench.benchmark import Benchmark, Case, Note, Turn, require_among
-from longshort.bench.kernels import BASELINE, PROVIDERS, AttentionInputs, prepare
 from longshort.bench.machine import clock_name, count_threads, machine_name, measure_peak, stopwatch
 from longshort.bench.record import Column, in_same_round
 from longshort.layout import HeadLayout
@@ -82,7 +82,7 @@ class LayoutBenchmark(Benchmark):
                 )
 
     def cases_of(self, variants: Iterable[str], column: str) -> list[Case]:
-        """Makes a case, with columns, for each length, layout, dtype, number of threads and variant."""
+        """Make a case, with columns, for each length, layout, dtype, number of threads and variant."""
         layouts = [
             HeadLayout.split(self.heads, count, window, self.kv_heads)
             for count, window in product(self.global_heads, self.window)
@@ -106,7 +106,7 @@ class LayoutBenchmark(Benchmark):
         return cases
 
     def random(self, case: Case, generator: torch.Generator, heads: int, tokens: int) -> Tensor:
-        """Draws normal numbers, (batch, heads, tokens, head_dim)."""
+        """Draw normal numbers, (batch, heads, tokens, head_dim)."""
         shape = (self.batch, heads, tokens, self.head_dim)
         return torch.randn(shape, generator=generator).to(DTYPES[case.columns["dtype"]])
 
@@ -134,7 +134,8 @@ class AttentionBenchmark(LayoutBenchmark):
     )
 
     providers: tuple[str, ...] = ("cpu", "blockwise", BASELINE)
-    """cpu (where it is built), blockwise or reference, the library's backends; sdpa, PyTorch's attention with
+    """cpu (where it is built), blockwise or reference, the library's backends; cpu-statistics, cpu with the
+    statistics that monitors need; sdpa, PyTorch's attention with
     every head global; sdpa-masked, the same with the layout as a mask; flex, compiled FlexAttention, forward
     alone; local-attention, the package of that name, for --global-heads 0."""
 
@@ -159,7 +160,7 @@ class AttentionBenchmark(LayoutBenchmark):
         return self.cases_of(self.passes, "pass")
 
     def inputs(self, case: Case, group: Sequence[str]) -> tuple[AttentionInputs, Tensor]:
-        """Draws the inputs, and the gradient of the output."""
+        """Draw the inputs, and the gradient of the output."""
         generator, layout = torch.Generator().manual_seed(0), layout_of(case)
         q, k, v, grad_out = (
             self.random(case, generator, heads, case.x)
@@ -205,7 +206,7 @@ class AttentionBenchmark(LayoutBenchmark):
         return rounds.assign(gflops=gflops, speedup=speedup, peak_share=gflops / peak)
 
     def describe_machine(self) -> str:
-        """Describes the machine, and its present peak on each number of threads."""
+        """Describe the machine, and its present peak on each number of threads."""
         peaks = []
         for count in dict.fromkeys(self.threads):
             torch.set_num_threads(count)
@@ -216,7 +217,7 @@ class AttentionBenchmark(LayoutBenchmark):
 
 
 def layout_of(case: Case) -> HeadLayout:
-    """Returns the layout that the columns of a case describe."""
+    """Return the layout that the columns of a case describe."""
     heads, global_heads, window, kv_heads = (
         case.columns[name] for name in ("heads", "global_heads", "window", "kv_heads")
     )
@@ -224,7 +225,7 @@ def layout_of(case: Case) -> HeadLayout:
 
 
 def describe_layout(layout: HeadLayout) -> str:
-    """Describes heads by window, in words: "11 heads of window 100, 1 global head"."""
+    """Describe heads by window, in words: "11 heads of window 100, 1 global head"."""
     parts = []
     for group in layout.groups:
         heads = "head" if len(group.heads) == 1 else "heads"

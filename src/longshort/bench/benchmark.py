@@ -84,7 +84,7 @@ class Benchmark(ABC):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value == ():
+            if isinstance(value, tuple | list) and not value:
                 raise ValueError(f"{flag(name)} must name at least one, got none")
         check_fields(self)
         require_among("--providers", self.providers, self.known)
@@ -93,11 +93,11 @@ class Benchmark(ABC):
 
     @abstractmethod
     def cases(self) -> list[Case]:
-        """Returns the points of the sweep, each once, in the order in which they are measured."""
+        """Return the points of the sweep, each once, in the order in which they are measured."""
 
     @abstractmethod
     def turn(self, case: Case, provider: str, inputs: Any, note: Note) -> Turn:
-        """Makes a provider ready to take turns.
+        """Make a provider ready to take turns.
 
         Args:
             case: the case to measure.
@@ -111,27 +111,27 @@ class Benchmark(ABC):
         """
 
     def groups(self, case: Case, leave_out: LeaveOut) -> list[list[str]]:
-        """Divides providers into groups that are measured in turns; one is freed before the next is built."""
+        """Divide providers into groups that are measured in turns; one is freed before the next is built."""
         return [list(dict.fromkeys(self.providers))]
 
     def inputs(self, case: Case, group: Sequence[str]) -> Any:
-        """Makes the inputs that the providers of a group share."""
+        """Make the inputs that the providers of a group share."""
         return None
 
     def each_round(self, case: Case) -> Mapping[str, float]:
-        """Measures the metrics that are measured once in a round, for all providers."""
+        """Measure the metrics that are measured once in a round, for all providers."""
         return {}
 
     def derive(self, case: Case, rounds: pd.DataFrame) -> pd.DataFrame:
-        """Adds metrics that are computed from others to a table of metrics by group, round and provider."""
+        """Add metrics that are computed from others to a table of metrics by group, round and provider."""
         return rounds
 
     def sentences(self, medians: pd.DataFrame) -> list[str]:
-        """Returns lines for below the table of a case, from medians by provider and metric."""
+        """Return lines for below the table of a case, from medians by provider and metric."""
         return []
 
     def describe_machine(self) -> str:
-        """Describes the machine in a line, which is printed first."""
+        """Describe the machine in a line, which is printed first."""
         return machine_name()
 
     @property
@@ -141,7 +141,7 @@ class Benchmark(ABC):
 
 
 def require_among(name: str, chosen: Iterable[str], allowed: Iterable[str]) -> None:
-    """Raises a ValueError that names the flag unless all choices are allowed."""
+    """Raise a ValueError that names the flag unless all choices are allowed."""
     allowed = tuple(allowed)
     for choice in chosen:
         if choice not in allowed:

@@ -9,7 +9,7 @@ Models of transformers use the cache of transformers: `DynamicCache` copies itse
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +20,7 @@ from annotated_types import Ge
 from longshort.bench.benchmark import Case, Note, Turn
 from longshort.bench.machine import wall_seconds
 from longshort.bench.model_benchmark import ModelBenchmark
-from longshort.bench.models import BASELINES, Provider, bytes_of_weights_read
+from longshort.bench.model_providers import BASELINES, Provider, bytes_of_weights_read
 from longshort.bench.record import Column, in_same_round
 from longshort.evaluation.generation import cache_bytes
 from longshort.huggingface import SplitCache
@@ -58,6 +58,9 @@ class DecodeBenchmark(ModelBenchmark):
 
     rounds: Annotated[int, Ge(1)] = 5
     """Rounds that are measured, after one for warm-up."""
+
+    def cases(self) -> list[Case]:
+        return [replace(case, columns={**case.columns, "tokens": self.tokens}) for case in super().cases()]
 
     @property
     def growth(self) -> int:

@@ -14,8 +14,8 @@ from annotated_types import Ge
 
 from longshort.attention import BACKENDS
 from longshort.bench.attention import LayoutBenchmark, layout_of
+from longshort.bench.attention_providers import BASELINE, AttentionInputs, all_global, prepare
 from longshort.bench.benchmark import Case, Note, Turn
-from longshort.bench.kernels import BASELINE, AttentionInputs, all_global, prepare
 from longshort.bench.machine import quiet_seconds
 from longshort.bench.record import Column, in_same_round
 
@@ -61,7 +61,7 @@ class KernelBenchmark(LayoutBenchmark):
         return self.cases_of([f"{self.layers} caches"], "layers")
 
     def inputs(self, case: Case, group: Sequence[str]) -> list[AttentionInputs]:
-        """Draws the query, which all layers share, and each layer's keys and values."""
+        """Draw the query, which all layers share, and each layer's keys and values."""
         generator, layout = torch.Generator().manual_seed(0), layout_of(case)
         q = self.random(case, generator, layout.num_heads, 1)
         k_heads = v_heads = layout.num_kv_heads

@@ -23,7 +23,7 @@ _CPU = torch.device("cpu")
 
 @cache
 def processor_name() -> str:
-    """Returns the processor's model, as exactly as this system reports it to an ordinary user."""
+    """Return the processor's model, as exactly as this system reports it to an ordinary user."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -33,12 +33,12 @@ def processor_name() -> str:
 
 
 def machine_name() -> str:
-    """Describes torch, its vector instructions and the processor in a line."""
+    """Describe torch, its vector instructions and the processor in a line."""
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {processor_name()}"
 
 
 def machine_columns(device: torch.device = _CPU) -> dict[str, str | None]:
-    """Returns the columns of results that describe the machine; `accelerator` is the GPU, None on a CPU."""
+    """Return the columns of results that describe the machine; `accelerator` is the GPU, None on a CPU."""
     return {
         "torch_version": torch.__version__,
         "transformers_version": metadata.version("transformers"),
@@ -49,7 +49,7 @@ def machine_columns(device: torch.device = _CPU) -> dict[str, str | None]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the free memory of the device in bytes; on a system without /proc, all its memory."""
+    """Return the free memory of the device in bytes; on a system without /proc, all its memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -60,7 +60,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def measure_peak(threads: int) -> tuple[float, str]:
-    """Measures the present peak of some threads, in float32 operations per second; returns the method, too.
+    """Measure the present peak of some threads, in float32 operations per second; returns the method, too.
 
     "fma": fused multiply-adds from registers on one core, times the number of threads, at most one per core.
     "matmul": torch's product of two matrices of 1024 × 1024 on torch's present number of threads, which stays
@@ -75,25 +75,25 @@ def measure_peak(threads: int) -> tuple[float, str]:
 
 
 def stopwatch(run: Callable[[], object]) -> tuple[float, float]:
-    """Measures one run in seconds of CPU time, summed over threads, and of wall time."""
+    """Measure one run in seconds of CPU time, summed over threads, and of wall time."""
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def clock_name(threads: int) -> str:
-    """Names the clock that `quiet_seconds` reads."""
+    """Name the clock that `quiet_seconds` reads."""
     return "CPU time" if threads == 1 else "wall time"
 
 
 def quiet_seconds(run: Callable[[], object], threads: int) -> float:
-    """Measures one run on a CPU in seconds: of CPU time with one thread, which other programs disturb least,
+    """Measure one run on a CPU in seconds: of CPU time with one thread, which other programs disturb least,
     and of wall time with more, whose CPU time includes waiting."""
     return stopwatch(run)[0 if threads == 1 else 1]
 
 
 def wall_seconds(run: Callable[[], object], device: torch.device = _CPU) -> float:
-    """Measures the wall time of one run in seconds, a GPU's work included."""
+    """Measure the wall time of one run in seconds, a GPU's work included."""
 
     def finish() -> None:
         run()
@@ -104,5 +104,5 @@ def wall_seconds(run: Callable[[], object], device: torch.device = _CPU) -> floa
 
 
 def count_threads(threads: int) -> str:
-    """Returns "1 thread" or, for example, "2 threads"."""
+    """Return "1 thread" or, for example, "2 threads"."""
     return "1 thread" if threads == 1 else f"{threads} threads"

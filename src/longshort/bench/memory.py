@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import torch
 from annotated_types import Ge
 
-from longshort.bench.benchmark import Case, Note, Turn, UnsuitableError
+from longshort.bench.benchmark import Case, LeaveOut, Note, Turn, UnsuitableError
 from longshort.bench.model_benchmark import ModelBenchmark
-from longshort.bench.models import BASELINES, Provider
+from longshort.bench.model_providers import BASELINES, Provider
 from longshort.bench.record import Column, in_same_round
 from longshort.evaluation.generation import cache_bytes
 
@@ -69,8 +69,13 @@ class MemoryBenchmark(ModelBenchmark):
         working = provider.working_bytes(*sizes, self.torch_device)
         return 0, provider.weight_bytes(self.torch_dtype) + provider.kv_bytes(*sizes) + working
 
+    def groups(self, case: Case, leave_out: LeaveOut) -> list[list[str]]:
+        """Make one group, since each provider has its process to itself."""
+        fitting = [name for group in super().groups(case, leave_out) for name in group]
+        return [fitting] if fitting else []
+
     def inputs(self, case: Case, group: Sequence[str]) -> None:
-        """Makes nothing: each process makes its inputs itself."""
+        """Make nothing: each process makes its inputs itself."""
 
     def turn(self, case: Case, provider: str, inputs: Any, note: Note) -> Turn:
         return partial(self._take_turn, case.x, provider, note)
@@ -105,7 +110,7 @@ class Peaks(NamedTuple):
 
 
 def peaks_of(benchmark: MemoryBenchmark) -> Peaks:
-    """Measures the first provider at the first length, in this process, which should be fresh."""
+    """Measure the first provider at the first length, in this process, which should be fresh."""
     provider = benchmark.provider(benchmark.providers[0])
     length, device = benchmark.sweep()[0], benchmark.torch_device
     torch.set_num_threads(benchmark.num_threads)
@@ -137,7 +142,7 @@ def _peaks_of_process(benchmark: MemoryBenchmark, name: str, length: int) -> Pea
 
 
 def _forget_peak(device: torch.device) -> bool:
-    """Resets the peak to the memory in use now; returns whether the system allows it."""
+    """Reset the peak to the memory in use now; return whether the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -149,7 +154,7 @@ def _forget_peak(device: torch.device) -> bool:
 
 
 def _peak(device: torch.device) -> int:
-    """Returns the peak so far, in bytes."""
+    """Return the peak so far, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from longshort.bench.attention import DTYPES
 from longshort.bench.benchmark import Benchmark, Case, LeaveOut, UnsuitableError, require_among
 from longshort.bench.machine import count_threads, free_memory
-from longshort.bench.models import PROVIDERS, Models, Provider, local_windows, prepare_provider
+from longshort.bench.model_providers import PROVIDERS, Models, Provider, local_windows, prepare_provider
 from longshort.bench.sweep import groups_in_memory
 from longshort.model import LongShortConfig, preset
 
@@ -109,7 +109,7 @@ class ModelBenchmark(Benchmark):
                 raise ValueError(f"--preset must have no {name}: attention alone is measured without it")
 
     def _check_layout(self, shape: LongShortConfig) -> None:
-        """Raises a ValueError unless the flags fit the preset's heads."""
+        """Raise a ValueError unless the flags fit the preset's heads."""
         if shape.layouts is not None:
             for flag, value in (("--global-heads", self.global_heads), ("--window", self.window)):
                 if value is not None:
@@ -125,7 +125,7 @@ class ModelBenchmark(Benchmark):
             )
 
     def sweep(self) -> list[int]:
-        """Returns each length once, ascending."""
+        """Return each length once, ascending."""
         longest = self.max_length
         if self.lengths is not None:
             return sorted({length for length in self.lengths if longest is None or length <= longest})
@@ -139,7 +139,7 @@ class ModelBenchmark(Benchmark):
         return 0
 
     def config(self) -> LongShortConfig:
-        """Returns the config of the provider `ls`, with positions for the longest sequence and its growth."""
+        """Return the config of the provider `ls`, with positions for the longest sequence and its growth."""
         overrides: dict[str, Any] = {
             "num_hidden_layers": self.layers,
             "num_global_heads": self.global_heads,
@@ -198,12 +198,12 @@ class ModelBenchmark(Benchmark):
         return Models(self.torch_device, self.torch_dtype)
 
     def provider(self, name: str) -> Provider:
-        """Returns the description of a provider."""
+        """Return the description of a provider."""
         return prepare_provider(name, self.config())
 
     @abstractmethod
     def memory_of(self, provider: Provider, length: int) -> tuple[int, int]:
-        """Returns the bytes that a provider takes while its group exists, and those that its turn adds."""
+        """Return the bytes that a provider takes while its group exists, and those that its turn adds."""
 
     def groups(self, case: Case, leave_out: LeaveOut) -> list[list[str]]:
         taken = {}
@@ -235,5 +235,5 @@ class ModelBenchmark(Benchmark):
         return ModelInputs(generator, tokens, (random(heads), random(kv_heads), random(kv_heads)))
 
     def new_tokens(self, length: int) -> int:
-        """Returns the number of tokens of a sequence that pass through a model at once."""
+        """Return the number of tokens of a sequence that pass through a model at once."""
         return length

@@ -84,7 +84,7 @@ class MonitorBenchmark(Benchmark):
         ]  # fmt: skip
 
     def inputs(self, case: Case, group: Sequence[str]) -> tuple[Callable[[], None], AttentionMonitor]:
-        """Makes a plain step, and the monitor of its model."""
+        """Make a plain step, and the monitor of its model."""
         config = preset(self.preset, mhsa=case.columns["model"] == "MHSA", max_position_embeddings=case.x)
         torch.manual_seed(0)
         model = LongShortForCausalLM(config).train()

@@ -6,6 +6,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import pandas as pd
     from matplotlib.axes import Axes
 
     from longshort.bench.benchmark import Benchmark
@@ -26,7 +26,7 @@ _SMALLEST_RANGE = 5.0  # highest to lowest value of a y axis, so that at least t
 
 
 def plot_rows(rows: pd.DataFrame, benchmark: Benchmark | type[Benchmark], file: Path) -> None:
-    """Draws the first column of a benchmark's table as a PNG; an old file is replaced.
+    """Draw the first column of a benchmark's table as a PNG; an old file is replaced.
 
     Medians by tokens are on logarithmic axes; bars reach from the 10th to the 90th percentile.
 
@@ -64,7 +64,9 @@ def plot_rows(rows: pd.DataFrame, benchmark: Benchmark | type[Benchmark], file: 
     for axes in panels.flat[len(settings) :]:
         axes.set_visible(False)
     first = rows.iloc[0]
-    machine = f"{first['accelerator'] or first['processor']}, torch {first['torch_version']}"
+    accelerator = first["accelerator"]
+    where = first["processor"] if pd.isna(accelerator) else accelerator
+    machine = f"{where}, torch {first['torch_version']}"
     figure.suptitle(f"{benchmark.title}\n{machine}", x=0.01, ha="left", fontsize=11, color=INK)
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower left", ncols=min(4, len(handles)), frameon=False,

@@ -25,17 +25,18 @@ from annotated_types import Ge
 from longshort.bench.benchmark import Case, Note, Turn
 from longshort.bench.machine import wall_seconds
 from longshort.bench.model_benchmark import ModelBenchmark
-from longshort.bench.models import BASELINES, OURS, Provider
+from longshort.bench.model_providers import BASELINES, OURS, Provider
 from longshort.bench.record import Column, in_same_round
 from longshort.bench.sweep import measure
 
 Times = TypeVar("Times", float, np.ndarray, pd.Series)
 
+_ANY_MEMORY = 2.0**40  # GiB: all models take turns in one group, or the machine fails
 _KERNELS = {"mhsa": "longshort's kernels", "gpt2": "SDPA"}  # for the baselines' attention
 
 
 def amdahl_bound(total: Times, attention: Times, pairs: Any, reference_pairs: Any) -> Times:
-    """Computes the least time of a model that differs from a reference only in its pairs (Amdahl, 1967).
+    """Compute the least time of a model that differs from a reference only in its pairs (Amdahl, 1967).
 
     Args:
         total: time of the reference, a number or an array.
@@ -153,12 +154,12 @@ def time_prefill(
     device: str = "cpu",
     report_progress: Callable[[float], None] = lambda _share: None,
 ) -> dict[int, dict[str, PrefillTimes]]:
-    """Times a prompt of each length in float32 by models that take turns, as `PrefillBenchmark` does.
+    """Time a prompt of each length in float32 by models that take turns, as `PrefillBenchmark` does.
 
     Args:
         preset: shape of `ls`, to which the other models are fitted.
         lengths: tokens of a prompt.
-        providers: keys of `longshort.bench.models.PROVIDERS`.
+        providers: keys of `longshort.bench.model_providers.PROVIDERS`.
         rounds: rounds that are measured, after one for warm-up.
         device: "cpu" or "cuda".
         report_progress: takes the share of the work that is done, after each round.
@@ -172,7 +173,12 @@ def time_prefill(
         ValueError: an argument is wrong.
     """
     benchmark = PrefillBenchmark(
-        preset=preset, lengths=tuple(lengths), providers=tuple(providers), rounds=rounds, device=device
+        preset=preset,
+        lengths=tuple(lengths),
+        providers=tuple(providers),
+        rounds=rounds,
+        device=device,
+        max_memory_gib=_ANY_MEMORY,
     )
     results = measure(benchmark, report_progress=report_progress)
     if results.left_out:

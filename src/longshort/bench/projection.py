@@ -62,7 +62,7 @@ class ProjectionBenchmark(Benchmark):
         return [Case(tokens, setting, threads, columns) for tokens in dict.fromkeys(self.tokens)]
 
     def inputs(self, case: Case, group: Sequence[str]) -> list[nn.Linear]:
-        """Makes all matrices."""
+        """Make all matrices."""
         return [nn.Linear(*shape, bias=False) for _ in range(_LAYERS) for shape in _SHAPES]
 
     def turn(self, case: Case, provider: str, inputs: Any, note: Note) -> Turn:

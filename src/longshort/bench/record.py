@@ -78,7 +78,7 @@ class Column(NamedTuple):
 
 
 def in_same_round(rounds: pd.DataFrame, metric: str, provider: str) -> pd.Series:
-    """Returns a metric of `provider` for each row of a table of rounds; NaN if it is not in the round."""
+    """Return a metric of `provider` for each row of a table of rounds; NaN if it is not in the round."""
     if provider not in rounds.index.unique("provider"):
         return pd.Series(float("nan"), rounds.index)
     theirs: pd.Series = rounds[metric].xs(provider, level="provider")  # pyright: ignore[reportAssignmentType]
@@ -86,7 +86,7 @@ def in_same_round(rounds: pd.DataFrame, metric: str, provider: str) -> pd.Series
 
 
 def summarize(rounds: pd.DataFrame, point: Mapping[str, Any], context: Mapping[str, Any]) -> pd.DataFrame:
-    """Summarizes the rounds of one point of a sweep as rows.
+    """Summarize the rounds of one point of a sweep as rows.
 
     Args:
         rounds: columns named in `METRICS`, indexed by `ROUND_KEYS`; each number of a list in a cell is a
@@ -105,13 +105,13 @@ def summarize(rounds: pd.DataFrame, point: Mapping[str, Any], context: Mapping[s
 
 
 def wide(rows: pd.DataFrame, at: str = "p50") -> pd.DataFrame:
-    """Returns a percentile of the metrics of one point of a sweep, providers × metrics."""
+    """Return a percentile of the metrics of one point of a sweep, providers × metrics."""
     table = rows.pivot(index="provider", columns="metric", values=at)
     return table.reindex(index=rows["provider"].unique(), columns=list(METRICS))
 
 
 def as_table(rows: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
-    """Formats one point of a sweep as lines of a table, header first; what was not measured is blank."""
+    """Format one point of a sweep as lines of a table, header first; what was not measured is blank."""
     tables = {at: wide(rows, at) for at in _QUANTILES}
     names = list(tables["p50"].index)
     cells = [["provider", *names]]
@@ -127,12 +127,12 @@ def as_table(rows: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
 
 
 def write_rows(rows: pd.DataFrame, path: Path) -> None:
-    """Writes a CSV file; an older one stays until the new one is complete."""
+    """Write a CSV file; an older one stays until the new one is complete."""
     replace_file(path, rows.to_csv(index=False).encode())
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """Reads the rows of a CSV file that a benchmark wrote.
+    """Read the rows of a CSV file that a benchmark wrote.
 
     Raises:
         OSError: the file cannot be read.
@@ -147,5 +147,5 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def _five_digits(value: float) -> float:
-    """Rounds a measured number to five significant digits; a count stays exact."""
+    """Round a measured number to five significant digits; a count stays exact."""
     return value if value.is_integer() else float(f"{value:.5g}")

@@ -56,7 +56,7 @@ def measure(
     show: Callable[[str], None] = lambda _text: None,
     report_progress: Callable[[float], None] = lambda _share: None,
 ) -> Results:
-    """Measures all cases, and writes `benchmark.out` and its plot if it is given.
+    """Measure all cases, and writes `benchmark.out` and its plot if it is given.
 
     torch's number of threads is set for each case, and restored.
 
@@ -116,7 +116,7 @@ class _Driver:
         self.notes: list[Remark] = []
 
     def measure(self, case: Case, report: Callable[[float], None]) -> pd.DataFrame:
-        """Measures a case; returns the metrics of every round after warm-up, by `ROUND_KEYS`."""
+        """Measure a case; returns the metrics of every round after warm-up, by `ROUND_KEYS`."""
 
         def leave_out(provider: str, text: str) -> None:
             self.left_out.append(Remark(provider, str(case), text))
@@ -136,7 +136,7 @@ class _Driver:
     def _rounds(
         self, case: Case, names: Sequence[str], leave_out: LeaveOut
     ) -> Iterator[tuple[float, list[dict[str, Any]]]]:
-        """Yields the share of the rounds that are done, and the metrics of a round; none for warm-up.
+        """Yield the share of the rounds that are done, and the metrics of a round; none for warm-up.
 
         A provider that fails is removed, so that its memory is free for the others; at the end nothing of the
         group stays in memory.
@@ -174,7 +174,7 @@ def groups_in_memory(
     pair: tuple[str, str],
     leave_out: LeaveOut,
 ) -> list[list[str]]:
-    """Divides providers into groups that fit into memory at once, and so are measured in turns.
+    """Divide providers into groups that fit into memory at once, and so are measured in turns.
 
     There is one group if all fit together; else one for `pair`, and others for the rest.
 
@@ -209,7 +209,7 @@ def groups_in_memory(
 
 @contextmanager
 def _failures_reported(names: Iterable[str], leave_out: LeaveOut) -> Iterator[None]:
-    """Leaves out these providers on an UnsuitableError or a RuntimeError, which torch also raises when memory
+    """Leave out these providers on an UnsuitableError or a RuntimeError, which torch also raises when memory
     runs out.
     """
     try:
@@ -229,7 +229,7 @@ def _rows(benchmark: Benchmark, case: Case, rounds: pd.DataFrame) -> pd.DataFram
 
 
 def _summary(title: str, remarks: Sequence[Remark]) -> list[str]:
-    """Formats each remark on a provider once, with the case or the number of cases that it is about."""
+    """Format each remark on a provider once, with the case or the number of cases that it is about."""
     cases: dict[tuple[str, str], list[str]] = {}
     for remark in remarks:
         cases.setdefault((remark.provider, remark.text), []).append(remark.case)
@@ -241,7 +241,7 @@ def _summary(title: str, remarks: Sequence[Remark]) -> list[str]:
 
 
 def _partial(path: Path) -> Path:
-    """Returns the path of the rows until the sweep is done."""
+    """Return the path of the rows until the sweep is done."""
     return path.with_name(f"{path.name}.partial")
 
 

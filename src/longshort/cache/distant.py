@@ -36,8 +36,8 @@ def attend_with_distant_sinks(
     Args:
         q: of the last q_len positions.
         k, v: first the distant sinks, then those of positions `begin`, begin + 1 and so on.
-        sink_positions: where the distant sinks stood; -1 for none.
-        is_sink: of the other keys, whether all later queries of the segment see them.
+        sink_positions: positions of the distant sinks; -1 for none.
+        is_sink: marks those of the other keys that all later queries of the segment see.
         segment_ids: of all positions.
         The rest is as of `AttentionCall`.
 

@@ -24,7 +24,7 @@ class Store:
     keys, except that sinks are copied to a tensor beside it.
 
     Attributes:
-        window: of the heads; None is global.
+        window: window of the heads; None is global.
         ring: positions that are kept, window + rollback; 0 keeps all.
         length: positions seen so far.
         expected: positions that have been announced, so that memory for them is allocated at once.

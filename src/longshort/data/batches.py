@@ -74,7 +74,7 @@ class Batches:
         self._seed = seed
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Returns the `rank`-th of `world_size` equal, contiguous parts of the batch of `step`.
+        """Return the `rank`-th of `world_size` equal, contiguous parts of the batch of `step`.
 
         Raises:
             ValueError: `step` < 0, `rank` not in 0 … world_size - 1, or batch_size not a multiple of
@@ -103,7 +103,7 @@ def validation_windows(
     interleave: int = 16,
     document_start: DocumentStart = "at-end-of-text",
 ) -> Batch:
-    """Returns `count` windows, evenly spaced from the file's first token to its last.
+    """Return `count` windows, evenly spaced from the file's first token to its last.
 
     In a short file they overlap. Interleaved pieces are evenly spaced too, those of one window far apart. The
     order of tokens and the numbers of documents are those of `Batches` with the same sequence_length.
@@ -152,7 +152,7 @@ class _Windows:
             )
 
     def cut(self, starts: NDArray[np.int64]) -> Batch:
-        """Cuts the windows whose pieces start at `starts`: (windows, pieces)."""
+        """Cut the windows whose pieces start at `starts`: (windows, pieces)."""
         length = self._sequence_length
         every_piece = np.lib.stride_tricks.sliding_window_view(self._token_file.tokens, self._piece_length)
         woven = every_piece[starts].astype(np.int64).swapaxes(1, 2).reshape(len(starts), -1)[:, : length + 1]
@@ -170,7 +170,7 @@ class _Windows:
 
 
 def _permutation(size: int) -> NDArray[np.int64]:
-    """Returns one random order of 0 … size - 1; drawn from raw bits, as the batches are."""
+    """Return one random order of 0 … size - 1; drawn from raw bits, as the batches are."""
     bits = np.random.Philox(key=np.array([_PERMUTATION_SEED, size], dtype=np.uint64)).random_raw(size)
     return np.argsort(bits, kind="stable")
 

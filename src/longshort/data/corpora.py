@@ -59,11 +59,11 @@ class Skipped:
 
     @property
     def examples(self) -> list[str]:
-        """Returns a sentence about the first of each kind."""
+        """Return a sentence about the first of each kind."""
         return [reason for reason in (self.first_not_text, self.first_without_text) if reason is not None]
 
     def note(self, found: NoText) -> None:
-        """Counts a file or a record that gives no document."""
+        """Count a file or a record that gives no document."""
         if found.kind == "not text":
             self.not_text += 1
             self.first_not_text = self.first_not_text or found.reason
@@ -92,7 +92,7 @@ class Corpus(ABC):
         self._begin()
 
     def __iter__(self) -> Iterator[Document]:
-        """Yields the documents.
+        """Yield the documents.
 
         Raises:
             ValueError: something cannot be read: a file is damaged, a line is not JSON, a parquet file lacks
@@ -123,7 +123,7 @@ class Corpus(ABC):
 
     @abstractmethod
     def _read(self) -> Iterator[tuple[str, str | NoText]]:
-        """Yields names and texts, or why there is no text, and advances `position`."""
+        """Yield names and texts, or why there is no text, and advances `position`."""
 
 
 class FileCorpus(Corpus):
@@ -187,7 +187,7 @@ class HubCorpus(Corpus):
 
 
 def open_corpus(source: str | os.PathLike[str], text_field: str = "text", *, strict: bool = False) -> Corpus:
-    """Finds the files or the dataset behind `source`; nothing is read yet.
+    """Find the files or the dataset behind `source`; nothing is read yet.
 
     Args:
         source: `stdlib`, a folder, a file, a glob pattern, or `hf:NAME[:CONFIG]`. A folder that is itself
@@ -237,7 +237,7 @@ def open_corpus(source: str | os.PathLike[str], text_field: str = "text", *, str
 
 
 def _files_under(root: Path, leave_out: tuple[str, ...] = ()) -> tuple[list[str], int]:
-    """Returns the sorted relative paths of all files that are not hidden, and how many entries are hidden."""
+    """Return the sorted relative paths of all files that are not hidden, and how many entries are hidden."""
     names, hidden = [], 0
     for folder, subfolders, files in os.walk(root, onerror=_raise):
         hidden += sum(entry.startswith(".") for entry in subfolders + files)
@@ -258,7 +258,7 @@ def _is_pattern(text: str) -> bool:
 
 
 def _split_pattern(pattern: Path) -> tuple[Path, str]:
-    """Splits off the leading folders that are not patterns, so that names do not hold the machine's paths."""
+    """Split off the leading folders that are not patterns, so that names do not hold the machine's paths."""
     fixed = 0
     while not _is_pattern(pattern.parts[fixed]):
         fixed += 1

@@ -22,7 +22,7 @@ DocumentStart = Literal["at-end-of-text", "after-end-of-text"]
 
 
 def begins_with_end_of_text(document_start: DocumentStart) -> bool:
-    """Returns whether a document's segment begins with the end-of-text token before it.
+    """Return whether a document's segment begins with the end-of-text token before it.
 
     Raises:
         ValueError: `document_start` is neither of the two.
@@ -37,7 +37,7 @@ def begins_with_end_of_text(document_start: DocumentStart) -> bool:
 def document_segments(
     document_offsets: NDArray[np.int64], positions: NDArray[np.int64], document_start: DocumentStart
 ) -> NDArray[np.int64]:
-    """Returns the number of the segment that each position of a token file is part of.
+    """Return the number of the segment that each position of a token file is part of.
 
     Args:
         document_offsets: (documents + 1,), as in `TokenFile`.

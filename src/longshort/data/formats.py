@@ -48,7 +48,7 @@ class NoText:
 
 
 def require_packages(names: list[str]) -> None:
-    """Raises an error, before anything is read, if one of these files needs a package that is missing.
+    """Raise an error, before anything is read, if one of these files needs a package that is missing.
 
     Raises:
         ModuleNotFoundError: a package is missing; the message names the file and the extra.
@@ -67,7 +67,7 @@ def require_packages(names: list[str]) -> None:
 
 
 def read_texts(path: Path, name: str, file: BinaryIO, text_field: str) -> Iterator[tuple[str, str | NoText]]:
-    """Yields the name and the text of each document of a file.
+    """Yield the name and the text of each document of a file.
 
     Args:
         path: path of the file, for messages.
@@ -97,7 +97,7 @@ def read_texts(path: Path, name: str, file: BinaryIO, text_field: str) -> Iterat
 
 
 def text_of(record: Any, text_field: str, where: str) -> str | NoText:
-    """Returns the text of a record, or why it has none.
+    """Return the text of a record, or why it has none.
 
     Args:
         record: as JSON or a dataset gave it.
@@ -121,7 +121,7 @@ def text_of(record: Any, text_field: str, where: str) -> str | NoText:
 
 
 def no_such_field(text_field: str, fields: list[str], where: str) -> str:
-    """Returns the message for a record or a dataset that lacks the field."""
+    """Return the message for a record or a dataset that lacks the field."""
     known = ", ".join(map(repr, fields)) or "none"
     return f"{where} has no field {text_field!r} (text_field); its fields: {known}"
 
@@ -211,7 +211,7 @@ def _require_strings(path: Path, schema: pyarrow.Schema, text_field: str) -> Non
 
 @contextmanager
 def _decompressed(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
-    """Opens the content of a file as a stream; damage to it is raised as a ValueError."""
+    """Open the content of a file as a stream; damage to it is raised as a ValueError."""
     suffix = path.suffix.lower()
     if suffix not in _OPENERS:
         yield file

@@ -42,7 +42,7 @@ class Progress(Protocol):
     """A callback for the progress of a preparation, called after every batch of documents."""
 
     def __call__(self, stage: str, done: int, total: int | None, /) -> None:
-        """Reports that `done` of `total` bytes (None: not known) are read.
+        """Report that `done` of `total` bytes (None: not known) are read.
 
         Stages are "training the tokenizer" and "writing tokens".
         """
@@ -85,7 +85,7 @@ def prepare(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Tokenizes a corpus into a data folder that `DataFolder.open` reads.
+    """Tokenize a corpus into a data folder that `DataFolder.open` reads.
 
     Args:
         source: see `open_corpus`.
@@ -186,7 +186,7 @@ def _write(
 
 
 def _split(corpus: Corpus, validation_fraction: float, seed: int) -> Iterator[tuple[Document, str]]:
-    """Yields each document with its split's name.
+    """Yield each document with its split's name.
 
     A document is used for validation if its hash, in [0, 1), is below the fraction. Until both splits have a
     document, the one whose hash is nearest to the empty split is held back, so that at the end neither is
@@ -243,7 +243,7 @@ def _batched(documents: Iterator[tuple[Document, str]]) -> Iterator[list[tuple[D
 
 @contextmanager
 def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields an empty folder, which replaces `out` if the block succeeds and is removed otherwise.
+    """Yield an empty folder, which replaces `out` if the block succeeds and is removed otherwise.
 
     A killed process leaves a hidden folder, which the next preparation of the same `out` finishes or removes.
     """
@@ -293,7 +293,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _lock(path: Path, out: Path) -> Iterator[None]:
-    """Locks the file `path`, and removes it at the end. A killed process leaves the file, not the lock."""
+    """Lock the file `path`, and remove it at the end. A killed process leaves the file, not the lock."""
     with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

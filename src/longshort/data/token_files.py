@@ -72,7 +72,7 @@ class TokenFileWriter:
         return sum(self._bytes)
 
     def add(self, token_ids: NDArray[np.integer], text_bytes: int) -> None:
-        """Appends one document.
+        """Append one document.
 
         Args:
             token_ids: (tokens,) of any integer dtype, its end-of-text token included; at least one.
@@ -151,7 +151,7 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Opens `path.bin` and `path.json`.
+        """Open `path.bin` and `path.json`.
 
         Raises:
             FileNotFoundError: one of the two is missing.
@@ -198,7 +198,7 @@ class TokenFile:
         )
 
     def __len__(self) -> int:
-        """Returns the number of tokens."""
+        """Return the number of tokens."""
         return len(self.tokens)
 
     @property
@@ -217,7 +217,7 @@ class DataFolder:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Self:
-        """Opens a prepared folder.
+        """Open a prepared folder.
 
         Raises:
             FileNotFoundError: the folder or a part of it is missing.
@@ -245,7 +245,7 @@ class DataFolder:
 
 
 def is_token_description(path: Path) -> bool:
-    """Returns whether `path` is the JSON half of a token file, by its format field."""
+    """Return whether `path` is the JSON half of a token file, by its format field."""
     try:
         _read_description(path)
     except (OSError, ValueError):

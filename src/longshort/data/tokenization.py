@@ -29,12 +29,12 @@ _PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Makes the tokenizer whose ids are UTF-8 bytes, and 256 for `<|endoftext|>`. Every text round-trips."""
+    """Make the tokenizer whose ids are UTF-8 bytes, and 256 for `<|endoftext|>`. Every text round-trips."""
     return _wrap(_byte_backend())
 
 
 def train_bpe(texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer; every text round-trips. `<|endoftext|>` has the last id.
+    """Train a byte-level BPE tokenizer; every text round-trips. `<|endoftext|>` has the last id.
 
     Args:
         texts: texts, or lists of texts, read once. Memory grows only with the number of distinct words.
@@ -63,7 +63,7 @@ def train_bpe(texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> Pr
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """Loads a saved tokenizer, without its length limit: this package cuts texts itself.
+    """Load a saved tokenizer, without its length limit: this package cuts texts itself.
 
     A tokenizer without an end-of-text token (eos_token), which follows every document, gets a new one.
 
@@ -93,12 +93,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Returns the number of rows that an embedding needs: the largest id + 1, even if ids have gaps."""
+    """Return the number of rows that an embedding needs: the largest id + 1, even if ids have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_hash(folder: str | os.PathLike[str]) -> str:
-    """Returns the SHA-256, in hexadecimal, of the saved tokenizer's `tokenizer.json`."""
+    """Return the SHA-256, in hexadecimal, of the saved tokenizer's `tokenizer.json`."""
     return hashlib.sha256(Path(folder, "tokenizer.json").read_bytes()).hexdigest()
 
 
@@ -116,7 +116,7 @@ class Encoder:
         self._backend.encode_special_tokens = True
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
-        """Encodes texts in parallel; returns one array of ids for each."""
+        """Encode texts in parallel; returns one array of ids for each."""
         if self._is_bytes:  # the same ids as below, in a hundredth of the time and memory
             return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -124,7 +124,7 @@ class Encoder:
 
 
 def _byte_symbols() -> list[str]:
-    """Returns the character of each byte in byte-level vocabularies; printable bytes are themselves."""
+    """Return the character of each byte in byte-level vocabularies; printable bytes are themselves."""
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -142,7 +142,7 @@ def _byte_backend() -> Tokenizer:
 
 
 def _pipeline(serialized: str) -> dict[str, Any]:
-    """Returns the parts of a serialized tokenizer that determine how plain text is encoded."""
+    """Return the parts of a serialized tokenizer that determine how plain text is encoded."""
     parts = json.loads(serialized)
     return {part: parts[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
 
@@ -173,7 +173,7 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 @functools.cache
 def _disable_threads_in_forks() -> None:
-    """Makes forked children, which have no thread pool, encode serially; tokenizers would also warn of it."""
+    """Make forked children, which have no thread pool, encode serially; tokenizers would also warn of it."""
     inserted = False
 
     def before() -> None:

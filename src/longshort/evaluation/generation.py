@@ -90,7 +90,7 @@ def generate_text(
     document_start: DocumentStart = "at-end-of-text",
     prefill_chunk: int | None = None,
 ) -> GeneratedText:
-    """Continues a prompt that begins a document: it follows an end-of-text token, as in training.
+    """Continue a prompt that begins a document: it follows an end-of-text token, as in training.
 
     The arguments are checked, and the prompt encoded, in the call; the text is generated as it is read from
     the iterator. It ends after `max_new_tokens` tokens, or at the end-of-text token, which is not part of it.
@@ -230,7 +230,7 @@ def _choose(
 
 
 def _stream(tokens: Iterator[int], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
-    """Decodes tokens as they are generated, together with those before, on which some decoders depend."""
+    """Decode tokens as they are generated, together with those before, on which some decoders depend."""
     before: list[int] = []
     pending: list[int] = []
     yielded = ""

@@ -120,7 +120,7 @@ def measure_needle(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> NeedleResult:
-    """Measures how well a model retrieves needles from windows of a text, as described in this module.
+    """Measure how well a model retrieves needles from windows of a text, as described in this module.
 
     Keys, values and text are drawn for each length and sample; the depths share them, and so do models that
     are measured with one seed. The text of a window is cut anywhere and may span documents.

@@ -117,7 +117,7 @@ def evaluate_documents(
     document_start: DocumentStart = "at-end-of-text",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Scores whole documents, from the first on, as described in this module.
+    """Score whole documents, from the first on, as described in this module.
 
     Args:
         model: a causal language model: `model(input_ids).logits`, on any device; it is left in the mode it

@@ -23,7 +23,7 @@ def segment_ids_from(
     kv_len: int,
     device: torch.device,
 ) -> Int[Tensor, "batch kv_len"] | None:
-    """Segment ids of the keys, or None where nothing is padded and nothing is packed.
+    """Return the segment ids of the keys, or None where nothing is padded and nothing is packed.
 
     Masked keys are padding (-1). Without cached keys, a position that falls starts a new segment, which is
     how packed sequences arrive: one that is 0, or smaller than that of the token before it. Positions that

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes `path`, and makes its folder; an older file stays until the new one is complete on the disk.
+    """Write `path`, and makes its folder; an older file stays until the new one is complete on the disk.
 
     Raises:
         OSError: the file cannot be written; an older file is untouched then.
@@ -34,12 +34,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def strict_json(content: dict[str, Any]) -> str:
-    """Writes JSON that every reader accepts: a number that is not finite becomes null."""
+    """Write JSON that every reader accepts: a number that is not finite becomes null."""
     return json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n"
 
 
 def parse_json_line(line: str | bytes, path: Path, number: int, key: str) -> dict[str, Any]:
-    """Parses the object on a line of a JSONL file, which holds at least `key`.
+    """Parse the object on a line of a JSONL file, which holds at least `key`.
 
     Raises:
         ValueError: there is no such object; the message names the file and the line's number.
@@ -54,7 +54,7 @@ def parse_json_line(line: str | bytes, path: Path, number: int, key: str) -> dic
 
 
 def finite_or_none(value: Any) -> Any:
-    """Copies dictionaries and lists with None for each number that is not finite."""
+    """Copy dictionaries and lists with None for each number that is not finite."""
     if isinstance(value, dict):
         return {name: finite_or_none(entry) for name, entry in value.items()}
     if isinstance(value, list):

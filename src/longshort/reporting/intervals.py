@@ -36,37 +36,37 @@ class Interval:
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     def times(self, factor: float) -> Interval:
-        """Returns the interval of a multiple; the factor is > 0."""
+        """Return the interval of a multiple; the factor is > 0."""
         return Interval(factor * self.mean, factor * self.low, factor * self.high, self.count)
 
     def exp(self) -> Interval:
-        """Returns the interval of a ratio from that of its logarithm."""
+        """Return the interval of a ratio from that of its logarithm."""
         return Interval(_exp(self.mean), _exp(self.low), _exp(self.high), self.count)
 
 
 def confidence_interval(values: Iterable[float | None]) -> Interval:
-    """Computes the 95 % confidence interval of the mean: mean ± t·s/√n, with n − 1 degrees of freedom."""
+    """Compute the 95 % confidence interval of the mean: mean ± t·s/√n, with n − 1 degrees of freedom."""
     return _student(values, lambda count: 1 / count)
 
 
 def prediction_interval(values: Iterable[float | None]) -> Interval:
-    """Computes the 95 % prediction interval of one more value, as of another seed: mean ± t·s·√(1 + 1/n)."""
+    """Compute the 95 % prediction interval of one more value, as of another seed: mean ± t·s·√(1 + 1/n)."""
     return _student(values, lambda count: 1 + 1 / count)
 
 
 def log_prediction_interval(values: Iterable[float | None]) -> Interval:
-    """Computes the same interval for a positive quantity that varies by factors, from its logarithm."""
+    """Compute the same interval for a positive quantity that varies by factors, from its logarithm."""
     return prediction_interval(log_or_none(value) for value in values).exp()
 
 
 def paired_difference(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> Interval:
-    """Computes the confidence interval of first − second over the seeds that both have."""
+    """Compute the confidence interval of first − second over the seeds that both have."""
     seeds = sorted(first.keys() & second.keys())
     return confidence_interval(_difference(first[seed], second[seed]) for seed in seeds)
 
 
 def paired_log_ratio(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> Interval:
-    """Computes the confidence interval of log(first / second) over the seeds that both have."""
+    """Compute the confidence interval of log(first / second) over the seeds that both have."""
     return paired_difference(
         {seed: log_or_none(value) for seed, value in first.items()},
         {seed: log_or_none(value) for seed, value in second.items()},
@@ -74,12 +74,12 @@ def paired_log_ratio(first: Mapping[int, float | None], second: Mapping[int, flo
 
 
 def slope_interval(curves: Sequence[Sequence[tuple[float, float | None]]]) -> Interval:
-    """Computes the confidence interval of the least-squares slope of y over x, from one curve per seed."""
+    """Compute the confidence interval of the least-squares slope of y over x, from one curve per seed."""
     return confidence_interval(slope(curve) for curve in curves)
 
 
 def slope(points: Sequence[tuple[float, float | None]]) -> float | None:
-    """Computes the least-squares slope of y over x; None if a y is missing or there are fewer than two x."""
+    """Compute the least-squares slope of y over x; None if a y is missing or there are fewer than two x."""
     if any(not _is_finite(y) for _, y in points) or len({x for x, _ in points}) < 2:
         return None
     x_mean, y_mean = fmean(x for x, _ in points), fmean(y for _, y in points if y is not None)
@@ -88,7 +88,7 @@ def slope(points: Sequence[tuple[float, float | None]]) -> float | None:
 
 
 def log_or_none(value: float | None) -> float | None:
-    """Computes the natural logarithm; None if there is none."""
+    """Compute the natural logarithm; None if there is none."""
     return math.log(value) if value is not None and _is_finite(value) and value > 0 else None
 
 

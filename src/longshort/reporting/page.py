@@ -86,7 +86,7 @@ class Report:
 
 
 def render_report(report: Report) -> str:
-    """Renders a page as HTML.
+    """Render a page as HTML.
 
     Raises:
         FileNotFoundError: the file of a figure is missing.
@@ -104,7 +104,7 @@ def render_report(report: Report) -> str:
 
 
 def write_page(report: Report, folder: Path) -> Path:
-    """Writes FOLDER/report.html; an old one is replaced.
+    """Write FOLDER/report.html; an old one is replaced.
 
     Raises:
         FileNotFoundError: the file of a figure is missing.
@@ -117,7 +117,7 @@ def write_page(report: Report, folder: Path) -> Path:
 
 
 def number(value: float | None) -> str:
-    """Formats a measured value with four digits; None is one that was not finite."""
+    """Format a measured value with four digits; None is one that was not finite."""
     if value is None or value != value:
         return "not finite"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -128,7 +128,7 @@ def _base64(file: Path) -> str:
 
 
 def _width_on_page(file: Path) -> int:
-    """Reads the width in CSS pixels from the header of a PNG; with it, a page does not shift as it loads."""
+    """Read the width in CSS pixels from the header of a PNG; with it, a page does not shift as it loads."""
     with open(file, "rb") as picture:
         header = picture.read(24)
     if len(header) < 24 or not header.startswith(b"\x89PNG\r\n\x1a\n"):

@@ -49,7 +49,7 @@ class Panel:
 
 
 def draw_curves(panels: Sequence[Panel], file: Path, columns: int = 2, height: float = 3.4) -> Path:
-    """Draws each arm's mean over seeds, thick, and its seeds, faint, on a logarithmic y axis. An arm has the
+    """Draw each arm's mean over seeds, thick, and its seeds, faint, on a logarithmic y axis. An arm has the
     same colour in all panels, and there is one legend."""
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -78,7 +78,7 @@ def draw_intervals(
     references: Mapping[float, str] | None = None,
     log: bool = False,
 ) -> Path:
-    """Draws a row per name, the mean as a dot and its 95 % interval as a line, with vertical references."""
+    """Draw a row per name, the mean as a dot and its 95 % interval as a line, with vertical references."""
     figure, axes = new_figure(title, x, "", height=1.3 + 0.36 * len(rows))
     shown = [value for _, row in rows for value in (row.mean, row.low, row.high) if math.isfinite(value)]
     shown += list(references or {})
@@ -118,7 +118,7 @@ def draw_points(
     log_y: bool = True,
     log_x_base: int = 2,
 ) -> Path:
-    """Draws a panel per title, with a line per arm through means with their 95 % intervals.
+    """Draw a panel per title, with a line per arm through means with their 95 % intervals.
 
     Args:
         panels: points (x, interval), by title, then arm.
@@ -198,7 +198,7 @@ def _label_lengths(axes: Axes, values: Sequence[float], base: int = 2) -> None:
 
 
 def shared_legend(figure: Figure, panels: Iterable[Axes], columns: int = 3) -> None:
-    """Adds one legend below all panels."""
+    """Add one legend below all panels."""
     handles = {}
     for axes in panels:
         handles |= {name: mark for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -24,7 +24,7 @@ PIXEL_RATIO = 2  # figures have twice the size at which they are shown
 
 
 def new_figure(title: str, x: str, y: str, height: float = 4.2) -> tuple[Figure, Axes]:
-    """Makes a figure with one panel."""
+    """Make a figure with one panel."""
     figure = Figure(figsize=(7.5, height), layout="constrained")
     axes = figure.subplots()
     style_axes(axes, title, x, y)
@@ -32,7 +32,7 @@ def new_figure(title: str, x: str, y: str, height: float = 4.2) -> tuple[Figure,
 
 
 def style_axes(axes: Axes, title: str, x: str, y: str) -> None:
-    """Sets the title, the labels with units, and unobtrusive lines."""
+    """Set the title, the labels with units, and unobtrusive lines."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10)
     axes.set_xlabel(x)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -45,14 +45,14 @@ def style_axes(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def scale_logarithmically(axes: Axes) -> None:
-    """Makes the y axis logarithmic, with plain numbers, if a line has a value that it can show."""
+    """Make the y axis logarithmic, with plain numbers, if a line has a value that it can show."""
     if any((np.asarray(line.get_ydata(), dtype=np.float64) > 0).any() for line in axes.get_lines()):
         axes.set_yscale("log")
         label_log_axis(axes.yaxis)
 
 
 def label_log_axis(axis: Axis) -> None:
-    """Labels a logarithmic axis with plain numbers, even within one power of ten."""
+    """Label a logarithmic axis with plain numbers, even within one power of ten."""
     low, high = axis.get_view_interval()
     subs = (1.0, 2.0, 5.0) if high > 30 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     if high > 1e5 * low:
@@ -63,12 +63,12 @@ def label_log_axis(axis: Axis) -> None:
 
 
 def plain_number(value: float, _position: int | None = None) -> str:
-    """Formats a tick's label without powers of ten."""
+    """Format a tick's label without powers of ten."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def save_figure(figure: Figure, file: Path) -> None:
-    """Writes a PNG; an old file is replaced."""
+    """Write a PNG; an old file is replaced."""
     picture = io.BytesIO()
     figure.set_dpi(100 * PIXEL_RATIO)
     FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})

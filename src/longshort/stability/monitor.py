@@ -73,7 +73,7 @@ class Reading:
 
 
 class AttentionMonitor:
-    """Measures the attention layers of a model in passes that run anyway.
+    """Measures the attention layers of a model in its own passes, without extra ones.
 
     Outputs and gradients of the model are bit for bit what they are without it (under `torch.compile`, which
     then compiles another graph, up to rounding). Passes that are recomputed in the backward pass (gradient

@@ -39,7 +39,7 @@ _CELLS_WITH_NUMBERS = 160
 
 
 def plot_run(run: str | Path) -> list[Path]:
-    """Draws RUN/plots/{loss,logits,entropy,heads}.png from RUN/metrics.jsonl; old ones are replaced.
+    """Draw RUN/plots/{loss,logits,entropy,heads}.png from RUN/metrics.jsonl; old ones are replaced.
 
     The last three need statistics of the attention heads, which a run with `monitor_every=0` lacks.
 
@@ -63,7 +63,7 @@ def plot_run(run: str | Path) -> list[Path]:
 
 
 def compare_runs(runs: Mapping[str, str | Path], out: str | Path) -> list[Path]:
-    """Draws all runs in one picture each: loss.png, logits.png, heads.png, from their metrics.jsonl.
+    """Draw all runs in one picture each: loss.png, logits.png, heads.png, from their metrics.jsonl.
 
     Args:
         runs: run folders by the name that the legend shows.
@@ -88,7 +88,7 @@ def compare_runs(runs: Mapping[str, str | Path], out: str | Path) -> list[Path]:
 
 
 def plot_loss_by_position(evaluations: Mapping[str, Evaluation], file: str | Path) -> Path:
-    """Draws the mean loss at each position in the context, one line per evaluation.
+    """Draw the mean loss at each position in the context, one line per evaluation.
 
     Raises:
         ValueError: `evaluations` is empty.
@@ -186,7 +186,7 @@ def _entropy(metrics: Metrics) -> Figure:
 
 
 def _heads(by_name: Mapping[str, Metrics]) -> Figure:
-    """Draws the largest logit by layer and head at the last step that measured it, on one colour scale."""
+    """Draw the largest logit by layer and head at the last step that measured it, on one colour scale."""
     steps, values = [], []
     for metrics in by_name.values():
         at, by_head = _series(metrics, "max_logit_by_head")
@@ -236,14 +236,14 @@ def _has(metrics: Metrics, key: str) -> bool:
 
 
 def _series(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps (n,) and values (n,) or (n, layers, heads) of lines that have `key`; None becomes NaN."""
+    """Return steps (n,) and values (n,) or (n, layers, heads) of lines that have `key`; None becomes NaN."""
     measured = [line for line in metrics if key in line]
     steps = np.array([line["step"] for line in measured], dtype=np.float64)
     return steps, np.array([line[key] for line in measured], dtype=np.float64)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Returns the centred mean over about a fiftieth of the points, so that a spike stays one; keeps NaN."""
+    """Return the centred mean over about a fiftieth of the points, so that a spike stays one; keeps NaN."""
     half = len(values) // 100
     if half == 0:
         return values
@@ -278,7 +278,7 @@ def _log_norm(values: np.ndarray) -> Normalize:
 
 
 def _legend(axes: Axes, extra_marker: str | None = None, extra_line: tuple[str, str] | None = None) -> None:
-    """Adds a legend of the lines; the meaning of a marker or dash is explained once, in grey."""
+    """Add a legend of the lines; the meaning of a marker or dash is explained once, in grey."""
     if extra_marker:
         axes.plot([], [], "o", color="#777777", ms=5, label=extra_marker)
     if extra_line:

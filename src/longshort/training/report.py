@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def write_report(run: str | Path) -> Path:
-    """Draws the plots of a run anew and writes RUN/report.html, all from RUN/metrics.jsonl alone.
+    """Draw the plots of a run anew and writes RUN/report.html, all from RUN/metrics.jsonl alone.
 
     Raises:
         FileNotFoundError: there is no metrics.jsonl in the run folder.
@@ -64,7 +64,7 @@ _CAPTIONS = {
 
 
 def summarize(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Returns rows of name, value and step: last and best losses, last logits, speed."""
+    """Return rows of name, value and step: last and best losses, last logits, speed."""
     rows = []
     for name, key in (("training loss", "loss"), ("validation loss", "validation_loss")):
         line = _last(metrics, key)

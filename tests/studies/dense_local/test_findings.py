@@ -103,7 +103,7 @@ def test_controls_say_whether_global_attention_stays_at_the_local_fit(found):
         "local against global from the local fit",
         "targets anywhere, no band",
     ]
-    assert "global attention went on from there to" in controls.paragraphs[1]
+    assert "trained from there, global attention ended with" in controls.paragraphs[1]
 
 
 def test_a_table_has_the_pairs_of_its_topic(found):

@@ -328,8 +328,8 @@ def _controls(found: _Found) -> Section:
         seen = [mean_text(result[name][0] for result in results) for name in ("losses", "max_logits")]
         texts.append(
             f"The local fit had loss {started[0]} and largest logit {started[1]} in its window. Seen by "
-            f"global attention, it has {seen[0]} and {seen[1]}; global attention went on from there to "
-            f"{_mean(measured.other, 'loss')} and {_mean(measured.other, 'max_logit')}."
+            f"global attention, it has {seen[0]} and {seen[1]}; trained from there, global attention ended "
+            f"with {_mean(measured.other, 'loss')} and {_mean(measured.other, 'max_logit')}."
         )
     return _pairs(found, "Controls", ("control", "shuffled"), *texts)
 

@@ -28,7 +28,7 @@ from longshort.studies.dense_local.arms import (
 from longshort.studies.dense_local.findings import sections
 from longshort.studies.dense_local.layer import run_layer_fit
 from longshort.studies.dense_local.task import Fit, run_fit
-from longshort.studies.framework.comparison import judge
+from longshort.studies.framework.comparison import judge_twice
 from longshort.studies.framework.study import (
     Claim,
     Findings,
@@ -151,7 +151,7 @@ def _judge(
         count = len(ratios("best"))
         return f"Local attention's {word}, of {count} combinations: {'; '.join(map(text, RATES))}."
 
-    return judge(claim, {}, (), lambda rate: outcome(ratios(rate)), evidence)
+    return judge_twice(claim, lambda rate: outcome(ratios(rate)), evidence)
 
 
 def outcome(intervals: Sequence[Interval | None]) -> Outcome:

@@ -109,7 +109,12 @@ def judge(
     """
     if any(name not in arms for name in needed):
         return not_measured(claim)
-    return Verdict(claim, weaker(*map(rule, RATES)), evidence() + edge_text(arms[name] for name in needed))
+    return judge_twice(claim, rule, lambda: evidence() + edge_text(arms[name] for name in needed))
+
+
+def judge_twice(claim: Claim, rule: Callable[[Rate], Outcome], evidence: Callable[[], str]) -> Verdict:
+    """Judge a claim by the weaker of its outcomes at the two choices of rates."""
+    return Verdict(claim, weaker(*map(rule, RATES)), evidence())
 
 
 def weaker(first: Outcome, second: Outcome) -> Outcome:

@@ -131,7 +131,7 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             [line["step"], line["max_logit_by_head"]] for line in _thinned(monitored, _HEAD_POINTS)
         ],
         "validation_curve": validated,
-        "loss_curve": _running_mean(losses),
+        "loss_curve": _mean_curve(losses),
         "logit_curves": {
             name: [[line["step"], line[name]] for line in _thinned(monitored, _CURVE_POINTS)]
             for name in names
@@ -187,7 +187,7 @@ def _count_spikes(metrics: Sequence[Mapping[str, Any]]) -> int:
     return spikes
 
 
-def _running_mean(losses: Sequence[float | None]) -> list[list[Any]]:
+def _mean_curve(losses: Sequence[float | None]) -> list[list[Any]]:
     """Compute the mean loss between two points of the curve; None if a loss was not finite."""
     size = max(1, len(losses) // _CURVE_POINTS)
     curve = []

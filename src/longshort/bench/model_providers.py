@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from longshort.attention import attention
+from longshort.bench.attention_providers import visible_pairs
 from longshort.bench.benchmark import UnsuitableError
-from longshort.bench.kernels import visible_pairs
 from longshort.huggingface import SplitCache
 from longshort.layout import HeadLayout
 from longshort.model import LongShortConfig, LongShortForCausalLM, hybrid_layers, prefill_limit
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from transformers.cache_utils import Cache
 
-    from longshort.bench.kernels import Attend
+    from longshort.bench.attention_providers import Attend
 
 BASELINES = ("mhsa", "gpt2")
 """The providers that the others are compared with."""
@@ -75,28 +75,28 @@ class Provider:
         return self.model_class is LongShortForCausalLM
 
     def build(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """Builds the model in eval mode, with the same weights each time."""
+        """Build the model in eval mode, with the same weights each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self.model_class(self.config)
         return model.to(device=device, dtype=dtype).eval()  # type: ignore[arg-type]
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Counts the bytes of the parameters without allocating them."""
+        """Count the bytes of the parameters without allocating them."""
         with torch.device("meta"):
             return self.model_class(self.config).num_parameters() * dtype.itemsize
 
     def kv_bytes(self, length: int, batch: int, dtype: torch.dtype) -> int:
-        """Counts the bytes of keys and values that decoding needs after `length` tokens."""
+        """Count the bytes of keys and values that decoding needs after `length` tokens."""
         return batch * sum(layout.kv_bytes(length, self.head_dim, dtype) for layout in self.layouts)
 
     def mask_bytes(self, length: int) -> int:
-        """Counts the bytes of the boolean mask of visible pairs, if the provider needs one."""
+        """Count the bytes of the boolean mask of visible pairs, if the provider needs one."""
         windows = () if self.is_ours else self.layouts[0].windows
         return length**2 * any(window is not None and window < length for window in windows)
 
     def working_bytes(self, length: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Estimates the peak bytes of a prefill beside weights and cache: an MLP, and a mask if any."""
+        """Estimate the peak bytes of a prefill beside weights and cache: an MLP, and a mask if any."""
         widths = 2 * self.intermediate_size + 6 * self.config.hidden_size
         working = batch * length * dtype.itemsize * widths
         if self.is_ours:
@@ -104,7 +104,7 @@ class Provider:
         return working + (1 + dtype.itemsize) * self.mask_bytes(length)  # SDPA converts booleans to numbers
 
     def attend(self, layout: HeadLayout, length: int, device: torch.device) -> Attend:
-        """Returns the attention of a layer with these heads, q, k, v -> out; any mask is built here."""
+        """Return the attention of a layer with these heads, q, k, v -> out; any mask is built here."""
         if self.is_ours:
             return lambda q, k, v: attention(q, k, v, layout)
         grouped, window = layout.group_size > 1, layout.windows[0]
@@ -116,7 +116,7 @@ class Provider:
     def filled_cache(
         self, model: PreTrainedModel, batch: int, length: int, growth: int, generator: torch.Generator
     ) -> Cache:
-        """Makes a cache with `length` tokens of random keys and values, the same in every layer.
+        """Make a cache with `length` tokens of random keys and values, the same in every layer.
 
         Args:
             model: the result of `build`.
@@ -141,7 +141,7 @@ class Provider:
 
 
 def bytes_of_weights_read(model: PreTrainedModel) -> int:
-    """Counts the bytes of the parameters that a token reads: all but the embedding tables, of which it reads
+    """Count the bytes of the parameters that a token reads: all but the embedding tables, of which it reads
     a row; a tied table is read as the head."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     head = model.get_output_embeddings()
@@ -151,7 +151,7 @@ def bytes_of_weights_read(model: PreTrainedModel) -> int:
 
 
 def prepare_provider(name: str, config: LongShortConfig) -> Provider:
-    """Describes a provider of `PROVIDERS`; nothing is built.
+    """Describe a provider of `PROVIDERS`; nothing is built.
 
     Args:
         name: name of the provider.
@@ -243,19 +243,19 @@ class Models:
         self._built: dict[str, PreTrainedModel] = {}
 
     def keep(self, names: Sequence[str]) -> None:
-        """Frees the models of all other names."""
+        """Free the models of all other names."""
         self._built = {name: model for name, model in self._built.items() if name in names}
         gc.collect()
 
     def of(self, provider: Provider) -> PreTrainedModel:
-        """Returns the model of a provider, built unless it was kept."""
+        """Return the model of a provider, built unless it was kept."""
         if provider.name not in self._built:
             self._built[provider.name] = provider.build(self._device, self._dtype)
         return self._built[provider.name]
 
 
 def local_windows(config: LongShortConfig) -> list[int]:
-    """Returns the windows of local heads, ascending; none if every head is global."""
+    """Return the windows of local heads, ascending; none if every head is global."""
     return sorted({w for layout in config.head_layouts() for w in layout.windows if w is not None})
 
 

@@ -59,7 +59,7 @@ class AttentionInputs:
         return self.k.shape[2]
 
     def require_memory(self, bytes_per_pair: int, batch: int = 1) -> None:
-        """Raises an UnsuitableError if arrays of that many bytes per head, query and key are too large."""
+        """Raise an UnsuitableError if arrays of that many bytes per head, query and key are too large."""
         size = f"{self.q.shape[2]} × {self.length}"
         gib = bytes_per_pair * batch * self.layout.num_heads * self.q.shape[2] * self.length / 2**30
         limit = self.max_bytes / 2**30
@@ -84,7 +84,7 @@ class Kernel:
 
 
 def prepare(provider: str, inputs: AttentionInputs) -> Kernel:
-    """Prepares a provider of `PROVIDERS`: masks are built and code is compiled here, not when it runs.
+    """Prepare a provider of `PROVIDERS`: masks are built and code is compiled here, not when it runs.
 
     Raises:
         UnsuitableError: it cannot serve these inputs, or cannot compute the gradients that they require.
@@ -93,12 +93,12 @@ def prepare(provider: str, inputs: AttentionInputs) -> Kernel:
 
 
 def all_global(layout: HeadLayout) -> HeadLayout:
-    """Returns the same heads, each of them global: MHSA."""
+    """Return the same heads, each of them global: MHSA."""
     return HeadLayout((None,) * layout.num_heads, layout.num_kv_heads)
 
 
 def visible_pairs(layout: HeadLayout, length: int) -> Bool[Tensor, "heads length length"]:
-    """Marks the visible pairs of queries (rows) and keys, per head, without sink tokens."""
+    """Mark the visible pairs of queries (rows) and keys, per head, without sink tokens."""
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     masks = {
         group.window: causal if group.window is None else causal.triu(1 - group.window)
@@ -177,7 +177,7 @@ def _flex(inputs: AttentionInputs) -> Kernel:
 
 
 def flex_block_mask(layout: HeadLayout, length: int) -> BlockMask:
-    """Builds FlexAttention's block mask of a layout by arithmetic on blocks: no length × length array."""
+    """Build FlexAttention's block mask of a layout by arithmetic on blocks: no length × length array."""
     reach = torch.tensor([length if window is None else window for window in layout.windows])
     index = torch.arange(-(-length // _FLEX_BLOCK))
     nearest = (index[:, None] - index) * _FLEX_BLOCK - (_FLEX_BLOCK - 1)  # smallest distance of query to key
@@ -201,7 +201,7 @@ def flex_block_mask(layout: HeadLayout, length: int) -> BlockMask:
 def _block_lists(
     blocks: Bool[Tensor, "heads rows columns"],
 ) -> tuple[Int[Tensor, "1 heads rows"], Int[Tensor, "1 heads rows columns"]]:
-    """Counts the blocks that are set in each row, and lists their columns before those of the others."""
+    """Count the blocks that are set in each row, and lists their columns before those of the others."""
     counts = blocks.sum(-1, dtype=torch.int32)
     columns = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return counts[None], columns.int()[None].contiguous()

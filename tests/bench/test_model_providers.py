@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, GPT2LMHeadModel
 
+from longshort.bench.attention_providers import visible_pairs
 from longshort.bench.benchmark import UnsuitableError
-from longshort.bench.kernels import visible_pairs
-from longshort.bench.models import (
+from longshort.bench.model_providers import (
     OURS,
     PROVIDERS,
     Models,
