@@ -1,6 +1,6 @@
 """Text corpora, tokenizers, token files and batches."""
 
-from longshort.data.batches import Batch, Batches, TokenOrder, validation_windows
+from longshort.data.batches import Batch, Batches, TokenOrder, copying_windows, validation_windows
 from longshort.data.corpora import Corpus, Document, Skipped, open_corpus
 from longshort.data.documents import DocumentStart, begins_with_end_of_text, document_segments
 from longshort.data.prepare import Prepared, PreparedSplit, Progress, prepare
@@ -23,6 +23,7 @@ __all__ = [
     "TokenOrder",
     "begins_with_end_of_text",
     "byte_tokenizer",
+    "copying_windows",
     "document_segments",
     "load_tokenizer",
     "open_corpus",

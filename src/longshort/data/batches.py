@@ -118,6 +118,28 @@ def validation_windows(
     return windows.cut(starts.reshape(windows.pieces, count).T)
 
 
+def copying_windows(token_file: TokenFile, sequence_length: int, count: int, seed: int = 0) -> Batch:
+    """Returns `count` sequences whose second half repeats the first: tokens drawn one by one from the file.
+
+    Labels of the first half are -100, which no loss counts: those of the second can be known only by copying.
+
+    Raises:
+        ValueError: sequence_length < 4, count < 1, or seed < 0.
+    """
+    _check_integer("sequence_length", sequence_length, 4)
+    _check_integer("count", count, 1)
+    _check_integer("seed", seed, 0)
+    half = sequence_length // 2
+    generator = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
+    places = generator.random_raw(count * half) % np.uint64(len(token_file.tokens))
+    drawn = token_file.tokens[places.astype(np.int64)].astype(np.int64).reshape(count, half)
+    tokens = torch.from_numpy(np.concatenate([drawn, drawn, drawn[:, :1]], axis=1))
+    labels = tokens[:, 1 : 2 * half + 1].clone()
+    labels[:, : half - 1] = -100
+    labels[:, -1] = -100
+    return Batch(tokens[:, : 2 * half], labels, torch.zeros_like(labels))
+
+
 class _Windows:
     """Cuts windows out of a token file, each of `pieces` pieces, and puts their tokens in order."""
 

@@ -1,6 +1,7 @@
 """Monitoring of attention while a model trains, and remedies if its logits explode."""
 
 from longshort.stability.monitor import MAX_LOGITS, ROW_RANGES, AttentionMonitor, Reading
+from longshort.stability.probe import AttentionProbe, ProbeReading
 from longshort.stability.remedies import QKClip, z_loss
 from longshort.stability.spikes import Spike, SpikeDetector, divergence_step
 
@@ -8,6 +9,8 @@ __all__ = [
     "MAX_LOGITS",
     "ROW_RANGES",
     "AttentionMonitor",
+    "AttentionProbe",
+    "ProbeReading",
     "QKClip",
     "Reading",
     "Spike",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longshort.checks import require_integer
 from longshort.layers import LongShortAttention, Observation
 from longshort.layout import HeadGroup
+from longshort.stability.visibility import are_visible, sink_keys
 
 Reduction = Callable[[Tensor], Tensor]
 
@@ -136,7 +137,7 @@ class AttentionMonitor:
         layout = self._layers[index].layout
         if self._measures_ranges:
             ranges = torch.empty_like(observation.stats.max_logit)
-            is_sink = _sinks(observation, layout.sink_tokens)
+            is_sink = sink_keys(observation, layout.sink_tokens)
             for group in layout.groups:
                 largest, smallest = _row_extremes(observation, group, group.window, is_sink)
                 ranges[list(group.heads)] = (largest - smallest).amax((0, 2)).to(ranges.dtype)
@@ -232,7 +233,7 @@ def _row_extremes(
             for keys in (*sinks, *positions[first : past + stop].split(_COLUMNS)):
                 scores = (q_tile @ k[:, :, keys].to(score_dtype).mT).view(batch, heads, stop - start, -1)
                 queries = positions[past + start : past + stop]
-                hidden = ~_visible(observation, queries, keys, window, is_sink)
+                hidden = ~are_visible(observation, queries, keys, window, is_sink)
                 tile_largest = scores.masked_fill_(hidden, -math.inf).amax(-1)
                 tile_smallest = scores.masked_fill_(hidden, math.inf).amin(-1)
                 torch.maximum(row_largest, tile_largest, out=row_largest)
@@ -240,34 +241,3 @@ def _row_extremes(
     sees_nothing = largest < smallest
     scale = head_dim**-0.5
     return largest.masked_fill_(sees_nothing, 0.0) * scale, smallest.masked_fill_(sees_nothing, 0.0) * scale
-
-
-def _visible(
-    observation: Observation, queries: Tensor, keys: Tensor, window: int | None, is_sink: Tensor | None
-) -> Tensor:
-    """Mark the visible pairs of queries and keys, given by position: (batch or 1, 1, queries, keys)."""
-    distances = queries[:, None] - keys
-    visible = (distances >= 0)[None]
-    if window is not None:
-        near = distances < window
-        visible = visible & (near if is_sink is None else near | is_sink[:, None, keys])
-    segment_ids = observation.options.get("segment_ids")
-    if segment_ids is not None:
-        query_ids = segment_ids[:, queries, None]
-        visible = visible & (query_ids == segment_ids[:, None, keys]) & (query_ids >= 0)
-    return visible[:, None]
-
-
-def _sinks(observation: Observation, sink_tokens: int) -> Tensor | None:
-    """Mark the keys that are sink tokens of their segment: (batch or 1, kv_len); None if there are none."""
-    if sink_tokens == 0:
-        return None
-    positions = torch.arange(observation.k.shape[2], device=observation.k.device)[None]
-    segment_ids = observation.options.get("segment_ids")
-    if segment_ids is None:
-        return positions < sink_tokens
-    ids, order = segment_ids.sort(dim=-1, stable=True)  # an id may occur in several runs
-    begins = torch.ones_like(ids, dtype=torch.bool)
-    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    places = positions - (positions * begins).cummax(-1).values
-    return torch.empty_like(begins).scatter_(1, order, places < sink_tokens)

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from longshort.checks import check_fields
+from longshort.checks import check_fields, flag
 from longshort.data import TokenOrder
 
 PositionEmbedding = Literal["learned", "rope", "alibi", "none"]
 AttentionPrecision = Literal["input", "fp32", "bf16", "bf16-flash"]
-Schedule = Literal["cosine", "constant"]
+Schedule = Literal["cosine", "constant", "wsd"]
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 OnSpike = Literal["report", "stop", "rollback"]
@@ -103,16 +103,19 @@ class TrainConfig:
     """Learning rate after the warm-up."""
 
     min_learning_rate: Annotated[float, Ge(0)] | None = None
-    """Learning rate at the end of the cosine. None: a tenth of the learning rate."""
+    """Learning rate at the end of the schedule. None: a tenth of the learning rate; with wsd 0."""
 
     schedule: Schedule = "cosine"
-    """Course of the learning rate after the warm-up."""
+    """Course of the learning rate after the warm-up; wsd is constant, then falls linearly."""
 
     warmup_steps: Annotated[int, Ge(0)] | None = None
     """Steps of linear warm-up. None: a tenth of the steps, at most 2000."""
 
     schedule_steps: Annotated[int, Ge(1)] | None = None
-    """Step at which the cosine ends; then the learning rate is constant. None: the steps of this run."""
+    """Step at which the schedule ends; then the learning rate is constant. None: the steps of this run."""
+
+    decay_steps: Annotated[int, Ge(1)] | None = None
+    """Length of the fall with wsd. None: a tenth of the schedule."""
 
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     """AdamW: decay of the mean of gradients."""
@@ -167,6 +170,13 @@ class TrainConfig:
 
     evaluate_every: Annotated[int, Ge(0)] = 200
     """Steps between validation losses. 0: none."""
+
+    stop_at_loss: Annotated[float, Gt(0)] | None = None
+    """End the run, with a checkpoint, once a validation loss is this low."""
+
+    probe: bool = False
+    """With each validation loss, also measure the attention logits of those sequences by head, and the loss
+    on the second half of random tokens that repeat, which shows whether the model copies."""
 
     validation_windows: Annotated[int, Ge(1)] = 64
     """Most sequences of the validation split on which the validation loss is measured. If the split is
@@ -227,11 +237,15 @@ class TrainConfig:
             )
         if self.monitor_row_range and not self.monitor_every:
             raise ValueError(f"--monitor-row-range needs --monitor-every >= 1, got {self.monitor_every}")
+        for name in ("stop_at_loss", "probe"):
+            if getattr(self, name) and not self.evaluate_every:
+                raise ValueError(f"{flag(name)} needs --evaluate-every >= 1, got {self.evaluate_every}")
         if self.qk_clip is not None and self.qk_norm:
             raise ValueError(
                 f"--qk-clip does not go with --qk-norm, which undoes any scaling, got {self.qk_clip}"
             )
         warmup_steps, schedule_steps, min_learning_rate = self.schedule_or_defaults()
+        decay_steps = self.decay_or_default()
         if min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"--min-learning-rate must be at most --learning-rate ({self.learning_rate}), "
@@ -242,14 +256,26 @@ class TrainConfig:
                 f"--warmup-steps must be below the end of the cosine ({schedule_steps}: "
                 f"--schedule-steps, else --steps), got {warmup_steps}"
             )
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(f"--decay-steps goes only with --schedule wsd, got {self.schedule}")
+        if self.schedule == "wsd" and warmup_steps + decay_steps > schedule_steps:
+            raise ValueError(
+                f"--warmup-steps ({warmup_steps}) and --decay-steps ({decay_steps}) must be at most the "
+                f"{schedule_steps} steps of the schedule (--schedule-steps, else --steps) together"
+            )
 
     def schedule_or_defaults(self) -> tuple[int, int, float]:
         """Return `warmup_steps`, `schedule_steps` and `min_learning_rate`, defaults filled in."""
+        lowest = 0.0 if self.schedule == "wsd" else self.learning_rate / 10
         return (
             min(2000, self.steps // 10) if self.warmup_steps is None else self.warmup_steps,
             self.steps if self.schedule_steps is None else self.schedule_steps,
-            self.learning_rate / 10 if self.min_learning_rate is None else self.min_learning_rate,
+            lowest if self.min_learning_rate is None else self.min_learning_rate,
         )
+
+    def decay_or_default(self) -> int:
+        """Return `decay_steps`, or their default: a tenth of the schedule."""
+        return max(1, self.schedule_or_defaults()[1] // 10) if self.decay_steps is None else self.decay_steps
 
     def model_overrides(self) -> dict[str, Any]:
         """Return the model settings that were given, under the names of `LongShortConfig`."""

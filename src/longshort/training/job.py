@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from longshort.data import Batch, Batches, DataFolder, validation_windows
+from longshort.data import Batch, Batches, DataFolder, copying_windows, validation_windows
 from longshort.model import LongShortForCausalLM
 from longshort.training.parallel import Ranks
 from longshort.training.run import RunConfig
+
+_COPYING_WINDOWS = 8
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Job:
     batches: Batches
     windows: Batch | None
     """Windows for the validation loss; None if it is not measured."""
+    copying: Batch | None = None
+    """Windows for the loss of copying; None if it is not measured."""
 
 
 def prepare_job(run: RunConfig, data: DataFolder, ranks: Ranks) -> Job:
@@ -46,5 +50,16 @@ def prepare_job(run: RunConfig, data: DataFolder, ranks: Ranks) -> Job:
         validation_length = length  # a shorter window has its tokens in another order
     if settings.evaluate_every and validation_length > 0:
         windows = validation_windows(data.validation, validation_length, settings.validation_windows, **order)
+    copying = (
+        copying_windows(data.validation, length, _COPYING_WINDOWS) if settings.probe and length >= 4 else None
+    )
     batches = Batches(data.train, length, settings.batch_size, settings.seed, **order)
-    return Job(run, run.build_model(), batches, windows)
+    return Job(run, run.build_model(), batches, windows, copying)
+
+
+def checkpoint_activations(model: LongShortForCausalLM) -> None:
+    """Recompute each layer of the model in the backward pass."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:  # the method's name in earlier releases of transformers 5
+        model.gradient_checkpointing_enable({"use_reentrant": False})

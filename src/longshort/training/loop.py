@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from longshort.model import LongShortForCausalLM
 from longshort.stability import AttentionMonitor, QKClip, Reading, SpikeDetector
 from longshort.training.checkpoints import (
     TrainState,
@@ -31,9 +30,9 @@ from longshort.training.checkpoints import (
 )
 from longshort.training.config import TrainConfig
 from longshort.training.interrupts import Interrupts
-from longshort.training.job import Job, prepare_job
+from longshort.training.job import Job, checkpoint_activations, prepare_job
 from longshort.training.metrics import MetricsLog
-from longshort.training.optimization import learning_rate_at, make_optimizer, optimizer_step, validation_loss
+from longshort.training.optimization import learning_rate_at, make_optimizer, optimizer_step
 from longshort.training.parallel import Ranks, connect
 from longshort.training.progress import Progress, RunOutcome, resume_command
 from longshort.training.recorder import Recorder, Taken, is_due
@@ -46,6 +45,7 @@ from longshort.training.run import (
     read_run,
     write_config,
 )
+from longshort.training.validation import Validation
 
 
 def train(settings: TrainConfig, progress: Progress | None = None) -> RunOutcome:
@@ -161,7 +161,8 @@ class _Training:
         if settings.qk_clip is not None:
             self._clip = QKClip(self._model, settings.qk_clip)
             self._clip_monitor = AttentionMonitor(self._model, None)  # only what the clip needs
-        self._recorder = Recorder(settings, log, progress)
+        validation = None if job.windows is None else Validation(job, ranks)
+        self._recorder = Recorder(settings, log, progress, validation)
 
     def load(self) -> TrainState:
         """Go back to the latest checkpoint, if there is one."""
@@ -176,7 +177,7 @@ class _Training:
     def prepare(self) -> None:
         """Make the loaded model ready for its passes."""
         if self._settings.gradient_checkpointing:
-            _checkpoint_activations(self._model)
+            checkpoint_activations(self._model)
         if self._settings.compile:
             self._model.compile()
         self._trained = self._ranks.wrap(self._model)
@@ -191,7 +192,8 @@ class _Training:
     def run(self, state: TrainState, interrupts: Interrupts) -> RunOutcome:
         """Run the steps after `state`: each is taken, recorded, and checked for a spike."""
         settings = self._settings
-        while state.step < settings.steps:
+        is_done = state.step >= settings.steps or self._ranks.any(self._recorder.is_at_goal)
+        while not is_done:
             state, taken = self._step(state)
             spike = self._observe(state, taken)
             action = None if spike is None else spike["action"]
@@ -199,10 +201,11 @@ class _Training:
                 state = self._roll_back(spike, state)
                 continue
             is_interrupted = self._ranks.any(interrupts.signal is not None)
-            self._checkpoint(state, is_interrupted, is_interrupted or action == "stop")
+            is_done = state.step >= settings.steps or self._recorder.is_at_goal
+            self._checkpoint(state, is_interrupted, is_done, action == "stop")
             if action == "stop":
                 return RunOutcome(settings.out, state.step, settings.steps, None, stopped_by_spike=True)
-            if is_interrupted and state.step < settings.steps:
+            if is_interrupted and not is_done:
                 number = interrupts.signal or signal.SIGTERM
                 return RunOutcome(settings.out, state.step, settings.steps, number)
         return RunOutcome(settings.out, state.step, settings.steps, None)
@@ -237,17 +240,12 @@ class _Training:
             spike = self._look_for_spike(loss, norm, taken.reading, state)
             self._recorder.add_work(0, time.perf_counter() - started)
             if has_line or spike is not None:
-                validate = None if self._job.windows is None else self._validation_loss
-                record = self._recorder.write(state, taken, loss, norm, spike, validate)
+                record = self._recorder.write(state, taken, loss, norm, spike)
         if self._log is not None:
             self._progress.on_step(state.step, record)
             if spike is not None:
                 self._progress.on_message(describe(spike, self._settings, state))
         return spike
-
-    def _validation_loss(self) -> float:
-        assert self._job.windows is not None
-        return validation_loss(self._model, self._job.windows, self._settings, self._ranks)
 
     def _look_for_spike(
         self, loss: float, norm: float, reading: Reading | None, state: TrainState
@@ -258,17 +256,17 @@ class _Training:
         spike = self._detector.observe(state.step, loss, norm, None if reading is None else reading.max_logit)
         return None if spike is None else respond(spike, self._settings, state)
 
-    def _checkpoint(self, state: TrainState, is_interrupted: bool, is_stopped: bool) -> None:
-        """Write a checkpoint, if one is due or the run stops here."""
+    def _checkpoint(self, state: TrainState, is_interrupted: bool, is_done: bool, is_stopped: bool) -> None:
+        """Write a checkpoint, if one is due or the run ends here."""
         settings = self._settings
         is_regular = is_due(state.step, settings.checkpoint_every, settings.steps)
-        if self._log is None or not (is_regular or is_stopped):
+        if self._log is None or not (is_regular or is_interrupted or is_done or is_stopped):
             return
         if is_interrupted:
             self._progress.on_message("stopping; a checkpoint is written first, Ctrl-C again stops at once")
         self._log.sync()
         self._save(state)
-        if is_stopped and state.step < settings.steps:
+        if (is_interrupted and not is_done) or (is_stopped and state.step < settings.steps):
             command = resume_command(settings.out, self._ranks)
             self._progress.on_message(f"stopped after step {state.step}; to resume: {command}")
 
@@ -290,10 +288,3 @@ class _Training:
             onset -= self._detector.rise_steps  # a slow rise is detected this much later
         save_checkpoint(run, self._model, self._optimizer, state)
         keep_checkpoints(run, checkpoints_to_keep(self._settings, onset))
-
-
-def _checkpoint_activations(model: LongShortForCausalLM) -> None:
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:  # the method's name in earlier releases of transformers 5
-        model.gradient_checkpointing_enable({"use_reentrant": False})

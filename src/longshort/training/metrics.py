@@ -11,7 +11,9 @@ A line is one strict JSON object. Its keys:
 - on the steps that measure them, `max_logit_by_head` and `entropy_by_head` (nats), a list for each layer.
   With `monitor_row_range` also `row_range` and its parts `row_range_local`, `row_range_global` and
   `row_range_global_in_band`: the largest difference between two logits of one query, null as above.
-- `validation_loss` (nats per token) after the step, on evaluated steps.
+- `validation_loss` (nats per token) after the step, on evaluated steps; with `probe` also `copying_loss`, on
+  the second half of random tokens that repeat, and `probe`, the attributes of a `ProbeReading` on the
+  validation windows by name.
 - `qk_clipped`: with QK-clip, the heads that were scaled after the step.
 - `spike`, on a step that showed one: `reasons`, `onset` (the step at which it began) and `action`; with the
   action "rollback" also `to_step`, the steps that stay done, and `batches_skipped`, batches left out so far.

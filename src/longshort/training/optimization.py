@@ -18,14 +18,19 @@ from longshort.training.parallel import Ranks
 def learning_rate_at(settings: TrainConfig, step: int) -> float:
     """Return the learning rate of a step, counted from 0.
 
-    Linear warm-up to `learning_rate` over `warmup_steps`, then a half cosine down to `min_learning_rate` at
-    `schedule_steps`, where it stays; or, for the constant schedule, no change.
+    Linear warm-up to `learning_rate` over `warmup_steps`; then, for the constant schedule, no change; for
+    cosine a half cosine down to `min_learning_rate` at `schedule_steps`, where it stays; for wsd (warm-up,
+    stable, decay) no change but a line down to `min_learning_rate` over the last `decay_steps` of the
+    schedule.
     """
     warmup_steps, schedule_steps, lowest = settings.schedule_or_defaults()
     if step < warmup_steps:
         return settings.learning_rate * (step + 1) / (warmup_steps + 1)
     if settings.schedule == "constant":
         return settings.learning_rate
+    if settings.schedule == "wsd":
+        left = min(1.0, max(0, schedule_steps - step) / settings.decay_or_default())
+        return lowest + (settings.learning_rate - lowest) * left
     done = min(1.0, (step - warmup_steps) / (schedule_steps - warmup_steps))
     return lowest + (settings.learning_rate - lowest) * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -111,7 +116,7 @@ def _forward(model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, windows: Batch, settings: TrainConfig, ranks: Ranks) -> float:
-    """Compute the mean cross-entropy over windows, nats per token.
+    """Compute the mean cross-entropy over windows that have equally many labels, nats per token.
 
     Each rank takes every world_size-th micro-batch.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from longshort.training.checkpoints import TrainState
 from longshort.training.config import TrainConfig
 from longshort.training.metrics import MetricsLog
 from longshort.training.progress import Progress
+from longshort.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,22 @@ class Recorder:
         settings: settings of the run.
         log: receives the lines; None on all processes but the main one.
         progress: receives messages for the user.
+        validation: measures on validation windows; None if there are none.
+
+    Attributes:
+        is_at_goal: whether the last line has a validation loss at which the run is to end.
     """
 
-    def __init__(self, settings: TrainConfig, log: MetricsLog | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        settings: TrainConfig,
+        log: MetricsLog | None,
+        progress: Progress,
+        validation: Validation | None,
+    ) -> None:
         self._settings, self._log, self._progress = settings, log, progress
+        self._validation = validation
+        self.is_at_goal = False
 
     def begin(self, state: TrainState) -> None:
         """Continue after the steps that are done."""
@@ -59,6 +71,7 @@ class Recorder:
         if self._log is not None:
             last_line = self._log.begin(state.step, self._settings.tensorboard, state.attempt) or {}
             self._max_logits = {name: last_line[name] for name in MAX_LOGITS if name in last_line}
+            self.is_at_goal = self._is_at_goal(last_line)
 
     def add_work(self, tokens: int, seconds: float) -> None:
         """Count the tokens and seconds of training alone: the speed leaves out checkpoints and validation."""
@@ -78,7 +91,6 @@ class Recorder:
         loss: float,
         norm: float,
         spike: dict[str, Any] | None,
-        validate: Callable[[], float] | None,
     ) -> dict[str, Any]:
         """Write the line of a step and return it; see `longshort.training.metrics`.
 
@@ -87,7 +99,6 @@ class Recorder:
             taken: the step.
             loss, norm: the means over all ranks.
             spike: the entry of a spike.
-            validate: computes the validation loss; None if there are no windows for it.
         """
         record: dict[str, Any] = {
             "step": state.step,
@@ -103,8 +114,10 @@ class Recorder:
             measured = taken.reading.as_metrics()
             self._max_logits = {name: measured[name] for name in MAX_LOGITS}
         record |= self._max_logits | measured
-        if validate is not None and is_due(state.step, self._settings.evaluate_every, self._settings.steps):
-            record["validation_loss"] = validate()
+        settings = self._settings
+        if self._validation is not None and is_due(state.step, settings.evaluate_every, settings.steps):
+            record |= self._validation.measure()
+        self.is_at_goal = self._is_at_goal(record)
         if taken.clipped is not None:
             record["qk_clipped"] = taken.clipped
         if state.attempt:
@@ -115,6 +128,10 @@ class Recorder:
             self._log.write(record)
             self._report_divergence(record)
         return record
+
+    def _is_at_goal(self, record: dict[str, Any]) -> bool:
+        goal, loss = self._settings.stop_at_loss, record.get("validation_loss")
+        return goal is not None and loss is not None and loss <= goal
 
     def _report_divergence(self, record: dict[str, Any]) -> None:
         is_finite = math.isfinite(record["loss"])

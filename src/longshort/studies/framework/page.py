@@ -16,6 +16,7 @@ _TONES = {
     Outcome.CONTRADICTED: "bad",
     Outcome.ILLUSTRATED: "neutral",
     Outcome.NOT_MEASURED: "neutral",
+    Outcome.NOT_REACHED: "neutral",
 }
 
 

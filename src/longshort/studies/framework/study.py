@@ -84,6 +84,7 @@ class Outcome(Enum):
     CONTRADICTED = "contradicted at this scale"
     ILLUSTRATED = "illustrated"
     NOT_MEASURED = "not measured at this scale"
+    NOT_REACHED = "open: not reached"
 
 
 @dataclass(frozen=True)

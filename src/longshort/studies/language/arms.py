@@ -121,6 +121,43 @@ def tiny(length: int, batch: int, steps: int, rates: Sequence[float] = Setting.r
     )
 
 
+def steady(length: int, tokens: int, steps: int, rates: Sequence[float] = (3e-3,), **train: Any) -> Setting:
+    """Make a setting of the preset `tiny` for comparisons at equal progress: a constant learning rate, then a
+    line to 0 over the last tenth; a probe of 32 validation windows every 50 steps.
+
+    Args:
+        length: tokens of a sequence.
+        tokens: tokens of a step.
+        steps: steps of a run.
+        rates: learning rates; a single one is not swept.
+        **train: further fields of `TrainConfig`.
+    """
+    every = max(1, min(50, steps // 10))
+    return Setting(
+        {"preset": "tiny", "attention_precision": "bf16"},
+        {
+            "sequence_length": length,
+            "batch_size": tokens // length,
+            "steps": steps,
+            "warmup_steps": min(200, steps // 4),
+            "schedule": "wsd",
+            "decay_steps": max(1, steps // 10),
+            "validation_windows": 32,
+            "evaluate_every": every,
+            "monitor_every": every,
+            "checkpoint_every": min(steps, 1000),
+            "keep_checkpoints": 1,
+            "probe": True,
+            **train,
+        },
+        f"Models of 2 layers, width 64 and 4 heads of 16, on bytes: {steps:,} steps of {tokens:,} bytes in "
+        f"sequences of {length}, a constant learning rate after the warm-up that falls to 0 over the last "
+        "tenth, weight decay 0.1, attention in bf16; LS has one global head and three with a window of 16. "
+        "All arms of a seed start from the same weights and see the same batches.",
+        rates,
+    )
+
+
 PAPER_RATES: Sequence[float] = (3e-4, 1e-3, 3e-3)
 """The learning rates around the author's 6e-4."""
 

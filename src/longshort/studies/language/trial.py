@@ -24,6 +24,7 @@ from longshort.training.run import CONFIG_FILE
 from longshort.training.trained import open_trained
 
 _CURVE_POINTS = 60
+_DIGITS = 4
 _HEAD_POINTS = 20
 _LOGITS = (
     "max_logit",
@@ -106,7 +107,9 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Reduce a run's metrics.jsonl to numbers: JSON, None for what was not finite.
 
     `loss` is the mean training loss of the last tenth of the steps, largest logits and row ranges are those
-    of the last tenth of the measurements. Curves are lists of [step, value].
+    of the last tenth of the measurements. Curves are lists of [step, value]. Runs with a probe also have
+    `probe`, by `probe_series`, and `copying_curve`; `constant_until`, the last step before the learning rate
+    falls; and `constant_loss`, the validation loss there.
     """
     metrics = read_metrics(run)
     losses = [line["loss"] for line in metrics]
@@ -124,7 +127,7 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_per_step": training["sequence_length"] * training["batch_size"],
         "loss": None if None in tail else fmean(tail),
         "validation_loss": validated[-1][1],
-        "diverged_at": divergence_step(losses),
+        "diverged_at": divergence_step(losses, 0.14 if training.get("probe") else 0.5),
         "spikes": _count_spikes(metrics),
         **{name: largest(line[name] for line in late) for name in names},
         "max_logit_by_head": [
@@ -136,8 +139,51 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             name: [[line["step"], line[name]] for line in _thinned(monitored, _CURVE_POINTS)]
             for name in names
         },
+        **(_progress(metrics, validated, training) if training.get("probe") else {}),
         "timing": {"tokens_per_second": median(line["tokens_per_second"] for line in metrics)},
     }
+
+
+def _progress(
+    metrics: Sequence[Mapping[str, Any]], validated: Sequence[Sequence[Any]], training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Reduce what a run with a probe measured."""
+    lines = [line for line in metrics if "probe" in line]
+    constant_until = training["steps"] - training.get("decay_steps", 0)
+    return {
+        "constant_until": constant_until,
+        "constant_loss": [value for step, value in validated if step <= constant_until][-1],
+        "probe": {
+            "step": [line["step"] for line in lines],
+            **probe_series([line["probe"] for line in lines]),
+        },
+        "copying_curve": [[line["step"], _rounded(line["copying_loss"])] for line in lines],
+    }
+
+
+def probe_series(readings: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """Reduce the readings of a probe over heads.
+
+    For each of `max_logit`, `quantile` and `row_range`: the largest of all heads, `…_median` of all, the
+    largest over the pairs in the band alone, `…_in_band`, and each head's, `…_layer_0_head_0` and so on.
+    """
+    series: dict[str, list[float | None]] = {}
+    for name in ("max_logit", "quantile", "row_range"):
+        for reading in readings:
+            layers = reading[name]
+            heads = [value for layer in layers for value in layer]
+            found = {name: largest(heads), f"{name}_median": None if None in heads else median(heads)}
+            if reading[f"{name}_in_band"] is not None:
+                found[f"{name}_in_band"] = largest(v for layer in reading[f"{name}_in_band"] for v in layer)
+            for index, layer in enumerate(layers):
+                found |= {f"{name}_layer_{index}_head_{head}": value for head, value in enumerate(layer)}
+            for key, value in found.items():
+                series.setdefault(key, []).append(_rounded(value))
+    return series
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.{_DIGITS}g}")
 
 
 def _logging(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +193,7 @@ def _logging(training: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "log_every": 1,
         "monitor_every": every,
-        "monitor_row_range": True,
+        "monitor_row_range": not training.get("probe"),
         "evaluate_every": every,
         "checkpoint_every": steps,
         "tensorboard": False,

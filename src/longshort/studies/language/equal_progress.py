@@ -1,0 +1,163 @@
+"""Comparison of language models at equal progress: where their validation losses first are equally low.
+
+Logits grow while a model learns, and models learn at different speeds. So numbers of a run are read off where
+its validation loss first falls to a fixed value, at the constant learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from longshort.reporting.intervals import Interval, paired_log_ratio
+from longshort.studies.framework.comparison import ArmResults, Arms, interval_text
+from longshort.studies.framework.study import Claim, Outcome, Verdict, not_measured
+
+LOSSES = (2.2, 2.1, 2.0, 1.7, 1.3)
+"""Validation losses, nats per byte, at which runs are compared."""
+
+BEGUN = 2.3
+"""A model whose validation loss stays above this has not begun to learn from context."""
+
+LEAST_LOSSES = 2
+"""A verdict needs this many of `LOSSES`."""
+
+LOSSES_TEXT = f"{', '.join(map(str, LOSSES[:-1]))} and {LOSSES[-1]}"
+
+Result = Mapping[str, Any]
+
+
+def step_at(result: Result, loss: float) -> float | None:
+    """Interpolate the step at which the validation loss first is as low, at the constant rate; None if it
+    never is."""
+    before: tuple[float, float] | None = None
+    for step, value in result["validation_curve"]:
+        if step > result["constant_until"]:
+            return None
+        if value is None:
+            before = None
+        elif value <= loss:
+            if before is None:
+                return step
+            return before[0] + (before[1] - loss) / (before[1] - value) * (step - before[0])
+        else:
+            before = (step, value)
+    return None
+
+
+def at_loss(result: Result, quantity: str, loss: float) -> float | None:
+    """Interpolate the logarithm of a quantity of the probe where the validation loss first is as low.
+
+    Args:
+        result: a result of `train_language_model`.
+        quantity: a key of its probe.
+        loss: nats per token.
+    """
+    step, probe = step_at(result, loss), result["probe"]
+    if step is None:
+        return None
+    before: tuple[float, float] | None = None
+    for at, value in zip(probe["step"], probe[quantity], strict=True):
+        if value is None or value <= 0:
+            return None
+        if at >= step:
+            if before is None or at == step:
+                return value
+            share = (step - before[0]) / (at - before[0])
+            return before[1] ** (1 - share) * value**share
+        before = (at, value)
+    return None
+
+
+def losses_reached(results: Iterable[Result], losses: Sequence[float] = LOSSES) -> list[float]:
+    """Return the losses that all of the results reach."""
+    results = list(results)
+    return [loss for loss in losses if all(step_at(result, loss) is not None for result in results)]
+
+
+def ratio_at_loss(first: ArmResults, second: ArmResults, quantity: str, loss: float) -> Interval:
+    """Compute the paired ratio of a quantity of the probe of two arms at equal loss."""
+    sides = [
+        {seed: at_loss(result, quantity, loss) for seed, result in arm.by_rate["best"].items()}
+        for arm in (first, second)
+    ]
+    return paired_log_ratio(*sides).exp()
+
+
+def cost_ratio_at_loss(first: ArmResults, second: ArmResults, unit: str, loss: float) -> Interval:
+    """Compute the paired ratio of the "tokens" or "flops" that two arms spend to reach a loss."""
+    sides = []
+    for arm in (first, second):
+        steps = {seed: step_at(result, loss) for seed, result in arm.by_rate["best"].items()}
+        per_step = arm.results()[0][f"{unit}_per_step"]
+        sides.append({seed: None if step is None else step * per_step for seed, step in steps.items()})
+    return paired_log_ratio(*sides).exp()
+
+
+def judge_at_losses(
+    claim: Claim,
+    arms: Arms,
+    needed: Sequence[str],
+    outcome_at: Callable[[float], Outcome],
+    evidence: Callable[[Sequence[float]], str],
+) -> Verdict:
+    """Judge a claim at the losses that all runs of the needed arms reach.
+
+    The claim is open while a run has not begun to learn, or if fewer than `LEAST_LOSSES` are reached.
+
+    Args:
+        claim: the claim.
+        arms: arms whose trials are done.
+        needed: names of the arms without which the claim is not judged.
+        outcome_at: returns the outcome at one loss.
+        evidence: returns the numbers in words, from the losses that were reached.
+    """
+    if any(name not in arms for name in needed):
+        return not_measured(claim)
+    results = {name: arms[name].results() for name in needed}
+    late = [name for name, runs in results.items() if not losses_reached(runs, [BEGUN])]
+    reached = losses_reached(result for runs in results.values() for result in runs)
+    if late or len(reached) < LEAST_LOSSES:
+        reason = f"{', '.join(late)} did not fall to {BEGUN} nats per byte on every seed" if late else (
+            f"All runs reach {', '.join(map(str, reached)) or 'none'} of the losses"
+        )  # fmt: skip
+        return Verdict(claim, Outcome.NOT_REACHED, f"{reason}: too little progress to compare.")
+    return Verdict(claim, combined([outcome_at(loss) for loss in reached]), evidence(reached))
+
+
+def combined(outcomes: Sequence[Outcome]) -> Outcome:
+    """Combine the outcomes at several losses: shown, or partly, needs `LEAST_LOSSES` of them and none
+    against."""
+    against = outcomes.count(Outcome.CONTRADICTED)
+    shown = outcomes.count(Outcome.SHOWN)
+    partly = shown + outcomes.count(Outcome.PARTLY)
+    if against:
+        alone = against >= LEAST_LOSSES and not partly
+        return Outcome.CONTRADICTED if alone else Outcome.NOT_SHOWN
+    if shown >= LEAST_LOSSES:
+        return Outcome.SHOWN
+    return Outcome.PARTLY if partly >= LEAST_LOSSES else Outcome.NOT_SHOWN
+
+
+def ratios_text(first: ArmResults, second: ArmResults, quantity: str, losses: Sequence[float]) -> str:
+    """Format the ratios at equal losses: "0.5 [0.4, 0.6] at 2.0"."""
+    return ", ".join(
+        f"{interval_text(ratio_at_loss(first, second, quantity, loss))} at {loss}" for loss in losses
+    )
+
+
+def is_alike(interval: Interval, factor: float) -> bool:
+    """Return whether a ratio is shown to be alike: its interval lies between 1/factor and factor."""
+    return interval.is_known and interval.low > 1 / factor and interval.high < factor
+
+
+def sign_test(first: int, second: int) -> float:
+    """Compute the exact two-sided p-value of a paired sign test.
+
+    Args:
+        first, second: pairs in which something happened on this side alone.
+    """
+    pairs, fewer = first + second, min(first, second)
+    tail = sum(math.comb(pairs, count) for count in range(fewer + 1)) / 2**pairs
+    return min(1.0, 2 * tail)
