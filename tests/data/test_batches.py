@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from tests.data.conftest import WriteTokens
 
-from longshort.data import Batch, Batches, DocumentStart, TokenFile, validation_windows
+from longshort.data import Batch, Batches, DocumentStart, TokenFile, copying_windows, validation_windows
 
 quick = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -272,3 +272,34 @@ def test_a_bad_part_is_refused(token_file: TokenFile, arguments: dict[str, Any],
 def test_bad_validation_windows_are_refused(token_file: TokenFile, arguments: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be an integer in 1 …"):
         validation_windows(token_file, **arguments)  # pyright: ignore[reportArgumentType]
+
+
+def test_copying_windows_repeat_their_first_half(token_file: TokenFile) -> None:
+    batch = copying_windows(token_file, 21, count=3)
+    assert batch.input_ids.shape == batch.labels.shape == (3, 20)
+    first, second = batch.input_ids.split(10, dim=1)
+    assert torch.equal(first, second)
+    assert int(first.max()) < len(token_file) and len(first.unique()) > 20
+    counted = batch.labels != -100
+    assert counted.sum(1).tolist() == [10] * 3  # from the last token of the first half on
+    assert torch.equal(batch.labels[counted], batch.input_ids.roll(-1, 1)[counted])
+    assert torch.equal(copying_windows(token_file, 21, 3).input_ids, batch.input_ids)
+    assert not torch.equal(copying_windows(token_file, 21, 3, seed=1).input_ids, batch.input_ids)
+
+
+@pytest.mark.parametrize("length", [4, 5, 400])
+def test_the_tokens_of_the_second_half_are_the_labels(token_file: TokenFile, length: int) -> None:
+    labels = copying_windows(token_file, length, 2).labels
+    half = length // 2
+    assert (labels[:, : half - 1] == -100).all() and (labels[:, half - 1 : -1] >= 0).all()
+    assert (labels[:, -1] == -100).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"sequence_length": 3}, "sequence_length"), ({"count": 0}, "count"), ({"seed": -1}, "seed")],
+    ids=str,
+)
+def test_bad_copying_windows_are_refused(token_file: TokenFile, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        copying_windows(token_file, **{"sequence_length": 8, "count": 1, **changes})

@@ -95,6 +95,31 @@ def test_a_sequence_has_as_many_tokens_as_pieces() -> None:
     assert settings(sequence_length=8).interleave > 8
 
 
+@pytest.mark.parametrize(("name", "value"), [("probe", True), ("stop_at_loss", 2.0)])
+def test_what_validation_measures_needs_validation(name: str, value: Any) -> None:
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ValueError, match=f"{flag} needs --evaluate-every >= 1, got 0"):
+        settings(evaluate_every=0, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decay_steps": 5}, "--decay-steps goes only with --schedule wsd, got cosine"),
+        (
+            {"schedule": "wsd", "steps": 10, "warmup_steps": 5, "decay_steps": 6},
+            "must be at most the 10 steps",
+        ),
+        ({"schedule": "wsd", "decay_steps": 0}, "--decay-steps must be an integer >= 1, got 0"),
+        ({"stop_at_loss": 0.0}, "--stop-at-loss must be a number > 0, got 0.0"),
+    ],
+    ids=str,
+)
+def test_what_contradicts_the_schedule_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings(**changes)
+
+
 def test_the_row_range_needs_measurements() -> None:
     with pytest.raises(ValueError, match="--monitor-row-range needs --monitor-every >= 1, got 0"):
         settings(monitor_row_range=True, monitor_every=0)

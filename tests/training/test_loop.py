@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.runs import Recorder, SettingsFor, assert_close_metrics, losses
+from tests.training.runs import Recorder, SettingsFor, assert_close_metrics, losses, without_speed
 
 from longshort.data import DataFolder, prepare, validation_windows
 from longshort.evaluation import generate_text
@@ -51,6 +51,39 @@ def test_run_writes_what_was_measured_when_it_was(settings_for: SettingsFor) -> 
     assert recorder.starts == [0]
     assert recorder.steps == list(enumerate(records, start=1))
     assert recorder.messages == []
+
+
+def test_the_probe_measures_validation_windows_by_head(settings_for: SettingsFor) -> None:
+    settings = settings_for(probe=True, tensorboard=True, micro_batch_size=2)
+    train(settings)
+    plain = settings_for("plain", micro_batch_size=2)
+    train(plain)
+    for record, without in zip(read_metrics(settings.out), read_metrics(plain.out), strict=True):
+        assert record["loss"] == without["loss"]
+        assert record.get("validation_loss") == pytest.approx(without.get("validation_loss"))
+        assert ("probe" in record) == ("copying_loss" in record) == ("validation_loss" in record)
+    last = read_metrics(settings.out)[-1]
+    assert list(last["probe"]) == [
+        "max_logit", "quantile", "row_range", "max_logit_in_band", "quantile_in_band", "row_range_in_band"
+    ]  # fmt: skip
+    assert torch.tensor(list(last["probe"].values())).shape == (6, 2, 4)
+    assert 0 < last["copying_loss"] < 20
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_run_ends_at_the_loss_it_is_to_reach(settings_for: SettingsFor, is_first: bool) -> None:
+    plain = settings_for()
+    train(plain)
+    first, last = (line["validation_loss"] for line in read_metrics(plain.out) if "validation_loss" in line)
+    goal = first + 1e-6 if is_first else (first + last) / 2
+    settings = settings_for("goal", stop_at_loss=goal)
+    outcome = train(settings)
+    end = 6 if is_first else 12
+    assert (outcome.step, outcome.signal, outcome.exit_code) == (end, None, 0)
+    assert without_speed(settings.out) == without_speed(plain.out)[:end]
+    assert (settings.out / "checkpoints" / f"step-{end}").is_dir()
+    assert resume(settings.out).step == end
+    assert without_speed(settings.out) == without_speed(plain.out)[:end]
 
 
 def test_lines_come_when_logged_monitored_or_evaluated_and_at_the_end(settings_for: SettingsFor) -> None:

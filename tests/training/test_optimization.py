@@ -71,6 +71,24 @@ def test_constant_after_warmup(step: int, rate: float) -> None:
     assert learning_rate_at(chosen, step) == pytest.approx(rate, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [(0, 2e-3 / 3), (2, 2e-3), (89, 2e-3), (90, 2e-3), (95, 1e-3), (99, 2e-4), (100, 0.0), (500, 0.0)],
+)
+def test_wsd_is_constant_then_falls_to_zero(step: int, rate: float) -> None:
+    chosen = settings(schedule="wsd", learning_rate=2e-3, warmup_steps=2, steps=100)
+    assert learning_rate_at(chosen, step) == pytest.approx(rate, rel=1e-12)
+
+
+def test_wsd_falls_where_it_is_told_to() -> None:
+    chosen = settings(
+        schedule="wsd", learning_rate=2e-3, warmup_steps=0, schedule_steps=50, decay_steps=20,
+        min_learning_rate=1e-3,
+    )  # fmt: skip
+    found = [learning_rate_at(chosen, step) for step in (30, 40, 50)]
+    assert found == pytest.approx([2e-3, 1.5e-3, 1e-3], rel=1e-12)
+
+
 def test_the_papers_schedule_is_almost_flat_over_the_steps_that_are_run() -> None:
     chosen = settings(warmup_steps=2000, schedule_steps=600_000, steps=50_000)
     assert learning_rate_at(chosen, 49_999) > 0.98 * chosen.learning_rate

@@ -119,9 +119,10 @@ def validation_windows(
 
 
 def copying_windows(token_file: TokenFile, sequence_length: int, count: int, seed: int = 0) -> Batch:
-    """Returns `count` sequences whose second half repeats the first: tokens drawn one by one from the file.
+    """Return `count` sequences whose second half repeats the first: tokens drawn one by one from the file.
 
-    Labels of the first half are -100, which no loss counts: those of the second can be known only by copying.
+    The labels that count are the tokens of the second half, which only copying can predict, after the first
+    of them; the others are -100.
 
     Raises:
         ValueError: sequence_length < 4, count < 1, or seed < 0.
