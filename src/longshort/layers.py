@@ -76,6 +76,8 @@ class LongShortAttention(nn.Module):
         observer: called with an `Observation` in every forward pass (in a checkpointed one also when it is
             recomputed) while it is not None; it changes no bit of outputs and gradients. `add_observer`
             adds more than one.
+        function: computes the attention of passes without a cache, and of observed ones; takes and returns
+            what `longshort.attention.attention` does, which it is unless it is replaced.
 
     Raises:
         TypeError: layout is no HeadLayout, or rotary no Rotary.
@@ -134,6 +136,7 @@ class LongShortAttention(nn.Module):
         self.attention_precision = attention_precision
         self.softcap = softcap
         self.backend = backend
+        self.function: Callable[..., Any] = attention
         self.observer: Observer | None = None
         self._observers: tuple[Observer, ...] = ()  # compilers look at it: equal ones are no new graph
         self._rotated_runs = rotated_runs(rotary, layout, head_dim)
@@ -229,10 +232,12 @@ class LongShortAttention(nn.Module):
             if not self.is_observed:
                 if cache is not None:
                     return cache.attend(q, k, v, backend=self.backend, **options)
-                return attention(q, k, v, self.layout, backend=self.backend, **options)
+                return self.function(q, k, v, self.layout, backend=self.backend, **options)
             if cache is not None:
                 k, v = cache.update(k, v, segment_ids)
-            out, stats = attention(q, k, v, self.layout, backend=self.backend, return_stats=True, **options)
+            out, stats = self.function(
+                q, k, v, self.layout, backend=self.backend, return_stats=True, **options
+            )
         observation = Observation(q, k, v, stats, options)
         for observer in (self.observer, *self._observers):
             if observer is not None:

@@ -13,6 +13,7 @@ from tests.training.runs import Recorder, SettingsFor, assert_close_metrics, los
 
 from longshort.data import DataFolder, prepare, validation_windows
 from longshort.evaluation import generate_text
+from longshort.model import LongShortForCausalLM
 from longshort.stability import ROW_RANGES
 from longshort.training.checkpoints import latest_checkpoint
 from longshort.training.loop import resume, train
@@ -337,3 +338,20 @@ def test_every_setting_reaches_the_config_of_the_run(settings_for: SettingsFor) 
     written = json.loads((settings.out / "config.json").read_text())
     assert list(written) == ["training", "model", "band", "data", "versions", "document_start"]
     assert list(written["training"]) == [field.name for field in fields(settings)]
+
+
+def test_the_model_can_be_prepared(settings_for: SettingsFor) -> None:
+    """Before the first step, and again on resuming, when the checkpoint's weights come after."""
+    seen: list[float] = []
+
+    def prepare_model(model: LongShortForCausalLM) -> None:
+        seen.append(model.lm_head.weight.abs().sum().item())
+        model.lm_head.weight.data.zero_()
+
+    settings = settings_for(steps=3)
+    train(settings, prepare_model=prepare_model)
+    assert losses(settings.out)[0] == pytest.approx(math.log(257), abs=1e-5)  # all logits are 0
+    weight = open_trained(settings.out).model.lm_head.weight
+    resume(settings.out, steps=4, prepare_model=prepare_model)
+    assert losses(settings.out)[3] < math.log(257) - 1e-3 and weight.abs().sum() > 0
+    assert len(seen) == 2 and seen[0] == seen[1] > 0

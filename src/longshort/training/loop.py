@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from longshort.model import LongShortForCausalLM
 from longshort.stability import AttentionMonitor, QKClip, Reading, SpikeDetector
 from longshort.training.checkpoints import (
     TrainState,
@@ -47,13 +49,24 @@ from longshort.training.run import (
 )
 from longshort.training.validation import Validation
 
+PrepareModel = Callable[[LongShortForCausalLM], None]
+"""A function that changes a model in place before it is trained."""
 
-def train(settings: TrainConfig, progress: Progress | None = None) -> RunOutcome:
+
+def train(
+    settings: TrainConfig, progress: Progress | None = None, prepare_model: PrepareModel | None = None
+) -> RunOutcome:
     """Start a run in the folder `settings.out`.
 
     After Ctrl-C or SIGTERM the current step ends, a checkpoint is written and the call returns; a second
     Ctrl-C raises KeyboardInterrupt at once. A loss that is not finite does not stop the run, unless
     `on_spike` asks for it: divergence is a result.
+
+    Args:
+        settings: the settings of the run.
+        progress: reports what happens.
+        prepare_model: changes the model, on the CPU, with its initial weights, before the first step. The
+            run's config does not tell of it: `resume` must be given it again.
 
     Raises:
         ValueError: a setting does not fit the preset, the data or the machine; no file was touched.
@@ -66,6 +79,8 @@ def train(settings: TrainConfig, progress: Progress | None = None) -> RunOutcome
             torch.set_num_threads(settings.threads)
         run, data = plan_run(settings)
         job = prepare_job(run, data, ranks)
+        if prepare_model is not None:
+            prepare_model(job.model)
         ranks.barrier()  # all have seen that the folder is free
         if ranks.is_main:
             create_run(run, data)
@@ -80,6 +95,7 @@ def resume(
     threads: int | None = None,
     data: Path | str | None = None,
     progress: Progress | None = None,
+    prepare_model: PrepareModel | None = None,
 ) -> RunOutcome:
     """Resume a run from its latest checkpoint, with the settings of its config.json.
 
@@ -90,6 +106,8 @@ def resume(
         threads: CPU threads from now on; another number may change the last bits of the losses.
         data: new path of the data folder, if it was moved.
         progress: reports what happens.
+        prepare_model: the one that `train` was given; it is called before the checkpoint's weights are
+            loaded.
 
     Raises:
         FileNotFoundError: there is no such run, or its data was moved.
@@ -106,6 +124,8 @@ def resume(
         assert planned.training.threads is not None
         torch.set_num_threads(planned.training.threads)
         job = prepare_job(planned, open_same_data(planned), ranks)
+        if prepare_model is not None:
+            prepare_model(job.model)
         if ranks.is_main and planned.versions != current_versions():
             progress.on_message(
                 f"started with {planned.versions}, continuing with {current_versions()}: "

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from longshort.studies.explosion import Explosion
-from longshort.studies.framework.study import Workplace
+from longshort.studies.framework.study import Trial, Workplace
 from longshort.studies.language.arms import LS, MHSA, Setting, Variant, paper_base, tiny
 from longshort.studies.language.trial import train_language_model
+from longshort.training.checkpoints import FOLDER
 
 SETTING = tiny(64, batch=2, steps=6)
 
@@ -60,3 +63,43 @@ def test_models_of_the_papers_size_are_built_and_stepped(workplace, length):
     train |= {"warmup_steps": 0, "validation_windows": 1}
     trial = Setting(model, train, "").trial(LS, 3e-4, 0)
     assert train_language_model(trial, workplace)["loss"] > 0
+
+
+def test_a_trial_with_hidden_keys_is_another_training(workplace, tmp_path):
+    plain, *hidden = (SETTING.trial(Variant("LS", hidden_keys=share), 1e-3, 0) for share in (0.0, 0.5, 0.75))
+    assert plain.settings == SETTING.trial(LS, 1e-3, 0).settings
+    assert len({trial.key for trial in (plain, *hidden)}) == 3
+    curves = [
+        train_language_model(trial, workplace)["validation_curve"] for trial in (plain, *hidden, hidden[0])
+    ]
+    assert curves[1] == curves[3] and len({str(curve) for curve in curves}) == 3
+
+
+def test_a_resumed_trial_hides_the_same_keys(workplace, tmp_path):
+    """It stops after a checkpoint, as a signal would stop it, and goes on."""
+    trial = SETTING.trial(Variant("LS", train={"checkpoint_every": 3}, hidden_keys=0.5), 1e-3, 5)
+    results = []
+    for name in ("whole", "parts"):
+        place = Workplace(tmp_path / name, workplace.source)
+        place.folder.mkdir()
+        (place.folder / "data").symlink_to(workplace.folder / "data")
+        result = train_language_model(trial, place)
+        if name == "parts":
+            (run,) = (place.folder / "runs").glob(f"*/{FOLDER}")
+            assert len(list(run.iterdir())) == 2
+            shutil.rmtree(run / "step-6")
+            result = train_language_model(trial, place)
+        result.pop("timing")
+        results.append(result)
+    assert results[0] == results[1]
+
+
+def test_a_trial_starts_from_the_weights_of_another(workplace):
+    first = SETTING.trial(MHSA, 1e-2, 0)
+    trained = train_language_model(first, workplace)
+    model = {**first.settings["model"], "layouts": [[None] * 4] * 2}
+    settings = Setting(model, {**SETTING.train, "warmup_steps": 5}, "").trial(Variant("on"), 1e-9, 3).settings
+    again = train_language_model(Trial("on", 3, {**settings, "start": first.settings}), workplace)
+    new = train_language_model(Trial("new", 3, settings), workplace)
+    assert again["validation_loss"] == pytest.approx(trained["validation_loss"], abs=1e-4)  # hardly any rate
+    assert abs(new["validation_loss"] - trained["validation_loss"]) > 0.01

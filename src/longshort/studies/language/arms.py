@@ -28,12 +28,14 @@ class Variant:
         model: fields of `LongShortConfig`.
         train: fields of `TrainConfig`.
         measure: measurements after the training; see `train_language_model`.
+        hidden_keys: share of the keys that `hide_keys` hides.
     """
 
     name: str
     model: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     measure: Mapping[str, Any] = field(default_factory=dict)
+    hidden_keys: float = 0.0
 
     def with_model(self, name: str, **model: Any) -> Variant:
         """Make a variant with further fields of its model's config."""
@@ -69,6 +71,8 @@ class Setting:
         settings: dict[str, Any] = {"model": model, "train": training}
         if variant.measure:
             settings["measure"] = dict(variant.measure)
+        if variant.hidden_keys:
+            settings["hidden_keys"] = variant.hidden_keys
         sequences = training["steps"] * training["batch_size"]
         return Trial(variant.name, seed, settings, flops * sequences / _FLOPS_PER_SECOND)
 

@@ -6,23 +6,27 @@ import fcntl
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from longshort.data import DataFolder, prepare
 from longshort.evaluation import measure_needle
-from longshort.model import parameter_count, training_flops
+from longshort.model import LongShortForCausalLM, parameter_count, training_flops
 from longshort.reporting.files import replace_file, strict_json
 from longshort.stability import SpikeDetector, divergence_step
 from longshort.studies.framework.study import Study, Trial, Workplace
 from longshort.studies.language.arms import model_config
+from longshort.studies.language.hidden_keys import hide_keys
+from longshort.training.checkpoints import latest_checkpoint, load_weights
 from longshort.training.config import TrainConfig
-from longshort.training.loop import Progress, resume, train
+from longshort.training.loop import PrepareModel, Progress, resume, train
 from longshort.training.metrics import read_metrics
 from longshort.training.run import CONFIG_FILE
 from longshort.training.trained import open_trained
 
+_TRAINING = ("model", "train", "hidden_keys", "start")  # the settings that determine a run
 _CURVE_POINTS = 60
 _DIGITS = 4
 _HEAD_POINTS = 20
@@ -49,17 +53,18 @@ class LanguageStudy(Study):
 def train_language_model(trial: Trial, workplace: Workplace) -> dict[str, Any]:
     """Train the model of a trial, or resume it, and summarize the run.
 
-    The run's folder is WORKPLACE/runs/NAME; trials of the same training share it. `settings["measure"]` may
-    hold "needle": the lengths, depths and samples of `measure_needle`.
+    Beside "model" and "train", the trial's settings may hold:
+
+    - "measure": measurements after the training. "needle": the lengths, depths and samples of
+      `measure_needle`.
+    - "hidden_keys": the share of the keys that `hide_keys` hides in the training passes.
+    - "start": the settings of another training, whose last weights are the first of this one.
 
     Raises:
         InterruptedError: the training was stopped by a signal, after it wrote a checkpoint.
     """
     settings = trial.settings
-    training = Trial(trial.arm, trial.seed, {"model": settings["model"], "train": settings["train"]})
-    run = workplace.folder / "runs" / training.key
-    with _alone(run):
-        _train(run, settings, workplace)
+    with trained_run(settings, workplace) as run:
         result = summarize(run, settings)
         needle = settings.get("measure", {}).get("needle")
         if needle is not None:
@@ -67,10 +72,53 @@ def train_language_model(trial: Trial, workplace: Workplace) -> dict[str, Any]:
         return result
 
 
-def _train(run: Path, settings: Mapping[str, Any], workplace: Workplace) -> None:
+@contextmanager
+def trained_run(settings: Mapping[str, Any], workplace: Workplace) -> Iterator[Path]:
+    """Give the folder of a finished training, alone in it: WORKPLACE/runs/NAME, shared by all trials of the
+    same training; it is trained, or resumed, if it is not finished.
+
+    Args:
+        settings: as for `train_language_model`.
+        workplace: the environment of trials.
+
+    Raises:
+        InterruptedError: the training was stopped by a signal, after it wrote a checkpoint.
+    """
+    training = {name: settings[name] for name in _TRAINING if name in settings}
+    run = workplace.folder / "runs" / Trial("", 0, training).key
+    prepare_model = _preparation(settings, workplace)
+    with _alone(run):
+        _train(run, settings, workplace, prepare_model)
+        yield run
+
+
+def _preparation(settings: Mapping[str, Any], workplace: Workplace) -> PrepareModel:
+    """Return what is done to the model of a training before its first step."""
+    steps: list[PrepareModel] = []
+    if "start" in settings:
+        with trained_run(settings["start"], workplace) as start:
+            checkpoint = latest_checkpoint(start)
+        assert checkpoint is not None
+        steps.append(partial(load_weights, checkpoint))
+    if "hidden_keys" in settings:
+        steps.append(partial(hide_keys, share=settings["hidden_keys"], seed=settings["train"]["seed"]))
+
+    def prepare_model(model: LongShortForCausalLM) -> None:
+        for step in steps:
+            step(model)
+
+    return prepare_model
+
+
+def _train(
+    run: Path,
+    settings: Mapping[str, Any],
+    workplace: Workplace,
+    prepare_model: PrepareModel,
+) -> None:
     progress = _Share(settings["train"]["steps"], workplace)
     if (run / CONFIG_FILE).is_file():
-        outcome = resume(run, progress=progress)
+        outcome = resume(run, progress=progress, prepare_model=prepare_model)
     else:
         model_file = run.with_suffix(".json")
         replace_file(model_file, strict_json(dict(settings["model"])).encode())
@@ -84,6 +132,7 @@ def _train(run: Path, settings: Mapping[str, Any], workplace: Workplace) -> None
                 **_logging(settings["train"]),
             ),
             progress,
+            prepare_model,
         )
     if outcome.signal is not None:
         raise InterruptedError(f"stopped by signal {outcome.signal}")
