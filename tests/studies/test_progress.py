@@ -10,6 +10,7 @@ from longshort.studies.progress import (
     DIVERGENCE,
     ENOUGH,
     GROWTH,
+    MECHANISM,
     NEEDED,
     RATIO,
     SOONER,
@@ -59,7 +60,7 @@ def test_identical_arms_are_alike(tmp_path):
     found = judge(STUDY, "laptop", planted(), tmp_path)
     assert found == {
         DIVERGENCE.id: NOT_SHOWN, RATIO.id: AGAINST, GROWTH.id: NOT_SHOWN, SOONER.id: AGAINST,
-        ENOUGH.id: SHOWN, NEEDED.id: NOT_SHOWN,
+        ENOUGH.id: SHOWN, NEEDED.id: NOT_SHOWN, MECHANISM.id: "not measured at this scale",
     }  # fmt: skip
 
 
@@ -109,6 +110,72 @@ def test_logits_that_grow_with_length(tmp_path):
     assert judge(STUDY, "laptop", planted(logit=shrinking), tmp_path)[GROWTH.id] == AGAINST
 
 
+def sizes_and_hiding(power, hidden, hidden_ls=1.0):
+    """The largest logit by head_dim of MHSA alone, and its factor with hidden keys, for MHSA and LS."""
+
+    def logit(trial, loss):
+        is_mhsa = trial.arm.startswith("MHSA")
+        head_dim = trial.settings["model"].get("head_dim", 16)
+        factor = hidden if is_mhsa else hidden_ls
+        return (head_dim**power if is_mhsa else 1.0) * (factor if "hidden_keys" in trial.settings else 1.0)
+
+    return logit
+
+
+def judge_mechanism(result_of, folder) -> str:
+    """The verdict from the trials of the mechanism alone."""
+    arms = STUDY.scales["overnight"].mechanism_arms
+    trials = [arm.trial(arm.ladder.rates[0], seed) for arm in arms for seed in range(3)]
+    results = {trial.key: result_of(trial) for trial in trials}
+    return outcomes(STUDY.findings("overnight", range(3), results, folder))[MECHANISM.id]
+
+
+@pytest.mark.parametrize(
+    ("logit", "outcome"),
+    [
+        (sizes_and_hiding(-0.4, 0.5), SHOWN),
+        (sizes_and_hiding(-0.4, 0.5, 0.9), SHOWN),
+        (sizes_and_hiding(-0.4, 1.0), PARTLY),
+        (sizes_and_hiding(-0.4, 2.0), PARTLY),
+        (sizes_and_hiding(0.0, 0.5), PARTLY),
+        (sizes_and_hiding(0.0, 0.5, 0.5), NOT_SHOWN),  # hidden keys do as much for LS
+        (sizes_and_hiding(0.0, 0.5, 0.3), NOT_SHOWN),
+        (sizes_and_hiding(0.4, 1.0), AGAINST),
+        (sizes_and_hiding(0.0, 2.0), AGAINST),
+    ],
+)
+def test_logits_that_fall_with_head_dim_and_hidden_keys(tmp_path, logit, outcome):
+    assert judge_mechanism(planted(logit=logit), tmp_path) == outcome
+
+
+@pytest.mark.parametrize(
+    ("late", "outcome"),
+    [
+        ("MHSA, 1 × 64", OPEN),
+        ("LS, 50% of keys hidden", OPEN),
+        ("LS, 8 × 8", SHOWN),
+        ("MHSA, 75% of keys hidden", SHOWN),
+    ],
+)
+def test_the_mechanism_is_open_only_where_the_runs_that_decide_it_do_not_learn(tmp_path, late, outcome):
+    results = planted(lambda trial: 0.3 if trial.arm == late else 1.0, sizes_and_hiding(-0.4, 0.5))
+    assert judge_mechanism(results, tmp_path) == outcome
+
+
+def test_arms_of_other_head_sizes_differ_in_nothing_else():
+    trials = {trial.arm: trial for trial in STUDY.plan("overnight", [0], {}).trials}
+    assert len(trials) == len({trial.arm for trial in trials.values()})
+    configs = {
+        name: model_config(trial.settings["model"], trial.settings["train"])
+        for name, trial in trials.items()
+        if " × " in name
+    }
+    assert sorted(configs) == ["LS, 2 × 32", "LS, 8 × 8", "MHSA, 1 × 64", "MHSA, 2 × 32", "MHSA, 8 × 8"]
+    for name, config in configs.items():
+        assert config.num_attention_heads * config.head_dim == config.hidden_size == 64
+        assert config.num_global_heads == (1 if name.startswith("LS") else config.num_attention_heads)
+
+
 def test_divergence_needs_more_pairs_than_chance(tmp_path):
     def alone(arm, rates):
         return lambda trial: (
@@ -143,7 +210,7 @@ def test_half_of_the_results_are_drawn_and_judged_as_far_as_they_go(tmp_path):
 
 def test_the_plan_runs_the_first_seed_first():
     trials = STUDY.plan("overnight", range(3), {}).trials
-    assert len({trial.key for trial in trials}) == len(trials) == 78
+    assert len({trial.key for trial in trials}) == len(trials) == 105
     assert [(trial.arm, trial.seed) for trial in trials[:6]] == [
         ("MHSA", 0), ("LS", 0), ("LS, no global head", 0), ("MHSA + RoPE", 0), ("LS + RoPE", 0),
         ("LS + RoPE, none on global heads", 0),

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from longshort.reporting.intervals import Interval, log_or_none, slope_interval
+from longshort.reporting.intervals import Interval, log_or_none, paired_log_ratio, slope_interval
 from longshort.reporting.page import Figure, Section, Table, number
 from longshort.reporting.plots import Panel, draw_curves
 from longshort.studies.framework.comparison import (
@@ -59,6 +59,32 @@ NO_GLOBAL = LS.with_model("LS, no global head", num_global_heads=0)
 LOCAL_ROPE = LS_ROPE.with_model("LS + RoPE, none on global heads", global_position_embedding="none")
 QK_NORM = MHSA.with_model("MHSA + QK-norm", qk_norm=True)
 STRESSED = (MHSA, LS, QK_NORM)
+
+
+def _sizes(variant: Variant, *heads: int) -> dict[int, Variant]:
+    """Variants with other heads of the same width together, by head_dim."""
+    return {
+        64 // count: variant.with_model(
+            f"{variant.name}, {count} × {64 // count}", num_attention_heads=count, head_dim=64 // count
+        )
+        for count in heads
+    }
+
+
+def _hiding(variant: Variant) -> dict[float, Variant]:
+    """Variants with hidden keys, by share."""
+    return {
+        share: replace(variant, name=f"{variant.name}, {share:.0%} of keys hidden", hidden_keys=share)
+        for share in (0.5, 0.75)
+    }
+
+
+MHSA_SIZES = {16: MHSA, **_sizes(MHSA, 8, 2, 1)}
+LS_SIZES = {16: LS, **_sizes(LS, 8, 2)}
+"""MHSA and LS with heads of other sizes, by head_dim; LS has one global head."""
+
+MHSA_HIDING, LS_HIDING = _hiding(MHSA), _hiding(LS)
+"""MHSA and LS with hidden keys, by share."""
 
 COPIES = 1.6
 """A model copies once its loss on the second half of repeated random bytes is below this, in nats per byte:
@@ -126,6 +152,20 @@ NEEDED = Claim(
     "paired over seeds. Shown: lower end above 0. Contradicted: upper end below 0. Otherwise not shown. Open "
     f"unless LS copies on every seed: a loss below {COPIES} on repeated random bytes.",
 )
+MECHANISM = Claim(
+    "mechanism",
+    "MHSA's logits grow because text depends densely on nearby tokens, which a head of few dimensions cannot "
+    "draw: they are smaller with wider heads, and where hidden keys make the dependency sparse.",
+    "At equal progress MHSA's logits are as large with wider heads and with hidden keys, or hidden keys do "
+    "as much for LS.",
+    "95 % intervals, paired over seeds, of the largest logit where the validation loss first falls to 2.2, "
+    "2.1 and 2.0 nats per byte, at those of the losses that all runs judged here reach. (a) The slope of "
+    "MHSA's log largest logit over log head_dim, 8 heads of 8 to 1 of 64, is below 0. (b) With half of the "
+    "keys hidden in training, the ratio to MHSA with all keys is below 1, and below LS's ratio. Shown: both "
+    "at two or more losses. Partly: one of them at two or more. Contradicted: at two or more losses neither, "
+    "but a slope above 0 or a ratio of MHSA above 1, and at no other loss any of them. A loss that speaks "
+    "against the claim makes it not shown. Open unless all runs reach two of the losses.",
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +181,7 @@ class _Scale:
         stress: setting of the runs that may diverge.
         stress_rates: their learning rates.
         fp32_rate: rate at which MHSA and LS also run in fp32; None: they do not.
+        mechanism: setting of the head sizes and of hidden keys.
     """
 
     pair: Setting
@@ -152,6 +193,7 @@ class _Scale:
     stress: Setting | None = None
     stress_rates: Sequence[float] = ()
     fp32_rate: float | None = None
+    mechanism: Setting | None = None
 
     @property
     def main(self) -> list[Arm]:
@@ -172,6 +214,16 @@ class _Scale:
             }
             for length, setting in sorted(settings.items())
         }
+
+    @property
+    def mechanism_arms(self) -> list[Arm]:
+        variants = (MHSA_SIZES, LS_SIZES, MHSA_HIDING, LS_HIDING)
+        return [
+            _arm(self.mechanism, variant)
+            for by_number in variants
+            for variant in by_number.values()
+            if self.mechanism is not None
+        ]
 
     def stress_trials(self, seeds: Sequence[int]) -> dict[tuple[str, float], list[Trial]]:
         """Trials by variant and rate, one per seed."""
@@ -210,7 +262,7 @@ class Progress(LanguageStudy):
 
     name = "progress"
     title = "Equal progress (figures 1, 3 and 4)"
-    claims = (DIVERGENCE, RATIO, GROWTH, SOONER, ENOUGH, NEEDED)
+    claims = (DIVERGENCE, RATIO, GROWTH, SOONER, ENOUGH, NEEDED, MECHANISM)
     scales: Mapping[Scale, _Scale] = {
         "smoke": _Scale(
             steady(64, 128, 20),
@@ -218,6 +270,7 @@ class Progress(LanguageStudy):
             lengths=[steady(32, 128, 20)],
             stress=steady(64, 128, 20),
             stress_rates=(1e-2,),
+            mechanism=steady(32, 128, 20),
         ),
         "laptop": _Scale(
             steady(512, 4096, 4000),
@@ -239,6 +292,7 @@ class Progress(LanguageStudy):
             stress=steady(512, 4096, 3000),
             stress_rates=(1e-2, 1.7e-2, 3e-2, 6e-2),
             fp32_rate=3e-2,
+            mechanism=steady(512, 8192, 2000, stop_at_loss=1.95),
         ),
         "paper": _Scale(
             steady(2048, 524_288, 50_000, rates=(6e-4,)),
@@ -260,6 +314,7 @@ class Progress(LanguageStudy):
             *_trials(others, seeds),
             *stressed,
             *_trials(chosen.position_arms, seeds[1:]),
+            *_trials(chosen.mechanism_arms, seeds),
         ]
         return Plan(unique(trials, keep="first"))
 
@@ -273,6 +328,7 @@ class Progress(LanguageStudy):
             for key, trials in chosen.stress_trials(seeds).items()
             if all(trial.key in results for trial in trials)
         }
+        mechanism = measured(chosen.mechanism_arms)
         first = measure_arms(chosen.position_arms, seeds[:1], results, rates=("best",))
         verdicts = [
             _judge_divergence(stressed),
@@ -281,12 +337,14 @@ class Progress(LanguageStudy):
             _judge_sooner(arms),
             _judge_enough(arms),
             _judge_needed(arms),
+            _judge_mechanism(mechanism),
         ]
         sections = [
             *_main_sections(chosen, arms, folder),
             *_position_sections(arms, first, folder),
             *_length_sections(lengths),
             *_stress_sections(stressed),
+            *_mechanism_sections(chosen, mechanism, folder),
         ]
         return Findings(verdicts, sections)
 
@@ -352,7 +410,7 @@ def _judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
             f"The runs of all lengths reach {', '.join(map(str, reached)) or 'none'} of the losses.",
         )  # fmt: skip
     slopes = {
-        quantity: {loss: length_slope(by_length, quantity, loss) for loss in reached}
+        quantity: {loss: slope_at_loss(by_length, quantity, loss) for loss in reached}
         for quantity in ("row_range", "max_logit")
     }
     ranges, logits = (
@@ -364,13 +422,13 @@ def _judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
     return Verdict(GROWTH, outcome, evidence)
 
 
-def length_slope(by_length: Mapping[int, ArmResults], quantity: str, loss: float) -> Interval:
-    """Compute the slope of log quantity over log length at equal loss, over seeds."""
+def slope_at_loss(by_size: Mapping[int, ArmResults], quantity: str, loss: float) -> Interval:
+    """Compute the slope of log quantity over log size, such as the length, at equal loss, over seeds."""
     rows = {
-        math.log(length): {
+        math.log(size): {
             seed: log_or_none(at_loss(result, quantity, loss)) for seed, result in arm.by_rate["best"].items()
         }
-        for length, arm in by_length.items()
+        for size, arm in by_size.items()
     }
     seeds = next(iter(rows.values()))
     return slope_interval([[(x, row[seed]) for x, row in rows.items()] for seed in seeds])
@@ -443,6 +501,52 @@ def _judge_design(
             claim, Outcome.NOT_REACHED, f"{', '.join(late)} did not copy on every seed. {evidence}"
         )
     return Verdict(claim, outcome_of(change), evidence)
+
+
+def _judge_mechanism(arms: Arms) -> Verdict:
+    half = {plain: hiding[0.5].name for plain, hiding in ((MHSA.name, MHSA_HIDING), (LS.name, LS_HIDING))}
+    needed = [*(variant.name for variant in MHSA_SIZES.values()), LS.name, *half.values()]
+
+    def slope_over_head_dim(sizes: Mapping[int, Variant], loss: float) -> Interval:
+        return slope_at_loss({dim: arms[variant.name] for dim, variant in sizes.items()}, "max_logit", loss)
+
+    def hiding_ratios(name: str, loss: float) -> dict[int, float | None]:
+        """The ratio of the largest logit with half of the keys hidden to that with all keys, by seed."""
+        hiding, plain = (arms[arm].by_rate["best"] for arm in (half[name], name))
+        return {
+            seed: _ratio(at_loss(hiding[seed], "max_logit", loss), at_loss(plain[seed], "max_logit", loss))
+            for seed in hiding
+        }
+
+    def outcome_at(loss: float) -> Outcome:
+        slope = slope_over_head_dim(MHSA_SIZES, loss)
+        ratio = ratio_at_loss(arms[half[MHSA.name]], arms[MHSA.name], "max_logit", loss)
+        to_ls = paired_log_ratio(hiding_ratios(MHSA.name, loss), hiding_ratios(LS.name, loss))
+        held = [slope.high < 0, ratio.high < 1 and to_ls.high < 0]
+        if any(held):
+            return Outcome.SHOWN if all(held) else Outcome.PARTLY
+        return Outcome.CONTRADICTED if slope.low > 0 or ratio.low > 1 else Outcome.NOT_SHOWN
+
+    def evidence(losses: Sequence[float]) -> str:
+        texts = []
+        for name, sizes in ((MHSA.name, MHSA_SIZES), (LS.name, LS_SIZES)):
+            if all(variant.name in arms for variant in sizes.values()):
+                slopes = (f"{difference_text(slope_over_head_dim(sizes, loss))} at {loss}" for loss in losses)
+                texts.append(f"slope of {name}'s log largest logit over log head_dim {', '.join(slopes)}")
+        for plain, hiding in ((MHSA, MHSA_HIDING), (LS, LS_HIDING)):
+            for variant in hiding.values():
+                results = arms[variant.name].results() if variant.name in arms else []
+                reached = losses_reached(results, losses) if results else []
+                if reached:
+                    ratios = ratios_text(arms[variant.name], arms[plain.name], "max_logit", reached)
+                    texts.append(f"{variant.name}, ratio to {plain.name} with all keys {ratios}")
+        return f"At equal losses: {'; '.join(texts)}."
+
+    return judge_at_losses(MECHANISM, arms, needed, outcome_at, evidence)
+
+
+def _ratio(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first / second
 
 
 def copying_step(result: Result) -> int | None:
@@ -578,3 +682,43 @@ def _stress_sections(stressed: Diverged) -> list[Section]:
     ]  # fmt: skip
     text = "Runs that diverged, by learning rate, with the steps at which they did."
     return [Section("Divergence", [text], table=Table(("", "rate", "diverged", "at step"), rows))]
+
+
+def _mechanism_sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
+    if chosen.mechanism is None or not arms:
+        return []
+    rows = [
+        (name, *("–" if None in values else mean_text(values) for values in (
+            [at_loss(result, "max_logit", loss) for result in arm.results()] for loss in LOSSES
+        )))
+        for name, arm in arms.items()
+    ]  # fmt: skip
+    panels = [
+        _by_progress({name: arm for name, arm in arms.items() if is_in(name)}, title, "max_logit")
+        for title, is_in in (
+            ("Largest logit, heads of other sizes", lambda name: "hidden" not in name),
+            (
+                "Largest logit, with hidden keys",
+                lambda name: name in (MHSA.name, LS.name) or "hidden" in name,
+            ),
+        )
+    ]
+    return [
+        Section(
+            "Mechanism",
+            [
+                chosen.mechanism.description,
+                (
+                    "Hidden keys: a random share of the keys of each sequence is hidden from all heads in "
+                    "training; a query always sees itself. Losses and logits are measured with all keys."
+                ),
+            ],
+            table=Table(("largest logit at a loss of", *map(str, LOSSES)), rows),
+            figures=[
+                Figure(
+                    draw_curves(panels, folder / "mechanism.png"),
+                    "On 32 fixed validation windows, over the validation loss there.",
+                )
+            ],
+        )
+    ]
