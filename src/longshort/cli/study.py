@@ -26,7 +26,7 @@ _SECONDS_BETWEEN_LINES = 6 * SECONDS_BETWEEN_LINES
 @dataclass(frozen=True)
 class StudyFlags(StudySettings):
     name: Annotated[str, tyro.conf.Positional]
-    """dense-local, progress, explosion, length, remedies, design, latency, or all."""
+    """dense-local, progress, allocation, explosion, length, remedies, design, latency, or all."""
 
 
 def run(arguments: list[str]) -> int:

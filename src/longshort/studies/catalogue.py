@@ -17,6 +17,7 @@ from annotated_types import Ge
 from longshort.checks import check_fields
 from longshort.data import open_corpus
 from longshort.reporting.files import replace_file, strict_json
+from longshort.studies.allocation import Allocation
 from longshort.studies.dense_local.study import DenseLocal
 from longshort.studies.design import Design
 from longshort.studies.explosion import Explosion
@@ -33,7 +34,16 @@ from longshort.training.run import current_versions
 
 STUDIES: Mapping[str, Study] = {
     study.name: study
-    for study in (DenseLocal(), Progress(), Explosion(), Length(), Remedies(), Design(), Latency())
+    for study in (
+        DenseLocal(),
+        Progress(),
+        Allocation(),
+        Explosion(),
+        Length(),
+        Remedies(),
+        Design(),
+        Latency(),
+    )
 }
 ALL = "all"
 _MANIFEST = "study.json"
@@ -49,7 +59,7 @@ class StudySettings:
     """
 
     name: str
-    """dense-local, explosion, length, remedies, design, latency, or all."""
+    """dense-local, progress, allocation, explosion, length, remedies, design, latency, or all."""
 
     scale: Scale = "laptop"
     """smoke: seconds, only shows that the study runs. laptop: up to 40 minutes a study on two cores.
