@@ -33,9 +33,8 @@ def by_hand(observation, layout, stride, band, segment_ids):
                     and (window is None or i - j < window or (ids[:j] == ids[j]).sum() < layout.sink_tokens)
                     and (band is None or i - j < band)
                 ]
-                row = (
-                    q[sequence, head, i] @ k[sequence, head // layout.group_size, seen].T / q.shape[3] ** 0.5
-                )
+                keys = k[sequence, head // layout.group_size, seen]
+                row = q[sequence, head, i] @ keys.T / q.shape[3] ** 0.5
                 logits += row.abs().tolist()
                 ranges += [float(row.max() - row.min())] if seen else []
         logits.sort()

@@ -54,7 +54,7 @@ def settings(**changes: Any) -> TrainConfig:
         ("rollback_steps", 0, "--rollback-steps must be an integer >= 1, got 0"),
         ("skip_batches", -1, "--skip-batches must be an integer >= 0, got -1"),
         ("max_rollbacks", -1, "--max-rollbacks must be an integer >= 0, got -1"),
-        ("schedule", "linear", "--schedule must be one of cosine, constant, got 'linear'"),
+        ("schedule", "linear", "--schedule must be one of cosine, constant, wsd, got 'linear'"),
         ("precision", "fp16", "--precision must be one of fp32, bf16, got 'fp16'"),
         ("device", "tpu", "--device must be one of auto, cpu, cuda, got 'tpu'"),
         ("position_embedding", "sin", "--position-embedding must be one of learned, rope, alibi, none"),

@@ -45,6 +45,7 @@ from longshort.studies.language.equal_progress import (
     at_loss,
     combined,
     cost_ratio_at_loss,
+    is_alike,
     judge_at_losses,
     losses_reached,
     ratio_at_loss,
@@ -66,6 +67,9 @@ half of what the bytes of the text have, drawn one by one."""
 TOLERANCE = 0.02
 """Losses nearer than this, in nats per byte, are called alike."""
 
+ALIKE = 1.1
+"""Ratios that are shown to lie within this factor of 1 are called alike."""
+
 DIVERGENCE = Claim(
     "F1, F4: divergence",
     "With MHSA the training loss begins to diverge after some steps; the same model with LS-attention is "
@@ -83,8 +87,9 @@ RATIO = Claim(
     "95 % intervals of LS/MHSA, paired over seeds, of the largest logit on 32 fixed validation windows, "
     f"where the validation loss first falls to {LOSSES_TEXT} nats per byte, at those of the losses that all "
     "runs reach at the constant rate. Shown: upper end below 1/20 at two or more losses. Partly: below 1 at "
-    "two or more. Contradicted: lower end above 1 at two or more and below 1 at none. A loss that speaks "
-    "against the claim makes it not shown. Open unless all runs reach two of the losses.",
+    f"two or more. Contradicted: above 1, or alike (within a factor of {ALIKE}), at two or more and below 1 "
+    "at no other. A loss that speaks against the claim makes it not shown. Open unless all runs reach two of "
+    "the losses.",
 )
 GROWTH = Claim(
     "F3",
@@ -101,8 +106,9 @@ SOONER = Claim(
     "LS needs as many tokens as MHSA, or more.",
     "95 % intervals, paired over seeds, of the tokens that LS needs to reach a validation loss, relative to "
     f"MHSA's, at those of {LOSSES_TEXT} nats per byte that all runs reach at the constant rate. Shown: upper "
-    "end below 1 at two or more losses. Contradicted: lower end above 1 at two or more and below 1 at none. "
-    "A loss that speaks against the claim makes it not shown. Open unless all runs reach two of the losses.",
+    f"end below 1 at two or more losses. Contradicted: above 1, or alike (within a factor of {ALIKE}), at "
+    "two or more and below 1 at no other. A loss that speaks against the claim makes it not shown. Open "
+    "unless all runs reach two of the losses.",
 )
 ENOUGH = Claim(
     "design: one global head",
@@ -328,8 +334,8 @@ def _judge_ratio(arms: Arms) -> Verdict:
 
     return judge_at_losses(
         RATIO, arms, pair,
-        lambda loss: judge_below(
-            ratio_at_loss(arms[LS.name], arms[MHSA.name], "max_logit", loss), 1 / 20, 1.0
+        lambda loss: _judge_ratio_at(
+            ratio_at_loss(arms[LS.name], arms[MHSA.name], "max_logit", loss), shown=1 / 20
         ),
         evidence,
     )  # fmt: skip
@@ -389,13 +395,16 @@ def _judge_sooner(arms: Arms) -> Verdict:
         ]
         return f"LS/MHSA to reach a loss: {'; '.join(texts)}."
 
-    return judge_at_losses(SOONER, arms, pair, lambda loss: _below_one(cost("tokens", loss)), evidence)
+    return judge_at_losses(
+        SOONER, arms, pair, lambda loss: _judge_ratio_at(cost("tokens", loss), shown=1.0), evidence
+    )
 
 
-def _below_one(interval: Interval) -> Outcome:
-    if interval.high < 1:
-        return Outcome.SHOWN
-    return Outcome.CONTRADICTED if interval.low > 1 else Outcome.NOT_SHOWN
+def _judge_ratio_at(interval: Interval, shown: float) -> Outcome:
+    """Judge a ratio at one loss that is claimed to be below `shown`, at most 1."""
+    if is_alike(interval, ALIKE):
+        return Outcome.CONTRADICTED
+    return judge_below(interval, shown, 1.0)
 
 
 def _judge_enough(arms: Arms) -> Verdict:

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import pytest
+from tests.studies.planted import fill, judge, noise, outcomes
+
+from longshort.model import training_flops
+from longshort.studies.language.arms import model_config
+from longshort.studies.language.trial import probe_series
+from longshort.studies.progress import (
+    DIVERGENCE,
+    ENOUGH,
+    GROWTH,
+    NEEDED,
+    RATIO,
+    SOONER,
+    Progress,
+    copying_step,
+)
+
+STUDY = Progress()
+NOT_SHOWN, SHOWN, PARTLY, AGAINST, OPEN = (
+    "not shown at this scale", "shown", "partly shown", "contradicted at this scale", "open: not reached",
+)  # fmt: skip
+
+
+def planted(speed=lambda trial: 1.0, logit=lambda trial, loss: 10.0, end=1.2, copies=True, diverged=None):
+    """Results of runs whose loss falls in a line from 3 to `end`, `speed` times as fast.
+
+    `logit` gives the largest logit at a loss; the row range is twice as large.
+    """
+
+    def result_of(trial):
+        training = trial.settings["train"]
+        steps, length = training["steps"], training["sequence_length"]
+        config = model_config(trial.settings["model"], training)
+        marks = [max(1, round(steps * share / 40)) for share in range(1, 41)]
+        pace = speed(trial) * (1 + 0.01 * noise(trial))
+        losses = [max(end, 3.0 - (3.0 - 1.2) * pace * step / (0.9 * steps)) for step in marks]
+        sizes = [logit(trial, loss) * (1 + 0.01 * noise(trial)) for loss in losses]
+        series = {"max_logit": sizes, "max_logit_in_band": sizes, "quantile": sizes}
+        copying = [[step, 1.0 if copies and step > steps / 2 else 3.0] for step in marks]
+        return {
+            "flops_per_step": training_flops(config, length).total * training["batch_size"],
+            "tokens_per_step": length * training["batch_size"],
+            "constant_until": steps - training["decay_steps"],
+            "constant_loss": losses[-5],
+            "validation_loss": losses[-1],
+            "validation_curve": [list(point) for point in zip(marks, losses, strict=True)],
+            "copying_curve": copying,
+            "probe": {"step": marks, **series, "row_range": [2 * size for size in sizes]},
+            "diverged_at": diverged(trial) if diverged else None,
+            "timing": {},
+        }
+
+    return result_of
+
+
+def test_identical_arms_are_alike(tmp_path):
+    found = judge(STUDY, "laptop", planted(), tmp_path)
+    assert found == {
+        DIVERGENCE.id: NOT_SHOWN, RATIO.id: AGAINST, GROWTH.id: NOT_SHOWN, SOONER.id: AGAINST,
+        ENOUGH.id: SHOWN, NEEDED.id: NOT_SHOWN,
+    }  # fmt: skip
+
+
+def test_an_arm_that_has_not_learned_leaves_claims_open(tmp_path):
+    found = judge(STUDY, "laptop", planted(lambda trial: 0.3 if trial.arm == "MHSA" else 1.0), tmp_path)
+    assert found[RATIO.id] == found[SOONER.id] == OPEN
+    found = judge(STUDY, "laptop", planted(copies=False), tmp_path)
+    assert found[ENOUGH.id] == found[NEEDED.id] == OPEN
+
+
+def test_a_planted_ratio_of_1_to_25_is_shown(tmp_path):
+    def logit(trial, loss):
+        return (250.0 if trial.arm.startswith("MHSA") else 10.0) / loss
+
+    assert judge(STUDY, "laptop", planted(logit=logit), tmp_path)[RATIO.id] == SHOWN
+
+
+@pytest.mark.parametrize(("mhsa", "outcome"), [(50.0, PARTLY), (10.0, AGAINST), (5.0, AGAINST)])
+def test_other_ratios(tmp_path, mhsa, outcome):
+    def logit(trial, loss):
+        return mhsa if trial.arm.startswith("MHSA") else 10.0
+
+    assert judge(STUDY, "laptop", planted(logit=logit), tmp_path)[RATIO.id] == outcome
+
+
+def test_logits_are_compared_where_the_losses_are_equal(tmp_path):
+    """LS is ahead at every step, so its logits are larger there; at equal losses they are as large."""
+    found = judge(
+        STUDY,
+        "laptop",
+        planted(lambda trial: 1.5 if trial.arm.startswith("LS") else 1.0, lambda _, loss: 30.0 / loss**3),
+        tmp_path,
+    )
+    assert found[RATIO.id] == AGAINST
+    assert found[SOONER.id] == SHOWN
+
+
+def test_logits_that_grow_with_length(tmp_path):
+    def logit(trial, loss):
+        return trial.settings["train"]["sequence_length"] ** 0.3
+
+    assert judge(STUDY, "laptop", planted(logit=logit), tmp_path)[GROWTH.id] == SHOWN
+
+    def shrinking(trial, loss):
+        return 1 / logit(trial, loss)
+
+    assert judge(STUDY, "laptop", planted(logit=shrinking), tmp_path)[GROWTH.id] == AGAINST
+
+
+def test_divergence_needs_more_pairs_than_chance(tmp_path):
+    def alone(arm, rates):
+        return lambda trial: (
+            700 if trial.arm == arm and trial.settings["train"]["learning_rate"] in rates else None
+        )
+
+    few = judge(STUDY, "overnight", planted(diverged=alone("MHSA", (6e-2,))), tmp_path)
+    assert few[DIVERGENCE.id] == NOT_SHOWN  # 3 pairs: p = 0.25
+    many = judge(STUDY, "overnight", planted(diverged=alone("MHSA", (3e-2, 6e-2))), tmp_path)
+    assert many[DIVERGENCE.id] == SHOWN  # 6 pairs: p = 0.03
+    reverse = judge(STUDY, "overnight", planted(diverged=alone("LS", (3e-2, 6e-2))), tmp_path)
+    assert reverse[DIVERGENCE.id] == AGAINST
+
+
+def test_global_heads_that_help(tmp_path):
+    def speed(trial):
+        return {"MHSA": 1.3, "LS, no global head": 0.8}.get(trial.arm, 1.0)
+
+    found = judge(STUDY, "laptop", planted(speed, end=0.1), tmp_path)
+    assert found[ENOUGH.id] == AGAINST
+    assert found[NEEDED.id] == SHOWN
+
+
+def test_half_of_the_results_are_drawn_and_judged_as_far_as_they_go(tmp_path):
+    whole = fill(STUDY, "overnight", range(3), planted())
+    for count in (0, 1, 5, len(whole) // 2):
+        part = dict(list(whole.items())[:count])
+        found = STUDY.findings("overnight", range(3), part, tmp_path)
+        is_measured = [outcome != "not measured at this scale" for outcome in outcomes(found).values()]
+        assert any(is_measured) == (count > 5)
+
+
+def test_the_plan_runs_the_first_seed_first():
+    trials = STUDY.plan("overnight", range(3), {}).trials
+    assert len({trial.key for trial in trials}) == len(trials) == 78
+    assert [(trial.arm, trial.seed) for trial in trials[:6]] == [
+        ("MHSA", 0), ("LS", 0), ("LS, no global head", 0), ("MHSA + RoPE", 0), ("LS + RoPE", 0),
+        ("LS + RoPE, none on global heads", 0),
+    ]  # fmt: skip
+    brief = [trial.settings["train"]["steps"] for trial in trials if "RoPE" in trial.arm]
+    assert sorted(brief) == [3000] * 6 + [10_000] * 3
+
+
+def test_copying_counts_at_the_constant_rate():
+    result = {"constant_until": 10, "copying_curve": [[5, 3.0], [10, 1.7], [12, 0.5]]}
+    assert copying_step(result) is None
+    assert copying_step({**result, "constant_until": 12}) == 12
+
+
+def test_a_probe_is_reduced_over_heads():
+    reading = {
+        "max_logit": [[1.0, 2.0], [8.0, 4.0]], "quantile": [[1.0, 1.0], [1.0, 2.0]],
+        "row_range": [[1.0, None], [1.0, 1.0]], "max_logit_in_band": [[1.0, 1.5], [3.0, 2.0]],
+        "quantile_in_band": None, "row_range_in_band": None,
+    }  # fmt: skip
+    found = probe_series([reading, reading])
+    assert found["max_logit"] == [8.0, 8.0] and found["max_logit_median"] == [3.0, 3.0]
+    assert found["max_logit_in_band"] == [3.0, 3.0] and found["max_logit_layer_1_head_0"] == [8.0, 8.0]
+    assert found["row_range"] == found["row_range_median"] == [None, None]
+    assert "quantile_in_band" not in found
