@@ -29,7 +29,7 @@ benchmarks:
 {benchmarks}
 
 `longshort bench BENCHMARK --help` explains one.
-""".format(benchmarks="\n".join(f"  {name:<11}{text}" for name, text in _BENCHMARKS.items()))
+""".format(benchmarks="\n".join(f"  {name:<12}{text}" for name, text in _BENCHMARKS.items()))
 
 
 def run(arguments: list[str]) -> int:
