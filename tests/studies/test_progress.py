@@ -109,6 +109,9 @@ def test_logits_that_grow_with_length(tmp_path):
     assert judge(STUDY, "laptop", planted(logit=shrinking), tmp_path)[GROWTH.id] == AGAINST
 
 
+RATES = STUDY.scales["overnight"].stress_rates
+
+
 def test_divergence_needs_more_pairs_than_chance(tmp_path):
     def alone(arm, rates):
         return lambda trial: (
@@ -117,9 +120,11 @@ def test_divergence_needs_more_pairs_than_chance(tmp_path):
 
     few = judge(STUDY, "overnight", planted(diverged=alone("MHSA", (6e-2,))), tmp_path)
     assert few[DIVERGENCE.id] == NOT_SHOWN  # 3 pairs: p = 0.25
-    many = judge(STUDY, "overnight", planted(diverged=alone("MHSA", (3e-2, 6e-2))), tmp_path)
-    assert many[DIVERGENCE.id] == SHOWN  # 6 pairs: p = 0.03
-    reverse = judge(STUDY, "overnight", planted(diverged=alone("LS", (3e-2, 6e-2))), tmp_path)
+    some = judge(STUDY, "overnight", planted(diverged=alone("MHSA", RATES[2:])), tmp_path)
+    assert some[DIVERGENCE.id] == NOT_SHOWN  # 6 pairs: p = 0.03, too much beside the study's other claims
+    many = judge(STUDY, "overnight", planted(diverged=alone("MHSA", RATES[1:])), tmp_path)
+    assert many[DIVERGENCE.id] == SHOWN  # 9 pairs: p = 0.004
+    reverse = judge(STUDY, "overnight", planted(diverged=alone("LS", RATES[1:])), tmp_path)
     assert reverse[DIVERGENCE.id] == AGAINST
 
 

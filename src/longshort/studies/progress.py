@@ -4,7 +4,7 @@ are long enough to learn to copy."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from longshort.studies.framework.comparison import (
     Arms,
     difference,
     difference_text,
+    holm,
     interval_text,
     judge_below,
     mean_text,
@@ -44,11 +45,12 @@ from longshort.studies.language.equal_progress import (
     Result,
     at_loss,
     combined,
-    cost_ratio_at_loss,
     is_alike,
     judge_at_losses,
+    log_cost_ratio_at_loss,
+    log_ratio_at_loss,
     losses_reached,
-    ratio_at_loss,
+    p_of_two,
     ratios_text,
     sign_test,
     step_at,
@@ -276,7 +278,7 @@ class Progress(LanguageStudy):
         first = measure_arms(chosen.position_arms, seeds[:1], results, rates=("best",))
         verdicts = [
             _judge_divergence(stressed),
-            _judge_ratio(arms),
+            _judge_logits(arms),
             _judge_growth(lengths),
             _judge_sooner(arms),
             _judge_enough(arms),
@@ -288,7 +290,7 @@ class Progress(LanguageStudy):
             *_length_sections(lengths),
             *_stress_sections(stressed),
         ]
-        return Findings(verdicts, sections)
+        return Findings(holm(verdicts), sections)
 
 
 Diverged = Mapping[tuple[str, float], Sequence[int | None]]
@@ -314,10 +316,10 @@ def _judge_divergence(stressed: Diverged) -> Verdict:
         f"{sum(theirs for _, theirs in pairs)}, alone in {mhsa_alone}; LS in "
         f"{sum(ours for ours, _ in pairs)}, alone in {ls_alone}; p = {p:.2g}."
     )
-    return Verdict(DIVERGENCE, outcome, evidence)
+    return Verdict(DIVERGENCE, outcome, evidence, p)
 
 
-def _judge_ratio(arms: Arms) -> Verdict:
+def _judge_logits(arms: Arms) -> Verdict:
     pair = (LS.name, MHSA.name)
 
     def evidence(losses: Sequence[float]) -> str:
@@ -332,11 +334,13 @@ def _judge_ratio(arms: Arms) -> Verdict:
         ]
         return f"LS/MHSA at equal losses: {'; '.join(texts)}."
 
+    def log_ratio(loss: float) -> Interval:
+        return log_ratio_at_loss(arms[LS.name], arms[MHSA.name], "max_logit", loss)
+
     return judge_at_losses(
         RATIO, arms, pair,
-        lambda loss: _judge_ratio_at(
-            ratio_at_loss(arms[LS.name], arms[MHSA.name], "max_logit", loss), shown=1 / 20
-        ),
+        lambda loss: _judge_ratio(log_ratio(loss).exp(), 1 / 20),
+        lambda loss: _p_of_ratio(log_ratio(loss), 1 / 20),
         evidence,
     )  # fmt: skip
 
@@ -361,7 +365,8 @@ def _judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
     )
     outcome = combined([_above_zero(interval) for interval in slopes["row_range"].values()])
     evidence = f"Slope of MHSA's log row range over log n: {ranges}; of its log largest logit: {logits}."
-    return Verdict(GROWTH, outcome, evidence)
+    p = p_of_two([interval.p_value(0.0) for interval in slopes["row_range"].values()])
+    return Verdict(GROWTH, outcome, evidence, p)
 
 
 def length_slope(by_length: Mapping[int, ArmResults], quantity: str, loss: float) -> Interval:
@@ -385,26 +390,38 @@ def _above_zero(interval: Interval) -> Outcome:
 def _judge_sooner(arms: Arms) -> Verdict:
     pair = (LS.name, MHSA.name)
 
-    def cost(unit: str, loss: float) -> Interval:
-        return cost_ratio_at_loss(arms[LS.name], arms[MHSA.name], unit, loss)
+    def log_cost(unit: str, loss: float) -> Interval:
+        return log_cost_ratio_at_loss(arms[LS.name], arms[MHSA.name], unit, loss)
 
     def evidence(losses: Sequence[float]) -> str:
         texts = [
-            f"{unit} {', '.join(f'{interval_text(cost(key, loss))} at {loss}' for loss in losses)}"
+            f"{unit} {', '.join(f'{interval_text(log_cost(key, loss).exp())} at {loss}' for loss in losses)}"
             for key, unit in (("tokens", "tokens"), ("flops", "FLOPs"))
         ]
         return f"LS/MHSA to reach a loss: {'; '.join(texts)}."
 
     return judge_at_losses(
-        SOONER, arms, pair, lambda loss: _judge_ratio_at(cost("tokens", loss), shown=1.0), evidence
-    )
+        SOONER, arms, pair,
+        lambda loss: _judge_ratio(log_cost("tokens", loss).exp(), 1.0),
+        lambda loss: _p_of_ratio(log_cost("tokens", loss), 1.0),
+        evidence,
+    )  # fmt: skip
 
 
-def _judge_ratio_at(interval: Interval, shown: float) -> Outcome:
+def _judge_ratio(interval: Interval, shown: float) -> Outcome:
     """Judge a ratio at one loss that is claimed to be below `shown`, at most 1."""
     if is_alike(interval, ALIKE):
         return Outcome.CONTRADICTED
     return judge_below(interval, shown, 1.0)
+
+
+def _p_of_ratio(log_ratio: Interval, shown: float) -> float:
+    """Compute the p-value of what `_judge_ratio` says: against `shown`, against 1, or against the bounds of
+    likeness."""
+    if is_alike(log_ratio.exp(), ALIKE):
+        return max(log_ratio.p_value(math.log(ALIKE)), log_ratio.p_value(-math.log(ALIKE)))
+    bound = math.log(shown)
+    return log_ratio.p_value(bound if log_ratio.high < bound else 0.0)
 
 
 def _judge_enough(arms: Arms) -> Verdict:
@@ -413,17 +430,22 @@ def _judge_enough(arms: Arms) -> Verdict:
             return Outcome.SHOWN
         return Outcome.CONTRADICTED if change.high < -TOLERANCE else Outcome.NOT_SHOWN
 
-    return _judge_design(ENOUGH, arms, (MHSA.name, LS.name), (MHSA.name, LS.name), outcome)
+    return _judge_design(ENOUGH, arms, (MHSA.name, LS.name), (MHSA.name, LS.name), outcome, -TOLERANCE)
 
 
 def _judge_needed(arms: Arms) -> Verdict:
-    return _judge_design(NEEDED, arms, (NO_GLOBAL.name, LS.name), (LS.name,), _above_zero)
+    return _judge_design(NEEDED, arms, (NO_GLOBAL.name, LS.name), (LS.name,), _above_zero, 0.0)
 
 
 def _judge_design(
-    claim: Claim, arms: Arms, pair: tuple[str, str], copying: Sequence[str], outcome_of
+    claim: Claim,
+    arms: Arms,
+    pair: tuple[str, str],
+    copying: Sequence[str],
+    outcome_of: Callable[[Interval], Outcome],
+    bound: float,
 ) -> Verdict:
-    """Judge the difference of the losses of two arms, open unless the `copying` ones copy."""
+    """Judge the difference of the losses of two arms against a bound; open unless the `copying` ones copy."""
     if any(name not in arms for name in pair):
         return not_measured(claim)
     first, second = (arms[name] for name in pair)
@@ -442,7 +464,7 @@ def _judge_design(
         return Verdict(
             claim, Outcome.NOT_REACHED, f"{', '.join(late)} did not copy on every seed. {evidence}"
         )
-    return Verdict(claim, outcome_of(change), evidence)
+    return Verdict(claim, outcome_of(change), evidence, change.p_value(bound))
 
 
 def copying_step(result: Result) -> int | None:

@@ -106,11 +106,19 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome for a claim, and the numbers on which it is based, in words."""
+    """The outcome for a claim.
+
+    Attributes:
+        claim: the claim.
+        outcome: how it stands.
+        evidence: the numbers that the outcome rests on, in words.
+        p: p-value of the test behind the outcome; None if it rests on no test.
+    """
 
     claim: Claim
     outcome: Outcome
     evidence: str
+    p: float | None = None
 
 
 def not_measured(claim: Claim, reason: str = "The trials are not done.") -> Verdict:
