@@ -125,7 +125,8 @@ def test_holm_corrects_what_claims_something():
         return Verdict(Claim(name, "", "", ""), outcome, "numbers.", p)
 
     given = [
-        verdict("a", Outcome.SHOWN, 0.001), verdict("b", Outcome.PARTLY, 0.03), verdict("c", Outcome.SHOWN, None),
+        verdict("a", Outcome.SHOWN, 0.001), verdict("b", Outcome.PARTLY, 0.03),
+        verdict("c", Outcome.SHOWN, None),
         verdict("d", Outcome.NOT_SHOWN, 0.5), verdict("e", Outcome.CONTRADICTED, 0.0125),
     ]  # fmt: skip
     found = {v.claim.id: v for v in holm(given)}
