@@ -3,13 +3,14 @@
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from longshort.checks import flag
+from longshort.layers import ATTENTION_PRECISIONS
 from longshort.model import LongShortConfig
-from longshort.training.config import MODEL_SETTINGS, TrainConfig
+from longshort.training.config import MODEL_SETTINGS, AttentionPrecision, TrainConfig
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -58,7 +59,7 @@ def settings(**changes: Any) -> TrainConfig:
         ("precision", "fp16", "--precision must be one of fp32, bf16, got 'fp16'"),
         ("device", "tpu", "--device must be one of auto, cpu, cuda, got 'tpu'"),
         ("position_embedding", "sin", "--position-embedding must be one of learned, rope, alibi, none"),
-        ("attention_precision", "fp8", "--attention-precision must be one of input, fp32, bf16, bf16-flash"),
+        ("attention_precision", "fp8", "--attention-precision must be one of input, fp64, fp32, bf16, bf16-"),
         ("token_order", "random", "--token-order must be one of text, permuted, interleaved, got 'random'"),
         ("interleave", 0, "--interleave must be an integer >= 1, got 0"),
         ("monitor_row_range", 1, "--monitor-row-range must be True or False, got 1"),
@@ -84,6 +85,15 @@ def test_documents_are_not_separate_where_their_tokens_are_mixed(token_order: st
     ):
         settings(separate_documents=True, token_order=token_order)
     assert settings(separate_documents=True).token_order == "text"
+
+
+def test_documents_are_not_separate_where_the_kernel_has_no_segments() -> None:
+    with pytest.raises(ValueError, match="does not go with --attention-precision sdpa-bf16"):
+        settings(separate_documents=True, attention_precision="sdpa-bf16")
+
+
+def test_every_precision_of_attention_has_its_flag() -> None:
+    assert get_args(AttentionPrecision) == ATTENTION_PRECISIONS
 
 
 def test_a_sequence_has_as_many_tokens_as_pieces() -> None:

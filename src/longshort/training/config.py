@@ -12,7 +12,7 @@ from longshort.checks import check_fields, flag
 from longshort.data import TokenOrder
 
 PositionEmbedding = Literal["learned", "rope", "alibi", "none"]
-AttentionPrecision = Literal["input", "fp32", "bf16", "bf16-flash"]
+AttentionPrecision = Literal["input", "fp64", "fp32", "bf16", "bf16-flash", "sdpa-bf16"]
 Schedule = Literal["cosine", "constant", "wsd"]
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -88,7 +88,9 @@ class TrainConfig:
     """First tokens of each document that local heads always see."""
 
     attention_precision: AttentionPrecision | None = None
-    """Rounding inside attention."""
+    """Rounding inside attention. fp64: almost none, and slow. bf16: queries, keys and values. bf16-flash: the
+    probabilities too. sdpa-bf16: as bf16, but global heads go through PyTorch's own flash kernel, which has
+    no softcap, ALiBi, sink logits or separate documents."""
 
     steps: Annotated[int, Ge(1)] = 1000
     """Optimizer steps."""
@@ -225,6 +227,11 @@ class TrainConfig:
             raise ValueError(
                 "--separate-documents does not go with --token-order "
                 f"{self.token_order}, which mixes the documents of a sequence"
+            )
+        if self.separate_documents and self.attention_precision == "sdpa-bf16":
+            raise ValueError(
+                "--separate-documents does not go with --attention-precision sdpa-bf16: PyTorch's flash "
+                "kernel has no segments"
             )
         if (
             self.token_order == "interleaved"
