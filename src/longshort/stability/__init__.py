@@ -3,6 +3,7 @@
 from longshort.stability.monitor import MAX_LOGITS, ROW_RANGES, AttentionMonitor, Reading
 from longshort.stability.probe import AttentionProbe, ProbeReading
 from longshort.stability.remedies import QKClip, z_loss
+from longshort.stability.rounding import GradientError, audit_rounding
 from longshort.stability.spikes import Spike, SpikeDetector, divergence_step
 
 __all__ = [
@@ -10,11 +11,13 @@ __all__ = [
     "ROW_RANGES",
     "AttentionMonitor",
     "AttentionProbe",
+    "GradientError",
     "ProbeReading",
     "QKClip",
     "Reading",
     "Spike",
     "SpikeDetector",
+    "audit_rounding",
     "divergence_step",
     "z_loss",
 ]

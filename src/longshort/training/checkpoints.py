@@ -181,7 +181,12 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 def latest_checkpoint(run: Path | str) -> Path | None:
     """Return the complete checkpoint of the highest step; None if there is none."""
     steps = checkpoint_steps(Path(run))
-    return Path(run) / FOLDER / f"step-{steps[-1]}" if steps else None
+    return checkpoint_folder(run, steps[-1]) if steps else None
+
+
+def checkpoint_folder(run: Path | str, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
+    return Path(run) / FOLDER / f"step-{step}"
 
 
 def remove_partial_checkpoints(run: Path) -> None:
