@@ -44,6 +44,17 @@ def settings(**changes: Any) -> TrainConfig:
         ("min_learning_rate", 1.0, "--min-learning-rate must be at most --learning-rate (0.0006), got 1.0"),
         ("beta1", 1.0, "--beta1 must be a number >= 0 and < 1, got 1.0"),
         ("weight_decay", -0.1, "--weight-decay must be a number >= 0, got -0.1"),
+        ("adam_epsilon", 0.0, "--adam-epsilon must be a number > 0, got 0.0"),
+        (
+            "qk_learning_rate_factor",
+            0.0,
+            "--qk-learning-rate-factor must be a number > 0 and <= 1, got 0.0",
+        ),
+        (
+            "qk_learning_rate_factor",
+            1.5,
+            "--qk-learning-rate-factor must be a number > 0 and <= 1, got 1.5",
+        ),
         ("grad_clip", float("inf"), "--grad-clip must be a number >= 0, got inf"),
         ("softcap", 0.0, "--softcap must be a number > 0, got 0.0"),
         ("z_loss", -1.0, "--z-loss must be a number >= 0, got -1.0"),

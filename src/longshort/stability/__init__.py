@@ -2,7 +2,7 @@
 
 from longshort.stability.monitor import MAX_LOGITS, ROW_RANGES, AttentionMonitor, Reading
 from longshort.stability.probe import AttentionProbe, ProbeReading
-from longshort.stability.remedies import QKClip, z_loss
+from longshort.stability.remedies import QKClip, scale_qk_learning_rate, z_loss
 from longshort.stability.rounding import GradientError, audit_rounding
 from longshort.stability.spikes import Spike, SpikeDetector, divergence_step
 
@@ -19,5 +19,6 @@ __all__ = [
     "SpikeDetector",
     "audit_rounding",
     "divergence_step",
+    "scale_qk_learning_rate",
     "z_loss",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from longshort.checks import check_fields, flag
 from longshort.data import TokenOrder
@@ -125,11 +125,18 @@ class TrainConfig:
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
     """AdamW: decay of the mean of squared gradients."""
 
+    adam_epsilon: Annotated[float, Gt(0)] = 1e-8
+    """AdamW: number added to the root of the mean of squared gradients."""
+
     weight_decay: Annotated[float, Ge(0)] = 0.1
     """AdamW: decay of matrices, including embeddings. Gains do not decay."""
 
     grad_clip: Annotated[float, Ge(0)] = 1.0
     """Largest norm of the gradient. 0: no clipping."""
+
+    qk_learning_rate_factor: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Learning rate of the query and key projections as a share of that of all other weights, at every step:
+    0.1 is a tenth, 1 the same."""
 
     z_loss: Annotated[float, Ge(0)] = 0.0
     """Weight of the z-loss (PaLM: 1e-4) in what is differentiated; the reported loss is without it."""
