@@ -37,7 +37,7 @@ from longshort.studies.framework.study import (
     unique,
 )
 from longshort.studies.framework.sweep import Arm, Ladder
-from longshort.studies.language.arms import LS, LS_ROPE, MHSA, MHSA_ROPE, Setting, Variant, steady
+from longshort.studies.language.arms import LS, LS_ROPE, MHSA, MHSA_ROPE, ONE_GPU, Setting, Variant, steady
 from longshort.studies.language.equal_progress import (
     BEGUN,
     LOSSES,
@@ -142,6 +142,7 @@ class _Scale:
         lengths: settings of MHSA and LS at other lengths.
         stress: setting of the runs that may diverge.
         stress_rates: their learning rates.
+        stressed: their arms.
         fp32_rate: rate at which MHSA and LS also run in fp32; None: they do not.
     """
 
@@ -153,6 +154,7 @@ class _Scale:
     lengths: Sequence[Setting] = ()
     stress: Setting | None = None
     stress_rates: Sequence[float] = ()
+    stressed: Sequence[Variant] = STRESSED
     fp32_rate: float | None = None
 
     @property
@@ -182,7 +184,7 @@ class _Scale:
         found = {
             (variant.name, rate): [self.stress.trial(variant, rate, seed) for seed in seeds]
             for rate in self.stress_rates
-            for variant in STRESSED
+            for variant in self.stressed
         }
         if self.fp32_rate is not None:
             for variant in (MHSA, LS):
@@ -194,16 +196,16 @@ class _Scale:
 
 
 def _arm(setting: Setting, variant: Variant, later: Setting | None = None, name: str | None = None) -> Arm:
-    """Make an arm at the setting's one rate; seeds after the first train in the setting `later`."""
+    """Make an arm at the setting's rates alone; seeds after the first train in the setting `later`."""
 
     def trial(rate: float, seed: int) -> Trial:
         return (setting if later is None or seed == 0 else later).trial(variant, rate, seed)
 
-    return Arm(name or variant.name, trial, Ladder(setting.rates))
+    return Arm(name or variant.name, trial, Ladder(setting.rates, extensions=0))
 
 
 def _trials(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Trial]:
-    return [arm.trial(arm.ladder.rates[0], seed) for seed in seeds for arm in arms]
+    return [arm.trial(rate, seed) for seed in seeds for arm in arms for rate in arm.ladder.rates]
 
 
 class Progress(LanguageStudy):
@@ -241,6 +243,14 @@ class Progress(LanguageStudy):
             stress=steady(512, 4096, 3000),
             stress_rates=(1e-2, 1.7e-2, 3e-2, 6e-2),
             fp32_rate=3e-2,
+        ),
+        "gpu": _Scale(
+            ONE_GPU,
+            seeds=1,
+            variants=(),
+            stress=ONE_GPU,
+            stress_rates=ONE_GPU.rates,
+            stressed=(MHSA, LS),
         ),
         "paper": _Scale(
             steady(2048, 524_288, 50_000, rates=(6e-4,)),

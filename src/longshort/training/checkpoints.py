@@ -81,7 +81,7 @@ def save_checkpoint(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        with _without_progress_bars():
+        with without_progress_bars():
             model.save_pretrained(partial, max_shard_size="1TB")  # one file of weights
         save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER)
         (partial / _STATE).write_text(_as_json(state))
@@ -196,8 +196,8 @@ def remove_partial_checkpoints(run: Path) -> None:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Turn off the progress bars of transformers, which would disturb that of the training."""
+def without_progress_bars() -> Iterator[None]:
+    """Turn off the progress bars of transformers, which would disturb our own."""
     were_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

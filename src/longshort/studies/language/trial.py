@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,10 @@ from longshort.evaluation import measure_needle
 from longshort.model import parameter_count, training_flops
 from longshort.reporting.files import replace_file, strict_json
 from longshort.stability import SpikeDetector, divergence_step
+from longshort.studies.framework.comparison import rate_text
 from longshort.studies.framework.study import Study, Trial, Workplace
 from longshort.studies.language.arms import model_config
+from longshort.studies.language.export import export_models
 from longshort.training.config import TrainConfig
 from longshort.training.loop import Progress, resume, train
 from longshort.training.metrics import read_metrics
@@ -45,19 +48,33 @@ class LanguageStudy(Study):
     def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
         return train_language_model(trial, workplace)
 
+    def export(self, trials: Sequence[Trial], workplace: Workplace) -> None:
+        names = {_name(trial): run_folder(trial, workplace) for trial in trials}
+        export_models(names, workplace.folder / self.name / "models")
+
+
+def _name(trial: Trial) -> str:
+    """Name a trial in a path: "MHSA-6e-4-seed-0"."""
+    words = f"{trial.arm} {rate_text(trial.settings['train']['learning_rate'])} seed {trial.seed}"
+    return re.sub(r"[^\w.-]+", "-", words)
+
+
+def run_folder(trial: Trial, workplace: Workplace) -> Path:
+    """Return the folder of a trial's training run; trials of the same training share it."""
+    settings = {"model": trial.settings["model"], "train": trial.settings["train"]}
+    return workplace.folder / "runs" / Trial(trial.arm, trial.seed, settings).key
+
 
 def train_language_model(trial: Trial, workplace: Workplace) -> dict[str, Any]:
     """Train the model of a trial, or resume it, and summarize the run.
 
-    The run's folder is WORKPLACE/runs/NAME; trials of the same training share it. `settings["measure"]` may
-    hold "needle": the lengths, depths and samples of `measure_needle`.
+    The run is in `run_folder`. `settings["measure"]` may hold "needle": the lengths, depths and samples of
+    `measure_needle`.
 
     Raises:
         InterruptedError: the training was stopped by a signal, after it wrote a checkpoint.
     """
-    settings = trial.settings
-    training = Trial(trial.arm, trial.seed, {"model": settings["model"], "train": settings["train"]})
-    run = workplace.folder / "runs" / training.key
+    settings, run = trial.settings, run_folder(trial, workplace)
     with _alone(run):
         _train(run, settings, workplace)
         result = summarize(run, settings)
