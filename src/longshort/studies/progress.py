@@ -37,6 +37,7 @@ from longshort.studies.framework.study import (
     unique,
 )
 from longshort.studies.framework.sweep import Arm, Ladder
+from longshort.studies.language.alarms import WARNING, alarm_sections, judge_alarms
 from longshort.studies.language.arms import LS, LS_ROPE, MHSA, MHSA_ROPE, ONE_GPU, Setting, Variant, steady
 from longshort.studies.language.equal_progress import (
     BEGUN,
@@ -195,6 +196,11 @@ class _Scale:
         return found
 
 
+def _stress(length: int, tokens: int, steps: int) -> Setting:
+    """Make the setting of runs that may diverge: all alarms are measured, often."""
+    return steady(length, tokens, steps, alarms=True, monitor_every=10)
+
+
 def _arm(setting: Setting, variant: Variant, later: Setting | None = None, name: str | None = None) -> Arm:
     """Make an arm at the setting's rates alone; seeds after the first train in the setting `later`."""
 
@@ -214,20 +220,20 @@ class Progress(LanguageStudy):
 
     name = "progress"
     title = "Equal progress (figures 1, 3 and 4)"
-    claims = (DIVERGENCE, RATIO, GROWTH, SOONER, ENOUGH, NEEDED)
+    claims = (DIVERGENCE, RATIO, GROWTH, SOONER, ENOUGH, NEEDED, WARNING)
     scales: Mapping[Scale, _Scale] = {
         "smoke": _Scale(
             steady(64, 128, 20),
             seeds=2,
             lengths=[steady(32, 128, 20)],
-            stress=steady(64, 128, 20),
+            stress=_stress(64, 128, 20),
             stress_rates=(1e-2,),
         ),
         "laptop": _Scale(
             steady(512, 4096, 4000),
             seeds=3,
             lengths=[steady(256, 4096, 3000, stop_at_loss=1.95)],
-            stress=steady(512, 4096, 1000),
+            stress=_stress(512, 4096, 1000),
             stress_rates=(1e-2, 6e-2),
         ),
         "overnight": _Scale(
@@ -240,7 +246,7 @@ class Progress(LanguageStudy):
                 steady(512, 8192, 2000, stop_at_loss=1.95),
                 steady(2048, 8192, 6000, stop_at_loss=1.95),
             ],
-            stress=steady(512, 4096, 3000),
+            stress=_stress(512, 4096, 3000),
             stress_rates=(1e-2, 1.7e-2, 3e-2, 6e-2),
             fp32_rate=3e-2,
         ),
@@ -281,24 +287,28 @@ class Progress(LanguageStudy):
         arms = measured(chosen.main)
         lengths = {length: measured(by_name.values()) for length, by_name in chosen.length_arms.items()}
         stressed = {
-            key: [results[trial.key]["diverged_at"] for trial in trials]
+            key: [results[trial.key] for trial in trials]
             for key, trials in chosen.stress_trials(seeds).items()
             if all(trial.key in results for trial in trials)
         }
+        diverged = {key: [result["diverged_at"] for result in runs] for key, runs in stressed.items()}
+        alarmed = [(rate, result) for (_, rate), runs in stressed.items() for result in runs]
         first = measure_arms(chosen.position_arms, seeds[:1], results, rates=("best",))
         verdicts = [
-            _judge_divergence(stressed),
+            _judge_divergence(diverged),
             _judge_logits(arms),
             _judge_growth(lengths),
             _judge_sooner(arms),
             _judge_enough(arms),
             _judge_needed(arms),
+            judge_alarms(alarmed),
         ]
         sections = [
             *_main_sections(chosen, arms, folder),
             *_position_sections(arms, first, folder),
             *_length_sections(lengths),
-            *_stress_sections(stressed),
+            *_stress_sections(diverged),
+            *alarm_sections(alarmed),
         ]
         return Findings(holm(verdicts), sections)
 

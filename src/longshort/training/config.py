@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from longshort.checks import check_fields, flag
 from longshort.data import TokenOrder
+from longshort.stability import Alarm
 
 PositionEmbedding = Literal["learned", "rope", "alibi", "none"]
 AttentionPrecision = Literal["input", "fp64", "fp32", "bf16", "bf16-flash", "sdpa-bf16"]
@@ -177,6 +178,10 @@ class TrainConfig:
     """Measure the row range too, the largest difference between two logits of one query; slow for global
     heads."""
 
+    alarms: bool = False
+    """Measure with the attention logits what all alarms need, by head: row ranges, and the spectral entropy
+    of the update of query and key weights."""
+
     evaluate_every: Annotated[int, Ge(0)] = 200
     """Steps between validation losses. 0: none."""
 
@@ -202,6 +207,11 @@ class TrainConfig:
     """Action when loss, gradient norm or largest logit spikes. report: print a message. stop: write a
     checkpoint and end. rollback: go back to a checkpoint and leave out batches. Any of them makes every step
     wait for the GPU. None: spikes are not detected."""
+
+    alarm: Alarm | None = None
+    """With --on-spike, a sign of a spike that may come before its loss: row-range (a head's row range grows
+    fast), entropy (a head's entropy has collapsed) or update (the spectral entropy of its update has). It is
+    measured with the attention logits. No study has shown yet that one of them warns in time."""
 
     rollback_steps: Annotated[int, Ge(1)] = 100
     """Rollback: go back to the latest checkpoint at least this many steps before the spike began, else to the
@@ -249,8 +259,11 @@ class TrainConfig:
                 f"--interleave must be at most --sequence-length ({self.sequence_length}), "
                 f"got {self.interleave}"
             )
-        if self.monitor_row_range and not self.monitor_every:
-            raise ValueError(f"--monitor-row-range needs --monitor-every >= 1, got {self.monitor_every}")
+        for name in ("monitor_row_range", "alarms", "alarm"):
+            if getattr(self, name) and not self.monitor_every:
+                raise ValueError(f"{flag(name)} needs --monitor-every >= 1, got {self.monitor_every}")
+        if self.alarm is not None and self.on_spike is None:
+            raise ValueError(f"--alarm goes only with --on-spike, got {self.alarm}")
         for name in ("stop_at_loss", "probe"):
             if getattr(self, name) and not self.evaluate_every:
                 raise ValueError(f"{flag(name)} needs --evaluate-every >= 1, got {self.evaluate_every}")

@@ -15,9 +15,10 @@ from longshort.data import DataFolder, prepare
 from longshort.evaluation import measure_needle
 from longshort.model import parameter_count, training_flops
 from longshort.reporting.files import replace_file, strict_json
-from longshort.stability import SpikeDetector, divergence_step
+from longshort.stability import SpikeDetector, divergence_onset, divergence_step
 from longshort.studies.framework.comparison import rate_text
 from longshort.studies.framework.study import Study, Trial, Workplace
+from longshort.studies.language.alarms import alarm_series
 from longshort.studies.language.arms import model_config
 from longshort.studies.language.export import export_models
 from longshort.training.config import TrainConfig
@@ -126,7 +127,8 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     `loss` is the mean training loss of the last tenth of the steps, largest logits and row ranges are those
     of the last tenth of the measurements. Curves are lists of [step, value]. Runs with a probe also have
     `probe`, by `probe_series`, and `copying_curve`; `constant_until`, the last step before the learning rate
-    falls; and `constant_loss`, the validation loss there.
+    falls; and `constant_loss`, the validation loss there. Runs with `alarms` also have `alarm_scores`, by
+    `alarm_series`, and `diverged_from`, the step at which their loss began to show their divergence.
     """
     metrics = read_metrics(run)
     losses = [line["loss"] for line in metrics]
@@ -137,6 +139,7 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     training = settings["train"]
     config = model_config(settings["model"], training)
     flops = training_flops(config, training["sequence_length"]).total * training["batch_size"]
+    margin = 0.14 if training.get("probe") else 0.5
     validated = [[line["step"], line["validation_loss"]] for line in metrics if "validation_loss" in line]
     return {
         "parameters": parameter_count(config),
@@ -144,7 +147,7 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_per_step": training["sequence_length"] * training["batch_size"],
         "loss": None if None in tail else fmean(tail),
         "validation_loss": validated[-1][1],
-        "diverged_at": divergence_step(losses, 0.14 if training.get("probe") else 0.5),
+        "diverged_at": divergence_step(losses, margin),
         "spikes": _count_spikes(metrics),
         **{name: largest(line[name] for line in late) for name in names},
         "max_logit_by_head": [
@@ -157,8 +160,15 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             for name in names
         },
         **(_progress(metrics, validated, training) if training.get("probe") else {}),
+        **(_alarms(monitored, divergence_onset(losses, margin)) if training.get("alarms") else {}),
         "timing": {"tokens_per_second": median(line["tokens_per_second"] for line in metrics)},
     }
+
+
+def _alarms(monitored: Sequence[Mapping[str, Any]], onset: int | None) -> dict[str, Any]:
+    scores = alarm_series(monitored)
+    rounded = {name: list(map(_rounded, values)) for name, values in scores.items() if name != "step"}
+    return {"diverged_from": onset, "alarm_scores": {"step": scores["step"], **rounded}}
 
 
 def _progress(
