@@ -33,8 +33,8 @@ WARNING = Claim(
     "the same steps. A signal is useful if the lower end of its AUROC is above 0.5 (95 % for the three "
     "signals together, by Newcombe's method over runs) and if, at the threshold that at most 5 % of the "
     "sound runs exceed at any step, the median lead time of the runs that diverge is above 0 steps. Shown: "
-    "one is useful. Contradicted: for each, the 95 % interval (exact, binomial) of the share of runs that diverge "
-    "in which it sounds in time is below one half. Otherwise not shown. Not measured with fewer than "
+    "one is useful. Contradicted: for each, the 95 % interval (exact, binomial) of the share of runs that "
+    "diverge in which it sounds in time is below one half. Otherwise not shown. Not measured with fewer than "
     f"{LEAST_RUNS} runs of either kind.",
 )
 
@@ -202,9 +202,10 @@ def judge_alarms(results: Sequence[tuple[float, Mapping[str, Any]]]) -> Verdict:
     evaluations = _evaluations(results)
     if not evaluations:
         return not_measured(WARNING, f"Fewer than {LEAST_RUNS} runs diverged, or fewer than that did not.")
-    useful = [alarm for alarm, found in evaluations.items() if found.is_useful]
+    useful: list[Alarm] = [alarm for alarm, found in evaluations.items() if found.is_useful]
     outcome = Outcome.SHOWN if useful else Outcome.NOT_SHOWN
-    p = min(1.0, len(ALARMS) * min(evaluations[alarm].p_separating for alarm in useful or evaluations))
+    tested = [evaluations[alarm] for alarm in useful] or list(evaluations.values())
+    p = min(1.0, len(ALARMS) * min(found.p_separating for found in tested))
     if not useful and all(found.is_late for found in evaluations.values()):
         outcome, p = Outcome.CONTRADICTED, max(found.p_late for found in evaluations.values())
     diverged = len(next(iter(evaluations.values())).leads)
