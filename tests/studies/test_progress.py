@@ -4,6 +4,8 @@ import pytest
 from tests.studies.planted import fill, judge, noise, outcomes
 
 from longshort.model import training_flops
+from longshort.stability import ALARMS
+from longshort.studies.language.alarms import WARNING
 from longshort.studies.language.arms import model_config
 from longshort.studies.language.trial import probe_series
 from longshort.studies.progress import (
@@ -18,6 +20,7 @@ from longshort.studies.progress import (
 )
 
 STUDY = Progress()
+NOT_MEASURED = "not measured at this scale"
 NOT_SHOWN, SHOWN, PARTLY, AGAINST, OPEN = (
     "not shown at this scale", "shown", "partly shown", "contradicted at this scale", "open: not reached",
 )  # fmt: skip
@@ -49,17 +52,26 @@ def planted(speed=lambda trial: 1.0, logit=lambda trial, loss: 10.0, end=1.2, co
             "copying_curve": copying,
             "probe": {"step": marks, **series, "row_range": [2 * size for size in sizes]},
             "diverged_at": diverged(trial) if diverged else None,
+            **(_alarms(steps, diverged(trial) if diverged else None) if "alarms" in training else {}),
             "timing": {},
         }
 
     return result_of
 
 
+def _alarms(steps, diverged_at):
+    """Scores that rise 200 steps before a loss does."""
+    onset = None if diverged_at is None else diverged_at - 99
+    marks = range(10, steps + 1, 10)
+    scores = [float(onset is not None and step >= onset - 200) for step in marks]
+    return {"diverged_from": onset, "alarm_scores": {"step": list(marks), **dict.fromkeys(ALARMS, scores)}}
+
+
 def test_identical_arms_are_alike(tmp_path):
     found = judge(STUDY, "laptop", planted(), tmp_path)
     assert found == {
         DIVERGENCE.id: NOT_SHOWN, RATIO.id: AGAINST, GROWTH.id: NOT_SHOWN, SOONER.id: AGAINST,
-        ENOUGH.id: SHOWN, NEEDED.id: NOT_SHOWN,
+        ENOUGH.id: SHOWN, NEEDED.id: NOT_SHOWN, WARNING.id: NOT_MEASURED,
     }  # fmt: skip
 
 
@@ -128,6 +140,17 @@ def test_divergence_needs_more_pairs_than_chance(tmp_path):
     assert reverse[DIVERGENCE.id] == AGAINST
 
 
+def test_alarms_are_judged_on_the_runs_that_may_diverge(tmp_path):
+    def high_rates(trial):
+        return 700 if trial.settings["train"]["learning_rate"] >= 3e-2 else None
+
+    found = judge(STUDY, "overnight", planted(diverged=high_rates), tmp_path)
+    assert found[WARNING.id] == SHOWN
+    assert judge(STUDY, "paper", planted(), tmp_path)[WARNING.id] == NOT_MEASURED
+    stress = STUDY.scales["overnight"].stress
+    assert stress is not None and stress.train["alarms"] and stress.train["monitor_every"] == 10
+
+
 def test_global_heads_that_help(tmp_path):
     def speed(trial):
         return {"MHSA": 1.3, "LS, no global head": 0.8}.get(trial.arm, 1.0)
@@ -142,7 +165,7 @@ def test_half_of_the_results_are_drawn_and_judged_as_far_as_they_go(tmp_path):
     for count in (0, 1, 5, len(whole) // 2):
         part = dict(list(whole.items())[:count])
         found = STUDY.findings("overnight", range(3), part, tmp_path)
-        is_measured = [outcome != "not measured at this scale" for outcome in outcomes(found).values()]
+        is_measured = [outcome != NOT_MEASURED for outcome in outcomes(found).values()]
         assert any(is_measured) == (count > 5)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from longshort.stability import ALARMS
 from longshort.studies.explosion import Explosion
 from longshort.studies.framework.study import Workplace
 from longshort.studies.language.arms import LS, MHSA, Setting, Variant, paper_base, tiny
@@ -49,6 +50,20 @@ def test_a_needle_is_measured_where_it_is_asked_for(workplace):
         SETTING.trial(Variant("LS", measure={"needle": needle}), 1e-3, 0), workplace
     )
     assert [(cell["length"], cell["depth"]) for cell in result["needle"]] == [(64, 0.5)]
+
+
+def test_scores_of_alarms_are_part_of_a_result(workplace):
+    variant = LS.with_train("LS", alarms=True, monitor_every=1)
+    setting = tiny(64, batch=2, steps=12)
+    result = train_language_model(setting.trial(variant, 1e-3, 0), workplace)
+    scores = result["alarm_scores"]
+    assert list(scores) == ["step", *ALARMS] and scores["step"] == list(range(1, 13))
+    assert scores["row-range"][:9] == [None] * 9 and None not in scores["row-range"][9:]
+    for name in ("entropy", "update"):
+        assert scores[name][0] == 0.0 and all(0 <= score < 1 for score in scores[name])
+    assert all(score == float(f"{score:.4g}") for score in scores["update"])
+    assert result["diverged_from"] is None
+    assert "alarm_scores" not in train_language_model(SETTING.trial(LS, 1e-3, 0), workplace)
 
 
 @pytest.mark.parametrize("length", [512, 8192])
