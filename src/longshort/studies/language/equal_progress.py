@@ -152,8 +152,6 @@ def combined(outcomes: Sequence[Outcome]) -> Outcome:
 def ratios_text(first: ArmResults, second: ArmResults, quantity: str, losses: Sequence[float]) -> str:
     """Format the ratios at equal losses: "0.5 [0.4, 0.6] at 2.0"."""
     ratios = {loss: log_ratio_at_loss(first, second, quantity, loss).exp() for loss in losses}
-    ratios = {loss: log_ratio_at_loss(first, second, quantity, loss).exp() for loss in losses}
-    ratios = {loss: log_ratio_at_loss(first, second, quantity, loss).exp() for loss in losses}
     return ", ".join(f"{interval_text(interval)} at {loss}" for loss, interval in ratios.items())
 
 
