@@ -1,4 +1,4 @@
-"""The scale gpu: four trainings of the author's small model, in calls of minutes, and what leaves the machine.
+"""The scale gpu: four trainings in calls of minutes, and what leaves the machine.
 
 The runs here have a narrow model and short sequences; the code is the same.
 """

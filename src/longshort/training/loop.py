@@ -159,11 +159,9 @@ class _Training:
         self._detector = None if settings.on_spike is None else SpikeDetector(alarm=settings.alarm)
         measures_updates = settings.alarms or settings.alarm == "update"
         self._update_entropy = UpdateEntropy(self._model) if measures_updates else None
+        ranges = settings.monitor_row_range or settings.alarms or settings.alarm == "row-range"
         self._monitor = AttentionMonitor(
-            self._model,
-            job.run.band,
-            row_range=settings.monitor_row_range or settings.alarms or settings.alarm == "row-range",
-            update_entropy=self._update_entropy,
+            self._model, job.run.band, row_range=ranges, update_entropy=self._update_entropy
         )
         self._clip = self._clip_monitor = None
         if settings.qk_clip is not None:

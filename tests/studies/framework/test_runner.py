@@ -15,13 +15,15 @@ from longshort.studies.framework.store import RESULTS_FILE, ResultsFile
 from longshort.studies.framework.study import Workplace
 
 
-def run(folder, study=None, jobs=2, progress=None, seeds=range(3), ends_at=None):
-    study = study or Toy()
-    file = ResultsFile(folder / "toy")
-    work, place = {"toy": (study, file)}, Workplace(folder, "stdlib")
-    is_done = run_trials(work, "smoke", {"toy": seeds}, place, jobs, progress, ends_at)
-    assert is_done or ends_at is not None
-    return file if ends_at is None else is_done
+def run(folder, study=None, jobs=2, progress=None, seeds=range(3)):
+    assert run_until(None, folder, study, jobs, progress, seeds)
+    return ResultsFile(folder / "toy")
+
+
+def run_until(ends_at, folder, study=None, jobs=2, progress=None, seeds=range(3)):
+    work = {"toy": (study or Toy(), ResultsFile(folder / "toy"))}
+    place = Workplace(folder, "stdlib")
+    return run_trials(work, "smoke", {"toy": seeds}, place, jobs, progress, ends_at)
 
 
 class Watch(StudyProgress):
@@ -99,7 +101,7 @@ def test_the_end_of_the_time_ends_the_workers_and_keeps_what_is_finished(tmp_pat
 
     watch = OneDone()
     monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 9.0))
-    assert not run(tmp_path, Toy(sleeps=1), jobs=1, progress=watch, ends_at=10.0)
+    assert not run_until(10.0, tmp_path, Toy(sleeps=1), jobs=1, progress=watch)
     assert watch.finished == ["double"]
     assert not multiprocessing.active_children()
     assert len(run(tmp_path).results) == 4
@@ -112,5 +114,5 @@ def test_trials_that_end_with_the_time_are_all_done(tmp_path, monkeypatch):
                 monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 10.0))
 
     monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 9.0))
-    assert run(tmp_path, progress=AllDone(), ends_at=10.0)
-    assert run(tmp_path, ends_at=0.0)  # nothing is left to do
+    assert run_until(10.0, tmp_path, progress=AllDone())
+    assert run_until(0.0, tmp_path)  # nothing is left to do

@@ -5,7 +5,7 @@ import pytest
 from longshort.stability import ALARMS
 from longshort.studies.explosion import Explosion
 from longshort.studies.framework.study import Workplace
-from longshort.studies.language.arms import LS, MHSA, Setting, Variant, paper_base, tiny
+from longshort.studies.language.arms import LS, MHSA, ONE_GPU, Setting, Variant, paper_base, tiny
 from longshort.studies.language.trial import train_language_model
 
 SETTING = tiny(64, batch=2, steps=6)
@@ -75,3 +75,15 @@ def test_models_of_the_papers_size_are_built_and_stepped(workplace, length):
     train |= {"warmup_steps": 0, "validation_windows": 1}
     trial = Setting(model, train, "").trial(LS, 3e-4, 0)
     assert train_language_model(trial, workplace)["loss"] > 0
+
+
+@pytest.mark.parametrize("arm", [LS, MHSA], ids=["LS", "MHSA"])
+def test_the_model_for_one_gpu_is_built_and_stepped(workplace, arm):
+    """At full width and depth, with short sequences and few steps."""
+    train = {**ONE_GPU.train, "sequence_length": 64, "batch_size": 2, "steps": 2, "warmup_steps": 0}
+    train |= {"decay_steps": 1, "evaluate_every": 1, "validation_windows": 2}
+    trial = Setting(ONE_GPU.model, train, "").trial(arm, 6e-4, 0)
+    result = train_language_model(trial, workplace)
+    assert result["parameters"] == 3_148_608 - (2048 - 64) * 192
+    assert result["probe"]["step"] == [1, 2]
+    assert result["copying_curve"][-1][1] > 0
