@@ -195,11 +195,11 @@ def test_a_monitor_measures_what_alarms_need_where_asked_to() -> None:
 
 PLANTED: dict[Any, tuple[list[float], str]] = {
     "row-range": (
-        [4.0] * 20 + [4 * math.exp(0.05 * 10 * step) for step in range(20)],
-        r"slope of the log row range of a head 0\.02\d* a step above 0.02",
+        [4.0] * 20 + [4 * math.exp(0.2 * 10 * step) for step in range(20)],
+        r"slope of the log row range of a head 0\.1\d* a step above 0.1",
     ),
-    "entropy": ([3.0] * 20 + [0.1] * 20, r"fall of the entropy of a head 0\.967 above 0.95"),
-    "update": ([2.0] * 20 + [0.9] * 20, "fall of the spectral entropy of a head's update 0.55 above 0.5"),
+    "entropy": ([3.0] * 20 + [0.1] * 20, r"fall of the entropy of a head 0\.967 above 0\.9"),
+    "update": ([2.0] * 20 + [0.1] * 20, r"fall of the spectral entropy of a head's update 0\.95 above 0\.9"),
 }
 
 

@@ -292,6 +292,7 @@ class Progress(LanguageStudy):
             if all(trial.key in results for trial in trials)
         }
         diverged = {key: [result["diverged_at"] for result in runs] for key, runs in stressed.items()}
+        warmup = 0 if chosen.stress is None else chosen.stress.train["warmup_steps"]
         alarmed = [(rate, result) for (_, rate), runs in stressed.items() for result in runs]
         first = measure_arms(chosen.position_arms, seeds[:1], results, rates=("best",))
         verdicts = [
@@ -301,14 +302,14 @@ class Progress(LanguageStudy):
             _judge_sooner(arms),
             _judge_enough(arms),
             _judge_needed(arms),
-            judge_alarms(alarmed),
+            judge_alarms(alarmed, warmup),
         ]
         sections = [
             *_main_sections(chosen, arms, folder),
             *_position_sections(arms, first, folder),
             *_length_sections(lengths),
             *_stress_sections(diverged),
-            *alarm_sections(alarmed),
+            *alarm_sections(alarmed, warmup),
         ]
         return Findings(holm(verdicts), sections)
 

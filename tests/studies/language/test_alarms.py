@@ -107,28 +107,38 @@ def result(onset: int | None = None, **rises: int | None) -> tuple[float, dict]:
 
 def test_verdicts_on_planted_runs() -> None:
     sound = [result() for _ in range(8)]
-    useful = judge_alarms([*[result(500, update=300) for _ in range(8)], *sound])
+    useful = judge_alarms([*[result(500, update=300) for _ in range(8)], *sound], 0)
     assert useful.outcome.value == "shown" and useful.evidence.endswith("Useful: update.")
     assert useful.p is not None and useful.p < 0.05
     assert "update: AUROC 1 [0.6" in useful.evidence and "median lead 200 steps" in useful.evidence
-    useless = judge_alarms([*[result(500) for _ in range(8)], *sound])
+    useless = judge_alarms([*[result(500) for _ in range(8)], *sound], 0)
     assert useless.outcome.value == "contradicted at this scale"
     assert useless.p is not None and useless.p < 0.05
-    few = judge_alarms([*[result(500, update=300) for _ in range(3)], *sound[:3]])
+    few = judge_alarms([*[result(500, update=300) for _ in range(3)], *sound[:3]], 0)
     assert few.outcome.value == "not shown at this scale"
     half = [result(500, row_range=300) for _ in range(4)] + [result(500) for _ in range(4)]
-    assert judge_alarms([*half, *sound]).outcome.value == "not shown at this scale"
+    assert judge_alarms([*half, *sound], 0).outcome.value == "not shown at this scale"
 
 
 @pytest.mark.parametrize(("diverged", "sound"), [(2, 9), (9, 2), (0, 9), (0, 0)])
 def test_too_few_runs_are_no_measurement(diverged: int, sound: int) -> None:
     results = [result(500) for _ in range(diverged)] + [result() for _ in range(sound)]
-    assert judge_alarms(results).outcome.value == "not measured at this scale"
-    assert alarm_sections(results) == []
+    assert judge_alarms(results, 0).outcome.value == "not measured at this scale"
+    assert alarm_sections(results, 0) == []
+
+
+def test_scores_of_the_warm_up_do_not_count() -> None:
+    """All runs have the highest scores early, as they do when they begin to learn."""
+    results = [*[result(500, update=300) for _ in range(8)], *[result() for _ in range(8)]]
+    for _, one in results:
+        for alarm in ALARMS:
+            one["alarm_scores"][alarm][:20] = [99.0] * 20  # steps 0 ... 190
+    assert judge_alarms(results, 190).outcome.value == "shown"
+    assert judge_alarms(results, 180).outcome.value == "contradicted at this scale"
 
 
 def test_the_table_has_a_row_per_alarm() -> None:
-    (section,) = alarm_sections([*[result(500, entropy=300)] * 3, *[result()] * 3])
+    (section,) = alarm_sections([*[result(500, entropy=300)] * 3, *[result()] * 3], 0)
     assert section.table is not None
     assert [row[0] for row in section.table.rows] == list(ALARMS)
     assert section.table.rows[1][2:] == ("1", "1", "3 of 3", "200")

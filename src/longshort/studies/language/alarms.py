@@ -28,11 +28,12 @@ WARNING = Claim(
     "A signal of single heads tells that a run will diverge before its loss does.",
     "No signal sounds in time in half of the runs that diverge.",
     "Signals: slope of the log row range, fall of the attention's entropy, fall of the spectral entropy of "
-    "the update of W_Qᵀ·W_K; each the largest of all heads, every 10 steps. A run's score is its highest "
-    "before the running loss began to be 0.14 nats per byte too high, that of a sound run the highest over "
-    "the same steps. A signal is useful if the lower end of its AUROC is above 0.5 (95 % for the three "
-    "signals together, by Newcombe's method over runs) and if, at the threshold that at most 5 % of the "
-    "sound runs exceed at any step, the median lead time of the runs that diverge is above 0 steps. Shown: "
+    "the update of W_Qᵀ·W_K; each the largest of all heads, every 10 steps after the warm-up, in which every "
+    "run that begins to learn raises them. A run's score is its highest before the running loss began to be "
+    "0.14 nats per byte too high, that of a sound run the highest over the same steps. A signal is "
+    "useful if the lower end of its AUROC is above 0.5 (95 % for the three signals together, by Newcombe's "
+    "method over runs) and if, at the threshold that at most 5 % of the sound runs exceed at any step, the "
+    "median lead time of the runs that diverge is above 0 steps. Shown: "
     "one is useful. Contradicted: for each, the 95 % interval (exact, binomial) of the share of runs that "
     "diverge in which it sounds in time is below one half. Otherwise not shown. Not measured with fewer than "
     f"{LEAST_RUNS} runs of either kind.",
@@ -115,16 +116,18 @@ def alarm_series(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return series
 
 
-def runs_of(results: Iterable[tuple[float, Mapping[str, Any]]], alarm: Alarm) -> list[Run]:
-    """Read one alarm's scores from pairs of learning rate and result of `train_language_model`."""
-    return [
-        Run(
-            list(zip(result["alarm_scores"]["step"], result["alarm_scores"][alarm], strict=True)),
-            result["diverged_from"],
-            rate,
-        )
-        for rate, result in results
-    ]
+RatedResults = Sequence[tuple[float, Mapping[str, Any]]]
+"""Pairs of learning rate and result of `train_language_model`, with `alarm_scores`."""
+
+
+def runs_of(results: RatedResults, alarm: Alarm, after: int) -> list[Run]:
+    """Read one alarm's scores after a step."""
+    runs = []
+    for rate, result in results:
+        series = result["alarm_scores"]
+        scores = zip(series["step"], series[alarm], strict=True)
+        runs.append(Run([one for one in scores if one[0] > after], result["diverged_from"], rate))
+    return runs
 
 
 def evaluate(runs: Sequence[Run]) -> Evaluation:
@@ -193,13 +196,9 @@ def lead_time(run: Run, limit: float) -> int:
     return max(0, run.onset - next(sounded, run.onset))
 
 
-def judge_alarms(results: Sequence[tuple[float, Mapping[str, Any]]]) -> Verdict:
-    """Judge `WARNING`.
-
-    Args:
-        results: pairs of learning rate and result of `train_language_model`, with `alarm_scores`.
-    """
-    evaluations = _evaluations(results)
+def judge_alarms(results: RatedResults, after: int) -> Verdict:
+    """Judge `WARNING` by the scores after a step, the end of the warm-up."""
+    evaluations = _evaluations(results, after)
     if not evaluations:
         return not_measured(WARNING, f"Fewer than {LEAST_RUNS} runs diverged, or fewer than that did not.")
     useful: list[Alarm] = [alarm for alarm, found in evaluations.items() if found.is_useful]
@@ -221,8 +220,8 @@ def judge_alarms(results: Sequence[tuple[float, Mapping[str, Any]]]) -> Verdict:
     return Verdict(WARNING, outcome, evidence, p)
 
 
-def alarm_sections(results: Sequence[tuple[float, Mapping[str, Any]]]) -> list[Section]:
-    """Make the section with a row per alarm; none if there are too few runs."""
+def alarm_sections(results: RatedResults, after: int) -> list[Section]:
+    """Make the section with a row per alarm, from the scores after a step; none if there are too few runs."""
     rows = [
         (
             alarm,
@@ -232,7 +231,7 @@ def alarm_sections(results: Sequence[tuple[float, Mapping[str, Any]]]) -> list[S
             f"{found.in_time} of {len(found.leads)}",
             f"{median(found.leads):g}",
         )
-        for alarm, found in _evaluations(results).items()
+        for alarm, found in _evaluations(results, after).items()
     ]
     if not rows:
         return []
@@ -246,9 +245,9 @@ def alarm_sections(results: Sequence[tuple[float, Mapping[str, Any]]]) -> list[S
     return [Section("Alarms", [text], table=Table(header, rows))]
 
 
-def _evaluations(results: Sequence[tuple[float, Mapping[str, Any]]]) -> dict[Alarm, Evaluation]:
+def _evaluations(results: RatedResults, after: int) -> dict[Alarm, Evaluation]:
     """Evaluate all alarms; none if there are too few runs."""
     diverged = sum(result["diverged_from"] is not None for _, result in results)
     if min(diverged, len(results) - diverged) < LEAST_RUNS:
         return {}
-    return {alarm: evaluate(runs_of(results, alarm)) for alarm in ALARMS}
+    return {alarm: evaluate(runs_of(results, alarm, after)) for alarm in ALARMS}
