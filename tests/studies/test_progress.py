@@ -169,6 +169,15 @@ def test_half_of_the_results_are_drawn_and_judged_as_far_as_they_go(tmp_path):
         assert any(is_measured) == (count > 5)
 
 
+def test_other_seeds_are_predicted_at_the_end_and_at_equal_losses(tmp_path):
+    results = fill(STUDY, "laptop", range(3), planted())
+    found = STUDY.findings("laptop", range(3), results, tmp_path).predictions
+    assert list(found) == ["MHSA", "LS", "LS, no global head"]
+    assert {"constant_loss", "validation_loss", "max_logit at 2.0", "row_range at 1.3"} <= set(found["LS"])
+    interval = found["LS"]["max_logit at 2.0"]
+    assert 9 < interval.low < interval.mean < interval.high < 11
+
+
 def test_the_plan_runs_the_first_seed_first():
     trials = STUDY.plan("overnight", range(3), {}).trials
     assert len({trial.key for trial in trials}) == len(trials) == 78

@@ -56,6 +56,7 @@ from longshort.studies.language.equal_progress import (
     sign_test,
     step_at,
 )
+from longshort.studies.language.measures import predict
 from longshort.studies.language.trial import LanguageStudy
 
 NO_GLOBAL = LS.with_model("LS, no global head", num_global_heads=0)
@@ -293,7 +294,12 @@ class Progress(LanguageStudy):
         }
         diverged = {key: [result["diverged_at"] for result in runs] for key, runs in stressed.items()}
         warmup = 0 if chosen.stress is None else chosen.stress.train["warmup_steps"]
-        alarmed = [(rate, result) for (_, rate), runs in stressed.items() for result in runs]
+        alarmed = [
+            (rate, result)
+            for (_, rate), runs in stressed.items()
+            for result in runs
+            if "alarm_scores" in result
+        ]
         first = measure_arms(chosen.position_arms, seeds[:1], results, rates=("best",))
         verdicts = [
             _judge_divergence(diverged),
@@ -311,7 +317,24 @@ class Progress(LanguageStudy):
             *_stress_sections(diverged),
             *alarm_sections(alarmed, warmup),
         ]
-        return Findings(holm(verdicts), sections)
+        return Findings(holm(verdicts), sections, _predictions(arms))
+
+
+def _predictions(arms: Arms) -> dict[str, dict[str, Interval]]:
+    """Predict another seed's losses at the end, and its logits at the losses that all seeds reach."""
+    found: dict[str, dict[str, Interval]] = {}
+    for name, arm in arms.items():
+        found[name] = {
+            quantity: predict(quantity, arm.values(quantity))
+            for quantity in ("constant_loss", "validation_loss")
+        }
+        for loss in losses_reached(arm.results()):
+            for quantity in ("max_logit", "row_range"):
+                values = {
+                    seed: at_loss(result, quantity, loss) for seed, result in arm.by_rate["best"].items()
+                }
+                found[name][f"{quantity} at {loss}"] = predict(quantity, values)
+    return found
 
 
 Diverged = Mapping[tuple[str, float], Sequence[int | None]]
