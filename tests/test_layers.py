@@ -194,7 +194,7 @@ def test_a_head_has_no_gradient_beyond_what_it_sees() -> None:
 
 
 @pytest.mark.parametrize("rotary", [None, Rotary(skip_heads=(4, 5))])
-@pytest.mark.parametrize("precision", ["input", "fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["input", "fp64", "fp32", "bf16"])
 def test_decoding_with_a_cache_equals_one_pass(rotary: Rotary | None, precision: str) -> None:
     layer = make_layer(rotary=rotary, qk_norm=True, attention_precision=precision)
     x = make_input()
@@ -239,6 +239,7 @@ def test_packed_sequences_do_not_see_each_other() -> None:
 @pytest.mark.parametrize(
     ("precision", "dtype", "rounds"),
     [
+        ("fp64", torch.float64, False),
         ("fp32", torch.float32, False),
         ("bf16", torch.bfloat16, False),
         ("bf16-flash", torch.bfloat16, True),
@@ -331,7 +332,7 @@ def test_an_observation_repeats_the_call() -> None:
     assert observation.options["segment_ids"] is segment_ids
 
 
-@pytest.mark.parametrize("precision", ["input", "fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["input", "fp64", "fp32", "bf16"])
 def test_compiles_without_graph_breaks(precision: str) -> None:
     torch.compiler.reset()
     layer = make_layer(

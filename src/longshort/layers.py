@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longshort.attention import BACKENDS, AttentionStats, attention, autocast_is_on, require_tensor
 from longshort.checks import is_finite, require_integer, require_positive
 from longshort.convolution import ShortConvolution
+from longshort.flash import FlashAttention, flash_refusal
 from longshort.key_values import KeyValueCache, UpdatableCache, UpdatedCache
 from longshort.layout import HeadLayout
 from longshort.projection import project
@@ -21,11 +22,24 @@ from longshort.rotary import Rotary, rotate, rotated_runs
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-flash": torch.bfloat16}
+_DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16-flash": torch.bfloat16,
+    "sdpa-bf16": torch.bfloat16,
+}
 
 ATTENTION_PRECISIONS = ("input", *_DTYPES)
-"""Dtypes that q, k and v are cast to: none; fp32; bf16, with scores and sums in fp32; bf16 with the
-probabilities rounded too, as flash kernels do."""
+"""Precisions of attention. input: that of the layer or of autocast. The others say what q, k and v are cast
+to, and what else is rounded.
+
+- fp64: slow, the truth that the others are compared with; and fp32.
+- bf16: scores, probabilities and sums stay in fp32.
+- bf16-flash: the probabilities are rounded too, as flash kernels do.
+- sdpa-bf16: as bf16, but global heads go through PyTorch's own flash kernel, whatever that rounds. It has no
+  softcap, ALiBi, sink logits or segments. Through a cache the layer attends as with bf16.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,8 @@ class Observation:
     Attributes:
         q, k, v: as attention got them: normalised, rotated, in the attention's precision.
         stats: the call's statistics.
-        options: the other keyword arguments of the call (`segment_ids`, `softcap`, ...).
+        options: the other keyword arguments of the call (`segment_ids`, `softcap`, ...), from which
+            `attention` gives the same statistics and, but for "sdpa-bf16", the same output.
     """
 
     q: Float[Tensor, "batch heads q_len head_dim"]
@@ -76,8 +91,8 @@ class LongShortAttention(nn.Module):
         observer: called with an `Observation` in every forward pass (in a checkpointed one also when it is
             recomputed) while it is not None; it changes no bit of outputs and gradients. `add_observer`
             adds more than one.
-        function: computes the attention of passes without a cache, and of observed ones; takes and returns
-            what `longshort.attention.attention` does, which it is unless it is replaced.
+        function: computes the attention of passes without a cache, and of observed ones, unless the precision
+            is "sdpa-bf16"; takes and returns what `longshort.attention.attention` does, which it is at first.
 
     Raises:
         TypeError: layout is no HeadLayout, or rotary no Rotary.
@@ -141,6 +156,10 @@ class LongShortAttention(nn.Module):
         self._observers: tuple[Observer, ...] = ()  # compilers look at it: equal ones are no new graph
         self._rotated_runs = rotated_runs(rotary, layout, head_dim)
         self._slopes = _checked_slopes(alibi_slopes, heads)
+        self._flash = FlashAttention(layout) if layout.global_heads else None
+        refused = flash_refusal(layout, softcap, self._slopes, sink_logits)
+        if attention_precision == "sdpa-bf16" and refused is not None:
+            raise ValueError(refused)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         channels = (heads + 2 * kv_heads) * head_dim
@@ -175,7 +194,8 @@ class LongShortAttention(nn.Module):
             TypeError: an argument is no tensor.
             ValueError: a shape or dtype is not allowed, the cache has another layout, a cache comes to a
                 short convolution, or rotary positions are unknown: the cache has no `length` and
-                position_ids are not given.
+                position_ids are not given; or segment_ids come without a cache to attention_precision
+                "sdpa-bf16" and a global head.
         """
         keys_and_values = None if cache is None else self._adapted(cache)
         past = self._check_input(hidden_states, segment_ids, position_ids, keys_and_values)
@@ -229,20 +249,30 @@ class LongShortAttention(nn.Module):
         }
         as_it_comes = self.attention_precision == "input"
         with nullcontext() if as_it_comes else torch.autocast(q.device.type, enabled=False):
+            flash = self._flash_for(cache)
             if not self.is_observed:
                 if cache is not None:
                     return cache.attend(q, k, v, backend=self.backend, **options)
+                if flash is not None:
+                    return flash.attend(q, k, v, backend=self.backend, **options)
                 return self.function(q, k, v, self.layout, backend=self.backend, **options)
             if cache is not None:
                 k, v = cache.update(k, v, segment_ids)
-            out, stats = self.function(
-                q, k, v, self.layout, backend=self.backend, return_stats=True, **options
-            )
+            if flash is not None:
+                out, stats = flash.attend_and_measure(q, k, v, backend=self.backend, **options)
+            else:
+                out, stats = self.function(
+                    q, k, v, self.layout, backend=self.backend, return_stats=True, **options
+                )
         observation = Observation(q, k, v, stats, options)
         for observer in (self.observer, *self._observers):
             if observer is not None:
                 observer(observation)
         return out
+
+    def _flash_for(self, cache: KeyValueCache | None) -> FlashAttention | None:
+        """Return what computes the attention if PyTorch's flash kernel takes part in it."""
+        return self._flash if self.attention_precision == "sdpa-bf16" and cache is None else None
 
     def _check_input(
         self, hidden_states: Any, segment_ids: Any, position_ids: Any, cache: KeyValueCache | None
@@ -267,6 +297,11 @@ class LongShortAttention(nn.Module):
                 raise ValueError(
                     f"segment_ids must be (batch, kv_len), one for each of the {length or 0} cached and the "
                     f"{q_len} new tokens of the {batch} sequences, got shape {tuple(segment_ids.shape)}"
+                )
+            if self._flash_for(cache) is not None:
+                raise ValueError(
+                    "segment_ids (packed or padded sequences) must be None with attention_precision "
+                    "'sdpa-bf16', since PyTorch's flash kernel has no segments"
                 )
         if position_ids is not None:
             require_position_ids(position_ids, batch, q_len, hidden_states.device)

@@ -8,7 +8,7 @@ import longshort
 import longshort.cli as cli
 from longshort.cli import main
 
-COMMANDS = ["data", "train", "evaluate", "generate", "plan", "doctor", "demo"]
+COMMANDS = ["data", "train", "evaluate", "audit", "generate", "plan", "doctor", "demo"]
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -52,6 +52,7 @@ def test_each_command_explains_itself(capsys, command):
         "train tiny --data d --out r",
         "train --resume r",
         "evaluate r",
+        "audit r",
         "generate r",
         "plan --length 9",
         "doctor",

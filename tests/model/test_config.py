@@ -73,6 +73,12 @@ def test_layouts_of_ones_own() -> None:
         {"num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 10, "initializer_range": 0.1},
         {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": [2, 3], "use_cache": False},
         {"sink_logits": True, "short_convolution": 4},
+        {
+            "attention_precision": "sdpa-bf16",
+            "position_embedding": "alibi",
+            "global_position_embedding": "none",
+        },
+        {"attention_precision": "sdpa-bf16", "num_global_heads": 0, "softcap": 3.0, "sink_logits": True},
     ],
     ids=lambda fields: "-".join(fields) or "defaults",
 )
@@ -149,6 +155,12 @@ def test_learned_positions_mix_with_no_other_kind(local_kind: str, global_kind: 
         ({"position_embedding": "rope", "head_dim": 7}, "head_dim must be even for rotary positions, got 7"),
         ({"rope_theta": 0}, "rope_theta must be a finite number > 0, got 0"),
         ({"attention_precision": "fp16"}, "attention_precision must be one of .*got 'fp16'"),
+        ({"attention_precision": "sdpa-bf16", "softcap": 3.0}, "'sdpa-bf16' does not go with softcap=3.0"),
+        ({"attention_precision": "sdpa-bf16", "sink_logits": True}, "'sdpa-bf16' .* sink_logits=True"),
+        (
+            {"attention_precision": "sdpa-bf16", "position_embedding": "alibi", "num_global_heads": [0, 1]},
+            "'sdpa-bf16' does not go with ALiBi",
+        ),
         ({"softcap": -1.0}, "softcap must be a finite number > 0, got -1.0"),
         ({"qk_norm": 1}, "qk_norm must be true or false, got 1"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, got 'no'"),

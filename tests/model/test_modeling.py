@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from longshort.layers import LongShortAttention
+from longshort.layers import ATTENTION_PRECISIONS, LongShortAttention
 from longshort.model import LongShortConfig, LongShortForCausalLM
 
 
@@ -231,12 +231,14 @@ def test_attention_layers_have_the_configured_options_in_order() -> None:
 
 def test_precisions_give_different_bits_of_the_same_function() -> None:
     logits = {
-        precision: make_model(attention_precision=precision)(make_ids()).logits
-        for precision in ("input", "fp32", "bf16", "bf16-flash")
+        precision: make_model(attention_precision=precision)(make_ids(), use_cache=False).logits
+        for precision in ATTENTION_PRECISIONS
     }
     assert torch.equal(logits["input"], logits["fp32"])
-    assert not torch.equal(logits["bf16"], logits["bf16-flash"])
-    for precision in ("bf16", "bf16-flash"):
+    torch.testing.assert_close(logits["fp64"], logits["fp32"], rtol=1e-5, atol=1e-6)
+    rounded = ("bf16", "bf16-flash", "sdpa-bf16")
+    assert len({logits[precision].sum().item() for precision in rounded}) == len(rounded)
+    for precision in rounded:
         assert not torch.equal(logits[precision], logits["fp32"])
         torch.testing.assert_close(logits[precision], logits["fp32"], rtol=0.1, atol=0.1)
 

@@ -138,8 +138,9 @@ MASK = torch.tensor([[0] * 3 + [1] * 10, [1] * 13])
         ({}, [{}, {"segment_ids": SEGMENTS}, {"attention_mask": MASK}]),
         ({"position_embedding": "rope", "global_position_embedding": "none", "qk_norm": True}, [{}]),
         ({"position_embedding": "alibi", "attention_precision": "bf16"}, [{"segment_ids": SEGMENTS}]),
+        ({"attention_precision": "sdpa-bf16"}, [{}]),
     ],
-    ids=["learned", "rope", "alibi-bf16"],
+    ids=["learned", "rope", "alibi-bf16", "sdpa-bf16"],
 )
 def test_training_compiles_without_graph_breaks(fields: dict[str, Any], calls: list[dict[str, Any]]) -> None:
     torch.compiler.reset()

@@ -5,6 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
 
 from longshort.reporting.intervals import (
     confidence_interval,
@@ -79,3 +80,18 @@ def test_slopes_are_taken_per_seed():
     interval = slope_interval([[(0, 0.0), (1, 1.0)], [(0, 5.0), (1, 6.0)]])
     assert (interval.mean, interval.low, interval.high) == (1.0, 1.0, 1.0)
     assert not slope_interval([[(0, 0.0), (1, None)], [(0, 5.0), (1, 6.0)]]).is_known
+
+
+@pytest.mark.parametrize("bound", [0.0, 1.9, 2.5])
+def test_p_values_are_those_of_the_t_test(bound):
+    values = [1.0, 2.0, 2.2, 3.1]
+    wanted = ttest_1samp(values, bound)[1]
+    assert confidence_interval(values).p_value(bound) == pytest.approx(wanted)
+
+
+def test_p_values_of_what_is_not_known():
+    assert confidence_interval([1.0]).p_value(0.0) == confidence_interval([1.0, None]).p_value(0.0) == 1
+    assert (
+        confidence_interval([1.0, 1.0]).p_value(0.0) == 0
+        and confidence_interval([1.0, 1.0]).p_value(1.0) == 1
+    )

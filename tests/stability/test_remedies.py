@@ -1,4 +1,4 @@
-"""z-loss and QK-clip: their formulas, what they leave alone, and what they refuse."""
+"""z-loss, the rate of queries and keys, QK-clip: their formulas, what they leave alone and refuse."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longshort.layers import LongShortAttention, Rotary
 from longshort.layout import HeadLayout
-from longshort.stability import AttentionMonitor, QKClip, z_loss
+from longshort.stability import AttentionMonitor, QKClip, scale_qk_learning_rate, z_loss
 
 
 def test_z_loss_is_the_mean_squared_normaliser_of_what_is_predicted() -> None:
@@ -139,3 +139,57 @@ def test_qk_clip_names_bad_input() -> None:
         QKClip(make_layer(LAYOUTS["own-keys"], qk_norm=True), 1.0)
     with pytest.raises(ValueError, match=r"max_logit_by_head must have \[4\] heads by layer, got \[3\]"):
         QKClip(layer, 1.0).apply([[1.0] * 3])
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda parameters, rate: torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=0.1),
+    "adam": lambda parameters, rate: torch.optim.Adam(parameters, rate, weight_decay=0.1),
+    "adamw": lambda parameters, rate: torch.optim.AdamW(parameters, rate, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_factor_is_another_rate_for_the_rows_of_queries_and_keys(layout: HeadLayout, make: Any) -> None:
+    layers = [make_layer(layout).double() for _ in range(3)]
+    scaled, fast, slow = layers
+    optimizers = [
+        make(layer.parameters(), rate) for layer, rate in zip(layers, (0.1, 0.1, 0.01), strict=True)
+    ]
+    scale_qk_learning_rate(scaled, optimizers[0], 0.1)
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for name, parameter in scaled.named_parameters():
+            gradient = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+            for layer in layers:
+                layer.get_parameter(name).grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    heads = layout.num_heads + layout.num_kv_heads
+    torch.testing.assert_close(rows(scaled)[:heads], rows(slow)[:heads], rtol=1e-12, atol=1e-13)
+    assert torch.equal(rows(scaled)[heads:], rows(fast)[heads:])
+    assert torch.equal(scaled.o_proj.weight, fast.o_proj.weight)
+
+
+def test_a_shared_projection_is_scaled_once() -> None:
+    first, second = (make_layer(LAYOUTS["own-keys"]) for _ in range(2))
+    second.qkv_proj = first.qkv_proj
+    optimizer = torch.optim.SGD(first.parameters(), 1.0)
+    before = rows(first)
+    scale_qk_learning_rate(torch.nn.ModuleList([first, second]), optimizer, 0.25)
+    first.qkv_proj.weight.grad = torch.ones_like(first.qkv_proj.weight)
+    optimizer.step()
+    torch.testing.assert_close(rows(first)[:8], before[:8] - 0.25)
+    torch.testing.assert_close(rows(first)[8:], before[8:] - 1.0)
+
+
+def test_the_learning_rate_factor_names_bad_input() -> None:
+    layer = make_layer(LAYOUTS["own-keys"])
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    for factor in (0.0, -1.0, math.nan, math.inf, True, None):
+        with pytest.raises(ValueError, match="factor must be a finite number > 0"):
+            scale_qk_learning_rate(layer, optimizer, factor)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="model must have LongShortAttention layers, got Linear without"):
+        scale_qk_learning_rate(torch.nn.Linear(2, 2), optimizer, 0.5)
+    with pytest.raises(ValueError, match=r"optimizer must hold qkv_proj\.weight of all layers"):
+        scale_qk_learning_rate(make_layer(LAYOUTS["own-keys"]), optimizer, 0.5)

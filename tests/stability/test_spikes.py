@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from longshort.stability import Spike, SpikeDetector, divergence_step
+from longshort.stability import Spike, SpikeDetector, divergence_onset, divergence_step
 
 Series = list[tuple[float, float, float | None]]
 
@@ -165,3 +165,17 @@ def test_divergence_is_a_running_loss_above_its_minimum_for_100_steps() -> None:
 def test_a_falling_loss_and_a_healthy_one_have_not_diverged() -> None:
     assert divergence_step([loss for loss, _, _ in healthy(3000)]) is None
     assert divergence_step(iter([100.0 / (1 + step) for step in range(1000)])) is None
+
+
+@pytest.mark.parametrize("rest", [[3.0] * 300, [3.0] * 60 + [math.nan], [3.0] * 60 + [None]])
+def test_a_divergence_begins_where_the_running_loss_is_too_high(rest: list[float | None]) -> None:
+    losses = [2.0] * 100 + rest
+    assert divergence_onset(losses) == 125  # where the mean of 50 steps is 0.5 above
+    assert divergence_onset(losses, margin=0.02) == 101
+    assert divergence_onset(losses[:150]) is None
+
+
+def test_a_loss_that_is_not_finite_begins_there_if_all_was_well() -> None:
+    assert divergence_onset([2.0] * 100 + [math.inf] + [2.0] * 9) == 101
+    assert divergence_onset([math.nan]) == 1
+    assert divergence_onset([2.0] * 100 + [3.0] * 60 + [2.0] * 200 + [None]) == 361

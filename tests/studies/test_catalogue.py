@@ -107,8 +107,13 @@ def test_a_missing_corpus_is_an_error_before_anything_is_made(tmp_path):
     ("change", "message"),
     [
         ({"name": "explosions"}, "NAME must be one of dense-local, .* or all, got 'explosions'"),
-        ({"scale": "desktop"}, "--scale must be one of smoke, laptop, overnight, paper, got 'desktop'"),
+        ({"scale": "desktop"}, "--scale must be one of smoke, laptop, overnight, gpu, paper, got 'desktop'"),
         ({"seeds": 0}, "--seeds must be an integer >= 1, got 0"),
+        ({"minutes": 0}, "--minutes must be a number > 0, got 0"),
+        (
+            {"name": "length", "scale": "gpu"},
+            "--scale gpu is a scale of progress alone, got length, which has smoke, laptop, overnight, paper",
+        ),
         ({"jobs": True}, "--jobs must be an integer >= 1, got True"),
     ],
 )
@@ -117,9 +122,22 @@ def test_bad_settings_are_named(change, message):
         StudySettings(**{"name": "all", **change})
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
-def test_every_study_has_a_plan_at_every_scale(study, scale):
+def test_all_takes_the_studies_that_have_the_scale():
+    assert [study.name for study in StudySettings("all", scale="gpu").studies] == ["progress"]
+    for scale in SCALES:
+        if scale != "gpu":
+            assert [study.name for study in StudySettings("all", scale=scale).studies] == list(STUDIES)
+
+
+@pytest.mark.parametrize(
+    ("study", "scale"),
+    [
+        pytest.param(study, scale, id=f"{name}-{scale}")
+        for name, study in STUDIES.items()
+        for scale in study.scales
+    ],
+)
+def test_every_study_has_a_plan_at_each_of_its_scales(study, scale):
     seeds = range(study.default_seeds(scale))
     trials = study.plan(scale, seeds, {}).trials
     assert trials

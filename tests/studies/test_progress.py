@@ -4,6 +4,8 @@ import pytest
 from tests.studies.planted import fill, judge, noise, outcomes
 
 from longshort.model import training_flops
+from longshort.stability import ALARMS
+from longshort.studies.language.alarms import WARNING
 from longshort.studies.language.arms import model_config
 from longshort.studies.language.trial import probe_series
 from longshort.studies.progress import (
@@ -19,6 +21,7 @@ from longshort.studies.progress import (
 )
 
 STUDY = Progress()
+NOT_MEASURED = "not measured at this scale"
 NOT_SHOWN, SHOWN, PARTLY, AGAINST, OPEN = (
     "not shown at this scale", "shown", "partly shown", "contradicted at this scale", "open: not reached",
 )  # fmt: skip
@@ -50,17 +53,26 @@ def planted(speed=lambda trial: 1.0, logit=lambda trial, loss: 10.0, end=1.2, co
             "copying_curve": copying,
             "probe": {"step": marks, **series, "row_range": [2 * size for size in sizes]},
             "diverged_at": diverged(trial) if diverged else None,
+            **(_alarms(steps, diverged(trial) if diverged else None) if "alarms" in training else {}),
             "timing": {},
         }
 
     return result_of
 
 
+def _alarms(steps, diverged_at):
+    """Scores that rise 200 steps before a loss does."""
+    onset = None if diverged_at is None else diverged_at - 99
+    marks = range(10, steps + 1, 10)
+    scores = [float(onset is not None and step >= onset - 200) for step in marks]
+    return {"diverged_from": onset, "alarm_scores": {"step": list(marks), **dict.fromkeys(ALARMS, scores)}}
+
+
 def test_identical_arms_are_alike(tmp_path):
     found = judge(STUDY, "laptop", planted(), tmp_path)
     assert found == {
         DIVERGENCE.id: NOT_SHOWN, RATIO.id: AGAINST, GROWTH.id: NOT_SHOWN, SOONER.id: AGAINST,
-        ENOUGH.id: SHOWN, NEEDED.id: NOT_SHOWN, MECHANISM.id: "not measured at this scale",
+        ENOUGH.id: SHOWN, NEEDED.id: NOT_SHOWN, MECHANISM.id: NOT_MEASURED, WARNING.id: NOT_MEASURED,
     }  # fmt: skip
 
 
@@ -176,6 +188,9 @@ def test_arms_of_other_head_sizes_differ_in_nothing_else():
         assert config.num_global_heads == (1 if name.startswith("LS") else config.num_attention_heads)
 
 
+RATES = STUDY.scales["overnight"].stress_rates
+
+
 def test_divergence_needs_more_pairs_than_chance(tmp_path):
     def alone(arm, rates):
         return lambda trial: (
@@ -184,10 +199,23 @@ def test_divergence_needs_more_pairs_than_chance(tmp_path):
 
     few = judge(STUDY, "overnight", planted(diverged=alone("MHSA", (6e-2,))), tmp_path)
     assert few[DIVERGENCE.id] == NOT_SHOWN  # 3 pairs: p = 0.25
-    many = judge(STUDY, "overnight", planted(diverged=alone("MHSA", (3e-2, 6e-2))), tmp_path)
-    assert many[DIVERGENCE.id] == SHOWN  # 6 pairs: p = 0.03
-    reverse = judge(STUDY, "overnight", planted(diverged=alone("LS", (3e-2, 6e-2))), tmp_path)
+    some = judge(STUDY, "overnight", planted(diverged=alone("MHSA", RATES[2:])), tmp_path)
+    assert some[DIVERGENCE.id] == NOT_SHOWN  # 6 pairs: p = 0.03, too much beside the study's other claims
+    many = judge(STUDY, "overnight", planted(diverged=alone("MHSA", RATES[1:])), tmp_path)
+    assert many[DIVERGENCE.id] == SHOWN  # 9 pairs: p = 0.004
+    reverse = judge(STUDY, "overnight", planted(diverged=alone("LS", RATES[1:])), tmp_path)
     assert reverse[DIVERGENCE.id] == AGAINST
+
+
+def test_alarms_are_judged_on_the_runs_that_may_diverge(tmp_path):
+    def high_rates(trial):
+        return 700 if trial.settings["train"]["learning_rate"] >= 3e-2 else None
+
+    found = judge(STUDY, "overnight", planted(diverged=high_rates), tmp_path)
+    assert found[WARNING.id] == SHOWN
+    assert judge(STUDY, "paper", planted(), tmp_path)[WARNING.id] == NOT_MEASURED
+    stress = STUDY.scales["overnight"].stress
+    assert stress is not None and stress.train["alarms"] and stress.train["monitor_every"] == 10
 
 
 def test_global_heads_that_help(tmp_path):
@@ -204,8 +232,17 @@ def test_half_of_the_results_are_drawn_and_judged_as_far_as_they_go(tmp_path):
     for count in (0, 1, 5, len(whole) // 2):
         part = dict(list(whole.items())[:count])
         found = STUDY.findings("overnight", range(3), part, tmp_path)
-        is_measured = [outcome != "not measured at this scale" for outcome in outcomes(found).values()]
+        is_measured = [outcome != NOT_MEASURED for outcome in outcomes(found).values()]
         assert any(is_measured) == (count > 5)
+
+
+def test_other_seeds_are_predicted_at_the_end_and_at_equal_losses(tmp_path):
+    results = fill(STUDY, "laptop", range(3), planted())
+    found = STUDY.findings("laptop", range(3), results, tmp_path).predictions
+    assert list(found) == ["MHSA", "LS", "LS, no global head"]
+    assert {"constant_loss", "validation_loss", "max_logit at 2.0", "row_range at 1.3"} <= set(found["LS"])
+    interval = found["LS"]["max_logit at 2.0"]
+    assert 9 < interval.low < interval.mean < interval.high < 11
 
 
 def test_the_plan_runs_the_first_seed_first():

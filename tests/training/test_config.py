@@ -3,13 +3,14 @@
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from longshort.checks import flag
+from longshort.layers import ATTENTION_PRECISIONS
 from longshort.model import LongShortConfig
-from longshort.training.config import MODEL_SETTINGS, TrainConfig
+from longshort.training.config import MODEL_SETTINGS, AttentionPrecision, TrainConfig
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -43,6 +44,17 @@ def settings(**changes: Any) -> TrainConfig:
         ("min_learning_rate", 1.0, "--min-learning-rate must be at most --learning-rate (0.0006), got 1.0"),
         ("beta1", 1.0, "--beta1 must be a number >= 0 and < 1, got 1.0"),
         ("weight_decay", -0.1, "--weight-decay must be a number >= 0, got -0.1"),
+        ("adam_epsilon", 0.0, "--adam-epsilon must be a number > 0, got 0.0"),
+        (
+            "qk_learning_rate_factor",
+            0.0,
+            "--qk-learning-rate-factor must be a number > 0 and <= 1, got 0.0",
+        ),
+        (
+            "qk_learning_rate_factor",
+            1.5,
+            "--qk-learning-rate-factor must be a number > 0 and <= 1, got 1.5",
+        ),
         ("grad_clip", float("inf"), "--grad-clip must be a number >= 0, got inf"),
         ("softcap", 0.0, "--softcap must be a number > 0, got 0.0"),
         ("z_loss", -1.0, "--z-loss must be a number >= 0, got -1.0"),
@@ -58,7 +70,7 @@ def settings(**changes: Any) -> TrainConfig:
         ("precision", "fp16", "--precision must be one of fp32, bf16, got 'fp16'"),
         ("device", "tpu", "--device must be one of auto, cpu, cuda, got 'tpu'"),
         ("position_embedding", "sin", "--position-embedding must be one of learned, rope, alibi, none"),
-        ("attention_precision", "fp8", "--attention-precision must be one of input, fp32, bf16, bf16-flash"),
+        ("attention_precision", "fp8", "--attention-precision must be one of input, fp64, fp32, bf16, bf16-"),
         ("token_order", "random", "--token-order must be one of text, permuted, interleaved, got 'random'"),
         ("interleave", 0, "--interleave must be an integer >= 1, got 0"),
         ("monitor_row_range", 1, "--monitor-row-range must be True or False, got 1"),
@@ -84,6 +96,15 @@ def test_documents_are_not_separate_where_their_tokens_are_mixed(token_order: st
     ):
         settings(separate_documents=True, token_order=token_order)
     assert settings(separate_documents=True).token_order == "text"
+
+
+def test_documents_are_not_separate_where_the_kernel_has_no_segments() -> None:
+    with pytest.raises(ValueError, match="does not go with --attention-precision sdpa-bf16"):
+        settings(separate_documents=True, attention_precision="sdpa-bf16")
+
+
+def test_every_precision_of_attention_has_its_flag() -> None:
+    assert get_args(AttentionPrecision) == ATTENTION_PRECISIONS
 
 
 def test_a_sequence_has_as_many_tokens_as_pieces() -> None:

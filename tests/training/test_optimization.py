@@ -239,3 +239,90 @@ def test_loss_that_is_not_finite_is_reported_as_it_is() -> None:
     loss, norm, _ = step(settings(), trained)
     assert not math.isfinite(loss)
     assert not math.isfinite(norm)
+
+
+QK_SETTINGS = {"qk_learning_rate_factor": 0.125, "adam_epsilon": 1e-3, "weight_decay": 0.5}
+
+
+def grouped_model(kv_heads: int) -> LongShortForCausalLM:
+    config = preset(
+        "tiny", max_position_embeddings=LENGTH, hidden_size=32, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=kv_heads, num_global_heads=4 // kv_heads, local_window=8, initializer_range=0.2,
+    )  # fmt: skip
+    made = LongShortForCausalLM(config).train()
+    made.draw_weights(0)
+    return made
+
+
+class HandWrittenAdamW:
+    """AdamW in float64, with a rate for each row of a weight."""
+
+    def __init__(self, weight: Tensor, chosen: TrainConfig, decay: float) -> None:
+        self.weight = weight.detach().double().clone()
+        self._mean, self._square = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+        self._chosen, self._decay, self._steps = chosen, decay, 0
+
+    def step(self, gradient: Tensor, rate: Tensor | float) -> None:
+        gradient, beta1, beta2 = gradient.double(), self._chosen.beta1, self._chosen.beta2
+        self._steps += 1
+        self._mean = beta1 * self._mean + (1 - beta1) * gradient
+        self._square = beta2 * self._square + (1 - beta2) * gradient**2
+        mean, square = self._mean / (1 - beta1**self._steps), self._square / (1 - beta2**self._steps)
+        update = mean / (square.sqrt() + self._chosen.adam_epsilon) + self._decay * self.weight
+        self.weight = self.weight - rate * update
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_queries_and_keys_alone_learn_at_their_own_rate(kv_heads: int, micro_batch_size: int | None) -> None:
+    chosen = settings(micro_batch_size=micro_batch_size, **QK_SETTINGS)
+    trained = grouped_model(kv_heads)
+    optimizer = make_optimizer(trained, chosen)
+    expected = {
+        name: HandWrittenAdamW(parameter, chosen, 0.0 if "norm" in name else 0.5)
+        for name, parameter in trained.named_parameters()
+    }
+    for number, rate in enumerate((1e-3, 1e-2, 3e-3, 3e-2)):
+        optimizer_step(trained, optimizer, batch(seed=number), rate, chosen, ALONE)
+        for name, parameter in trained.named_parameters():
+            assert parameter.grad is not None
+            rates: Tensor | float = rate
+            if name.endswith("qkv_proj.weight"):
+                rates = torch.full((len(parameter), 1), rate, dtype=torch.float64)
+                rates[: (4 + kv_heads) * 8] *= 0.125
+            expected[name].step(parameter.grad, rates)
+    for name, parameter in trained.named_parameters():
+        torch.testing.assert_close(
+            parameter.detach().double(), expected[name].weight, rtol=1e-6, atol=1e-7, msg=name
+        )
+
+
+def test_the_error_is_at_most_twice_that_of_a_group_of_its_own() -> None:
+    chosen = settings(**QK_SETTINGS)
+    trained = grouped_model(4)
+    weight = trained.get_parameter("model.layers.0.attention.qkv_proj.weight")
+    rows = 8 * 8
+    truth = HandWrittenAdamW(weight[:rows], chosen, 0.5)
+    alone = nn.Parameter(weight[:rows].detach().clone())
+    plain = torch.optim.AdamW([alone], betas=(0.9, 0.95), eps=1e-3, weight_decay=0.5, fused=True)
+    optimizer = make_optimizer(trained, chosen)
+    for number in range(20):
+        optimizer_step(trained, optimizer, batch(seed=number), 1e-2, chosen, ALONE)
+        assert weight.grad is not None
+        alone.grad = weight.grad[:rows].clone()
+        plain.param_groups[0]["lr"] = 0.125e-2
+        plain.step()
+        truth.step(alone.grad, 0.125e-2)
+    ours, theirs = ((found.double() - truth.weight).square().mean() for found in (weight[:rows], alone))
+    assert ours.sqrt() <= 2 * theirs.sqrt()
+
+
+def test_equal_rates_leave_every_bit_as_it_was() -> None:
+    plain, same, slower = model(), model(), model()
+    step(settings(), plain)
+    step(settings(qk_learning_rate_factor=1.0, adam_epsilon=1e-8), same)
+    step(settings(qk_learning_rate_factor=0.5), slower)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, same.get_parameter(name)), name
+        if not name.endswith("qkv_proj.weight"):
+            assert torch.equal(parameter, slower.get_parameter(name)), name

@@ -46,6 +46,7 @@ assert not torch.distributed.is_initialized()
 
 def test_two_processes_train_what_one_does(settings_for: SettingsFor) -> None:
     changes = {"steps": 8, "batch_size": 6, "validation_windows": 5, "z_loss": 0.1}
+    changes |= {"qk_learning_rate_factor": 0.1}
     alone = settings_for("alone", **changes)
     together = settings_for("together", micro_batch_size=2, **changes)  # 2 + 1 on each of them
     train(alone)

@@ -99,6 +99,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(settings_for: SettingsFor, junk:
     "changes",
     [
         {"micro_batch_size": 3, "precision": "bf16", "separate_documents": True, "qk_norm": True},
+        {"qk_learning_rate_factor": 0.1, "adam_epsilon": 1e-6, "kv_heads": 2, "global_heads": 2},
         {"mhsa": True, "schedule": "constant", "position_embedding": "rope", "tensorboard": True},
     ],
 )
@@ -135,6 +136,20 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_documents(settings_for: Se
     assert losses(whole.out)[0] == batch_loss(run.build_model(), cut_after, run.training, ranks).item()
     assert losses(whole.out)[0] != losses(new.out)[0]
     assert losses(new.out)[0] == batch_loss(run.build_model(), batch, run.training, ranks).item()
+
+
+def test_a_run_from_before_a_setting_goes_on_with_its_default(settings_for: SettingsFor) -> None:
+    whole, cut = settings_for("whole"), settings_for("cut")
+    for settings in (whole, cut):
+        train(settings)
+    shutil.rmtree(cut.out / "checkpoints" / "step-12")
+    file = cut.out / "config.json"
+    config = json.loads(file.read_text())
+    assert config["training"].pop("adam_epsilon") == 1e-8
+    assert config["training"].pop("qk_learning_rate_factor") == 1.0
+    file.write_text(json.dumps(config))
+    resume(cut.out)
+    assert without_speed(cut.out) == without_speed(whole.out)
 
 
 class Interrupter(Recorder):

@@ -39,6 +39,18 @@ def test_the_latest_checkpoint_comes_ready_to_use(trained):
     assert opened.config.training.steps == 4
 
 
+def test_an_earlier_checkpoint_is_named_by_its_step(trained):
+    from transformers import AutoModelForCausalLM
+
+    opened = open_trained(trained, step=2)
+    expected = AutoModelForCausalLM.from_pretrained(trained / "checkpoints" / "step-2").state_dict()
+    weights = opened.model.state_dict()
+    assert opened.step == 2
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    with pytest.raises(ValueError, match="has no checkpoint of step 3, only of 2, 4"):
+        open_trained(trained, step=3)
+
+
 def test_weights_of_another_model_are_refused(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     config = run / "config.json"

@@ -20,6 +20,7 @@ _COMMANDS = {
     "data": "Turn text into a folder of tokens.",
     "train": "Train a model, or resume a run.",
     "evaluate": "Measure a trained model on whole validation documents.",
+    "audit": "Measure what rounding inside attention does to the gradients of a trained model.",
     "generate": "Generate text with a trained model.",
     "plan": "Count what layouts of heads would cost: cache, operations, longest context.",
     "bench": "Measure the speed and memory of attention and of models on this machine.",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from longshort.studies.framework.study import Trial
 
+_TIME_IS_UP = 4
 _SECONDS_BETWEEN_LINES = 6 * SECONDS_BETWEEN_LINES
 
 
@@ -44,6 +45,11 @@ def run(arguments: list[str]) -> int:
             output.print(f"\n[bold]{verdict.claim.id}: {verdict.outcome.value}[/bold]")
             output.print(verdict.evidence, markup=False)
     output.print(f"\n{(time.monotonic() - began) / 60:.1f} minutes; report: {report.file}", markup=False)
+    if not report.is_done:
+        output.print(
+            "the minutes are over before all trials are done; the same command resumes", markup=False
+        )
+        return _TIME_IS_UP
     return 0
 
 

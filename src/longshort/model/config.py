@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from longshort.checks import require_integer, require_positive
+from longshort.flash import flash_refusal
 from longshort.layers import ATTENTION_PRECISIONS
 from longshort.layout import HeadLayout
 
@@ -160,6 +161,8 @@ class LongShortConfig(PreTrainedConfig):
             )
         if "rope" in kinds and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.attention_precision == "sdpa-bf16":
+            self._check_flash()
 
     def head_layouts(self) -> list[HeadLayout]:
         """Return the layout of each layer's heads.
@@ -240,6 +243,13 @@ class LongShortConfig(PreTrainedConfig):
                 f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
                 f"got {self.num_key_value_heads}"
             )
+
+    def _check_flash(self) -> None:
+        for layout, kinds in zip(self.head_layouts(), self.head_position_embeddings(), strict=True):
+            slopes = [float(kind == "alibi") for kind in kinds]
+            refused = flash_refusal(layout, self.softcap, slopes, self.sink_logits)
+            if refused is not None:
+                raise ValueError(refused)
 
     def _check_token_ids(self, name: str, value: Any) -> None:
         tokens: list[Any] = value if isinstance(value, list) and name == "eos_token_id" else [value]

@@ -35,6 +35,17 @@ class Interval:
         """Whether both ends are finite."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
+    def p_value(self, bound: float) -> float:
+        """Compute the two-sided p-value of a mean that equals `bound`, by the same t distribution; 1 where
+        the interval is not known."""
+        if not self.is_known:
+            return 1.0
+        half = (self.high - self.low) / 2
+        if half == 0:
+            return float(self.mean == bound)
+        quantile = float(student.ppf((1 + LEVEL) / 2, self.count - 1))
+        return 2 * float(student.sf(abs(self.mean - bound) * quantile / half, self.count - 1))
+
     def times(self, factor: float) -> Interval:
         """Return the interval of a multiple; the factor is > 0."""
         return Interval(factor * self.mean, factor * self.low, factor * self.high, self.count)

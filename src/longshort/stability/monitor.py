@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longshort.checks import require_integer
 from longshort.layers import LongShortAttention, Observation
 from longshort.layout import HeadGroup
+from longshort.stability.alarms import UpdateEntropy
 from longshort.stability.visibility import are_visible, sink_keys
 
 Reduction = Callable[[Tensor], Tensor]
@@ -24,6 +25,8 @@ MAX_LOGITS = ("max_logit", "max_logit_local", "max_logit_global", "max_logit_glo
 
 ROW_RANGES = ("row_range", "row_range_local", "row_range_global", "row_range_global_in_band")
 """The attributes of a `Reading` that are measured only where `AttentionMonitor` is asked to."""
+
+_BY_HEAD = ("max_logit_by_head", "entropy_by_head", "row_range_by_head", "update_entropy_by_head")
 
 _ROWS, _COLUMNS = 256, 1024  # at most, in a tile of scores
 
@@ -50,6 +53,10 @@ class Reading:
         row_range_global: the largest of the global heads; None if there are none.
         row_range_global_in_band: the largest of the global heads over the keys inside the band alone; None if
             there are none, or no band was given.
+        row_range_by_head: for each attention layer the largest range of a row by query head; None if it was
+            not asked for.
+        update_entropy_by_head: likewise, the spectral entropy of the update since the last reading, in nats;
+            see `UpdateEntropy`; None if it was not asked for.
     """
 
     max_logit_by_head: list[list[float]]
@@ -62,14 +69,16 @@ class Reading:
     row_range_local: float | None = None
     row_range_global: float | None = None
     row_range_global_in_band: float | None = None
+    row_range_by_head: list[list[float]] | None = None
+    update_entropy_by_head: list[list[float]] | None = None
 
     def as_metrics(self) -> dict[str, Any]:
-        """Return the attributes by name: `MAX_LOGITS`, `ROW_RANGES` if measured, and the lists by head."""
+        """Return what was measured, by name: `MAX_LOGITS`, `ROW_RANGES` and the lists by head."""
         names = MAX_LOGITS if self.row_range is None else MAX_LOGITS + ROW_RANGES
+        by_head = {name: getattr(self, name) for name in _BY_HEAD}
         return {
             **{name: getattr(self, name) for name in names},
-            "max_logit_by_head": self.max_logit_by_head,
-            "entropy_by_head": self.entropy_by_head,
+            **{name: numbers for name, numbers in by_head.items() if numbers is not None},
         }
 
 
@@ -88,14 +97,22 @@ class AttentionMonitor:
         model: holds `LongShortAttention` layers; layers are counted in the order of `model.modules()`.
         band: number of keys, the query's own included; the logits of global heads are also measured over
             this band, so that they can be compared with local heads of that window; None: they are not.
-        row_range: also measure `ROW_RANGES`. This computes all logits of a global head a second time, in
-            tiles, so in linear memory.
+        row_range: also measure `ROW_RANGES`, and by head. This computes all logits of a global head a second
+            time, in tiles, so in linear memory.
+        update_entropy: measures the weights of the same model with each reading; None: they are not.
 
     Raises:
         ValueError: the model has no such layer, band is not an integer >= 1, or row_range is not a bool.
     """
 
-    def __init__(self, model: nn.Module, band: int | None, *, row_range: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        band: int | None,
+        *,
+        row_range: bool = False,
+        update_entropy: UpdateEntropy | None = None,
+    ):
         if band is not None:
             require_integer("band", band, minimum=1)
         if not isinstance(row_range, bool):
@@ -105,6 +122,7 @@ class AttentionMonitor:
             raise ValueError(f"model must have LongShortAttention layers, got {type(model).__name__} without")
         self._band = band
         self._measures_ranges = row_range
+        self._update_entropy = update_entropy
         observe: Any = torch.compiler.disable(self._observe)
         self._observers = [partial(observe, index) for index in range(len(self._layers))]
         self._clear()
@@ -183,6 +201,7 @@ class AttentionMonitor:
             max_logit_local=_largest(max_logits[~is_global]),
             max_logit_global=_largest(max_logits[is_global]),
             max_logit_global_in_band=_largest(logits_in_band),
+            update_entropy_by_head=None if self._update_entropy is None else self._update_entropy.measure(),
         )
         if not self._measures_ranges:
             return reading
@@ -192,6 +211,7 @@ class AttentionMonitor:
             row_range_local=_largest(row_ranges[~is_global]),
             row_range_global=_largest(row_ranges[is_global]),
             row_range_global_in_band=_largest(ranges_in_band),
+            row_range_by_head=[layer.tolist() for layer in row_ranges.split(heads)],
         )
 
 

@@ -52,6 +52,61 @@ def z_loss(
     return squares.masked_fill(~counts, 0.0).sum() / counts.sum().clamp_min(1)
 
 
+def scale_qk_learning_rate(model: nn.Module, optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Let the query and key projections learn at `factor` times the rate of their parameter group.
+
+    Smaller steps of W_Q and W_K change the attention logits more slowly, as in Anson and Aitchison 2025
+    (arXiv 2511.21377), where the factor depends on the weights; here it is constant. From now on, each
+    `optimizer.step()` moves the rows of queries and keys of every qkv_proj.weight only `factor` of the way;
+    the rows of values move all of it. Up to rounding, that is the optimizer with another rate for these rows,
+    weight decay included, since the updates of SGD, Adam and AdamW are linear in the rate. The optimizer's
+    state does not hold the factor: another optimizer, to which the state is loaded, needs this call too.
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        scale_qk_learning_rate(model, optimizer, 0.1)
+
+    Args:
+        model: holds `LongShortAttention` layers.
+        optimizer: holds their qkv_proj.weight, and updates it by a multiple of the learning rate.
+        factor: > 0; a second call for the same optimizer multiplies the factors.
+
+    Raises:
+        ValueError: factor is not finite and > 0; the model has no such layer, or one whose weight the
+            optimizer does not hold.
+    """
+    require_positive("factor", factor)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    projections: dict[int, tuple[Tensor, int]] = {}  # by identity: layers may share a weight
+    for layer in _attention_layers(model):
+        weight, layout = layer.qkv_proj.weight, layer.layout
+        if id(weight) not in held:
+            raise ValueError(f"optimizer must hold qkv_proj.weight of all layers, got one without {layer}")
+        projections[id(weight)] = weight, (layout.num_heads + layout.num_kv_heads) * layer.head_dim
+
+    before: list[Tensor] = []
+
+    def rows() -> list[Tensor]:
+        return [weight.detach()[:count] for weight, count in projections.values()]
+
+    def remember(*_: object) -> None:
+        before[:] = [part.clone() for part in rows()]
+
+    def go_part_of_the_way(*_: object) -> None:
+        for new, old in zip(rows(), before, strict=True):
+            new.copy_(torch.lerp(old, new, factor))
+        before.clear()
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(go_part_of_the_way)
+
+
+def _attention_layers(model: nn.Module) -> list[LongShortAttention]:
+    layers = [module for module in model.modules() if isinstance(module, LongShortAttention)]
+    if not layers:
+        raise ValueError(f"model must have LongShortAttention layers, got {type(model).__name__} without")
+    return layers
+
+
 class QKClip:
     """QK-clip of Kimi K2 (Moonshot AI 2025, arXiv 2507.20534): after an optimizer step, a head whose largest
     logit m was above the threshold τ gets smaller weights, so that the same input would give it τ.
@@ -83,9 +138,7 @@ class QKClip:
     def __init__(self, model: nn.Module, threshold: float):
         require_positive("threshold", threshold)
         self._threshold = threshold
-        self._layers = [module for module in model.modules() if isinstance(module, LongShortAttention)]
-        if not self._layers:
-            raise ValueError(f"model must have LongShortAttention layers, got {type(model).__name__} without")
+        self._layers = _attention_layers(model)
         if any(layer.q_norm is not None for layer in self._layers):
             raise ValueError(
                 "model must have no QK-norm, which undoes scaling of queries and keys, got a layer with it"

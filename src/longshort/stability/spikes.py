@@ -10,6 +10,18 @@ from statistics import median
 from typing import Any
 
 from longshort.checks import require_integer, require_positive
+from longshort.stability.alarms import Alarm, ByHead, alarm_score
+
+ALARM_BOUNDS: dict[Alarm, float] = {"row-range": 0.1, "entropy": 0.9, "update": 0.9}
+"""The score above which each alarm is a sign: a row range that doubles in 7 steps, 90 % of an entropy gone.
+Provisional: no study has set them. Two runs of the preset tiny that did not diverge reached 0.05, 0.81 and
+0.77, one of them at a far too high rate."""
+
+_ALARM_TEXTS: dict[Alarm, str] = {
+    "row-range": "slope of the log row range of a head {:.3g} a step",
+    "entropy": "fall of the entropy of a head {:.3g}",
+    "update": "fall of the spectral entropy of a head's update {:.3g}",
+}
 
 _GAUSSIAN = 1.4826  # the standard deviation of a normal distribution in units of its MAD
 
@@ -43,7 +55,8 @@ class SpikeDetector:
     - a running loss (mean of the last `rise_window`) that has been `rise` nats above its minimum so far for
       `rise_steps` steps in a row: a slow rise, which the medians follow;
     - a largest logit above `logit_bound`; or above `logit_floor` and `logit_ratio` times the median of its
-      last `window` measurements.
+      last `window` measurements;
+    - with an `alarm`, a score of it above `alarm_bound`.
 
     Medians wait for half a window of values. Nothing here is random: the same numbers give the same spikes.
 
@@ -58,6 +71,8 @@ class SpikeDetector:
         logit_floor: Kimi K2's threshold; smaller logits grow by large ratios early in any healthy run.
         logit_ratio: see above.
         calm_steps: keeps one spike from being reported twice.
+        alarm: what else is watched, as in `longshort.stability.alarms`; None: nothing.
+        alarm_bound: None: that of `ALARM_BOUNDS`.
 
     Raises:
         ValueError: a field is out of its range; the message names it.
@@ -75,6 +90,8 @@ class SpikeDetector:
     logit_floor: float = 100.0
     logit_ratio: float = 4.0
     calm_steps: int = 50
+    alarm: Alarm | None = None
+    alarm_bound: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("window", "rise_window", "rise_steps", "calm_steps"):
@@ -84,6 +101,9 @@ class SpikeDetector:
             "logit_ratio",
         ):  # fmt: skip
             require_positive(name, getattr(self, name))
+        self._score = None if self.alarm is None else alarm_score(self.alarm)
+        if self.alarm_bound is not None:
+            require_positive("alarm_bound", self.alarm_bound)
         self._losses: deque[float] = deque(maxlen=self.window)
         self._norms: deque[float] = deque(maxlen=self.window)
         self._logits: deque[float] = deque(maxlen=self.window)
@@ -91,7 +111,12 @@ class SpikeDetector:
         self._last_steps: dict[str, int] = {}  # of each sign
 
     def observe(
-        self, step: int, loss: float, grad_norm: float, max_logit: float | None = None
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        max_logit: float | None = None,
+        by_head: ByHead | None = None,
     ) -> Spike | None:
         """Record one step.
 
@@ -100,6 +125,7 @@ class SpikeDetector:
             loss: nats per token.
             grad_norm: before clipping.
             max_logit: None on steps that do not measure it.
+            by_head: what the alarm needs, see `MEASUREMENTS`; None on steps that do not measure it.
 
         Returns:
             The spike, on the step that first shows a sign of it; else None.
@@ -121,6 +147,8 @@ class SpikeDetector:
         if max_logit is not None and math.isfinite(max_logit):
             signs["logit"] = self._logit_sign(max_logit)
             self._logits.append(max_logit)
+        if by_head is not None:
+            signs["alarm"] = self._alarm_sign(step, by_head)
         new = {name: text for name, text in signs.items() if text is not None and self._is_new(name, step)}
         self._last_steps |= {name: step for name, text in signs.items() if text is not None}
         if not new:
@@ -137,6 +165,7 @@ class SpikeDetector:
             "logits": list(self._logits),
             "rise": self._rise.state(),
             "last_steps": dict(self._last_steps),
+            "alarm": None if self._score is None else self._score.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -146,6 +175,8 @@ class SpikeDetector:
             values.extend(state[name])
         self._rise = _Rise(self.rise_window, self.rise, **state["rise"])
         self._last_steps = dict(state["last_steps"])
+        if self._score is not None:
+            self._score.restore(state["alarm"])
 
     def _is_new(self, sign: str, step: int) -> bool:
         last = self._last_steps.get(sign)
@@ -177,6 +208,15 @@ class SpikeDetector:
             return None
         return f"largest logit {logit:.0f} above its median {middle:.0f}"
 
+    def _alarm_sign(self, step: int, by_head: ByHead) -> str | None:
+        if self.alarm is None or self._score is None:
+            return None
+        score = self._score.add(step, by_head)
+        bound = ALARM_BOUNDS[self.alarm] if self.alarm_bound is None else self.alarm_bound
+        if score is None or score <= bound:
+            return None
+        return f"{_ALARM_TEXTS[self.alarm].format(score)} above {bound:g}"
+
 
 def divergence_step(losses: Iterable[float | None], margin: float = 0.5) -> int | None:
     """Return the step, counted from 1, at which a run had diverged, or None if it has not.
@@ -188,10 +228,29 @@ def divergence_step(losses: Iterable[float | None], margin: float = 0.5) -> int 
         losses: nats per token, one per step; None means one that is not finite, as in metrics.jsonl.
         margin: nats per token; 0.5 nats a piece of text are about 0.14 a byte.
     """
-    rise = _Rise(window=50, margin=margin)
+    found = _divergence(losses, margin)
+    return None if found is None else found[1]
+
+
+def divergence_onset(losses: Iterable[float | None], margin: float = 0.5) -> int | None:
+    """Return the step at which the loss of a run that has diverged began to show it, or None.
+
+    That is the first of the steps in a row, up to `divergence_step`, at which its running loss was `margin`
+    above the minimum, or whose loss is not finite.
+    """
+    found = _divergence(losses, margin)
+    return None if found is None else found[0]
+
+
+def _divergence(losses: Iterable[float | None], margin: float) -> tuple[int, int] | None:
+    """Return the steps at which a divergence began to show, and at which it was one."""
+    rise, raised = _Rise(window=50, margin=margin), 0
     for step, loss in enumerate(losses, start=1):
-        if loss is None or not math.isfinite(loss) or rise.add(loss) >= 100:
-            return step
+        if loss is None or not math.isfinite(loss):
+            return step - raised, step
+        raised = rise.add(loss)
+        if raised >= 100:
+            return step - raised + 1, step
     return None
 
 

@@ -19,7 +19,7 @@ from longshort.model import LongShortConfig, LongShortForCausalLM
 from longshort.reporting.intervals import Interval, confidence_interval, prediction_interval
 from longshort.reporting.page import Figure, Section, Table, number
 from longshort.reporting.plots import Panel, draw_curves
-from longshort.studies.framework.comparison import difference_text, mean_text
+from longshort.studies.framework.comparison import difference_text, holm, mean_text
 from longshort.studies.framework.study import (
     Claim,
     Findings,
@@ -315,7 +315,7 @@ class Allocation(LanguageStudy):
                 "rank_correlation": prediction_interval(repair.correlation for repair in done)
             }
         sections = _sections(chosen, known, done, folder)
-        return Findings(verdicts, sections, predictions)
+        return Findings(holm(verdicts), sections, predictions)
 
 
 def _losses(results: Results, chosen: _Scale, seed: int) -> list[float] | None:
@@ -382,7 +382,7 @@ def _judge_regret(claim: Claim, known: Sequence[Losses], ranking: str, late: str
         f"Loss with all heads global {mean_text(losses[-1] for losses in known)}, "
         f"with none {mean_text(losses[0] for losses in known)}."
     )
-    return Verdict(claim, _outcome(regret, TOLERANCE, is_below=True), evidence)
+    return Verdict(claim, _outcome(regret, TOLERANCE, is_below=True), evidence, regret.p_value(TOLERANCE))
 
 
 def _judge_repair(done: Sequence[_Repaired], late: str | None) -> Verdict:
@@ -397,7 +397,8 @@ def _judge_repair(done: Sequence[_Repaired], late: str | None) -> Verdict:
         f"Rank correlation {difference_text(correlation)}. Loss after the repair minus that of the layouts "
         f"that were best before it, nats per byte: {', '.join(after)}."
     )
-    return Verdict(REPAIR, _outcome(correlation, CORRELATION, is_below=False), evidence)
+    outcome = _outcome(correlation, CORRELATION, is_below=False)
+    return Verdict(REPAIR, outcome, evidence, correlation.p_value(CORRELATION))
 
 
 def _outcome(interval: Interval, limit: float, is_below: bool) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from longshort.checks import check_fields
 from longshort.data import open_corpus
@@ -51,6 +52,30 @@ _FINDINGS = "findings.json"
 
 
 @dataclass(frozen=True)
+class _Defaults:
+    """What a scale's trials run on, unless flags say otherwise.
+
+    Attributes:
+        jobs: trials at once; None: one per core.
+        device: device of the trials.
+        tokenizer: tokenizer of the corpus.
+        exports: whether models are copied into the folder of the study, small enough to take along.
+    """
+
+    jobs: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    exports: bool = False
+
+
+_DEFAULTS: Mapping[Scale, _Defaults] = {
+    "gpu": _Defaults(jobs=4, device="auto", exports=True),
+    "paper": _Defaults(jobs=1, device="auto", tokenizer="bpe"),
+}
+"""The defaults of the scales that are not for CPUs."""
+
+
+@dataclass(frozen=True)
 class StudySettings:
     """Run a study of the paper's claims, or resume one, and write its report.
 
@@ -63,7 +88,8 @@ class StudySettings:
 
     scale: Scale = "laptop"
     """smoke: seconds, only shows that the study runs. laptop: up to 40 minutes a study on two cores.
-    overnight: hours, with controls. paper: the author's sizes, for GPUs."""
+    overnight: hours, with controls. gpu: the author's small model on one GPU, for the study progress alone.
+    paper: the author's sizes, for GPUs."""
 
     seeds: Annotated[int, Ge(1)] | None = None
     """Number of seeds of each arm. None: that of the scale."""
@@ -78,15 +104,27 @@ class StudySettings:
     """Text to train on, as for `longshort data`."""
 
     jobs: Annotated[int, Ge(1)] | None = None
-    """Trials to run at once, each on one CPU thread. None: one per core; 1 at the scale paper."""
+    """Trials to run at once, each on one CPU thread. None: one per core; at the scale gpu 4, which share the
+    GPU, and 1 at the scale paper."""
 
     device: Literal["auto", "cpu", "cuda"] | None = None
-    """Device of the trials. None: cpu; auto at the scale paper."""
+    """Device of the trials. None: cpu; auto at the scales gpu and paper."""
+
+    minutes: Annotated[float, Gt(0)] | None = None
+    """Minutes after which running trials stop, each with a checkpoint, and the command ends with exit code 4;
+    the same command resumes. A step, the checkpoints and the report add seconds to them. None: until all
+    trials are done."""
 
     def __post_init__(self) -> None:
         if self.name != ALL and self.name not in STUDIES:
             raise ValueError(f"NAME must be one of {', '.join(STUDIES)} or {ALL}, got {self.name!r}")
         check_fields(self)
+        if self.name != ALL and self.scale not in STUDIES[self.name].scales:
+            having = [name for name, study in STUDIES.items() if self.scale in study.scales]
+            raise ValueError(
+                f"--scale {self.scale} is a scale of {', '.join(having)} alone, got {self.name}, which has "
+                f"{', '.join(STUDIES[self.name].scales)}"
+            )
 
     @property
     def folder(self) -> Path:
@@ -100,16 +138,27 @@ class StudySettings:
 
     @property
     def studies(self) -> list[Study]:
-        """List the studies that are asked for."""
-        return list(STUDIES.values()) if self.name == ALL else [STUDIES[self.name]]
+        """List the studies that are asked for: of all, those that have the scale."""
+        return [
+            study
+            for name, study in STUDIES.items()
+            if self.name in (ALL, name) and self.scale in study.scales
+        ]
 
 
 @dataclass(frozen=True)
 class StudiesRun:
-    """The outcome of a call: the page, and the verdicts of each study that was asked for."""
+    """The outcome of a call.
+
+    Attributes:
+        file: the page.
+        verdicts: the verdicts of each study that was asked for.
+        is_done: whether all trials are done; False only if the minutes were over before.
+    """
 
     file: Path
     verdicts: Mapping[str, Sequence[Verdict]]
+    is_done: bool = True
 
 
 def run_studies(settings: StudySettings, progress: StudyProgress | None = None) -> StudiesRun:
@@ -123,10 +172,11 @@ def run_studies(settings: StudySettings, progress: StudyProgress | None = None) 
         ChildProcessError: a trial failed; finished trials are kept.
         OSError: a file could not be written.
     """
+    ends_at = None if settings.minutes is None else time.monotonic() + 60 * settings.minutes
     open_corpus(settings.source)  # a wrong source is an error before anything is made
     folder = settings.folder
-    is_paper = settings.scale == "paper"
-    device = settings.device or ("auto" if is_paper else "cpu")
+    defaults = _DEFAULTS.get(settings.scale, _Defaults())
+    device = settings.device or defaults.device
     manifest = {"scale": settings.scale, "source": settings.source, "device": device}
     _check_folder(folder, manifest)
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,18 +187,21 @@ def run_studies(settings: StudySettings, progress: StudyProgress | None = None) 
         workplace = Workplace(
             folder=folder.absolute(),
             source=settings.source,
-            tokenizer="bpe" if is_paper else "bytes",
+            tokenizer=defaults.tokenizer,
             device=device,
         )
-        jobs = settings.jobs or (1 if is_paper else len(os.sched_getaffinity(0)))
-        run_trials(work, settings.scale, seeds, workplace, jobs, progress)
+        jobs = settings.jobs or defaults.jobs or len(os.sched_getaffinity(0))
+        is_done = run_trials(work, settings.scale, seeds, workplace, jobs, progress, ends_at)
+        if defaults.exports:
+            for name, (study, file) in work.items():
+                study.export(study.plan(settings.scale, seeds[name], file.results).trials, workplace)
         found = judge_all(settings.scale, folder)
         page = write_study_report(
             folder,
             _read_manifest(folder),
             {STUDIES[name].title: findings for name, findings in found.items()},
         )
-        return StudiesRun(page, {name: found[name].verdicts for name in work})
+        return StudiesRun(page, {name: found[name].verdicts for name in work if name in found}, is_done)
 
 
 def judge_all(scale: Scale, folder: Path) -> dict[str, Findings]:

@@ -4,7 +4,7 @@ are long enough to learn to copy."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from longshort.studies.framework.comparison import (
     Arms,
     difference,
     difference_text,
+    holm,
     interval_text,
     judge_below,
     mean_text,
@@ -36,7 +37,8 @@ from longshort.studies.framework.study import (
     unique,
 )
 from longshort.studies.framework.sweep import Arm, Ladder
-from longshort.studies.language.arms import LS, LS_ROPE, MHSA, MHSA_ROPE, Setting, Variant, steady
+from longshort.studies.language.alarms import WARNING, alarm_sections, judge_alarms
+from longshort.studies.language.arms import LS, LS_ROPE, MHSA, MHSA_ROPE, ONE_GPU, Setting, Variant, steady
 from longshort.studies.language.equal_progress import (
     BEGUN,
     LOSSES,
@@ -44,15 +46,17 @@ from longshort.studies.language.equal_progress import (
     Result,
     at_loss,
     combined,
-    cost_ratio_at_loss,
     is_alike,
     judge_at_losses,
+    log_cost_ratio_at_loss,
+    log_ratio_at_loss,
     losses_reached,
-    ratio_at_loss,
+    p_of_two,
     ratios_text,
     sign_test,
     step_at,
 )
+from longshort.studies.language.measures import predict
 from longshort.studies.language.trial import LanguageStudy
 
 NO_GLOBAL = LS.with_model("LS, no global head", num_global_heads=0)
@@ -180,6 +184,7 @@ class _Scale:
         lengths: settings of MHSA and LS at other lengths.
         stress: setting of the runs that may diverge.
         stress_rates: their learning rates.
+        stressed: their arms.
         fp32_rate: rate at which MHSA and LS also run in fp32; None: they do not.
         mechanism: setting of the head sizes and of hidden keys.
     """
@@ -192,6 +197,7 @@ class _Scale:
     lengths: Sequence[Setting] = ()
     stress: Setting | None = None
     stress_rates: Sequence[float] = ()
+    stressed: Sequence[Variant] = STRESSED
     fp32_rate: float | None = None
     mechanism: Setting | None = None
 
@@ -232,7 +238,7 @@ class _Scale:
         found = {
             (variant.name, rate): [self.stress.trial(variant, rate, seed) for seed in seeds]
             for rate in self.stress_rates
-            for variant in STRESSED
+            for variant in self.stressed
         }
         if self.fp32_rate is not None:
             for variant in (MHSA, LS):
@@ -243,17 +249,22 @@ class _Scale:
         return found
 
 
+def _stress(length: int, tokens: int, steps: int) -> Setting:
+    """Make the setting of runs that may diverge: all alarms are measured, often."""
+    return steady(length, tokens, steps, alarms=True, monitor_every=10)
+
+
 def _arm(setting: Setting, variant: Variant, later: Setting | None = None, name: str | None = None) -> Arm:
-    """Make an arm at the setting's one rate; seeds after the first train in the setting `later`."""
+    """Make an arm at the setting's rates alone; seeds after the first train in the setting `later`."""
 
     def trial(rate: float, seed: int) -> Trial:
         return (setting if later is None or seed == 0 else later).trial(variant, rate, seed)
 
-    return Arm(name or variant.name, trial, Ladder(setting.rates))
+    return Arm(name or variant.name, trial, Ladder(setting.rates, extensions=0))
 
 
 def _trials(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Trial]:
-    return [arm.trial(arm.ladder.rates[0], seed) for seed in seeds for arm in arms]
+    return [arm.trial(rate, seed) for seed in seeds for arm in arms for rate in arm.ladder.rates]
 
 
 class Progress(LanguageStudy):
@@ -262,13 +273,13 @@ class Progress(LanguageStudy):
 
     name = "progress"
     title = "Equal progress (figures 1, 3 and 4)"
-    claims = (DIVERGENCE, RATIO, GROWTH, SOONER, ENOUGH, NEEDED, MECHANISM)
+    claims = (DIVERGENCE, RATIO, GROWTH, SOONER, ENOUGH, NEEDED, MECHANISM, WARNING)
     scales: Mapping[Scale, _Scale] = {
         "smoke": _Scale(
             steady(64, 128, 20),
             seeds=2,
             lengths=[steady(32, 128, 20)],
-            stress=steady(64, 128, 20),
+            stress=_stress(64, 128, 20),
             stress_rates=(1e-2,),
             mechanism=steady(32, 128, 20),
         ),
@@ -276,7 +287,7 @@ class Progress(LanguageStudy):
             steady(512, 4096, 4000),
             seeds=3,
             lengths=[steady(256, 4096, 3000, stop_at_loss=1.95)],
-            stress=steady(512, 4096, 1000),
+            stress=_stress(512, 4096, 1000),
             stress_rates=(1e-2, 6e-2),
         ),
         "overnight": _Scale(
@@ -289,10 +300,18 @@ class Progress(LanguageStudy):
                 steady(512, 8192, 2000, stop_at_loss=1.95),
                 steady(2048, 8192, 6000, stop_at_loss=1.95),
             ],
-            stress=steady(512, 4096, 3000),
+            stress=_stress(512, 4096, 3000),
             stress_rates=(1e-2, 1.7e-2, 3e-2, 6e-2),
             fp32_rate=3e-2,
             mechanism=steady(512, 8192, 2000, stop_at_loss=1.95),
+        ),
+        "gpu": _Scale(
+            ONE_GPU,
+            seeds=1,
+            variants=(),
+            stress=ONE_GPU,
+            stress_rates=ONE_GPU.rates,
+            stressed=(MHSA, LS),
         ),
         "paper": _Scale(
             steady(2048, 524_288, 50_000, rates=(6e-4,)),
@@ -324,29 +343,56 @@ class Progress(LanguageStudy):
         arms = measured(chosen.main)
         lengths = {length: measured(by_name.values()) for length, by_name in chosen.length_arms.items()}
         stressed = {
-            key: [results[trial.key]["diverged_at"] for trial in trials]
+            key: [results[trial.key] for trial in trials]
             for key, trials in chosen.stress_trials(seeds).items()
             if all(trial.key in results for trial in trials)
         }
         mechanism = measured(chosen.mechanism_arms)
+        diverged = {key: [result["diverged_at"] for result in runs] for key, runs in stressed.items()}
+        warmup = 0 if chosen.stress is None else chosen.stress.train["warmup_steps"]
+        alarmed = [
+            (rate, result)
+            for (_, rate), runs in stressed.items()
+            for result in runs
+            if "alarm_scores" in result
+        ]
         first = measure_arms(chosen.position_arms, seeds[:1], results, rates=("best",))
         verdicts = [
-            _judge_divergence(stressed),
-            _judge_ratio(arms),
+            _judge_divergence(diverged),
+            _judge_logits(arms),
             _judge_growth(lengths),
             _judge_sooner(arms),
             _judge_enough(arms),
             _judge_needed(arms),
             _judge_mechanism(mechanism),
+            judge_alarms(alarmed, warmup),
         ]
         sections = [
             *_main_sections(chosen, arms, folder),
             *_position_sections(arms, first, folder),
             *_length_sections(lengths),
-            *_stress_sections(stressed),
+            *_stress_sections(diverged),
+            *alarm_sections(alarmed, warmup),
             *_mechanism_sections(chosen, mechanism, folder),
         ]
-        return Findings(verdicts, sections)
+        return Findings(holm(verdicts), sections, _predictions(arms))
+
+
+def _predictions(arms: Arms) -> dict[str, dict[str, Interval]]:
+    """Predict another seed's losses at the end, and its logits at the losses that all seeds reach."""
+    found: dict[str, dict[str, Interval]] = {}
+    for name, arm in arms.items():
+        found[name] = {
+            quantity: predict(quantity, arm.values(quantity))
+            for quantity in ("constant_loss", "validation_loss")
+        }
+        for loss in losses_reached(arm.results()):
+            for quantity in ("max_logit", "row_range"):
+                values = {
+                    seed: at_loss(result, quantity, loss) for seed, result in arm.by_rate["best"].items()
+                }
+                found[name][f"{quantity} at {loss}"] = predict(quantity, values)
+    return found
 
 
 Diverged = Mapping[tuple[str, float], Sequence[int | None]]
@@ -372,10 +418,10 @@ def _judge_divergence(stressed: Diverged) -> Verdict:
         f"{sum(theirs for _, theirs in pairs)}, alone in {mhsa_alone}; LS in "
         f"{sum(ours for ours, _ in pairs)}, alone in {ls_alone}; p = {p:.2g}."
     )
-    return Verdict(DIVERGENCE, outcome, evidence)
+    return Verdict(DIVERGENCE, outcome, evidence, p)
 
 
-def _judge_ratio(arms: Arms) -> Verdict:
+def _judge_logits(arms: Arms) -> Verdict:
     pair = (LS.name, MHSA.name)
 
     def evidence(losses: Sequence[float]) -> str:
@@ -390,11 +436,13 @@ def _judge_ratio(arms: Arms) -> Verdict:
         ]
         return f"LS/MHSA at equal losses: {'; '.join(texts)}."
 
+    def log_ratio(loss: float) -> Interval:
+        return log_ratio_at_loss(arms[LS.name], arms[MHSA.name], "max_logit", loss)
+
     return judge_at_losses(
         RATIO, arms, pair,
-        lambda loss: _judge_ratio_at(
-            ratio_at_loss(arms[LS.name], arms[MHSA.name], "max_logit", loss), shown=1 / 20
-        ),
+        lambda loss: _judge_ratio(log_ratio(loss).exp(), 1 / 20),
+        lambda loss: _p_of_ratio(log_ratio(loss), 1 / 20),
         evidence,
     )  # fmt: skip
 
@@ -419,7 +467,8 @@ def _judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
     )
     outcome = combined([_above_zero(interval) for interval in slopes["row_range"].values()])
     evidence = f"Slope of MHSA's log row range over log n: {ranges}; of its log largest logit: {logits}."
-    return Verdict(GROWTH, outcome, evidence)
+    p = p_of_two([interval.p_value(0.0) for interval in slopes["row_range"].values()])
+    return Verdict(GROWTH, outcome, evidence, p)
 
 
 def slope_at_loss(by_size: Mapping[int, ArmResults], quantity: str, loss: float) -> Interval:
@@ -443,26 +492,38 @@ def _above_zero(interval: Interval) -> Outcome:
 def _judge_sooner(arms: Arms) -> Verdict:
     pair = (LS.name, MHSA.name)
 
-    def cost(unit: str, loss: float) -> Interval:
-        return cost_ratio_at_loss(arms[LS.name], arms[MHSA.name], unit, loss)
+    def log_cost(unit: str, loss: float) -> Interval:
+        return log_cost_ratio_at_loss(arms[LS.name], arms[MHSA.name], unit, loss)
 
     def evidence(losses: Sequence[float]) -> str:
         texts = [
-            f"{unit} {', '.join(f'{interval_text(cost(key, loss))} at {loss}' for loss in losses)}"
+            f"{unit} {', '.join(f'{interval_text(log_cost(key, loss).exp())} at {loss}' for loss in losses)}"
             for key, unit in (("tokens", "tokens"), ("flops", "FLOPs"))
         ]
         return f"LS/MHSA to reach a loss: {'; '.join(texts)}."
 
     return judge_at_losses(
-        SOONER, arms, pair, lambda loss: _judge_ratio_at(cost("tokens", loss), shown=1.0), evidence
-    )
+        SOONER, arms, pair,
+        lambda loss: _judge_ratio(log_cost("tokens", loss).exp(), 1.0),
+        lambda loss: _p_of_ratio(log_cost("tokens", loss), 1.0),
+        evidence,
+    )  # fmt: skip
 
 
-def _judge_ratio_at(interval: Interval, shown: float) -> Outcome:
+def _judge_ratio(interval: Interval, shown: float) -> Outcome:
     """Judge a ratio at one loss that is claimed to be below `shown`, at most 1."""
     if is_alike(interval, ALIKE):
         return Outcome.CONTRADICTED
     return judge_below(interval, shown, 1.0)
+
+
+def _p_of_ratio(log_ratio: Interval, shown: float) -> float:
+    """Compute the p-value of what `_judge_ratio` says: against `shown`, against 1, or against the bounds of
+    likeness."""
+    if is_alike(log_ratio.exp(), ALIKE):
+        return max(log_ratio.p_value(math.log(ALIKE)), log_ratio.p_value(-math.log(ALIKE)))
+    bound = math.log(shown)
+    return log_ratio.p_value(bound if log_ratio.high < bound else 0.0)
 
 
 def _judge_enough(arms: Arms) -> Verdict:
@@ -471,17 +532,22 @@ def _judge_enough(arms: Arms) -> Verdict:
             return Outcome.SHOWN
         return Outcome.CONTRADICTED if change.high < -TOLERANCE else Outcome.NOT_SHOWN
 
-    return _judge_design(ENOUGH, arms, (MHSA.name, LS.name), (MHSA.name, LS.name), outcome)
+    return _judge_design(ENOUGH, arms, (MHSA.name, LS.name), (MHSA.name, LS.name), outcome, -TOLERANCE)
 
 
 def _judge_needed(arms: Arms) -> Verdict:
-    return _judge_design(NEEDED, arms, (NO_GLOBAL.name, LS.name), (LS.name,), _above_zero)
+    return _judge_design(NEEDED, arms, (NO_GLOBAL.name, LS.name), (LS.name,), _above_zero, 0.0)
 
 
 def _judge_design(
-    claim: Claim, arms: Arms, pair: tuple[str, str], copying: Sequence[str], outcome_of
+    claim: Claim,
+    arms: Arms,
+    pair: tuple[str, str],
+    copying: Sequence[str],
+    outcome_of: Callable[[Interval], Outcome],
+    bound: float,
 ) -> Verdict:
-    """Judge the difference of the losses of two arms, open unless the `copying` ones copy."""
+    """Judge the difference of the losses of two arms against a bound; open unless the `copying` ones copy."""
     if any(name not in arms for name in pair):
         return not_measured(claim)
     first, second = (arms[name] for name in pair)
@@ -500,7 +566,7 @@ def _judge_design(
         return Verdict(
             claim, Outcome.NOT_REACHED, f"{', '.join(late)} did not copy on every seed. {evidence}"
         )
-    return Verdict(claim, outcome_of(change), evidence)
+    return Verdict(claim, outcome_of(change), evidence, change.p_value(bound))
 
 
 def _judge_mechanism(arms: Arms) -> Verdict:
@@ -518,14 +584,28 @@ def _judge_mechanism(arms: Arms) -> Verdict:
             for seed in hiding
         }
 
+    def intervals(loss: float) -> tuple[Interval, Interval, Interval]:
+        """The slope, and the logarithms of MHSA's ratio and of its relation to LS's."""
+        return (
+            slope_over_head_dim(MHSA_SIZES, loss),
+            log_ratio_at_loss(arms[half[MHSA.name]], arms[MHSA.name], "max_logit", loss),
+            paired_log_ratio(hiding_ratios(MHSA.name, loss), hiding_ratios(LS.name, loss)),
+        )
+
     def outcome_at(loss: float) -> Outcome:
-        slope = slope_over_head_dim(MHSA_SIZES, loss)
-        ratio = ratio_at_loss(arms[half[MHSA.name]], arms[MHSA.name], "max_logit", loss)
-        to_ls = paired_log_ratio(hiding_ratios(MHSA.name, loss), hiding_ratios(LS.name, loss))
-        held = [slope.high < 0, ratio.high < 1 and to_ls.high < 0]
+        slope, ratio, to_ls = intervals(loss)
+        held = [slope.high < 0, ratio.high < 0 and to_ls.high < 0]
         if any(held):
             return Outcome.SHOWN if all(held) else Outcome.PARTLY
-        return Outcome.CONTRADICTED if slope.low > 0 or ratio.low > 1 else Outcome.NOT_SHOWN
+        return Outcome.CONTRADICTED if slope.low > 0 or ratio.low > 0 else Outcome.NOT_SHOWN
+
+    def p_at(loss: float) -> float:
+        slope, ratio, to_ls = (interval.p_value(0.0) for interval in intervals(loss))
+        outcome = outcome_at(loss)
+        if outcome is Outcome.SHOWN:
+            return max(slope, ratio, to_ls)
+        hiding = ratio if outcome is Outcome.CONTRADICTED else max(ratio, to_ls)
+        return min(1.0, 2 * min(slope, hiding))  # one of two is enough
 
     def evidence(losses: Sequence[float]) -> str:
         texts = []
@@ -542,7 +622,7 @@ def _judge_mechanism(arms: Arms) -> Verdict:
                     texts.append(f"{variant.name}, ratio to {plain.name} with all keys {ratios}")
         return f"At equal losses: {'; '.join(texts)}."
 
-    return judge_at_losses(MECHANISM, arms, needed, outcome_at, evidence)
+    return judge_at_losses(MECHANISM, arms, needed, outcome_at, p_at, evidence)
 
 
 def _ratio(first: float | None, second: float | None) -> float | None:

@@ -2,7 +2,8 @@
 
 `RUN/checkpoints/step-N/` is a `save_pretrained` folder of the model, and holds optimizer.safetensors (AdamW's
 state by parameter name) and state.json too. It is written under a name that no reader takes for a checkpoint,
-synced to the disk, and only then renamed. Nothing in it is pickled.
+synced to the disk, and only then renamed. Nothing in it is pickled. A run that measures updates of query and
+key weights has alarms.safetensors too: the weights from which the next update is measured.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from transformers.utils import logging as transformers_logging
 
 from longshort.data.files import sync_folder, sync_tree
 from longshort.reporting.files import replace_file
+from longshort.stability import UpdateEntropy
 
 FOLDER = "checkpoints"
 _WEIGHTS = "model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
+_ALARMS = "alarms.safetensors"
 _STATE = "state.json"
 _FILES = ("config.json", _WEIGHTS, _OPTIMIZER, _STATE)
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -59,6 +62,7 @@ def save_checkpoint(
     model: Any,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
+    update_entropy: UpdateEntropy | None = None,
 ) -> Path:
     """Write `run/checkpoints/step-N`.
 
@@ -67,6 +71,7 @@ def save_checkpoint(
         model: a PreTrainedModel.
         optimizer: AdamW over all parameters of the model, even before its first step.
         state: its `step` names the folder.
+        update_entropy: its state is written too.
 
     Raises:
         FileExistsError: there is a checkpoint of this step.
@@ -81,9 +86,11 @@ def save_checkpoint(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        with _without_progress_bars():
+        with without_progress_bars():
             model.save_pretrained(partial, max_shard_size="1TB")  # one file of weights
         save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER)
+        if update_entropy is not None:
+            save_file(update_entropy.state(), partial / _ALARMS)
         (partial / _STATE).write_text(_as_json(state))
         sync_tree(partial)
         if final.exists():  # it lacks files, so the run was not resumed from it
@@ -136,8 +143,14 @@ def rewind(run: Path, step: int, attempt: int, batches_skipped: int) -> None:
     sync_folder(folder)
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Put a checkpoint's weights and optimizer state into a model and its AdamW, in place and bit by bit.
+def load_checkpoint(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    update_entropy: UpdateEntropy | None = None,
+) -> TrainState:
+    """Put a checkpoint's weights and optimizer state into a model and its AdamW, in place and bit by bit, and
+    the state of `update_entropy` if it was saved with one.
 
     Raises:
         OSError: a file is missing or damaged.
@@ -146,6 +159,8 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     load_weights(checkpoint, model)
     try:
         moments = load_file(checkpoint / _OPTIMIZER)
+        if update_entropy is not None:
+            update_entropy.restore(load_file(checkpoint / _ALARMS))
     except SafetensorError as error:
         raise OSError(f"{checkpoint} is damaged: {error}") from error
     state = _read_state(checkpoint / _STATE)
@@ -181,7 +196,12 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 def latest_checkpoint(run: Path | str) -> Path | None:
     """Return the complete checkpoint of the highest step; None if there is none."""
     steps = checkpoint_steps(Path(run))
-    return Path(run) / FOLDER / f"step-{steps[-1]}" if steps else None
+    return checkpoint_folder(run, steps[-1]) if steps else None
+
+
+def checkpoint_folder(run: Path | str, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
+    return Path(run) / FOLDER / f"step-{step}"
 
 
 def remove_partial_checkpoints(run: Path) -> None:
@@ -191,8 +211,8 @@ def remove_partial_checkpoints(run: Path) -> None:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Turn off the progress bars of transformers, which would disturb that of the training."""
+def without_progress_bars() -> Iterator[None]:
+    """Turn off the progress bars of transformers, which would disturb our own."""
     were_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

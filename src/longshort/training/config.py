@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from longshort.checks import check_fields, flag
 from longshort.data import TokenOrder
+from longshort.stability import Alarm
 
 PositionEmbedding = Literal["learned", "rope", "alibi", "none"]
-AttentionPrecision = Literal["input", "fp32", "bf16", "bf16-flash"]
+AttentionPrecision = Literal["input", "fp64", "fp32", "bf16", "bf16-flash", "sdpa-bf16"]
 Schedule = Literal["cosine", "constant", "wsd"]
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -88,7 +89,9 @@ class TrainConfig:
     """First tokens of each document that local heads always see."""
 
     attention_precision: AttentionPrecision | None = None
-    """Rounding inside attention."""
+    """Rounding inside attention. fp64: almost none, and slow. bf16: queries, keys and values. bf16-flash: the
+    probabilities too. sdpa-bf16: as bf16, but global heads go through PyTorch's own flash kernel, which has
+    no softcap, ALiBi, sink logits or separate documents."""
 
     steps: Annotated[int, Ge(1)] = 1000
     """Optimizer steps."""
@@ -123,11 +126,18 @@ class TrainConfig:
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
     """AdamW: decay of the mean of squared gradients."""
 
+    adam_epsilon: Annotated[float, Gt(0)] = 1e-8
+    """AdamW: number added to the root of the mean of squared gradients."""
+
     weight_decay: Annotated[float, Ge(0)] = 0.1
     """AdamW: decay of matrices, including embeddings. Gains do not decay."""
 
     grad_clip: Annotated[float, Ge(0)] = 1.0
     """Largest norm of the gradient. 0: no clipping."""
+
+    qk_learning_rate_factor: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Learning rate of the query and key projections as a share of that of all other weights, at every step:
+    0.1 is a tenth, 1 the same."""
 
     z_loss: Annotated[float, Ge(0)] = 0.0
     """Weight of the z-loss (PaLM: 1e-4) in what is differentiated; the reported loss is without it."""
@@ -168,6 +178,10 @@ class TrainConfig:
     """Measure the row range too, the largest difference between two logits of one query; slow for global
     heads."""
 
+    alarms: bool = False
+    """Measure with the attention logits what all alarms need, by head: row ranges, and the spectral entropy
+    of the update of query and key weights."""
+
     evaluate_every: Annotated[int, Ge(0)] = 200
     """Steps between validation losses. 0: none."""
 
@@ -193,6 +207,11 @@ class TrainConfig:
     """Action when loss, gradient norm or largest logit spikes. report: print a message. stop: write a
     checkpoint and end. rollback: go back to a checkpoint and leave out batches. Any of them makes every step
     wait for the GPU. None: spikes are not detected."""
+
+    alarm: Alarm | None = None
+    """With --on-spike, a sign of a spike that may come before its loss: row-range (a head's row range grows
+    fast), entropy (a head's entropy has collapsed) or update (the spectral entropy of its update has). It is
+    measured with the attention logits. No study has shown yet that one of them warns in time."""
 
     rollback_steps: Annotated[int, Ge(1)] = 100
     """Rollback: go back to the latest checkpoint at least this many steps before the spike began, else to the
@@ -226,6 +245,11 @@ class TrainConfig:
                 "--separate-documents does not go with --token-order "
                 f"{self.token_order}, which mixes the documents of a sequence"
             )
+        if self.separate_documents and self.attention_precision == "sdpa-bf16":
+            raise ValueError(
+                "--separate-documents does not go with --attention-precision sdpa-bf16: PyTorch's flash "
+                "kernel has no segments"
+            )
         if (
             self.token_order == "interleaved"
             and self.sequence_length is not None
@@ -235,8 +259,11 @@ class TrainConfig:
                 f"--interleave must be at most --sequence-length ({self.sequence_length}), "
                 f"got {self.interleave}"
             )
-        if self.monitor_row_range and not self.monitor_every:
-            raise ValueError(f"--monitor-row-range needs --monitor-every >= 1, got {self.monitor_every}")
+        for name in ("monitor_row_range", "alarms", "alarm"):
+            if getattr(self, name) and not self.monitor_every:
+                raise ValueError(f"{flag(name)} needs --monitor-every >= 1, got {self.monitor_every}")
+        if self.alarm is not None and self.on_spike is None:
+            raise ValueError(f"--alarm goes only with --on-spike, got {self.alarm}")
         for name in ("stop_at_loss", "probe"):
             if getattr(self, name) and not self.evaluate_every:
                 raise ValueError(f"{flag(name)} needs --evaluate-every >= 1, got {self.evaluate_every}")

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from longshort.model import LongShortForCausalLM
-from longshort.stability import AttentionMonitor, QKClip, Reading, SpikeDetector
+from longshort.stability import AttentionMonitor, QKClip, SpikeDetector, UpdateEntropy
+from longshort.stability.alarms import MEASUREMENTS
 from longshort.training.checkpoints import (
     TrainState,
     keep_checkpoints,
@@ -175,8 +176,13 @@ class _Training:
         self._settings = settings = job.run.training
         self._model = job.model.to(ranks.device).train()  # pyright: ignore[reportArgumentType]
         self._optimizer = make_optimizer(self._model, settings)
-        self._detector = None if settings.on_spike is None else SpikeDetector()
-        self._monitor = AttentionMonitor(self._model, job.run.band, row_range=settings.monitor_row_range)
+        self._detector = None if settings.on_spike is None else SpikeDetector(alarm=settings.alarm)
+        measures_updates = settings.alarms or settings.alarm == "update"
+        self._update_entropy = UpdateEntropy(self._model) if measures_updates else None
+        ranges = settings.monitor_row_range or settings.alarms or settings.alarm == "row-range"
+        self._monitor = AttentionMonitor(
+            self._model, job.run.band, row_range=ranges, update_entropy=self._update_entropy
+        )
         self._clip = self._clip_monitor = None
         if settings.qk_clip is not None:
             self._clip = QKClip(self._model, settings.qk_clip)
@@ -189,7 +195,7 @@ class _Training:
         checkpoint = latest_checkpoint(self._settings.out)
         if checkpoint is None:
             return TrainState(step=0, tokens=0, seed=self._settings.seed)
-        state = load_checkpoint(checkpoint, self._model, self._optimizer)
+        state = load_checkpoint(checkpoint, self._model, self._optimizer, self._update_entropy)
         if self._detector is not None and state.spikes is not None:
             self._detector.restore(state.spikes)
         return state
@@ -257,7 +263,7 @@ class _Training:
         if has_line or self._detector is not None:
             started = time.perf_counter()
             loss, norm = self._ranks.reduce_mean(taken.loss_and_norm).tolist()  # waits for a GPU
-            spike = self._look_for_spike(loss, norm, taken.reading, state)
+            spike = self._look_for_spike(loss, norm, taken, state)
             self._recorder.add_work(0, time.perf_counter() - started)
             if has_line or spike is not None:
                 record = self._recorder.write(state, taken, loss, norm, spike)
@@ -268,12 +274,16 @@ class _Training:
         return spike
 
     def _look_for_spike(
-        self, loss: float, norm: float, reading: Reading | None, state: TrainState
+        self, loss: float, norm: float, taken: Taken, state: TrainState
     ) -> dict[str, Any] | None:
         """Return the entry of metrics.jsonl for a spike, if the last step shows one."""
         if self._detector is None:
             return None
-        spike = self._detector.observe(state.step, loss, norm, None if reading is None else reading.max_logit)
+        max_logit = None if taken.reading is None else taken.reading.max_logit
+        by_head = None
+        if taken.is_monitored and self._settings.alarm is not None:
+            by_head = getattr(taken.reading, MEASUREMENTS[self._settings.alarm])
+        spike = self._detector.observe(state.step, loss, norm, max_logit, by_head)
         return None if spike is None else respond(spike, self._settings, state)
 
     def _checkpoint(self, state: TrainState, is_interrupted: bool, is_done: bool, is_stopped: bool) -> None:
@@ -306,5 +316,5 @@ class _Training:
         if self._detector is not None:
             state = replace(state, spikes=self._detector.state())
             onset -= self._detector.rise_steps  # a slow rise is detected this much later
-        save_checkpoint(run, self._model, self._optimizer, state)
+        save_checkpoint(run, self._model, self._optimizer, state, self._update_entropy)
         keep_checkpoints(run, checkpoints_to_keep(self._settings, onset))

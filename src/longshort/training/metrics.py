@@ -10,7 +10,10 @@ A line is one strict JSON object. Its keys:
   `max_logit_global_in_band`, as last measured; null if the model has no such heads.
 - on the steps that measure them, `max_logit_by_head` and `entropy_by_head` (nats), a list for each layer.
   With `monitor_row_range` also `row_range` and its parts `row_range_local`, `row_range_global` and
-  `row_range_global_in_band`: the largest difference between two logits of one query, null as above.
+  `row_range_global_in_band`: the largest difference between two logits of one query, null as above, and
+  `row_range_by_head`. With `alarms` these and `update_entropy_by_head` (nats), the spectral entropy of the
+  update of query and key weights since the measurement before; the first one is of the update since the run
+  began, and one after a break is as without it. Where nothing changed it is null.
 - `validation_loss` (nats per token) after the step, on evaluated steps; with `probe` also `copying_loss`, on
   the second half of random tokens that repeat, and `probe`, the attributes of a `ProbeReading` on the
   validation windows by name.

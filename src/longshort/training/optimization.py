@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longshort.convolution import ShortConvolution
 from longshort.data import Batch
-from longshort.stability import z_loss
+from longshort.stability import scale_qk_learning_rate, z_loss
 from longshort.training.config import TrainConfig
 from longshort.training.parallel import Ranks
 
@@ -38,7 +38,8 @@ def learning_rate_at(settings: TrainConfig, step: int) -> float:
 def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
     """Make AdamW that decays matrices, including embeddings, but no gains, sink logits or convolutions.
 
-    Convolutions start as the identity, and decay would shrink the attention logits.
+    Convolutions start as the identity, and decay would shrink the attention logits. With a
+    `qk_learning_rate_factor` below 1, query and key projections learn more slowly.
     """
     kept = {id(module.weight) for module in model.modules() if isinstance(module, ShortConvolution)}
     decayed, others = [], []
@@ -48,9 +49,16 @@ def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.adam_epsilon,
+        fused=True,
     )
+    if settings.qk_learning_rate_factor != 1:
+        scale_qk_learning_rate(model, optimizer, settings.qk_learning_rate_factor)
+    return optimizer
 
 
 def optimizer_step(

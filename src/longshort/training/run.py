@@ -185,19 +185,22 @@ def write_config(folder: Path, run: RunConfig) -> None:
     sync_folder(folder)
 
 
-def open_same_data(run: RunConfig) -> DataFolder:
+def open_same_data(run: RunConfig, folder: Path | None = None) -> DataFolder:
     """Open the data that the run was started on.
+
+    Args:
+        run: the run.
+        folder: where the data are now; None: where they were.
 
     Raises:
         FileNotFoundError: it was moved or removed.
         ValueError: it is not the same.
     """
-    data = DataFolder.open(run.training.data)
+    data = DataFolder.open(folder or run.training.data)
     found = DataIdentity.of(data)
     if found != run.data:
         raise ValueError(
-            f"{run.training.data} is not the data that this run was started on: got {found}, "
-            f"expected {run.data}"
+            f"{data.path} is not the data that this run was started on: got {found}, expected {run.data}"
         )
     return data
 

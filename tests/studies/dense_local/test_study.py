@@ -21,11 +21,11 @@ from longshort.studies.dense_local.arms import (
 from longshort.studies.dense_local.layer import run_layer_fit
 from longshort.studies.dense_local.study import CLAIMS, outcome, verdicts
 from longshort.studies.dense_local.task import Fit, run_fit
-from longshort.studies.framework.study import SCALES, Outcome, Trial, Workplace
+from longshort.studies.framework.study import Outcome, Trial, Workplace
 from longshort.studies.framework.sweep import sweep
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", STUDY.scales)
 def test_the_grid_is_whole_and_arms_of_a_pair_differ_in_their_window_alone(scale):
     grid = [pair for pair in pairs(scale) if pair.topic == "grid"]
     fits = [pair.local for pair in grid]
@@ -39,7 +39,7 @@ def test_the_grid_is_whole_and_arms_of_a_pair_differ_in_their_window_alone(scale
     assert controls[1].head_dim > controls[0].head_dim and controls[2].start_window
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", STUDY.scales)
 def test_names_tell_arms_apart(scale):
     arms = {arm for pair in pairs(scale) for arm in pair.fits}
     arms |= {replace(Fit(**trial.settings), learning_rate=1.0) for trial in frontier_trials(scale, 0)}
@@ -132,7 +132,7 @@ def test_trials_depend_on_the_rates_that_were_found():
     assert slow.keys() != fast.keys()
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", STUDY.scales)
 def test_work_that_is_not_known_yet_is_counted(scale):
     seeds = STUDY.default_seeds(scale)
     assert seeds >= 2

@@ -8,6 +8,7 @@ from tests.studies.planted import language_result, swept
 from longshort.reporting.intervals import Interval
 from longshort.studies.framework.comparison import (
     edge_text,
+    holm,
     interval_text,
     judge,
     judge_below,
@@ -15,7 +16,7 @@ from longshort.studies.framework.comparison import (
     rate_text,
     weaker,
 )
-from longshort.studies.framework.study import Claim, Outcome
+from longshort.studies.framework.study import Claim, Outcome, Verdict
 from longshort.studies.framework.sweep import plan_arms
 from longshort.studies.language.arms import LS, MHSA, tiny
 
@@ -117,3 +118,22 @@ def test_numbers_in_words():
     assert [rate_text(rate) for rate in (3e-3, 1e-2, 0.1, 0.0316, 100.0)] == [
         "3e-3", "1e-2", "1e-1", "3.16e-2", "1e2"
     ]  # fmt: skip
+
+
+def test_holm_corrects_what_claims_something():
+    def verdict(name, outcome, p):
+        return Verdict(Claim(name, "", "", ""), outcome, "numbers.", p)
+
+    given = [
+        verdict("a", Outcome.SHOWN, 0.001), verdict("b", Outcome.PARTLY, 0.03),
+        verdict("c", Outcome.SHOWN, None),
+        verdict("d", Outcome.NOT_SHOWN, 0.5), verdict("e", Outcome.CONTRADICTED, 0.0125),
+    ]  # fmt: skip
+    found = {v.claim.id: v for v in holm(given)}
+    assert [v.outcome for v in found.values()] == [
+        Outcome.SHOWN, Outcome.NOT_SHOWN, Outcome.SHOWN, Outcome.NOT_SHOWN, Outcome.CONTRADICTED
+    ]  # fmt: skip
+    assert found["b"].evidence == "numbers. Not after Holm's correction for 4 tests (p = 0.03)."
+    assert found["a"] == given[0]
+    assert holm([verdict("a", Outcome.SHOWN, 0.04)])[0].outcome is Outcome.SHOWN
+    assert holm([]) == []

@@ -4,20 +4,26 @@ import multiprocessing
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 from tests.studies.framework.toy_study import Toy
 
+from longshort.studies.framework import runner
 from longshort.studies.framework.runner import StudyProgress, run_trials
 from longshort.studies.framework.store import RESULTS_FILE, ResultsFile
 from longshort.studies.framework.study import Workplace
 
 
 def run(folder, study=None, jobs=2, progress=None, seeds=range(3)):
-    study = study or Toy()
-    file = ResultsFile(folder / "toy")
-    run_trials({"toy": (study, file)}, "smoke", {"toy": seeds}, Workplace(folder, "stdlib"), jobs, progress)
-    return file
+    assert run_until(None, folder, study, jobs, progress, seeds)
+    return ResultsFile(folder / "toy")
+
+
+def run_until(ends_at, folder, study=None, jobs=2, progress=None, seeds=range(3)):
+    work = {"toy": (study or Toy(), ResultsFile(folder / "toy"))}
+    place = Workplace(folder, "stdlib")
+    return run_trials(work, "smoke", {"toy": seeds}, place, jobs, progress, ends_at)
 
 
 class Watch(StudyProgress):
@@ -85,3 +91,28 @@ def test_ctrl_c_ends_the_workers(tmp_path):
         run(tmp_path, Toy(sleeps=2), progress=Interrupt())
     assert not multiprocessing.active_children()
     assert len(ResultsFile(tmp_path / "toy").results) == 2
+
+
+def test_the_end_of_the_time_ends_the_workers_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    class OneDone(Watch):
+        def on_result(self, study, trial, seconds):
+            super().on_result(study, trial, seconds)
+            monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 10.0))
+
+    watch = OneDone()
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 9.0))
+    assert not run_until(10.0, tmp_path, Toy(sleeps=1), jobs=1, progress=watch)
+    assert watch.finished == ["double"]
+    assert not multiprocessing.active_children()
+    assert len(run(tmp_path).results) == 4
+
+
+def test_trials_that_end_with_the_time_are_all_done(tmp_path, monkeypatch):
+    class AllDone(Watch):
+        def on_state(self, state):
+            if state.done["toy"] == state.known["toy"]:
+                monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 10.0))
+
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 9.0))
+    assert run_until(10.0, tmp_path, progress=AllDone())
+    assert run_until(0.0, tmp_path)  # nothing is left to do

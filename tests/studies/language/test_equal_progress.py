@@ -14,6 +14,7 @@ from longshort.studies.language.equal_progress import (
     combined,
     is_alike,
     losses_reached,
+    p_of_two,
     sign_test,
     step_at,
 )
@@ -77,3 +78,10 @@ def test_alike_means_within_a_factor():
     assert is_alike(Interval(1.0, 0.95, 1.06, 3), 1.1)
     assert not is_alike(Interval(1.0, 0.8, 1.06, 3), 1.1)
     assert not is_alike(Interval(1.0, -math.inf, math.inf, 1), 1.1)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "p"), [([0.01, 0.02], 0.02), ([0.01, 0.5, 0.02], 0.04), ([0.4] * 4, 1.0)]
+)
+def test_p_values_of_two_losses_or_more(p_values, p):
+    assert p_of_two(p_values) == pytest.approx(p)

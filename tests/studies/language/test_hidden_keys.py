@@ -162,6 +162,7 @@ def test_a_share_that_is_none_is_refused(share):
         ({"sink_tokens": 2}, "sink_tokens"),
         ({"position_embedding": "alibi"}, "alibi_slopes"),
         ({"attention_precision": "bf16-flash"}, "attention_precision 'bf16-flash'"),
+        ({"attention_precision": "sdpa-bf16"}, "attention_precision 'sdpa-bf16'"),
     ],
 )
 def test_layers_that_cannot_hide_keys_are_refused(fields, message):

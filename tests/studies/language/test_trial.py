@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 
+from longshort.stability import ALARMS
 from longshort.studies.explosion import Explosion
 from longshort.studies.framework.study import Trial, Workplace
-from longshort.studies.language.arms import LS, MHSA, Setting, Variant, paper_base, tiny
+from longshort.studies.language.arms import LS, MHSA, ONE_GPU, Setting, Variant, paper_base, tiny
 from longshort.studies.language.trial import train_language_model
 from longshort.training.checkpoints import FOLDER
 
@@ -52,6 +53,20 @@ def test_a_needle_is_measured_where_it_is_asked_for(workplace):
         SETTING.trial(Variant("LS", measure={"needle": needle}), 1e-3, 0), workplace
     )
     assert [(cell["length"], cell["depth"]) for cell in result["needle"]] == [(64, 0.5)]
+
+
+def test_scores_of_alarms_are_part_of_a_result(workplace):
+    variant = LS.with_train("LS", alarms=True, monitor_every=1)
+    setting = tiny(64, batch=2, steps=12)
+    result = train_language_model(setting.trial(variant, 1e-3, 0), workplace)
+    scores = result["alarm_scores"]
+    assert list(scores) == ["step", *ALARMS] and scores["step"] == list(range(1, 13))
+    assert scores["row-range"][:9] == [None] * 9 and None not in scores["row-range"][9:]
+    for name in ("entropy", "update"):
+        assert scores[name][0] == 0.0 and all(0 <= score < 1 for score in scores[name])
+    assert all(score == float(f"{score:.4g}") for score in scores["update"])
+    assert result["diverged_from"] is None
+    assert "alarm_scores" not in train_language_model(SETTING.trial(LS, 1e-3, 0), workplace)
 
 
 @pytest.mark.parametrize("length", [512, 8192])
@@ -103,3 +118,15 @@ def test_a_trial_starts_from_the_weights_of_another(workplace):
     new = train_language_model(Trial("new", 3, settings), workplace)
     assert again["validation_loss"] == pytest.approx(trained["validation_loss"], abs=1e-4)  # hardly any rate
     assert abs(new["validation_loss"] - trained["validation_loss"]) > 0.01
+
+
+@pytest.mark.parametrize("arm", [LS, MHSA], ids=["LS", "MHSA"])
+def test_the_model_for_one_gpu_is_built_and_stepped(workplace, arm):
+    """At full width and depth, with short sequences and few steps."""
+    train = {**ONE_GPU.train, "sequence_length": 64, "batch_size": 2, "steps": 2, "warmup_steps": 0}
+    train |= {"decay_steps": 1, "evaluate_every": 1, "validation_windows": 2}
+    trial = Setting(ONE_GPU.model, train, "").trial(arm, 6e-4, 0)
+    result = train_language_model(trial, workplace)
+    assert result["parameters"] == 3_148_608 - (2048 - 64) * 192
+    assert result["probe"]["step"] == [1, 2]
+    assert result["copying_curve"][-1][1] > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from longshort.reporting.intervals import Interval, confidence_interval, paired_difference, paired_log_ratio
@@ -115,6 +115,31 @@ def judge(
 def judge_twice(claim: Claim, rule: Callable[[Rate], Outcome], evidence: Callable[[], str]) -> Verdict:
     """Judge a claim by the weaker of its outcomes at the two choices of rates."""
     return Verdict(claim, weaker(*map(rule, RATES)), evidence())
+
+
+def holm(verdicts: Sequence[Verdict], level: float = 0.05) -> list[Verdict]:
+    """Correct the verdicts of one study for their number (Holm, 1979).
+
+    The k-th smallest of m p-values must be at most level / (m − k + 1), as all before it. A verdict that
+    claims something and does not pass is not shown.
+    """
+    tested = sorted((v for v in verdicts if v.p is not None), key=lambda v: v.p or 0.0)
+    passed: set[str] = set()
+    for index, verdict in enumerate(tested):
+        assert verdict.p is not None
+        if verdict.p > level / (len(tested) - index):
+            break
+        passed.add(verdict.claim.id)
+    corrected = []
+    for verdict in verdicts:
+        if verdict.p is not None and verdict.outcome in _CLAIMING and verdict.claim.id not in passed:
+            text = f" Not after Holm's correction for {len(tested)} tests (p = {verdict.p:.2g})."
+            verdict = replace(verdict, outcome=Outcome.NOT_SHOWN, evidence=verdict.evidence + text)
+        corrected.append(verdict)
+    return corrected
+
+
+_CLAIMING = (Outcome.SHOWN, Outcome.PARTLY, Outcome.CONTRADICTED)
 
 
 def weaker(first: Outcome, second: Outcome) -> Outcome:

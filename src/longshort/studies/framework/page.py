@@ -51,7 +51,7 @@ def _overview(found: Mapping[str, Findings]) -> Section:
                 "Each claim has a rule that was written down before the trials were run; the rules stand "
                 "beside the verdicts below. Intervals are 95 % confidence intervals over seeds, paired where "
                 "two arms are compared; in tables of arms they are prediction intervals: where another "
-                "seed's value will lie."
+                "seed's value will lie. P-values are held to Holm's correction over the claims of a study."
             )
         ],
         table=Table(("claim", "verdict", "study"), rows),

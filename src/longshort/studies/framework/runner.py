@@ -65,10 +65,24 @@ def run_trials(
     workplace: Workplace,
     jobs: int,
     progress: StudyProgress | None = None,
-) -> None:
+    ends_at: float | None = None,
+) -> bool:
     """Run all trials that are planned and not done yet, study by study, `jobs` trials at once.
 
-    Ctrl-C and SIGTERM stop the workers; trainings write a checkpoint first. Finished trials are kept.
+    Ctrl-C, SIGTERM and the end of the time stop the workers; trainings write a checkpoint first. Finished
+    trials are kept.
+
+    Args:
+        studies: the studies and the files of their results, by name.
+        scale: scale of all of them.
+        seeds: seeds of each study.
+        workplace: the environment of the trials.
+        jobs: number of processes.
+        progress: reports what happens.
+        ends_at: the end of the time, on the clock `time.monotonic`; None: there is none.
+
+    Returns:
+        Whether all trials are done; False only if the time was up before.
 
     Raises:
         ChildProcessError: a trial failed, or its process was killed; the message holds its error.
@@ -76,12 +90,14 @@ def run_trials(
     """
     queue = _Queue(studies, scale, seeds)
     if not queue.has_trials:
-        return
+        return True
     for study, _ in studies.values():
         study.prepare(workplace)
     progress = progress or StudyProgress()
     with ended_by_signals(), _workers(jobs) as workers:
         while True:
+            if ends_at is not None and time.monotonic() >= ends_at and queue.has_trials:
+                return False
             for worker in workers:
                 following = queue.next_trial() if worker.running is None else None
                 if following is not None:
@@ -89,7 +105,7 @@ def run_trials(
                     worker.start(studies[name][0], name, trial, workplace)
             busy = [worker for worker in workers if worker.running is not None]
             if not busy:
-                return
+                return True
             wait([worker.connection for worker in busy], timeout=_SECONDS_BETWEEN_LOOKS)
             for worker in busy:
                 finished = worker.listen()

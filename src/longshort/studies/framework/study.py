@@ -21,11 +21,11 @@ import torch
 from longshort.reporting.intervals import Interval
 from longshort.reporting.page import Section
 
-Scale = Literal["smoke", "laptop", "overnight", "paper"]
+Scale = Literal["smoke", "laptop", "overnight", "gpu", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 """The scales. smoke: only tests that the study runs, in seconds. laptop: the trials that decide the verdicts,
-within 40 minutes on 2 cores. overnight: controls and interventions too, at least 5 seeds. paper: the author's
-sizes, for GPUs."""
+within 40 minutes on 2 cores. overnight: controls and interventions too, at least 5 seeds. gpu: the author's
+small model for minutes on one GPU; few studies have it. paper: the author's sizes, for GPUs."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,19 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome for a claim, and the numbers on which it is based, in words."""
+    """The outcome for a claim.
+
+    Attributes:
+        claim: the claim.
+        outcome: how it stands.
+        evidence: the numbers that the outcome rests on, in words.
+        p: p-value of the test behind the outcome; None if it rests on no test.
+    """
 
     claim: Claim
     outcome: Outcome
     evidence: str
+    p: float | None = None
 
 
 def not_measured(claim: Claim, reason: str = "The trials are not done.") -> Verdict:
@@ -172,7 +180,7 @@ class Study(ABC):
         name: name on the command line.
         title: title in the report.
         claims: the claims to judge.
-        scales: the sizes of each scale, including the number of seeds.
+        scales: the sizes of each scale that the study has, including the number of seeds.
     """
 
     name: ClassVar[str]
@@ -196,6 +204,14 @@ class Study(ABC):
     def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
         """Run one trial. The result is JSON and a pure function of the trial's settings and the corpus,
         except for the key "timing", which holds measured times."""
+
+    def export(self, trials: Sequence[Trial], workplace: Workplace) -> None:  # noqa: B027  # most leave results alone
+        """Copy what is worth taking from the machine, beside results and figures, into the study's folder.
+
+        Args:
+            trials: all trials that are known by now, finished or not; none of them is running.
+            workplace: their workplace.
+        """
 
     @abstractmethod
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:

@@ -182,6 +182,20 @@ PAPER_SMALL = Setting(
 """The author's small model."""
 
 
+ONE_GPU = replace(
+    steady(2048, 65_536, 2000, rates=(6e-4, 3e-3), precision="bf16", checkpoint_every=500),
+    model={**PAPER_SMALL.model, "vocab_size": 257},
+    description=(
+        "The author's small model on bytes: 6 layers, 6 heads of 32, width 192; 2,000 steps of 32 sequences "
+        "of 2,048 bytes, a constant learning rate after the warm-up that falls to 0 over the last tenth, "
+        "weight decay 0.1, autocast to bf16; LS has one global head and five with a window of 50. Both arms "
+        "start from the same weights and see the same batches."
+    ),
+)
+"""The author's small model for minutes on one GPU, at the author's rate and at that of `tiny`. Its tokens are
+bytes, so that losses mean the same as at the other scales."""
+
+
 def paper_base(length: int) -> Setting:
     """Make the setting of the author's base model at a sequence length, half a million tokens a step."""
     batch = max(1, 524_288 // length)

@@ -76,23 +76,23 @@ def losses_reached(results: Iterable[Result], losses: Sequence[float] = LOSSES) 
     return [loss for loss in losses if all(step_at(result, loss) is not None for result in results)]
 
 
-def ratio_at_loss(first: ArmResults, second: ArmResults, quantity: str, loss: float) -> Interval:
-    """Compute the paired ratio of a quantity of the probe of two arms at equal loss."""
+def log_ratio_at_loss(first: ArmResults, second: ArmResults, quantity: str, loss: float) -> Interval:
+    """Compute the paired log-ratio of a quantity of the probe of two arms at equal loss."""
     sides = [
         {seed: at_loss(result, quantity, loss) for seed, result in arm.by_rate["best"].items()}
         for arm in (first, second)
     ]
-    return paired_log_ratio(*sides).exp()
+    return paired_log_ratio(*sides)
 
 
-def cost_ratio_at_loss(first: ArmResults, second: ArmResults, unit: str, loss: float) -> Interval:
-    """Compute the paired ratio of the "tokens" or "flops" that two arms spend to reach a loss."""
+def log_cost_ratio_at_loss(first: ArmResults, second: ArmResults, unit: str, loss: float) -> Interval:
+    """Compute the paired log-ratio of the "tokens" or "flops" that two arms spend to reach a loss."""
     sides = []
     for arm in (first, second):
         steps = {seed: step_at(result, loss) for seed, result in arm.by_rate["best"].items()}
         per_step = arm.results()[0][f"{unit}_per_step"]
         sides.append({seed: None if step is None else step * per_step for seed, step in steps.items()})
-    return paired_log_ratio(*sides).exp()
+    return paired_log_ratio(*sides)
 
 
 def judge_at_losses(
@@ -100,6 +100,7 @@ def judge_at_losses(
     arms: Arms,
     needed: Sequence[str],
     outcome_at: Callable[[float], Outcome],
+    p_at: Callable[[float], float],
     evidence: Callable[[Sequence[float]], str],
 ) -> Verdict:
     """Judge a claim at the losses that all runs of the needed arms reach.
@@ -111,6 +112,7 @@ def judge_at_losses(
         arms: arms whose trials are done.
         needed: names of the arms without which the claim is not judged.
         outcome_at: returns the outcome at one loss.
+        p_at: returns the p-value of that outcome.
         evidence: returns the numbers in words, from the losses that were reached.
     """
     if any(name not in arms for name in needed):
@@ -123,7 +125,14 @@ def judge_at_losses(
             f"All runs reach {', '.join(map(str, reached)) or 'none'} of the losses"
         )  # fmt: skip
         return Verdict(claim, Outcome.NOT_REACHED, f"{reason}: too little progress to compare.")
-    return Verdict(claim, combined([outcome_at(loss) for loss in reached]), evidence(reached))
+    outcome = combined([outcome_at(loss) for loss in reached])
+    return Verdict(claim, outcome, evidence(reached), p_of_two([p_at(loss) for loss in reached]))
+
+
+def p_of_two(p_values: Sequence[float]) -> float:
+    """Combine p-values at several losses into that of a claim that must hold at `LEAST_LOSSES` of them: the
+    second smallest, by Bonferroni's bound on a partial conjunction (Benjamini and Heller, 2008)."""
+    return min(1.0, (len(p_values) - LEAST_LOSSES + 1) * sorted(p_values)[LEAST_LOSSES - 1])
 
 
 def combined(outcomes: Sequence[Outcome]) -> Outcome:
@@ -142,9 +151,8 @@ def combined(outcomes: Sequence[Outcome]) -> Outcome:
 
 def ratios_text(first: ArmResults, second: ArmResults, quantity: str, losses: Sequence[float]) -> str:
     """Format the ratios at equal losses: "0.5 [0.4, 0.6] at 2.0"."""
-    return ", ".join(
-        f"{interval_text(ratio_at_loss(first, second, quantity, loss))} at {loss}" for loss in losses
-    )
+    ratios = {loss: log_ratio_at_loss(first, second, quantity, loss).exp() for loss in losses}
+    return ", ".join(f"{interval_text(interval)} at {loss}" for loss, interval in ratios.items())
 
 
 def is_alike(interval: Interval, factor: float) -> bool:

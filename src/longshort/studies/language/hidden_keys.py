@@ -16,7 +16,7 @@ from longshort.layers import LongShortAttention
 from longshort.layout import HeadGroup, HeadLayout
 from longshort.model import LongShortForCausalLM
 
-_PRECISIONS = ("input", "fp32", "bf16")
+_PRECISIONS = ("input", "fp64", "fp32", "bf16")
 _REFUSED = ("softcap", "alibi_slopes", "sink_logits", "segment_ids", "round_probabilities")
 
 
@@ -39,7 +39,7 @@ def hide_keys(model: LongShortForCausalLM, share: float, seed: int) -> None:
 
     Raises:
         ValueError: share is out of its range, or a layer has a softcap, ALiBi, sink logits, sink tokens or an
-            attention_precision that is not one of "input", "fp32" and "bf16".
+            attention_precision that rounds in a kernel ("bf16-flash", "sdpa-bf16").
     """
     if not 0 <= share < 1:
         raise ValueError(f"share must be a number from 0 up to, but not including, 1, got {share!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,9 +16,12 @@ from longshort.data import DataFolder, prepare
 from longshort.evaluation import measure_needle
 from longshort.model import LongShortForCausalLM, parameter_count, training_flops
 from longshort.reporting.files import replace_file, strict_json
-from longshort.stability import SpikeDetector, divergence_step
+from longshort.stability import SpikeDetector, divergence_onset, divergence_step
+from longshort.studies.framework.comparison import rate_text
 from longshort.studies.framework.study import Study, Trial, Workplace
+from longshort.studies.language.alarms import alarm_series
 from longshort.studies.language.arms import model_config
+from longshort.studies.language.export import export_models
 from longshort.studies.language.hidden_keys import hide_keys
 from longshort.training.checkpoints import latest_checkpoint, load_weights
 from longshort.training.config import TrainConfig
@@ -49,6 +53,22 @@ class LanguageStudy(Study):
     def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
         return train_language_model(trial, workplace)
 
+    def export(self, trials: Sequence[Trial], workplace: Workplace) -> None:
+        names = {_name(trial): run_folder(trial.settings, workplace) for trial in trials}
+        export_models(names, workplace.folder / self.name / "models")
+
+
+def _name(trial: Trial) -> str:
+    """Name a trial in a path: "MHSA-6e-4-seed-0"."""
+    words = f"{trial.arm} {rate_text(trial.settings['train']['learning_rate'])} seed {trial.seed}"
+    return re.sub(r"[^\w.-]+", "-", words)
+
+
+def run_folder(settings: Mapping[str, Any], workplace: Workplace) -> Path:
+    """Return the folder of the training run of a trial's settings; trials of the same training share it."""
+    training = {name: settings[name] for name in _TRAINING if name in settings}
+    return workplace.folder / "runs" / Trial("", 0, training).key
+
 
 def train_language_model(trial: Trial, workplace: Workplace) -> dict[str, Any]:
     """Train the model of a trial, or resume it, and summarize the run.
@@ -74,8 +94,8 @@ def train_language_model(trial: Trial, workplace: Workplace) -> dict[str, Any]:
 
 @contextmanager
 def trained_run(settings: Mapping[str, Any], workplace: Workplace) -> Iterator[Path]:
-    """Give the folder of a finished training, alone in it: WORKPLACE/runs/NAME, shared by all trials of the
-    same training; it is trained, or resumed, if it is not finished.
+    """Give the folder of a finished training, alone in it; it is trained, or resumed, if it is not
+    finished.
 
     Args:
         settings: as for `train_language_model`.
@@ -84,8 +104,7 @@ def trained_run(settings: Mapping[str, Any], workplace: Workplace) -> Iterator[P
     Raises:
         InterruptedError: the training was stopped by a signal, after it wrote a checkpoint.
     """
-    training = {name: settings[name] for name in _TRAINING if name in settings}
-    run = workplace.folder / "runs" / Trial("", 0, training).key
+    run = run_folder(settings, workplace)
     prepare_model = _preparation(settings, workplace)
     with _alone(run):
         _train(run, settings, workplace, prepare_model)
@@ -158,7 +177,8 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     `loss` is the mean training loss of the last tenth of the steps, largest logits and row ranges are those
     of the last tenth of the measurements. Curves are lists of [step, value]. Runs with a probe also have
     `probe`, by `probe_series`, and `copying_curve`; `constant_until`, the last step before the learning rate
-    falls; and `constant_loss`, the validation loss there.
+    falls; and `constant_loss`, the validation loss there. Runs with `alarms` also have `alarm_scores`, by
+    `alarm_series`, and `diverged_from`, the step at which their loss began to show their divergence.
     """
     metrics = read_metrics(run)
     losses = [line["loss"] for line in metrics]
@@ -169,6 +189,7 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     training = settings["train"]
     config = model_config(settings["model"], training)
     flops = training_flops(config, training["sequence_length"]).total * training["batch_size"]
+    margin = 0.14 if training.get("probe") else 0.5
     validated = [[line["step"], line["validation_loss"]] for line in metrics if "validation_loss" in line]
     return {
         "parameters": parameter_count(config),
@@ -176,7 +197,7 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_per_step": training["sequence_length"] * training["batch_size"],
         "loss": None if None in tail else fmean(tail),
         "validation_loss": validated[-1][1],
-        "diverged_at": divergence_step(losses, 0.14 if training.get("probe") else 0.5),
+        "diverged_at": divergence_step(losses, margin),
         "spikes": _count_spikes(metrics),
         **{name: largest(line[name] for line in late) for name in names},
         "max_logit_by_head": [
@@ -189,8 +210,15 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             for name in names
         },
         **(_progress(metrics, validated, training) if training.get("probe") else {}),
+        **(_alarms(monitored, divergence_onset(losses, margin)) if training.get("alarms") else {}),
         "timing": {"tokens_per_second": median(line["tokens_per_second"] for line in metrics)},
     }
+
+
+def _alarms(monitored: Sequence[Mapping[str, Any]], onset: int | None) -> dict[str, Any]:
+    scores = alarm_series(monitored)
+    rounded = {name: list(map(_rounded, values)) for name, values in scores.items() if name != "step"}
+    return {"diverged_from": onset, "alarm_scores": {"step": scores["step"], **rounded}}
 
 
 def _progress(
