@@ -281,7 +281,7 @@ class Progress(LanguageStudy):
             lengths=[steady(32, 128, 20)],
             stress=_stress(64, 128, 20),
             stress_rates=(1e-2,),
-            mechanism=steady(32, 128, 20),
+            mechanism=steady(32, 128, 4),
         ),
         "laptop": _Scale(
             steady(512, 4096, 4000),
