@@ -223,10 +223,10 @@ def test_long_drafts_of_an_assistant_are_taken_back(seed: int) -> None:
     assistant.generation_config.num_assistant_tokens = 180
     assistant.generation_config.assistant_confidence_threshold = 0.0
     ids = make_ids(batch=1, length=20)
-    config = GenerationConfig(max_new_tokens=300, do_sample=False, pad_token_id=0)
+    config = GenerationConfig(max_new_tokens=200, do_sample=False, pad_token_id=0)
     mask = torch.ones_like(ids)
     out = model.generate(ids, attention_mask=mask, generation_config=config, assistant_model=assistant)
-    assert torch.equal(out, greedy_by_hand(model, ids, steps=300))
+    assert torch.equal(out, greedy_by_hand(model, ids, steps=200))
 
 
 def test_a_returned_cache_goes_on() -> None:

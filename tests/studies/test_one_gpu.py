@@ -197,7 +197,7 @@ def test_verdicts_of_one_seed_claim_nothing(tmp_path):
             "constant_until": 1800, "constant_loss": 1.0, "validation_loss": 1.0 + rate, "parameters": 1,
             "flops_per_step": 1.0, "tokens_per_step": 65_536, "loss": 1.0, "diverged_at": None, "spikes": 0,
             "validation_curve": curve, "loss_curve": curve, "probe": probe, "timing": {},
-            "copying_curve": [[step, 1.0] for step in steps], "max_logit": logits[-1],
+            "copying_curve": [[step, 4.7 - step / 500] for step in steps], "max_logit": logits[-1],
         }  # fmt: skip
 
     study = STUDIES["progress"]

@@ -256,10 +256,18 @@ def test_the_plan_runs_the_first_seed_first():
     assert sorted(brief) == [3000] * 6 + [10_000] * 3
 
 
-def test_copying_counts_at_the_constant_rate():
-    result = {"constant_until": 10, "copying_curve": [[5, 3.0], [10, 1.7], [12, 0.5]]}
-    assert copying_step(result) is None
-    assert copying_step({**result, "constant_until": 12}) == 12
+@pytest.mark.parametrize(
+    ("curve", "constant_until", "step"),
+    [
+        ([[5, 3.0], [10, 2.51], [12, 0.5]], 10, None),
+        ([[5, 3.0], [10, 2.51], [12, 0.5]], 12, 12),
+        ([[5, 4.0], [10, 4.7], [15, None], [20, 4.25], [25, 4.2], [30, 1.0]], 30, 25),
+        ([], 10, None),
+    ],
+    ids=["after the constant rate", "within it", "below the highest value before", "not measured"],
+)
+def test_copying_begins_where_the_loss_has_dropped(curve, constant_until, step):
+    assert copying_step({"constant_until": constant_until, "copying_curve": curve}) == step
 
 
 def test_a_probe_is_reduced_over_heads():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from longshort.data import Batch, Batches, DataFolder, copying_windows, validation_windows
 from longshort.model import LongShortForCausalLM
+from longshort.stability import AttentionMonitor, QKClip, UpdateEntropy
 from longshort.training.parallel import Ranks
 from longshort.training.run import RunConfig
 
 _COPYING_WINDOWS = 8
+
+PrepareModel = Callable[[LongShortForCausalLM], None]
+"""A function that changes a model in place before it is trained."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,27 @@ class Job:
     copying: Batch | None = None
     """Windows for the loss of copying; None if it is not measured."""
 
+    def make_clip(self) -> tuple[QKClip, AttentionMonitor] | tuple[None, None]:
+        """Make QK-clip, if the settings ask for it, and a monitor that measures only what it needs."""
+        threshold = self.run.training.qk_clip
+        if threshold is None:
+            return None, None
+        return QKClip(self.model, threshold), AttentionMonitor(self.model, None)
 
-def prepare_job(run: RunConfig, data: DataFolder, ranks: Ranks) -> Job:
-    """Build the model and open the data; no file is touched.
+    def make_monitor(self) -> tuple[AttentionMonitor, UpdateEntropy | None]:
+        """Make the monitor that the settings ask for, and what measures the updates of its heads."""
+        settings = self.run.training
+        measures_updates = settings.alarms or settings.alarm == "update"
+        update_entropy = UpdateEntropy(self.model) if measures_updates else None
+        ranges = settings.monitor_row_range or settings.alarms or settings.alarm == "row-range"
+        monitor = AttentionMonitor(self.model, self.run.band, row_range=ranges, update_entropy=update_entropy)
+        return monitor, update_entropy
+
+
+def prepare_job(
+    run: RunConfig, data: DataFolder, ranks: Ranks, prepare_model: PrepareModel | None = None
+) -> Job:
+    """Build the model, let `prepare_model` change it, and open the data; no file is touched.
 
     Raises:
         ValueError: the settings do not fit the processes, or the data.
@@ -54,7 +77,10 @@ def prepare_job(run: RunConfig, data: DataFolder, ranks: Ranks) -> Job:
         copying_windows(data.validation, length, _COPYING_WINDOWS) if settings.probe and length >= 4 else None
     )
     batches = Batches(data.train, length, settings.batch_size, settings.seed, **order)
-    return Job(run, run.build_model(), batches, windows, copying)
+    model = run.build_model()
+    if prepare_model is not None:
+        prepare_model(model)
+    return Job(run, model, batches, windows, copying)
 
 
 def checkpoint_activations(model: LongShortForCausalLM) -> None:

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longshort.model import LongShortForCausalLM
-from longshort.stability import AttentionMonitor, QKClip, SpikeDetector, UpdateEntropy
+from longshort.stability import SpikeDetector
 from longshort.stability.alarms import MEASUREMENTS
 from longshort.training.checkpoints import (
     TrainState,
@@ -33,7 +31,7 @@ from longshort.training.checkpoints import (
 )
 from longshort.training.config import TrainConfig
 from longshort.training.interrupts import Interrupts
-from longshort.training.job import Job, checkpoint_activations, prepare_job
+from longshort.training.job import Job, PrepareModel, checkpoint_activations, prepare_job
 from longshort.training.metrics import MetricsLog
 from longshort.training.optimization import learning_rate_at, make_optimizer, optimizer_step
 from longshort.training.parallel import Ranks, connect
@@ -50,9 +48,6 @@ from longshort.training.run import (
 )
 from longshort.training.validation import Validation
 
-PrepareModel = Callable[[LongShortForCausalLM], None]
-"""A function that changes a model in place before it is trained."""
-
 
 def train(
     settings: TrainConfig, progress: Progress | None = None, prepare_model: PrepareModel | None = None
@@ -67,7 +62,7 @@ def train(
         settings: the settings of the run.
         progress: reports what happens.
         prepare_model: changes the model, on the CPU, with its initial weights, before the first step. The
-            run's config does not tell of it: `resume` must be given it again.
+            run's config does not record it: `resume` must be given it again.
 
     Raises:
         ValueError: a setting does not fit the preset, the data or the machine; no file was touched.
@@ -79,9 +74,7 @@ def train(
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         run, data = plan_run(settings)
-        job = prepare_job(run, data, ranks)
-        if prepare_model is not None:
-            prepare_model(job.model)
+        job = prepare_job(run, data, ranks, prepare_model)
         ranks.barrier()  # all have seen that the folder is free
         if ranks.is_main:
             create_run(run, data)
@@ -124,9 +117,7 @@ def resume(
     with connect(planned.training.device) as ranks:
         assert planned.training.threads is not None
         torch.set_num_threads(planned.training.threads)
-        job = prepare_job(planned, open_same_data(planned), ranks)
-        if prepare_model is not None:
-            prepare_model(job.model)
+        job = prepare_job(planned, open_same_data(planned), ranks, prepare_model)
         if ranks.is_main and planned.versions != current_versions():
             progress.on_message(
                 f"started with {planned.versions}, continuing with {current_versions()}: "
@@ -138,12 +129,9 @@ def resume(
 def _run_steps(job: Job, ranks: Ranks, progress: Progress) -> RunOutcome:
     folder = job.run.training.out
     log = MetricsLog(folder) if ranks.is_main else None  # keeps other processes out of the folder
-    try:
+    with nullcontext() if log is None else closing(log):
         ranks.barrier()
         return _start(job, ranks, progress, log)
-    finally:
-        if log is not None:
-            log.close()
 
 
 def _start(job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) -> RunOutcome:
@@ -177,16 +165,8 @@ class _Training:
         self._model = job.model.to(ranks.device).train()  # pyright: ignore[reportArgumentType]
         self._optimizer = make_optimizer(self._model, settings)
         self._detector = None if settings.on_spike is None else SpikeDetector(alarm=settings.alarm)
-        measures_updates = settings.alarms or settings.alarm == "update"
-        self._update_entropy = UpdateEntropy(self._model) if measures_updates else None
-        ranges = settings.monitor_row_range or settings.alarms or settings.alarm == "row-range"
-        self._monitor = AttentionMonitor(
-            self._model, job.run.band, row_range=ranges, update_entropy=self._update_entropy
-        )
-        self._clip = self._clip_monitor = None
-        if settings.qk_clip is not None:
-            self._clip = QKClip(self._model, settings.qk_clip)
-            self._clip_monitor = AttentionMonitor(self._model, None)  # only what the clip needs
+        self._monitor, self._update_entropy = job.make_monitor()
+        self._clip, self._clip_monitor = job.make_clip()
         validation = None if job.windows is None else Validation(job, ranks)
         self._recorder = Recorder(settings, log, progress, validation)
 

@@ -25,7 +25,8 @@ from longshort.studies.language.export import export_models
 from longshort.studies.language.hidden_keys import hide_keys
 from longshort.training.checkpoints import latest_checkpoint, load_weights
 from longshort.training.config import TrainConfig
-from longshort.training.loop import PrepareModel, Progress, resume, train
+from longshort.training.job import PrepareModel
+from longshort.training.loop import Progress, resume, train
 from longshort.training.metrics import read_metrics
 from longshort.training.run import CONFIG_FILE
 from longshort.training.trained import open_trained
