@@ -1,6 +1,29 @@
-"""The bridge to Hugging Face transformers: its masks and caches in longshort's words."""
+"""LS-attention in the decoders of Hugging Face transformers: layouts, caches and masks.
 
+The import registers the attention implementation "longshort", so that models that were saved with layouts
+load.
+"""
+
+from longshort.huggingface.apply import AttentionLayer, apply, attention_layers, remove
 from longshort.huggingface.cache import GrowingLayer, SplitCache, layer_caches
+from longshort.huggingface.generation import split_cache, use_split_caches
+from longshort.huggingface.interface import register
 from longshort.huggingface.segments import segment_ids_from
+from longshort.huggingface.state import keep_with_config, layouts_of
 
-__all__ = ["GrowingLayer", "SplitCache", "layer_caches", "segment_ids_from"]
+__all__ = [
+    "AttentionLayer",
+    "GrowingLayer",
+    "SplitCache",
+    "apply",
+    "attention_layers",
+    "layer_caches",
+    "layouts_of",
+    "remove",
+    "segment_ids_from",
+    "split_cache",
+]
+
+register()
+keep_with_config()
+use_split_caches()

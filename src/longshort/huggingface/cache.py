@@ -1,4 +1,4 @@
-"""Hugging Face caches for `LongShortAttention`: `SplitCache`, and an adapter for a layer of any other."""
+"""Hugging Face caches that split by head: `SplitCache`, and an adapter for a layer of any other."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ class SplitCache(Cache):
     """A cache that keeps for each head what it can still see: `window` keys of a local one, all of a global
     one.
 
-    It is what `generate()` of longshort's models uses. Only `LongShortAttention` reads it.
+    It is what `generate()` uses of longshort's models, and of others after `longshort.huggingface.apply`.
+    Only longshort's attention reads it.
 
     Args:
-        layouts: of the heads of each layer.
+        layouts: of the heads of each layer; None: `others` has the layer.
         rollback: tokens that `crop` can take back; assisted decoding asks for its drafts by itself.
         max_length: number of tokens that memory is allocated for at once; shapes then stay as they are, for
             `torch.compile`. None grows.
+        others: a cache whose layers serve where layouts has None, such as those of state-space layers.
 
     Raises:
         TypeError: an entry of layouts is no HeadLayout.
@@ -37,9 +39,19 @@ class SplitCache(Cache):
     """
 
     def __init__(
-        self, layouts: Sequence[HeadLayout], rollback: int = 0, max_length: int | None = None
+        self,
+        layouts: Sequence[HeadLayout | None],
+        rollback: int = 0,
+        max_length: int | None = None,
+        others: Cache | None = None,
     ) -> None:
-        super().__init__(layers=[SplitCacheLayer(layout, rollback, max_length) for layout in layouts])
+        layers = [
+            SplitCacheLayer(layout, rollback, max_length)
+            if layout is not None or others is None
+            else others.layers[index]
+            for index, layout in enumerate(layouts)
+        ]
+        super().__init__(layers=layers)
         self._served: weakref.ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,7 +104,7 @@ class SplitCache(Cache):
             self._served = weakref.ref(owner)
 
     def _split_layers(self) -> list[SplitCacheLayer]:
-        return self.layers  # type: ignore[return-value]
+        return [layer for layer in self.layers if isinstance(layer, SplitCacheLayer)]
 
 
 class SplitCacheLayer(CacheLayerMixin):
@@ -106,9 +118,9 @@ class SplitCacheLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, layout: HeadLayout, rollback: int, max_length: int | None) -> None:
+    def __init__(self, layout: HeadLayout | None, rollback: int, max_length: int | None) -> None:
         super().__init__()
-        self.cache = LayerCache(layout, rollback, max_length)
+        self.cache = LayerCache(layout, rollback, max_length)  # pyright: ignore[reportArgumentType]
         self.is_compileable = max_length is not None
 
     @property
@@ -130,11 +142,12 @@ class SplitCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Memory is taken with the first tokens."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(
-            "past_key_values is a SplitCache, which no other attention than LongShortAttention can read: "
-            "heads keep unequal numbers of keys"
-        )
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[PendingKeys, PendingValues]:
+        """Return keys and values that longshort's attention appends and attends to in one step."""
+        values = PendingValues(value_states)
+        return PendingKeys(self.cache, key_states, values), values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.length + query_length, 0
@@ -172,6 +185,73 @@ class SplitCacheLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing: a cache that offloads its layers is not made of these."""
+
+
+class _Pending:
+    """A tensor on its way from a `SplitCache` to longshort's attention; nothing else can read it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise cls._refusal()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of protocols that Python looks for
+            raise AttributeError(name)
+        raise self._refusal()
+
+    @staticmethod
+    def _refusal() -> TypeError:
+        return TypeError(
+            "past_key_values is a SplitCache, which no other attention than longshort's can read: heads keep "
+            "unequal numbers of keys"
+        )
+
+
+class PendingValues(_Pending):
+    """Values of new tokens."""
+
+
+class PendingKeys(_Pending):
+    """Keys of new tokens, and the cache that is to keep them.
+
+    Attributes:
+        cache: of the layer.
+    """
+
+    def __init__(self, cache: LayerCache, keys: Tensor, values: PendingValues) -> None:
+        super().__init__(keys)
+        self.cache = cache
+        self._values = values
+        self._is_taken = False
+
+    def take(self, values: PendingValues) -> tuple[Tensor, Tensor]:
+        """Return keys and values, (batch, kv_heads, new, head_dim), once.
+
+        Raises:
+            ValueError: they were taken before, or the values belong to other keys.
+        """
+        if self._is_taken or values is not self._values:
+            raise ValueError(
+                "past_key_values is a SplitCache, which serves one attention for each update of a layer; "
+                "this model attends twice to the same keys, or to those of another layer"
+            )
+        self._is_taken = True
+        return self._tensor, values._tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, options: dict[str, Any]) -> Tensor:
+        """Append k and v, and attend from q to all tokens; arguments as of `LayerCache.attend`.
+
+        Raises:
+            ValueError: the cache has another layout.
+        """
+        if not self.cache.layout.equals(layout):
+            raise ValueError(
+                f"past_key_values must have the layouts of this model, {layout!r}, got {self.cache.layout!r}"
+            )
+        return self.cache.attend(q, k, v, **options)
 
 
 class GrowingLayer:

@@ -1,0 +1,76 @@
+"""`generate()` with split caches, for any decoder that has layouts."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from transformers import DynamicCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from longshort.huggingface.cache import SplitCache
+from longshort.huggingface.state import NAME, SAVED_NAME, layouts_of, stored_state, text_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def split_cache(model: nn.Module, rollback: int = 0, max_length: int | None = None) -> SplitCache:
+    """Return an empty cache for a model to which layouts were applied; pass it as `past_key_values`.
+
+    `generate()` makes one by itself.
+
+    Args:
+        model: see `longshort.huggingface.apply`.
+        rollback: number of tokens that `crop` may take back; assisted decoding asks for its own.
+        max_length: number of tokens that memory is allocated for at once; None grows.
+
+    Raises:
+        ValueError: the model has no layouts, or attends in a way that the cache cannot serve; or an argument
+            is out of its range.
+    """
+    config = text_config(model)
+    state, layouts = stored_state(config), layouts_of(model)
+    if state is None or layouts is None:
+        raise ValueError(f"model must have layouts, got {type(model).__name__} without; call apply first")
+    if state.get("cache") is not None:
+        raise ValueError(f"model must be one that a SplitCache can serve: {state['cache']}")
+    others = DynamicCache(config=config)
+    # A layer that also has a state of its own, such as a convolution's, keeps all of its keys.
+    plain = [type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in others.layers]
+    split = [layout if is_plain else None for layout, is_plain in zip(layouts, plain, strict=True)]
+    return SplitCache(split, rollback, max_length, others=others)
+
+
+def use_split_caches() -> None:
+    """Let `generate()` give models that attend by layouts a `SplitCache` where it would make a
+    `DynamicCache`."""
+    mixin: Any = GenerationMixin
+    prepare = mixin._prepare_cache_for_generation
+
+    @wraps(prepare)
+    def prepare_split(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
+    ) -> Any:
+        given = model_kwargs.get("past_key_values")
+        result = prepare(self, generation_config, model_kwargs, *args, **options)
+        made = model_kwargs.get("past_key_values")
+        if given is None and type(made) is DynamicCache and not made.offloading and _can_split(self):
+            cache = split_cache(self)
+            if getattr(generation_config, "is_assistant", False):
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+        return result
+
+    mixin._prepare_cache_for_generation = prepare_split
+
+
+def _can_split(model: Any) -> bool:
+    config = text_config(model)
+    state = stored_state(config)
+    return (
+        isinstance(state, dict)
+        and state.get("cache") is None
+        and config._attn_implementation in (NAME, SAVED_NAME)
+        and not getattr(config, "is_encoder_decoder", False)
+    )

@@ -1,0 +1,149 @@
+"""The layouts of a Hugging Face decoder, kept in its config, so that they are saved and loaded with it.
+
+The text config's attribute `longshort` is a dict of plain data: `layouts`, for each layer None or
+`{"windows", "num_kv_heads", "sink_tokens"}`; `replaces`, the attention implementation before; and `cache`,
+None or the reason why a `SplitCache` cannot serve the model.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig
+
+from longshort.layout import HeadLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+NAME = "longshort"
+"""The attention implementation of transformers that attends by layouts, and the config's attribute."""
+
+SAVED_NAME = "longshort (import longshort.huggingface)"
+"""The same in config.json."""
+
+
+def text_config(model: nn.Module) -> PreTrainedConfig:
+    """Return the config of a model's decoder: a part of the config of a model that also sees or hears."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(f"model must be a model of transformers with a config, got {type(model).__name__}")
+    return config.get_text_config(decoder=True)
+
+
+def store_layouts(
+    config: PreTrainedConfig, layouts: Sequence[HeadLayout | None], replaces: str, cache: str | None
+) -> None:
+    """Write the layouts of all layers into a decoder's config."""
+    setattr(
+        config,
+        NAME,
+        {"layouts": [_as_data(layout) for layout in layouts], "replaces": replaces, "cache": cache},
+    )
+
+
+def stored_state(config: Any) -> dict[str, Any] | None:
+    """Return what `store_layouts` wrote, or None."""
+    return getattr(config, NAME, None)
+
+
+def layouts_of(model: nn.Module) -> list[HeadLayout | None] | None:
+    """Return the layout of each layer, None for one that does not attend; None if none were applied.
+
+    A layer with a sliding window of its own has windows that are at most as long, and no sink tokens.
+
+    Raises:
+        TypeError: model is no model of transformers.
+        ValueError: the config's `longshort` is damaged.
+    """
+    config = text_config(model)
+    state = stored_state(config)
+    return None if state is None else [_from_data(data) for data in _layers(config, state)]
+
+
+def layer_layout(config: Any, layer: Any) -> HeadLayout | None:
+    """Return the layout of one layer; None if it has none.
+
+    Raises:
+        ValueError: the config has no layouts, or not for this layer.
+    """
+    state = stored_state(config)
+    if state is None:
+        raise ValueError(
+            f"the attention implementation {NAME!r} needs layouts, and this {type(config).__name__} has "
+            "none; call longshort.huggingface.apply(model, ...)"
+        )
+    layers = _layers(config, state)
+    if not isinstance(layer, int) or not 0 <= layer < len(layers):
+        raise ValueError(f"config.longshort has layouts of {len(layers)} layers, none of layer {layer}")
+    return _from_data(layers[layer])
+
+
+def _as_data(layout: HeadLayout | None) -> dict[str, Any] | None:
+    if layout is None:
+        return None
+    return {
+        "windows": list(layout.windows),
+        "num_kv_heads": layout.num_kv_heads,
+        "sink_tokens": layout.sink_tokens,
+    }
+
+
+def _layers(config: Any, state: Any) -> list[Any]:
+    layers = state.get("layouts") if isinstance(state, dict) else None
+    if not isinstance(layers, list):
+        raise ValueError(
+            f"config.longshort of {type(config).__name__} must hold 'layouts', a list, got {state!r}"
+        )
+    return layers
+
+
+def _from_data(data: Any) -> HeadLayout | None:
+    if data is None:
+        return None
+    if not isinstance(data, dict) or data.keys() != {"windows", "num_kv_heads", "sink_tokens"}:
+        raise ValueError(
+            "config.longshort must hold windows, num_kv_heads and sink_tokens for each layer that attends, "
+            f"got {data!r}"
+        )
+    return HeadLayout(tuple(data["windows"]), data["num_kv_heads"], data["sink_tokens"])
+
+
+def keep_with_config() -> None:
+    """Let configs that hold layouts save and load the attention implementation too, which transformers leaves
+    out.
+
+    A model that is loaded without longshort then fails, and does not attend without its windows. It is saved
+    as `SAVED_NAME`, which that error quotes.
+    """
+    to_dict, from_dict = PreTrainedConfig.to_dict, PreTrainedConfig.from_dict.__func__
+
+    @wraps(to_dict)
+    def to_dict_with_name(self: PreTrainedConfig) -> dict[str, Any]:
+        data = to_dict(self)
+        holders = [key for key in self.sub_configs if _holds_layouts(data.get(key))]
+        if _holds_layouts(data):
+            data["attn_implementation"] = SAVED_NAME
+        elif holders:
+            data["attn_implementation"] = dict.fromkeys(holders, SAVED_NAME)
+        return data
+
+    @wraps(from_dict)
+    def from_dict_with_name(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **options: Any) -> Any:
+        saved = config_dict.get("attn_implementation")
+        if saved == SAVED_NAME:
+            config_dict = {**config_dict, "attn_implementation": NAME}
+        elif isinstance(saved, dict) and SAVED_NAME in saved.values():
+            names = {key: NAME if name == SAVED_NAME else name for key, name in saved.items()}
+            config_dict = {**config_dict, "attn_implementation": names}
+        return from_dict(cls, config_dict, **options)
+
+    PreTrainedConfig.to_dict = to_dict_with_name
+    PreTrainedConfig.from_dict = classmethod(from_dict_with_name)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _holds_layouts(data: Any) -> bool:
+    return isinstance(data, dict) and isinstance(data.get(NAME), dict) and "layouts" in data[NAME]
