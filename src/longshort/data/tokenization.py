@@ -97,6 +97,12 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def first_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """Return the token that a tokenizer puts before every text, its bos_token; None if it puts none there."""
+    added = tokenizer("").input_ids
+    return added[0] if added and added[0] == tokenizer.bos_token_id else None
+
+
 def tokenizer_hash(folder: str | os.PathLike[str]) -> str:
     """Return the SHA-256, in hexadecimal, of the saved tokenizer's `tokenizer.json`."""
     return hashlib.sha256(Path(folder, "tokenizer.json").read_bytes()).hexdigest()

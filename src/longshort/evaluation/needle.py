@@ -14,6 +14,7 @@ back as it sees.
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from string import ascii_lowercase, ascii_uppercase
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 
 from longshort.checks import require_integer
-from longshort.data.tokenization import Encoder, vocabulary_size
+from longshort.data import TokenFile
+from longshort.data.tokenization import Encoder, first_token, vocabulary_size
 from longshort.evaluation.positions import position_limit
 
 if TYPE_CHECKING:
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
     from transformers import PreTrainedTokenizerFast
-
-    from longshort.data import TokenFile
 
 _KEY_LETTERS, _VALUE_LETTERS, _SHOWN_LETTERS = 6, 12, 4
 _TOKENS_PER_BATCH = 8192
@@ -85,13 +85,14 @@ class _Sample:
     other_value: NDArray[np.int64]  # as many tokens as the value
     closing: NDArray[np.int64]
     text: NDArray[np.int64]  # fills the window up to length + 1 tokens
+    first: NDArray[np.int64]  # the token that every text begins with, or none
 
     def window(self, depth: float, has_needle: bool) -> NDArray[np.int64]:
         """Build the window with the needle, or with the other value, and the last label: (length + 1,)."""
         value = [self.shown, self.scored] if has_needle else [self.other_value]
         before, after = np.split(self.text, [self.place(depth)])
         needle = [self.opening, *value, self.closing]
-        return np.concatenate([before, *needle, after, self.opening, self.shown, self.scored])
+        return np.concatenate([self.first, before, *needle, after, self.opening, self.shown, self.scored])
 
     def place(self, depth: float) -> int:
         """Return the tokens of text before the needle."""
@@ -112,7 +113,7 @@ class _Score:
 def measure_needle(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
-    token_file: TokenFile,
+    token_file: TokenFile | NDArray[np.integer],
     *,
     lengths: Sequence[int],
     depths: Sequence[float],
@@ -126,10 +127,12 @@ def measure_needle(
     are measured with one seed. The text of a window is cut anywhere and may span documents.
 
     Args:
-        model: a causal language model, `model(input_ids, logits_to_keep=…).logits`, on any device; it is left
-            in the mode it was in. Its precision is the caller's choice (`torch.autocast`).
-        tokenizer: the model's; every text must have an encoding.
-        token_file: the text, preferably the validation split.
+        model: any causal language model of transformers, or one with `model(input_ids, use_cache=…).logits`
+            and a `config.vocab_size`, on any device; it is left in the mode it was in. Its precision is the
+            caller's choice (`torch.autocast`).
+        tokenizer: the model's; every text must have an encoding. Windows begin with the token that it puts
+            before every text, if there is one.
+        token_file: the text, preferably the validation split; or its token ids, (tokens,).
         lengths: tokens per window, including the question and all scored tokens but the last.
         depths: 0 … 1, places of the needle: 0 before all of the text, 1 right before the question.
         samples: pairs of windows per length and depth, at least 2.
@@ -144,9 +147,12 @@ def measure_needle(
     require_integer("samples", samples, minimum=2)
     require_integer("seed", seed, minimum=0)
     encoder = Encoder(tokenizer)
+    tokens = token_file.tokens if isinstance(token_file, TokenFile) else token_file
+    added = first_token(tokenizer)
+    first = np.array([] if added is None else [added], dtype=np.int64)
     drawn = {
         length: [
-            _draw(encoder, token_file, length, np.random.default_rng([seed, length, index]))
+            _draw(encoder, tokens, first, length, np.random.default_rng([seed, length, index]))
             for index in range(samples)
         ]
         for length in dict.fromkeys(lengths)
@@ -168,7 +174,7 @@ def measure_needle(
 def _check(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
-    token_file: TokenFile,
+    token_file: TokenFile | NDArray[np.integer],
     lengths: Sequence[int],
     depths: Sequence[float],
     batch_size: int | None,
@@ -186,14 +192,32 @@ def _check(
             raise ValueError(f"every entry of depths must be a number in 0 … 1, got {depth!r}")
     if batch_size is not None:
         require_integer("batch_size", batch_size, minimum=1)
-    config: Any = model.config
-    sizes = {"tokenizer": vocabulary_size(tokenizer), "token_file": token_file.vocab_size}
-    for name, size in sizes.items():
-        if size > config.vocab_size:
-            raise ValueError(f"{name} has a vocabulary of {size}, but the model one of {config.vocab_size}")
+    if isinstance(token_file, TokenFile):
+        largest = token_file.vocab_size
+    elif isinstance(token_file, np.ndarray) and token_file.ndim == 1 and token_file.dtype.kind in "iu":
+        largest = 1 + int(token_file.max(initial=-1))
+    else:
+        raise ValueError(
+            f"token_file must be a TokenFile or token ids, (tokens,), got {type(token_file).__name__}"
+        )
+    held = _vocabulary(model)
+    for name, size in {"tokenizer": vocabulary_size(tokenizer), "token_file": largest}.items():
+        if size > held:
+            raise ValueError(f"{name} has a vocabulary of {size}, but the model one of {held}")
 
 
-def _draw(encoder: Encoder, token_file: TokenFile, length: int, generator: np.random.Generator) -> _Sample:
+def _vocabulary(model: Any) -> int:
+    get_text_config = getattr(model.config, "get_text_config", None)
+    return (model.config if get_text_config is None else get_text_config()).vocab_size
+
+
+def _draw(
+    encoder: Encoder,
+    tokens: NDArray[np.integer],
+    first: NDArray[np.int64],
+    length: int,
+    generator: np.random.Generator,
+) -> _Sample:
     def letters(alphabet: str, count: int) -> str:
         return "".join(alphabet[index] for index in generator.integers(len(alphabet), size=count))
 
@@ -209,17 +233,17 @@ def _draw(encoder: Encoder, token_file: TokenFile, length: int, generator: np.ra
     other_value = np.concatenate(encode_value())
     while len(other_value) != len(shown) + len(scored):
         other_value = np.concatenate(encode_value())
-    taken = 2 * (len(opening) + len(shown) + len(scored)) + len(closing)
+    taken = len(first) + 2 * (len(opening) + len(shown) + len(scored)) + len(closing)
     size = length + 1 - taken
     if size < 1:
         raise ValueError(f"lengths must be at least {taken}, the tokens of needle and question, got {length}")
-    if size > len(token_file):
+    if size > len(tokens):
         raise ValueError(
-            f"token_file must hold at least {size} tokens for windows of {length}, got {len(token_file)}"
+            f"token_file must hold at least {size} tokens for windows of {length}, got {len(tokens)}"
         )
-    start = int(generator.integers(len(token_file) - size + 1))
-    text = token_file.tokens[start : start + size].astype(np.int64)
-    return _Sample(opening, shown, scored, other_value, closing, text)
+    start = int(generator.integers(len(tokens) - size + 1))
+    text = tokens[start : start + size].astype(np.int64)
+    return _Sample(opening, shown, scored, other_value, closing, text, first)
 
 
 def _measure(
@@ -253,7 +277,9 @@ def _score(model: nn.Module, depth: float, windows: Sequence[tuple[_Sample, bool
     tokens = np.stack([sample.window(depth, has_needle) for sample, has_needle in windows])
     on_device = torch.from_numpy(tokens).to(next(model.parameters()).device)
     counts = [len(sample.scored) for sample, _ in windows]
-    logits = model(on_device[:, :-1], use_cache=False, logits_to_keep=max(counts)).logits.float()
+    takes_it = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"logits_to_keep": max(counts)} if takes_it else {}
+    logits = model(on_device[:, :-1], use_cache=False, **options).logits[:, -max(counts) :].float()
     labels = on_device[:, -max(counts) :]
     log_probabilities = logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1).cpu()
     hits = (logits.argmax(-1) == labels).cpu()

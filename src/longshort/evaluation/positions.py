@@ -4,9 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+_PADDING_ROWS = 2  # OPT's table begins with rows of its own
+
 
 def position_limit(model: Any) -> int | None:
-    """Return the most tokens that the model's learned positions allow; None if it has no such table."""
+    """Return the most tokens that the model's learned positions allow; None if it has no such table.
+
+    In models of other makers, a table of positions is an embedding, other than that of the tokens, with as
+    many rows as `config.max_position_embeddings` says.
+    """
     config = model.config
-    kinds = {getattr(config, "position_embedding", None), getattr(config, "global_position_embedding", None)}
-    return config.max_position_embeddings if "learned" in kinds else None
+    if hasattr(config, "position_embedding"):
+        kinds = {config.position_embedding, getattr(config, "global_position_embedding", None)}
+        return config.max_position_embeddings if "learned" in kinds else None
+    get_text_config = getattr(config, "get_text_config", None)
+    limit = getattr(config if get_text_config is None else get_text_config(), "max_position_embeddings", None)
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    if limit is None or get_embeddings is None:
+        return None
+    tokens = get_embeddings()
+    tables = (
+        module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens
+    )
+    is_learned = any(table.num_embeddings in range(limit, limit + _PADDING_ROWS + 1) for table in tables)
+    return limit if is_learned else None
+
+
+def longest_input(model: Any) -> int | None:
+    """Return the number of tokens that the model was made for, `config.max_position_embeddings`; None if its
+    config says none."""
+    get_text_config = getattr(model.config, "get_text_config", None)
+    return getattr(
+        model.config if get_text_config is None else get_text_config(), "max_position_embeddings", None
+    )
