@@ -29,3 +29,17 @@ def test_elsewhere_there_are_lines_now_and_then(monkeypatch, capsys, seconds, li
         show("reading", 1, 4)
         show("writing", 1000, None)
     assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_lines_say_how_long_it_takes(monkeypatch, capsys):
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
+    clock = iter([0.0, 0.0, 60.0, 570.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.progress_bar() as show:
+        for done in (10, 20, 105):
+            show("reading", done, 110)
+    assert capsys.readouterr().out.splitlines() == [
+        "reading: 9%",
+        "reading: 18%, about 9 minutes left",
+        "reading: 95%",
+    ]

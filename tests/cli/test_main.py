@@ -8,7 +8,19 @@ import longshort
 import longshort.cli as cli
 from longshort.cli import main
 
-COMMANDS = ["data", "train", "evaluate", "audit", "generate", "plan", "doctor", "demo"]
+COMMANDS = [
+    "data",
+    "train",
+    "evaluate",
+    "audit",
+    "generate",
+    "inspect",
+    "convert",
+    "heal",
+    "plan",
+    "doctor",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -54,6 +66,9 @@ def test_each_command_explains_itself(capsys, command):
         "evaluate r",
         "audit r",
         "generate r",
+        "inspect m",
+        "convert m o",
+        "heal m --data d",
         "plan --length 9",
         "doctor",
         "demo --out d",

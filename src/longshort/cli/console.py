@@ -59,9 +59,21 @@ def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
 class _PlainLines:
     def __init__(self) -> None:
         self._last_line = time.monotonic()
+        self._stage = ""
+        self._begun, self._done_then = self._last_line, 0
 
     def show(self, stage: str, done: int, total: int | None) -> None:
-        if time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            share = f"{done / total:.0%}" if total else f"{done:,}"
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._begun, self._done_then = stage, now, done
+        if now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            share = f"{done / total:.0%}{self._time_left(done, total, now)}" if total else f"{done:,}"
             print(f"{stage}: {share}", flush=True)
+
+    def _time_left(self, done: int, total: int, now: float) -> str:
+        """The time left at the speed of the stage so far; nothing for less than two minutes."""
+        if done <= self._done_then:
+            return ""
+        minutes = (now - self._begun) / (done - self._done_then) * (total - done) / 60
+        return f", about {minutes:.0f} minutes left" if minutes >= 2 else ""

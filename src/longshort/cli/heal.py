@@ -1,0 +1,71 @@
+"""The command `longshort heal`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+import tyro
+from annotated_types import Ge
+from rich.table import Table
+
+from longshort.cli.console import console, progress_bar
+from longshort.cli.flags import parse
+from longshort.conversion.healing import HealSettings, heal
+from longshort.conversion.reports import healing_rows, write_healing
+from longshort.training.parallel import connect
+
+if TYPE_CHECKING:
+    from longshort.conversion.short_training import Progressed
+
+
+@dataclass(frozen=True)
+class HealFlags:
+    """Train a converted model for a short time, until its loss on held-out text is back.
+
+    MODEL/healing gets the state of the training and a report with the curve. When the loss is back or the
+    budget is used, the healed weights replace those of MODEL; the ones before are kept in MODEL/unhealed.
+    After Ctrl-C the same command goes on.
+    """
+
+    settings: tyro.conf.OmitArgPrefixes[HealSettings]
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+
+    threads: Annotated[int, Ge(1)] | None = None
+    """CPU threads. None: torch's default."""
+
+
+def run(arguments: list[str]) -> int:
+    flags = parse(HealFlags, "heal", arguments)
+    settings = flags.settings
+    if flags.threads is not None:
+        torch.set_num_threads(flags.threads)
+    with connect(flags.device) as ranks, progress_bar() as show:
+
+        def report(name: str, now: Progressed) -> None:
+            if now.planned is None:
+                show(name, now.step, None)
+            else:
+                show(f"{name}, loss {now.last_held_out:.3f}" if now.lines else name, now.step, now.planned)
+
+        healing = heal(settings, ranks.device, report)
+    output = console()
+    table = Table(box=None)
+    for index, name in enumerate(("held-out loss", "nats per token", "above the original")):
+        table.add_column(name, justify="right" if index else "left")
+    for row in healing_rows(healing):
+        table.add_row(*row)
+    output.print(table)
+    page = write_healing(settings.model, healing)
+    if not healing.is_complete:
+        output.print("interrupted; the same command goes on", markup=False)
+        return 130
+    output.print(
+        f"{healing.healed.step:,} steps in {healing.healed.seconds / 60:.1f} minutes\n"
+        f"model:  {settings.model} (before: {settings.model / 'unhealed'})\nreport: {page}",
+        markup=False,
+    )
+    return 0

@@ -1,0 +1,68 @@
+"""The command `longshort inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.table import Table
+
+from longshort.cli.console import console, progress_bar
+from longshort.cli.flags import parse
+from longshort.cli.pretrained import SearchFlags, search_heads
+from longshort.cli.units import format_bytes
+from longshort.conversion.reports import LAYOUT_FILE, proposal_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from longshort.conversion.inspection import Inspection
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectFlags(SearchFlags):
+    """Find out which key/value heads of a pretrained decoder need the distance, and propose a layout.
+
+    Heads are ranked on one part of the text, the layout is chosen on a second, and the rise of the loss is
+    reported on a third. OUT gets layout.json for `longshort convert`, figures and report.html. An inspection
+    that was interrupted goes on when the command is given again.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Folder of a transformers model and its tokenizer, or its name on the Hugging Face Hub."""
+
+    out: Path | None = None
+    """Folder for the results. None: inspections/ and the model's name."""
+
+
+def run(arguments: list[str]) -> int:
+    flags = parse(InspectFlags, "inspect", arguments)
+    out = flags.out or Path("inspections") / Path(flags.model).name
+    with progress_bar() as show:
+        _, _, found = search_heads(flags, flags.model, out, show)
+    output = console()
+    print_proposals(output, found, flags.cache_length)
+    output.print(f"layout: {out / LAYOUT_FILE}\nreport: {out / 'report.html'}", markup=False)
+    return 0
+
+
+def print_proposals(output: Console, found: Inspection, length: int) -> None:
+    """Print the table of layouts, and what the proposed one does to the cache."""
+    content = proposal_table(found)
+    table = Table(box=None)
+    for index, name in enumerate(content.header):
+        table.add_column(name, justify="right" if index else "left")
+    for row in content.rows:
+        table.add_row(*row)
+    output.print("rise of the loss against all heads global, nats per token, on each part of the text")
+    output.print(table)
+    heads = found.heads
+    everything = heads.layouts(heads.candidates, found.window, found.sink_tokens)
+    before, after = (heads.cache_bytes(layouts, length, 2) for layouts in (everything, found.layouts))
+    output.print(
+        f"cache of {length:,} tokens in bf16: {format_bytes(after)}, was {format_bytes(before)} "
+        f"({after / before:.1%})",
+        markup=False,
+    )

@@ -1,0 +1,119 @@
+"""What the commands on pretrained decoders share: flags of a search for heads, and the search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Gt
+
+from longshort.checks import check_fields
+from longshort.cli.units import parse_bytes
+from longshort.conversion.budget import Budget, KeepHeads, LimitCache, LimitRise, parse_share
+from longshort.conversion.inspection import Inspection
+from longshort.conversion.models import Pretrained, open_pretrained
+from longshort.conversion.reports import inspect_into
+from longshort.conversion.text import cut_parts, read_tokens, split_held_out
+from longshort.data.tokenization import first_token
+from longshort.training.parallel import connect
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
+    from torch import Tensor
+
+Show = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFlags:
+    text: str = "stdlib"
+    """Text to measure on: a file, a folder, or another source of `longshort data`."""
+
+    keep: str | None = None
+    """Share of the key/value heads that may see everything, such as 25%. None, and no other budget: 25%."""
+
+    max_rise: Annotated[float, Gt(0)] | None = None
+    """Instead: nats per token by which the loss may rise, with as few global heads as that takes."""
+
+    max_cache: str | None = None
+    """Instead: size of the cache of one sequence in bf16, such as 1GiB, that must do for --cache-length
+    tokens."""
+
+    cache_length: Annotated[int, Ge(1)] = 32768
+    """Tokens in the cache that sizes are given for."""
+
+    window: Annotated[int, Ge(1)] = 128
+    """Keys that a query of a local head sees, itself included."""
+
+    sink_tokens: Annotated[int, Ge(0)] = 4
+    """Number of first keys that local heads see too."""
+
+    length: Annotated[int, Ge(2)] = 1024
+    """Tokens of the windows of text that are measured."""
+
+    windows: tuple[int, int, int] = (2, 2, 4)
+    """Windows to rank on, to choose on, and to report on."""
+
+    measure: Literal["gate", "loss"] = "gate"
+    """Estimate of what a head costs: gate is one pass for all heads, loss one for each, which takes long."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights. auto: float32 on a CPU, that of the saved weights on a GPU."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+
+    threads: Annotated[int, Ge(1)] | None = None
+    """CPU threads. None: torch's default."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        given = [flag for flag in ("keep", "max_rise", "max_cache") if getattr(self, flag) is not None]
+        if len(given) > 1:
+            raise ValueError("--keep, --max-rise and --max-cache exclude each other, got more than one")
+        if self.windows and min(self.windows) < 1:
+            raise ValueError(f"--windows must be at least 1 each, got {self.windows}")
+        _ = self.budget
+
+    @property
+    def budget(self) -> Budget:
+        """What a layout must keep to."""
+        if self.max_rise is not None:
+            return LimitRise(self.max_rise)
+        if self.max_cache is not None:
+            return LimitCache(parse_bytes("--max-cache", self.max_cache), self.cache_length)
+        return KeepHeads(0.25) if self.keep is None else parse_share("--keep", self.keep)
+
+
+def open_with_text(flags: SearchFlags, model: str, text: str) -> tuple[Pretrained, Int64[Tensor, " tokens"]]:
+    """Open a model on the device of the flags, and read the text with its tokenizer."""
+    if flags.threads is not None:
+        torch.set_num_threads(flags.threads)
+    with connect(flags.device) as ranks:
+        pretrained = open_pretrained(model, ranks.device, flags.dtype)
+    return pretrained, read_tokens(text, pretrained.tokenizer)
+
+
+def search_heads(
+    flags: SearchFlags, model: str, out: Path, show: Show
+) -> tuple[Pretrained, Int64[Tensor, " tokens"], Inspection]:
+    """Open a model and inspect it; return it with the part of the text that the inspection did not read."""
+    pretrained, tokens = open_with_text(flags, model, flags.text)
+    searched, held_out = split_held_out(tokens)
+    parts = cut_parts(searched, flags.length, flags.windows, first_token(pretrained.tokenizer))
+    about: dict[str, Any] = {"model": model, "text": flags.text}
+    found = inspect_into(
+        out,
+        pretrained,
+        parts,
+        flags.budget,
+        window=flags.window,
+        sink_tokens=flags.sink_tokens,
+        measure=flags.measure,
+        about=about,
+        progress=lambda done, total: show("inspecting", round(done), round(total)),
+    )
+    return pretrained, held_out, found

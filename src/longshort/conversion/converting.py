@@ -1,0 +1,208 @@
+"""A converted model: its folder, and the measurements of its report, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save
+
+from longshort.conversion.heads import find_heads
+from longshort.conversion.journal import Journal
+from longshort.conversion.measures import (
+    continue_greedily,
+    measure_latency,
+    measure_losses,
+    measure_needles,
+)
+from longshort.conversion.models import Pretrained
+from longshort.conversion.text import cut_parts
+from longshort.data.tokenization import first_token
+from longshort.huggingface import apply
+from longshort.reporting.files import replace_file
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
+    from torch import Tensor
+
+    from longshort.layout import HeadLayout
+
+HELD_OUT_FILE = "held_out.safetensors"
+_CACHE_LENGTHS = tuple(2**power for power in range(9, 18))
+
+
+@dataclass(frozen=True)
+class ReportSizes:
+    """What a report measures.
+
+    Attributes:
+        lengths: tokens of the windows whose losses are compared; ascending.
+        tokens: tokens in the windows of each length, about; at least two windows.
+        latency_lengths: tokens in the cache when the time of a token is measured.
+        latency_tokens: tokens to time at each.
+        needle_lengths, needle_depths, needle_samples: see `longshort.evaluation.measure_needle`.
+        prompt_tokens, sample_tokens: of each text to continue, and of its continuation.
+        samples: how many of them.
+    """
+
+    lengths: tuple[int, ...] = (256, 1024, 4096)
+    tokens: int = 8192
+    latency_lengths: tuple[int, ...] = (1024, 4096)
+    latency_tokens: int = 16
+    needle_lengths: tuple[int, ...] = (256, 1024)
+    needle_depths: tuple[float, ...] = (0.0, 0.5, 1.0)
+    needle_samples: int = 3
+    prompt_tokens: int = 256
+    sample_tokens: int = 64
+    samples: int = 2
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The measurements of a report; `before` and `after` have equal keys.
+
+    Attributes:
+        losses: by length, what `measure_losses` returns, `before` and `after`.
+        cache: bytes of the cache of one sequence by length, in the model's dtype, counted.
+        latency: by length, what `measure_latency` returns.
+        needles: what `measure_needles` returns.
+        samples: `prompt`, `before` and `after` of each text.
+    """
+
+    losses: dict[int, dict[str, Any]]
+    cache: dict[int, dict[str, int]]
+    latency: dict[int, dict[str, Any]]
+    needles: dict[str, list[dict[str, Any]]]
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+
+def fit_sizes(sizes: ReportSizes, tokens: int, limit: int | None) -> ReportSizes:
+    """Leave out lengths that a text of so many tokens, or the model's positions, cannot fill."""
+
+    def fitting(lengths: Sequence[int], windows: int, more: int = 0) -> tuple[int, ...]:
+        return tuple(
+            length
+            for length in lengths
+            if length * windows <= tokens and (limit is None or length + more <= limit)
+        )
+
+    fitted = {
+        "lengths": fitting(sizes.lengths, 2),
+        "latency_lengths": fitting(sizes.latency_lengths, 1, sizes.latency_tokens),
+        "needle_lengths": fitting(sizes.needle_lengths, 1),
+    }
+    return ReportSizes(**{**vars(sizes), **fitted})
+
+
+def draw_held_out(
+    pretrained: Pretrained, tokens: Int64[Tensor, " tokens"], sizes: ReportSizes
+) -> dict[str, Tensor]:
+    """Cut the windows of a report from held-out text: `windows-LENGTH` of each length, and `prompts`."""
+    first = first_token(pretrained.tokenizer)
+    cut = {}
+    for length in sizes.lengths:
+        count = max(2, min(sizes.tokens, len(tokens)) // length)
+        cut[f"windows-{length}"] = cut_parts(tokens, length, [count], first)[0]
+    if sizes.samples:
+        cut["prompts"] = cut_parts(tokens, sizes.prompt_tokens, [sizes.samples], first)[0]
+    return cut
+
+
+def measure_conversion(
+    pretrained: Pretrained,
+    layouts: Sequence[HeadLayout | None],
+    tokens: Int64[Tensor, " tokens"],
+    sizes: ReportSizes,
+    journal: Journal,
+    out: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Measure a model before and after its conversion, and leave it with the layouts.
+
+    The windows are written to OUT/held_out.safetensors, so that others can repeat the losses.
+
+    Args:
+        pretrained: the model, without layouts, and its tokenizer.
+        layouts: of each layer.
+        tokens: held-out text.
+        sizes: what to measure; every length fits the text and the model.
+        journal: finished measurements, which are not repeated.
+        out: the folder of the converted model.
+        progress: called with the number of measurements done, and of all.
+    """
+    held_out = draw_held_out(pretrained, tokens, sizes)
+    replace_file(
+        out / HELD_OUT_FILE, save({name: windows.contiguous() for name, windows in held_out.items()})
+    )
+    model = pretrained.model
+    heads = find_heads(model)
+    itemsize = model.dtype.itemsize
+    everything = heads.layouts(heads.candidates, 1, 0)
+    measured: dict[str, dict[str, Any]] = {"before": {}, "after": {}}
+    total = 2 * (len(sizes.lengths) + len(sizes.latency_lengths) + len(sizes.needle_lengths) + sizes.samples)
+    done = 0
+
+    def take(state: str, name: str, measure: Callable[[], Any]) -> None:
+        nonlocal done
+        measured[state][name] = journal.remember(f"{state} {name}", measure)
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    for state in ("before", "after"):
+        if state == "after":
+            apply(model, layouts)
+        for length in sizes.lengths:
+            take(
+                state,
+                f"loss {length}",
+                lambda length=length: measure_losses(model, held_out[f"windows-{length}"]),
+            )
+        for length in sizes.needle_lengths:
+            options = ([length], sizes.needle_depths, sizes.needle_samples)
+            take(
+                state,
+                f"needle {length}",
+                lambda options=options: measure_needles(pretrained, tokens, *options),
+            )
+        for length in sizes.latency_lengths:
+            take(
+                state,
+                f"latency {length}",
+                lambda length=length: measure_latency(model, tokens[:length], sizes.latency_tokens),
+            )
+        for index in range(sizes.samples):
+            prompt = held_out["prompts"][index]
+            take(
+                state,
+                f"sample {index}",
+                lambda prompt=prompt: continue_greedily(pretrained, prompt, sizes.sample_tokens),
+            )
+
+    def both(name: str) -> dict[str, Any]:
+        return {state: measured[state][name] for state in measured}
+
+    return Conversion(
+        losses={length: both(f"loss {length}") for length in sizes.lengths},
+        cache={
+            length: {
+                "before": heads.cache_bytes(everything, length, itemsize),
+                "after": heads.cache_bytes(layouts, length, itemsize),
+            }
+            for length in _CACHE_LENGTHS
+        },
+        latency={length: both(f"latency {length}") for length in sizes.latency_lengths},
+        needles={
+            state: [cell for length in sizes.needle_lengths for cell in measured[state][f"needle {length}"]]
+            for state in measured
+        },
+        samples=[
+            {
+                "prompt": str(pretrained.tokenizer.decode(held_out["prompts"][index])),
+                **both(f"sample {index}"),
+            }
+            for index in range(sizes.samples)
+        ],
+    )

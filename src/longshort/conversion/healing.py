@@ -1,0 +1,291 @@
+"""Healing of a converted model: a short training that takes back what the lost distance cost.
+
+A folder MODEL that `convert` wrote is trained on text. Everything about it is in MODEL/healing: the
+settings, the state of the training, the report. When it is done, the healed weights replace those of MODEL,
+and the ones before are kept in MODEL/unhealed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt, Le
+
+from longshort.checks import check_fields
+from longshort.conversion.heads import find_heads
+from longshort.conversion.losses import attending, token_losses
+from longshort.conversion.models import Pretrained, open_pretrained, save_into
+from longshort.conversion.short_training import Progressed, Recipe, ShortTraining
+from longshort.data import Batches, DataFolder, load_tokenizer, prepare, validation_windows
+from longshort.data.files import sync_tree
+from longshort.huggingface import layouts_of, remove
+from longshort.reporting.files import replace_file, strict_json
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+FOLDER, UNHEALED = "healing", "unhealed"
+_WEIGHTS = "model*.safetensors*"
+
+
+@dataclass(frozen=True)
+class HealSettings:
+    """The settings of a healing.
+
+    Raises:
+        ValueError: a value is out of its range, or two contradict each other.
+    """
+
+    model: Path
+    """Folder of the converted model."""
+
+    data: Path
+    """Folder that `longshort data` wrote with the model's tokenizer, or a folder or file of text."""
+
+    minutes: Annotated[float, Gt(0)] | None = 20.0
+    """Time to train, measurements included. With --steps alone there is no limit."""
+
+    steps: Annotated[int, Ge(1)] | None = None
+    """Optimizer steps to train. None: as many as the time allows."""
+
+    full_budget: bool = False
+    """Train until the time or the steps are used, even if the loss is back before."""
+
+    until_rise: float = 0.0
+    """The loss is back when it is at most so many nats per token above that of the original."""
+
+    lora: Annotated[int, Ge(1)] | None = None
+    """Train low-rank factors of this rank for each matrix, which are merged in the end. None: all weights."""
+
+    distill: Path | None = None
+    """The original, or another model with its tokenizer, whose logits are to be resembled too."""
+
+    distill_weight: Annotated[float, Gt(0), Le(1)] = 0.5
+    """Share of the divergence from the logits of --distill in the loss; the rest is the cross-entropy."""
+
+    reference: bool = False
+    """Also train the original, the model before its conversion, for as many steps on the same batches."""
+
+    learning_rate: Annotated[float, Gt(0)] | None = None
+    """Largest learning rate. None: 1e-4, with --lora 1e-3."""
+
+    sequence_length: Annotated[int, Ge(2)] = 1024
+    """Tokens of a training sequence."""
+
+    batch_size: Annotated[int, Ge(1)] = 1
+    """Sequences of an optimizer step."""
+
+    held_out: Annotated[int, Ge(1)] = 8
+    """Validation sequences that the loss is measured on."""
+
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of the batches."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.minutes is None and self.steps is None:
+            raise ValueError("--minutes or --steps must say how long to train, got neither")
+
+    @property
+    def recipe(self) -> Recipe:
+        """How each model is trained."""
+        rate = self.learning_rate or (1e-4 if self.lora is None else 1e-3)
+        seconds = None if self.minutes is None else 60 * self.minutes
+        weight = 0.0 if self.distill is None else self.distill_weight
+        return Recipe(self.steps, seconds, rate, weight)
+
+
+@dataclass(frozen=True)
+class Healing:
+    """The result of `heal`.
+
+    Attributes:
+        original: loss of the original on the held-out windows, nats per token.
+        healed: how the training of the converted model went; its first line is the loss before.
+        reference: how that of the original went; None without one.
+        is_complete: whether all is done, and MODEL has the healed weights; False after Ctrl-C.
+    """
+
+    original: float
+    healed: Progressed
+    reference: Progressed | None
+    is_complete: bool
+
+
+Report = Callable[[str, Progressed], None]
+
+
+def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Report | None = None) -> Healing:
+    """Train a converted model for a short time; continue if that was begun before.
+
+    Args:
+        settings: the settings; after an interruption the same again.
+        device: to train on.
+        report: called after each step with "healing" or "reference".
+
+    Raises:
+        FileNotFoundError: there is no such model or data.
+        ValueError: the model has no layouts, the data is of another tokenizer or too short, the settings are
+            not those that the healing was begun with, or the loss is not finite.
+        OSError: a file could not be written.
+    """
+    pretrained = open_pretrained(settings.model, device, "float32")
+    if layouts_of(pretrained.model) is None:
+        raise ValueError(f"{settings.model} must be a converted model, got one without layouts")
+    folder = settings.model / FOLDER
+    outcome = folder / "outcome.json"
+    if outcome.exists():
+        raise FileExistsError(f"{settings.model} is healed already; {folder} has the report")
+    teacher = None if settings.distill is None else _open_teacher(settings.distill, pretrained, device)
+    _write_settings(settings, folder)
+    data = _open_data(settings, pretrained.tokenizer)
+    batches = Batches(data.train, settings.sequence_length, settings.batch_size, settings.seed)
+    held_out = _windows(data, settings)
+    original = _loss_of_original(pretrained.model, held_out, folder)
+    say = report or (lambda _name, _progressed: None)
+
+    model = _trainable(pretrained.model, settings)
+    training = ShortTraining(model, batches, held_out, settings.recipe, folder, teacher)
+    goal = None if settings.full_budget else original + settings.until_rise
+    healed = training.run(lambda now: say("healing", now), goal)
+    reference, is_complete = None, healed.is_done
+    if healed.is_done and settings.reference:
+        reference = _train_original(settings, healed, batches, held_out, device, say)
+        is_complete = reference.is_done
+    if is_complete:
+        trained = model.merge_and_unload() if settings.lora else model
+        replace_weights(settings.model, pretrained._replace(model=trained))
+        replace_file(outcome, strict_json(_content(settings, original, healed, reference)).encode())
+    return Healing(original, healed, reference, is_complete)
+
+
+def replace_weights(folder: Path, pretrained: Pretrained) -> None:
+    """Replace the weights in a model's folder; those of before go to FOLDER/unhealed, if none are there."""
+    partial = folder / FOLDER / "new.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_into(pretrained, partial)
+    sync_tree(partial)
+    kept = folder / UNHEALED
+    if not kept.exists():
+        copy = folder / FOLDER / "old.partial"
+        shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir()
+        for file in partial.iterdir():  # the same names, but the contents of before
+            if (folder / file.name).is_file():
+                shutil.copy2(folder / file.name, copy / file.name)
+        sync_tree(copy)
+        copy.rename(kept)
+    for file in sorted(partial.glob(_WEIGHTS)):
+        file.replace(folder / file.name)
+    shutil.rmtree(partial)
+
+
+def _write_settings(settings: HealSettings, folder: Path) -> None:
+    """Write the settings, or compare them with those that are there."""
+    file = folder / "settings.json"
+    content = {
+        name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
+    }
+    content["model"] = ""  # a folder may be moved
+    if not file.exists():
+        replace_file(file, strict_json(content).encode())
+        return
+    held = json.loads(file.read_text())
+    differing = [name for name in content if held.get(name) != content[name]]
+    if differing:
+        raise ValueError(
+            f"{folder} was begun with another {', '.join(differing)}: "
+            f"{ {name: held.get(name) for name in differing} }; remove that folder to begin anew"
+        )
+
+
+def _open_data(settings: HealSettings, tokenizer: PreTrainedTokenizerFast) -> DataFolder:
+    """Open a data folder, or make one of text."""
+    source = settings.data
+    if not (source / "train.json").exists():
+        made = settings.model / FOLDER / "data"
+        if not made.exists():
+            prepare(str(source), made, tokenizer=settings.model, validation_fraction=0.1)
+        return DataFolder.open(made)
+    data = DataFolder.open(source)
+    if load_tokenizer(data.tokenizer_dir).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{source} must be made with the tokenizer of {settings.model}: "
+            f"longshort data SOURCE --tokenizer {settings.model} --out DIR"
+        )
+    return data
+
+
+def _windows(data: DataFolder, settings: HealSettings) -> Int64[Tensor, "count length"]:
+    batch = validation_windows(data.validation, settings.sequence_length, settings.held_out)
+    return torch.cat([batch.input_ids, batch.labels[:, -1:]], dim=1)
+
+
+@torch.no_grad()
+def _loss_of_original(model: PreTrainedModel, held_out: Tensor, folder: Path) -> float:
+    """Measure the model with all heads global, before anything is trained."""
+    file = folder / "original.json"
+    if not file.exists():
+        heads = find_heads(model)
+        with attending(heads.layouts(heads.candidates, 1, 0)):
+            losses = [token_losses(model, window).mean().item() for window in held_out]
+        replace_file(file, strict_json({"loss": sum(losses) / len(losses)}).encode())
+    return json.loads(file.read_text())["loss"]
+
+
+def _train_original(
+    settings: HealSettings, healed: Progressed, batches: Batches, held_out: Tensor, device: Any, say: Report
+) -> Progressed:
+    """Train the weights of before the healing, with all heads global, by the same schedule."""
+    kept = settings.model / UNHEALED
+    original = open_pretrained(kept if kept.exists() else settings.model, device, "float32").model
+    remove(original)
+    recipe = Recipe(healed.planned or healed.step, None, settings.recipe.learning_rate, 0.0)
+    model = _trainable(original, settings)
+    training = ShortTraining(model, batches, held_out, recipe, settings.model / FOLDER / "reference")
+    return training.run(lambda now: say("reference", now), steps=healed.step)
+
+
+def _trainable(model: PreTrainedModel, settings: HealSettings) -> Any:
+    """Let all weights be trained, or factors beside them."""
+    if settings.lora is None:
+        return model.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(settings.seed)  # of the factors
+    config = LoraConfig(
+        r=settings.lora, lora_alpha=2 * settings.lora, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def _open_teacher(name: Path, pretrained: Pretrained, device: Any) -> nn.Module:
+    teacher = open_pretrained(name, device, "float32")
+    if teacher.tokenizer.get_vocab() != pretrained.tokenizer.get_vocab():
+        raise ValueError(f"--distill must have the tokenizer of the converted model, got {name} with another")
+    return teacher.model.requires_grad_(False)
+
+
+def _content(
+    settings: HealSettings, original: float, healed: Progressed, reference: Progressed | None
+) -> dict[str, Any]:
+    return {
+        "original_loss": original,
+        "converted_loss": healed.lines[0]["held_out_loss"],
+        "healed_loss": healed.last_held_out,
+        "reference_loss": None if reference is None else reference.last_held_out,
+        "steps": healed.step,
+        "seconds": healed.seconds,
+        "recipe": asdict(settings.recipe),
+        "lines": healed.lines,
+        "reference_lines": None if reference is None else reference.lines,
+    }

@@ -1,0 +1,105 @@
+"""A journal of finished measurements, so that what was interrupted goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from longshort.reporting.files import replace_file
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_SAMPLES = 64
+FORMAT = "longshort journal 1"
+
+
+class Journal:
+    """Results by name, on disk as soon as they are known; use it in a `with` block.
+
+    Args:
+        path: the file, one JSON object per line; it is made, or continued.
+        subject: what the results depend on, as JSON.
+
+    Raises:
+        ValueError: the file is of another subject, or no journal.
+        OSError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
+        self._results: dict[str, Any] = {}
+        header = {"format": FORMAT, "subject": json.loads(json.dumps(dict(subject)))}
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        if not lines or lines == [b""]:
+            replace_file(path, json.dumps(header).encode() + b"\n")
+        else:
+            complete = lines[:-1]  # the last line may have been cut off
+            self._read(path, complete, header)
+            if lines[-1]:
+                replace_file(path, b"\n".join([*complete, b""]))
+        self._file = open(path, "ab")  # noqa: SIM115 (closed by __exit__)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def remember(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Return the result of that name; measure it, and write it down, if there is none yet."""
+        if name not in self._results:
+            result = measure()
+            self._file.write(json.dumps({"name": name, "result": result}).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._results[name] = result
+        return self._results[name]
+
+    def knows(self, name: str) -> bool:
+        """Return whether there is a result of that name."""
+        return name in self._results
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _read(self, path: Path, lines: list[bytes], header: dict[str, Any]) -> None:
+        try:
+            first, *others = [json.loads(line) for line in lines]
+            held = first["subject"]
+            self._results = {entry["name"]: entry["result"] for entry in others}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} must be a journal of measurements, got a line that is none: {error}"
+            ) from None
+        wanted = header["subject"]
+        differing = [key for key in wanted.keys() | held.keys() if wanted.get(key) != held.get(key)]
+        if first.get("format") != FORMAT or differing:
+            raise ValueError(
+                f"{path} holds measurements with another {', '.join(sorted(differing)) or 'format'}; "
+                "choose another folder"
+            )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of a model's weights: of evenly spaced numbers of every tensor, and of its shape."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        chosen = flat[torch.linspace(0, len(flat) - 1, min(_SAMPLES, len(flat))).long().to(flat.device)]
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(chosen.double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_tokens(tokens: Tensor) -> str:
+    """Return a hash of token ids and their shape."""
+    return hashlib.sha256(str(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes()).hexdigest()
