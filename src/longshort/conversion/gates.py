@@ -1,13 +1,14 @@
-"""What the attention of a decoder says about its heads: first-order gates, and mass by distance.
+"""What the attention of a decoder says about its heads: slopes at gates, and mass by distance.
 
-A gate g in 0 … 1 between the two forms of a head mixes their outputs, o(g) = (1 − g)·o_now + g·o_other. The
-derivative of the loss at g = 0 is ⟨∂L/∂o_now, o_other − o_now⟩: what flipping the head would change, to first
-order. One backward pass gives it for all heads.
+A gate g in 0 … 1 mixes what a head gives as a global and as a local one: o(g) = g·o_global + (1 − g)·o_local.
+The slope of the loss over it is ⟨∂L/∂o, o_global − o_local⟩, and one backward pass gives it for all heads. A
+head's loss is far from linear in its gate, since the other heads depend on it: slopes half-way, with all
+at the same place between 0 and 1, rank heads better than those at the ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,49 +29,53 @@ if TYPE_CHECKING:
     from jaxtyping import Int64
     from transformers import PreTrainedModel
 
-    from longshort.conversion.heads import DecoderHeads, Kept
+    from longshort.conversion.heads import DecoderHeads
 
 
-def measure_gates(
+def measure_slopes(
     model: PreTrainedModel,
     heads: DecoderHeads,
-    kept: Kept,
+    gates: Mapping[KVHead, float],
     windows: Int64[Tensor, "count length"],
     window: int,
     sink_tokens: int,
 ) -> dict[KVHead, float]:
-    """Estimate, for each head that may become local, how the mean loss changes if it alone is flipped: to
-    local if it is in `kept`, to global if it is not.
+    """Measure the slope of the mean loss over the gate of each head that may become local.
 
     Args:
         model: attends by layouts; in eval mode. No gradient reaches its parameters.
         heads: its heads.
-        kept: the heads that are global.
-        windows: token ids; the estimate is the mean over them.
+        gates: 0 … 1 for each of these heads: 0 is local, 1 global.
+        windows: token ids; the loss is the mean over them.
         window, sink_tokens: of local heads.
 
     Returns:
-        Nats per token, first-order: the derivative at a gate between the head's two forms.
+        Nats per token and gate: below 0 where the distance helps.
     """
-    flipped = frozenset(heads.candidates) - kept
-    now, other = (heads.layouts(some, window, sink_tokens) for some in (kept, flipped))
+    ends = [heads.layouts(kept, window, sink_tokens) for kept in (frozenset(heads.candidates), frozenset())]
+    mixes = _mixes(heads, gates)
     slopes: dict[int, Tensor] = {}
 
     def attend(module: Any, *args: Any, **options: Any) -> tuple[Tensor, None]:
-        out, _ = attend_by_layout(module, *args, **options)
-        with torch.no_grad(), attending(other):
-            detached: list[Any] = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
-            difference = attend_by_layout(module, *detached, **options)[0] - out.detach()
+        outputs = []
+        for layouts in ends:
+            with attending(layouts):
+                outputs.append(attend_by_layout(module, *args, **options)[0])
+        if module.layer_idx not in mixes:
+            return outputs[0], None
+        distant, near = outputs
+        mix = mixes[module.layer_idx].to(distant)
+        out = mix * distant + (1 - mix) * near
+        difference = (distant - near).detach()
 
         def note(gradient: Tensor) -> None:
-            slope = (gradient * difference).float().sum((0, 1, 3))
-            slopes[module.layer_idx] = slopes.get(module.layer_idx, 0.0) + slope.cpu()
+            slope = (gradient * difference).float().sum((0, 1, 3)).cpu()
+            slopes[module.layer_idx] = slopes.get(module.layer_idx, torch.zeros_like(slope)) + slope
 
-        if out.requires_grad:
-            out.register_hook(note)
+        out.register_hook(note)
         return out, None
 
-    with _replaced_attention(attend), attending(now), _gradients_of_embeddings(model):
+    with _replaced_attention(attend), _gradients_of_embeddings(model):
         for ids in windows:
             token_losses(model, ids).mean().backward()
     sizes = {layer.index: layer.num_heads // layer.num_kv_heads for layer in heads.layers}
@@ -78,6 +83,17 @@ def measure_gates(
         KVHead(layer, head): slopes[layer].view(-1, sizes[layer])[head].sum().item() / len(windows)
         for layer, head in heads.candidates
     }
+
+
+def _mixes(heads: DecoderHeads, gates: Mapping[KVHead, float]) -> dict[int, Tensor]:
+    """The gates of query heads by layer, (heads, 1), for layers that have candidates."""
+    mixes = {}
+    for layer in heads.layers:
+        if layer.sliding_window is None:
+            values = [gates[KVHead(layer.index, head)] for head in range(layer.num_kv_heads)]
+            size = layer.num_heads // layer.num_kv_heads
+            mixes[layer.index] = torch.tensor(values).repeat_interleave(size)[:, None]
+    return mixes
 
 
 def measure_mass(
@@ -111,7 +127,9 @@ def measure_mass(
         ]
         outside = torch.stack([1 - (near - log_sums[0]).exp() for near in log_sums[1:]], dim=-1)
         mass = outside.clamp(min=0).mean((0, 2)).view(key.shape[1], -1, len(distances)).mean(1)
-        sums[module.layer_idx] = sums.get(module.layer_idx, 0.0) + mass.cpu()
+        sums[module.layer_idx] = (
+            sums.get(module.layer_idx, torch.zeros(len(mass), len(distances))) + mass.cpu()
+        )
         return attend_by_layout(module, query, key, value, *args, **options)
 
     layouts = heads.layouts(heads.candidates, max(distances), sink_tokens)

@@ -3,40 +3,44 @@
 The text is cut into three parts that share nothing. On the first, heads are ranked and layouts searched; the
 second decides which of the layouts is proposed; on the third their losses are reported.
 
-Layouts come from these rankings, the first two of which are re-ranked as heads go local:
+The layouts are
 
-- *heads*: the loss that making one head local costs;
-- *layers*: the same for all heads of a layer at once;
+- *heads*: single heads, ranked;
+- *layers*: all heads of a layer alike, ranked by their sum;
 - *mixed*: the better of the two, with single heads exchanged for as long as the measured loss falls;
-- *mass*: the attention that a head gives to distant keys, for information.
+- *mass*: heads ranked by the attention that they give to distant keys, which is no guide: for information.
 
-By default the cost of a unit is estimated to first order (`gates`), by one pass for all heads, and the loss
-decides between the best; with `measure="loss"` each cost is a measured loss.
+By default heads are ranked by slopes at gates between global and local (`gates`), in a few passes for all
+heads together, with gates that move towards a layout within the budget (`search.descend`). With
+`measure="loss"` the cheapest heads go local in rounds, and each round measures the loss that every head that
+is left would cost: a pass for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from longshort.checks import require_integer
 from longshort.conversion.budget import Budget, LimitRise
-from longshort.conversion.gates import measure_gates, measure_mass
+from longshort.conversion.gates import measure_mass, measure_slopes
 from longshort.conversion.heads import DecoderHeads, Kept, KVHead, find_heads
 from longshort.conversion.journal import Journal
 from longshort.conversion.losses import LossMeter
 from longshort.conversion.search import (
     Unit,
     add_units,
+    by_score,
+    descend,
     exchange,
+    fewest_within,
+    first_units,
+    greedy_order,
     head_units,
     layer_units,
-    rank,
-    remove_units,
-    remove_within,
+    score_path,
 )
 from longshort.huggingface import apply, layouts_of, remove
 from longshort.layout import HeadLayout
@@ -48,8 +52,10 @@ if TYPE_CHECKING:
 
 Measure = Literal["gate", "loss"]
 PARTS = ("ranking", "choice", "report")
-_SHORTLIST, _ROUNDS = 6, 4
-_GATE_COST = 3.0  # passes that an estimate by gates takes
+_PATH = (0.875, 0.625, 0.375, 0.125)  # places of all gates at which slopes are measured
+_DESCENTS = 6
+_SHORTLIST, _EXCHANGES = 6, 3
+_SLOPE_COST = 3.5  # passes over the text that slopes take
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Inspection:
         window, sink_tokens: of local heads.
         budget: what the layouts keep to.
         losses: loss with all heads global, nats per token, by part of the text.
-        costs: first-order rise of the loss if a head alone goes local from all global.
+        scores: share of the whole rise that is due to each head, from slopes at gates, see `score_path`.
         mass: mean attention of each head to keys outside the window and the sinks.
         proposals: a layout per ranking, the best on the choice part first, that of the mass last.
     """
@@ -86,7 +92,7 @@ class Inspection:
     sink_tokens: int
     budget: Budget
     losses: dict[str, float]
-    costs: dict[KVHead, float]
+    scores: dict[KVHead, float]
     mass: dict[KVHead, float]
     proposals: list[Proposal]
 
@@ -121,7 +127,7 @@ def inspect_heads(
         window: keys that a local head's query sees, itself included.
         sink_tokens: number of first keys that local heads see too.
         journal: finished measurements, which are not repeated.
-        measure: "gate" or "loss": how the costs of heads are estimated.
+        measure: "gate" or "loss": how heads are ranked.
         progress: called with the work done and a guess of all, in passes over the ranking part.
 
     Raises:
@@ -132,30 +138,29 @@ def inspect_heads(
     require_integer("sink_tokens", sink_tokens, minimum=0)
     if measure not in ("gate", "loss"):
         raise ValueError(f"measure must be 'gate' or 'loss', got {measure!r}")
-    if layouts_of(model) is not None:
-        raise ValueError(
-            "model must be without layouts, got one to which some were applied; remove() takes them away"
-        )
+    if len(parts) != len(PARTS):
+        raise ValueError(f"parts must be windows for {', '.join(PARTS)}, got {len(parts)} parts")
     for part in parts:
         if part.shape[1] <= window + sink_tokens:
             raise ValueError(
                 f"parts must hold windows longer than window + sink_tokens = {window + sink_tokens}, got "
                 f"{part.shape[1]} tokens"
             )
+    if layouts_of(model) is not None:
+        raise ValueError("model must be without layouts; longshort.huggingface.remove takes them away")
     heads = find_heads(model)
     was_training = model.training
-    apply(
-        model, [None if layout is None else layout for layout in heads.layouts(heads.candidates, window, 0)]
-    )
+    apply(model, heads.layouts(heads.candidates, window, 0))
     model.eval()
     try:
-        return _Inspector(model, heads, parts, budget, window, sink_tokens, journal, measure, progress).run()
+        search = _Search(model, heads, parts, budget, window, sink_tokens, journal, measure, progress)
+        return search.run()
     finally:
         remove(model)
         model.train(was_training)
 
 
-class _Inspector:
+class _Search:
     def __init__(
         self,
         model: PreTrainedModel,
@@ -175,9 +180,9 @@ class _Inspector:
         self._meters = {
             name: LossMeter(model, heads, part, window, sink_tokens) for name, part in self._parts.items()
         }
+        self._scores: dict[KVHead, float] = {}
         self._base: Kept | None = None
-        self._done = 0.0
-        self._guess = 1.0
+        self._done, self._guess = 0.0, 1.0
 
     def run(self) -> Inspection:
         heads, everything = self._heads, frozenset(self._heads.candidates)
@@ -185,13 +190,15 @@ class _Inspector:
         if not isinstance(self._budget, LimitRise):
             most = self._budget.most_heads(heads, self._window, self._sink_tokens)
         self._guess = self._all_work(most)
-        losses = {name: self._loss(everything, name) for name in PARTS}
+        losses = {part: self._loss(everything, part) for part in PARTS}
         mass = self._mass()
-        costs = self._gates(everything)
-        found = {"heads": self._search(head_units(heads), most)}
-        found["layers"] = self._search(layer_units(heads), most)
+        self._scores = score_path(heads, _PATH, self._slopes)
+        found = {
+            "heads": self._cut(self._order(head_units(heads), most), most),
+            "layers": self._cut(self._order(layer_units(heads), most), most),
+        }
         found["mixed"] = self._mix(found, most)
-        found["mass"] = rank(mass, len(found["heads"]) if most is None else most)
+        found["mass"] = first_units(by_score(mass, head_units(heads)), len(found["mixed"]))
         proposals = [
             Proposal(name, kept, {part: self._loss(kept, part) - losses[part] for part in PARTS})
             for name, kept in found.items()
@@ -199,22 +206,23 @@ class _Inspector:
         proposals.sort(key=lambda proposal: (proposal.name == "mass", self._preference(proposal)))
         self._report(self._guess - self._done)
         return Inspection(
-            heads, self._window, self._sink_tokens, self._budget, losses, costs, mass, proposals
+            heads, self._window, self._sink_tokens, self._budget, losses, self._scores, mass, proposals
         )
 
-    def _preference(self, proposal: Proposal) -> tuple[float, float]:
-        """What makes a proposal better on the part for choices."""
-        rise = proposal.rises["choice"]
-        if isinstance(self._budget, LimitRise):  # the fewest heads of those that keep to it
-            is_over = rise > self._budget.nats
-            return (float("inf"), rise) if is_over else (float(len(proposal.kept)), rise)
-        return rise, float(len(proposal.kept))
+    def _order(self, units: list[Unit], most: int | None) -> list[Unit]:
+        """Rank units, the most important first."""
+        if self._measure == "loss":
+            return greedy_order(units, most or 0, self._measured_changes)
+        scores = self._scores
+        if most is not None and all(len(unit) == 1 for unit in units):
+            scores = descend(self._heads, scores, most, _DESCENTS, self._slopes)
+        return by_score(scores, units)
 
-    def _search(self, units: list[Unit], most: int | None) -> Kept:
-        everything = frozenset(self._heads.candidates)
-        if most is not None:
-            return remove_units(units, everything, most, self._estimate)
-        return remove_within(units, everything, self._highest(), self._estimate, self._rank_loss)
+    def _cut(self, order: list[Unit], most: int | None) -> Kept:
+        """Keep as many of the first units as the budget allows, or as few as it needs."""
+        if most is None:
+            return fewest_within(order, self._highest(), self._rank_loss)
+        return first_units(order, most)
 
     def _mix(self, found: dict[str, Kept], most: int | None) -> Kept:
         """Refine the better of the layouts by exchanges of heads."""
@@ -222,81 +230,90 @@ class _Inspector:
         if most is None:
             start = min(found.values(), key=len)
         else:
-            start = min(found.values(), key=self._rank_loss)
-            start = add_units(units, start, most, self._estimate)
+            start = add_units(units, min(found.values(), key=self._rank_loss), most, self._changes)
         kept = exchange(
-            start, units, _SHORTLIST, _ROUNDS, self._estimate, self._measured_changes, self._rank_loss
+            start, units, _SHORTLIST, _EXCHANGES, self._changes, self._measured_changes, self._rank_loss
         )
-        if most is None:
-            kept = remove_within(units, kept, self._highest(), self._estimate, self._rank_loss)
+        if most is None:  # a lower loss may allow fewer heads
+            kept = self._cut(by_score(self._scores, [unit for unit in units if unit <= kept]), most)
         return kept
+
+    def _preference(self, proposal: Proposal) -> tuple[float, float]:
+        """What makes a proposal better on the part for choices."""
+        rise, count = proposal.rises["choice"], float(len(proposal.kept))
+        if not isinstance(self._budget, LimitRise):
+            return rise, count
+        return (float("inf"), rise) if rise > self._budget.nats else (count, rise)
 
     def _highest(self) -> float:
         assert isinstance(self._budget, LimitRise)
         return self._rank_loss(frozenset(self._heads.candidates)) + self._budget.nats
 
-    def _rank_loss(self, kept: Kept) -> float:
-        return self._loss(kept, "ranking")
-
-    def _estimate(self, kept: Kept, units: Sequence[Unit]) -> list[float]:
-        if self._measure == "loss":
-            return self._measured_changes(kept, units)
-        gates = self._gates(kept)
-        return [sum(gates[head] for head in unit) for unit in units]
+    def _changes(self, kept: Kept, units: Sequence[Unit]) -> list[float]:
+        """Estimate to first order how the loss changes if each of the units alone is flipped."""
+        slopes = self._slopes({head: float(head in kept) for head in self._heads.candidates})
+        return [sum(-slopes[head] if head in kept else slopes[head] for head in unit) for unit in units]
 
     def _measured_changes(self, kept: Kept, units: Sequence[Unit]) -> list[float]:
+        """Measure how the loss changes if each of the units alone is flipped."""
         before = self._rank_loss(kept)
         flipped = [kept ^ unit for unit in units]
-        if not all(self._journal.knows(self._name("loss ranking", other)) for other in flipped):
-            self._set_base(kept)
-        return [self._loss(other, "ranking") - before for other in flipped]
-
-    def _set_base(self, kept: Kept) -> None:
-        if self._base != kept:
+        if self._base != kept and not all(
+            self._journal.knows(_name("ranking", self._bits(x))) for x in flipped
+        ):
             self._meters["ranking"].measure_base(kept)
             self._base = kept
             self._report(1.0)
+        return [self._rank_loss(other) - before for other in flipped]
+
+    def _rank_loss(self, kept: Kept) -> float:
+        return self._loss(kept, "ranking")
 
     def _loss(self, kept: Kept, part: str) -> float:
-        def measure() -> list[float]:
-            return self._meters[part].measure(kept)
-
+        name = _name(part, self._bits(kept))
         share = self._parts[part].numel() / self._parts["ranking"].numel()
-        losses = self._remember(f"loss {part}", kept, measure, share)
+        losses = self._remember(name, lambda: self._meters[part].measure(kept), share)
         return sum(losses) / len(losses)
 
-    def _gates(self, kept: Kept) -> dict[KVHead, float]:
-        def measure() -> list[float]:
-            gates = measure_gates(
-                self._model, self._heads, kept, self._parts["ranking"], self._window, self._sink_tokens
+    def _slopes(self, gates: Mapping[KVHead, float]) -> dict[KVHead, float]:
+        def measure() -> dict[KVHead, float]:
+            return measure_slopes(
+                self._model, self._heads, gates, self._parts["ranking"], self._window, self._sink_tokens
             )
-            return [gates[head] for head in self._heads.candidates]
 
-        values = self._remember("gates", kept, measure, _GATE_COST)
-        return dict(zip(self._heads.candidates, values, strict=True))
+        places = ",".join(f"{gates[head]:.6g}" for head in self._heads.candidates)
+        name = f"slopes {hashlib.sha256(places.encode()).hexdigest()[:16]}"
+        return self._by_head(name, measure, _SLOPE_COST)
 
     def _mass(self) -> dict[KVHead, float]:
-        def measure() -> list[float]:
+        def measure() -> dict[KVHead, float]:
             mass = measure_mass(
                 self._model, self._heads, self._parts["ranking"], [self._window], self._sink_tokens
             )
-            return [mass[head][0] for head in self._heads.candidates]
+            return {head: outside[0] for head, outside in mass.items()}
 
-        values = self._remember("mass", frozenset(), measure, 1.5)
-        return dict(zip(self._heads.candidates, values, strict=True))
+        return self._by_head("mass", measure, 1.5)
 
-    def _remember(
-        self, what: str, kept: Kept, measure: Callable[[], list[float]], cost: float
-    ) -> list[float]:
-        is_new = not self._journal.knows(self._name(what, kept))
-        values = self._journal.remember(self._name(what, kept), measure)
+    def _by_head(
+        self, name: str, measure: Callable[[], dict[KVHead, float]], cost: float
+    ) -> dict[KVHead, float]:
+        candidates = self._heads.candidates
+
+        def measure_list() -> list[float]:
+            values = measure()
+            return [values[head] for head in candidates]
+
+        return dict(zip(candidates, self._remember(name, measure_list, cost), strict=True))
+
+    def _remember(self, name: str, measure: Callable[[], list[float]], cost: float) -> list[float]:
+        is_new = not self._journal.knows(name)
+        values = self._journal.remember(name, measure)
         if is_new:
             self._report(cost)
         return values
 
-    def _name(self, what: str, kept: Kept) -> str:
-        bits = "".join("1" if head in kept else "0" for head in self._heads.candidates)
-        return f"{what} {int(bits, 2):x}"
+    def _bits(self, kept: Kept) -> str:
+        return "".join("1" if head in kept else "0" for head in self._heads.candidates)
 
     def _report(self, work: float) -> None:
         self._done += work
@@ -304,18 +321,18 @@ class _Inspector:
             self._progress(self._done, max(self._guess, self._done))
 
     def _all_work(self, most: int | None) -> float:
-        """A guess of the passes over the ranking part that the search takes."""
-        count, layers = len(self._heads.candidates), len(layer_units(self._heads))
-        rounds = (count - (most or 0)).bit_length() + 1
-        estimate = _GATE_COST if self._measure == "gate" else 0.6 * count / 2
-        layer_estimate = _GATE_COST if self._measure == "gate" else 0.6 * layers / 2
-        searched = rounds * estimate + min(rounds, layers.bit_length() + 1) * layer_estimate
-        mixed = _ROUNDS * (estimate + 2 * _SHORTLIST * 0.6 + 3)
-        others = sum(part.numel() for part in self._parts.values()) / self._parts["ranking"].numel()
-        return searched + mixed + 5 * others + 1.5 + _GATE_COST
+        """Guess the passes over the ranking part that the search takes."""
+        heads, layers = len(self._heads.candidates), len(layer_units(self._heads))
+        slopes, losses = len(_PATH) + _EXCHANGES, _EXCHANGES * (2 * _SHORTLIST * 0.6 + 3)
+        if self._measure == "loss":
+            losses += 0.6 * 1.5 * (heads + layers)
+        elif most is not None:
+            slopes += _DESCENTS
+        if most is None:
+            losses += 3 * heads.bit_length()
+        proposals = 5 * sum(part.numel() for part in self._parts.values()) / self._parts["ranking"].numel()
+        return slopes * _SLOPE_COST + losses + proposals + 1.5
 
 
-def seeded_choice(heads: DecoderHeads, most: int, seed: int) -> Kept:
-    """Draw heads at random, to compare rankings with."""
-    order = torch.randperm(len(heads.candidates), generator=torch.Generator().manual_seed(seed)).tolist()
-    return frozenset(heads.candidates[index] for index in order[:most])
+def _name(part: str, bits: str) -> str:
+    return f"loss {part} {int(bits, 2):x}"

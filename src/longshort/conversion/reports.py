@@ -81,7 +81,7 @@ def inspect_into(
     heads = draw_heads(
         found.heads,
         found.best.kept,
-        {"cost, first order": found.costs, "distant mass": found.mass},
+        {"share of the rise": found.scores, "distant mass": found.mass},
         out / _FIGURES / "heads.png",
     )
     rises = {f"{p.name} ({len(p.kept)} global)": p.rises["report"] for p in found.proposals}
@@ -106,9 +106,9 @@ def inspect_into(
                 figures=[
                     Figure(
                         heads,
-                        "What each key/value head alone costs to make local, to first order; the attention "
-                        "that it gives to keys outside the window, which is no guide; and the heads that "
-                        "stay global.",
+                        "The share of the rise of the loss that is due to each key/value head, from slopes "
+                        "at gates; the attention that it gives to keys outside the window, which is no "
+                        "guide; and the heads that stay global.",
                     )
                 ],
             ),
@@ -138,7 +138,7 @@ def inspection_content(found: Inspection) -> dict[str, Any]:
             {
                 "layer": head.layer,
                 "head": head.head,
-                "cost": found.costs[head],
+                "score": found.scores[head],
                 "mass": found.mass[head],
                 "is_global": head in found.best.kept,
             }

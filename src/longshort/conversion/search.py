@@ -1,7 +1,7 @@
-"""The search for the heads that keep the distance: which units to make local, by estimates and by losses.
+"""The search for the heads that keep the distance: by slopes at gates, and by losses.
 
-A unit is a set of heads that change together: one key/value head, or all of a layer. Estimates, cheap or
-dear, say how the loss changes if a unit is flipped from a given state; they rank, and the loss decides.
+A unit is a set of heads that change together: one key/value head, or all of a layer. Slopes rank units, and
+measured losses decide between those at the margin.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ Estimate = Callable[[Kept, Sequence[Unit]], Sequence[float]]
 """From a state, the change of the loss if each of the units alone is flipped, nats per token."""
 Loss = Callable[[Kept], float]
 """The loss of a state, nats per token."""
+Slopes = Callable[[Mapping[KVHead, float]], Mapping[KVHead, float]]
+"""The slopes of the loss over gates, see `longshort.conversion.gates`."""
 
 
 def head_units(heads: DecoderHeads) -> list[Unit]:
@@ -34,60 +36,111 @@ def layer_units(heads: DecoderHeads) -> list[Unit]:
     return [frozenset(together) for together in by_layer.values()]
 
 
-def rank(estimates: Mapping[KVHead, float], most: int) -> Kept:
-    """Keep the `most` heads with the largest values; among equals the first."""
-    return frozenset(sorted(estimates, key=lambda head: (-estimates[head], head))[:most])
+def by_score(scores: Mapping[KVHead, float], units: Sequence[Unit]) -> list[Unit]:
+    """Sort units by the sums of their scores, the largest first; among equals as they came."""
+    return sorted(units, key=lambda unit: -sum(scores[head] for head in unit))
 
 
-def remove_units(units: Sequence[Unit], kept: Kept, most: int, estimate: Estimate) -> Kept:
-    """Make units local until at most `most` heads are global, the cheapest first.
+def score_path(heads: DecoderHeads, points: Sequence[float], slopes: Slopes) -> dict[KVHead, float]:
+    """Score each head by its mean slope along the path on which all gates close together, with its sign
+    changed: about the share of the whole rise that is due to the head.
 
-    Each round makes local half of what is still too much, at least one unit, and estimates the rest anew.
+    This is the method of integrated gradients (Sundararajan, Taly and Yan, 2017) for gates.
+
+    Args:
+        heads: whose candidates are scored.
+        points: places of all gates, in 0 … 1.
+        slopes: measures slopes at gates.
+    """
+    scores = dict.fromkeys(heads.candidates, 0.0)
+    for point in points:
+        measured = slopes(dict.fromkeys(heads.candidates, point))
+        for head, slope in measured.items():
+            scores[head] -= slope / len(points)
+    return scores
+
+
+def descend(
+    heads: DecoderHeads, scores: Mapping[KVHead, float], most: int, rounds: int, slopes: Slopes
+) -> dict[KVHead, float]:
+    """Move gates towards a small loss with `most` of them open, by the method of Frank and Wolfe (1956).
+
+    Each round ranks heads by their slopes at the gates so far, and moves these gates towards the layout that
+    keeps the best, by 2 / (round + 3) of the way.
+
+    Args:
+        heads: whose candidates have gates.
+        scores: rank the layout to start from.
+        most: heads that may be global.
+        rounds: how often to rank anew.
+        slopes: measures slopes at gates.
+
+    Returns:
+        The gates, which score heads for a layout of `most`; among equal gates `scores` decide, slightly.
+    """
+    units = head_units(heads)
+    start = first_units(by_score(scores, units), most)
+    gates = {head: float(head in start) for head in heads.candidates}
+    for number in range(rounds):
+        measured = slopes(gates)
+        best = first_units(by_score({head: -slope for head, slope in measured.items()}, units), most)
+        share = 2 / (number + 3)
+        gates = {head: gate + share * ((head in best) - gate) for head, gate in gates.items()}
+    largest = max(map(abs, scores.values()), default=0.0) or 1.0
+    return {head: gate + 1e-6 * scores[head] / largest for head, gate in gates.items()}
+
+
+def fewest_within(units: Sequence[Unit], highest: float, loss: Loss) -> Kept:
+    """Keep as few of the first units as the loss allows, by bisection, as if it fell with each.
+
+    Args:
+        units: disjoint units, the most important first.
+        highest: the loss that is allowed; all units together keep to it.
+        loss: of the heads that are kept.
+    """
+    low, high = -1, len(units)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if loss(frozenset().union(*units[:middle])) <= highest:
+            high = middle
+        else:
+            low = middle
+    return frozenset().union(*units[:high])
+
+
+def greedy_order(units: Sequence[Unit], most: int, estimate: Estimate) -> list[Unit]:
+    """Sort units by making them local, the cheapest first, until at most `most` heads are global.
+
+    Each round makes local half of what is still too much, at least one unit, and ranks the rest anew.
 
     Args:
         units: disjoint units.
-        kept: the heads that are global at first, a union of units.
-        most: heads that may remain.
-        estimate: ranks the units.
+        most: heads that may remain; those that do are sorted by the last ranking.
+        estimate: what it costs to make each unit local.
+
+    Returns:
+        All units, the most important first.
     """
+    kept: Kept = frozenset().union(*units)
+    left, gone = list(units), []
     while len(kept) > most:
-        left = [unit for unit in units if unit <= kept]
         costs = estimate(kept, left)
-        excess = len(kept) - most
-        goal = len(kept) - (excess + 1) // 2
-        for _, index in sorted((cost, index) for index, cost in enumerate(costs)):
-            kept -= left[index]
-            if len(kept) <= goal:
-                break
+        left = [left[index] for _, index in sorted((cost, index) for index, cost in enumerate(costs))]
+        goal = len(kept) - (len(kept) - most + 1) // 2
+        while len(kept) > goal:
+            gone.append(left.pop(0))
+            kept -= gone[-1]
+    return left[::-1] + gone[::-1]
+
+
+def first_units(units: Sequence[Unit], most: int) -> Kept:
+    """Keep the first units, as long as at most `most` heads are kept."""
+    kept: Kept = frozenset()
+    for unit in units:
+        if len(kept) + len(unit) > most:
+            break
+        kept |= unit
     return kept
-
-
-def remove_within(units: Sequence[Unit], kept: Kept, highest: float, estimate: Estimate, loss: Loss) -> Kept:
-    """Make units local, the cheapest first, as long as the loss is at most `highest`.
-
-    Removes a quarter of the units at a time; where that is too much, half as many, down to one.
-
-    Raises:
-        ValueError: the loss is too high at first.
-    """
-    if loss(kept) > highest:
-        raise ValueError(f"the loss must be at most {highest:.4f} to begin with, got {loss(kept):.4f}")
-    step = max(1, len(units) // 4)
-    while True:
-        left = [unit for unit in units if unit <= kept]
-        if not left:
-            return kept
-        costs = estimate(kept, left)
-        order = [left[index] for _, index in sorted((cost, index) for index, cost in enumerate(costs))]
-        step = min(step, len(order))
-        while step:
-            fewer = kept - frozenset().union(*order[:step])
-            if loss(fewer) <= highest:
-                break
-            step //= 2
-        if not step:
-            return kept
-        kept = fewer
 
 
 def add_units(units: Sequence[Unit], kept: Kept, most: int, estimate: Estimate) -> Kept:
