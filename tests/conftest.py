@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from longshort.cli import main
+
 torch.set_num_threads(1)
 
 # A compiling or busy machine is slow, not wrong; derandomized runs fail in the same place for everyone.
@@ -21,3 +23,20 @@ hypothesis.settings.load_profile("longshort")
 def _seed() -> None:
     """The same random numbers in a test wherever and after whatever it runs."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Calls a command that must fail in good manners, and gives its message."""
+
+    def call(code, *arguments):
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        if code == 1:
+            assert captured.err.startswith("longshort: error: ")
+            assert len(captured.err.splitlines()) == 1
+        return " ".join(captured.err.replace("│", " ").split())  # the parser's messages are wrapped and boxed
+
+    return call

@@ -40,20 +40,3 @@ def trained(data, tmp_path_factory):
 def run(trained, tmp_path):
     """A copy of the trained run."""
     return shutil.copytree(trained, tmp_path / "run")
-
-
-@pytest.fixture
-def fails(capsys):
-    """Calls a command that must fail in good manners, and gives its message."""
-
-    def call(code, *arguments):
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == code
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        if code == 1:
-            assert captured.err.startswith("longshort: error: ")
-            assert len(captured.err.splitlines()) == 1
-        return " ".join(captured.err.replace("│", " ").split())  # the parser's messages are wrapped and boxed
-
-    return call

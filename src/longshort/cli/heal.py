@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HealFlags:
+class HealFlags(HealSettings):
     """Train a converted model for a short time, until its loss on held-out text is back.
 
     MODEL/healing gets the state of the training and a report with the curve. When the loss is back or the
@@ -29,7 +30,8 @@ class HealFlags:
     After Ctrl-C the same command goes on.
     """
 
-    settings: tyro.conf.OmitArgPrefixes[HealSettings]
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of the converted model."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
@@ -40,7 +42,6 @@ class HealFlags:
 
 def run(arguments: list[str]) -> int:
     flags = parse(HealFlags, "heal", arguments)
-    settings = flags.settings
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     with connect(flags.device) as ranks, progress_bar() as show:
@@ -51,7 +52,7 @@ def run(arguments: list[str]) -> int:
             else:
                 show(f"{name}, loss {now.last_held_out:.3f}" if now.lines else name, now.step, now.planned)
 
-        healing = heal(settings, ranks.device, report)
+        healing = heal(flags, ranks.device, report)
     output = console()
     table = Table(box=None)
     for index, name in enumerate(("held-out loss", "nats per token", "above the original")):
@@ -59,13 +60,13 @@ def run(arguments: list[str]) -> int:
     for row in healing_rows(healing):
         table.add_row(*row)
     output.print(table)
-    page = write_healing(settings.model, healing)
+    page = write_healing(flags.model, healing)
     if not healing.is_complete:
         output.print("interrupted; the same command goes on", markup=False)
         return 130
     output.print(
         f"{healing.healed.step:,} steps in {healing.healed.seconds / 60:.1f} minutes\n"
-        f"model:  {settings.model} (before: {settings.model / 'unhealed'})\nreport: {page}",
+        f"model:  {flags.model} (before: {flags.model / 'unhealed'})\nreport: {page}",
         markup=False,
     )
     return 0

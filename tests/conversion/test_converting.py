@@ -1,0 +1,170 @@
+"""Conversion: the folder loads as a model of transformers, and its report says what one can measure."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.conversion.conftest import CONVERT, WINDOW
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from longshort.conversion import converting
+from longshort.conversion.layout_file import read_layouts
+from longshort.huggingface import SplitCache, layouts_of
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def test_the_folder_holds_the_original_with_layouts(original, converted, layout):
+    model, before = load(converted), load(original)
+    assert layouts_of(model) == read_layouts(layout) == read_layouts(converted / "layout.json")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in before.state_dict().items())
+    ids = AutoTokenizer.from_pretrained(converted)("some text").input_ids
+    assert ids == list(b"some text")
+
+
+def test_the_losses_of_the_report_can_be_repeated(original, converted):
+    content = json.loads((converted / "conversion.json").read_text())
+    windows = load_file(converted / "held_out.safetensors")
+    models = {"before": load(original), "after": load(converted)}
+    assert list(content["losses"]) == ["32", "64"]  # the text has no 9,999 tokens
+    for length, losses in content["losses"].items():
+        ids = windows[f"windows-{length}"]
+        assert ids.shape[1] == int(length)
+        for state, model in models.items():
+            with torch.no_grad():
+                loss = model(ids, labels=ids).loss.item()
+            assert losses[state]["loss"] == pytest.approx(loss, abs=1e-4)
+            bins = losses[state]["by_position"]
+            assert [bins[0]["first"], bins[-1]["last"]] == [1, int(length) - 1]
+            mean = sum(bin_["loss"] * (bin_["last"] - bin_["first"] + 1) for bin_ in bins) / (int(length) - 1)
+            assert mean == pytest.approx(loss, abs=1e-4)
+        assert losses["before"]["by_position"][0] == pytest.approx(losses["after"]["by_position"][0])
+    assert content["losses"]["64"]["after"]["loss"] != content["losses"]["64"]["before"]["loss"]
+
+
+def test_the_cache_of_the_report_is_the_cache(converted):
+    content = json.loads((converted / "conversion.json").read_text())
+    model = load(converted)
+    ids = torch.zeros(1, 512, dtype=torch.long)
+    with torch.no_grad():
+        cache = model(ids, past_key_values=DynamicCache(config=model.config)).past_key_values
+        assert content["cache"]["512"]["before"] == sum(
+            x.nbytes for y in cache.layers for x in (y.keys, y.values)
+        )
+    kept = 512 + 5 * (WINDOW + 2)
+    assert content["cache"]["512"]["after"] == 2 * kept * 8 * 4
+    assert (
+        content["latency"]["200"]["after"]["cache_bytes"] < content["latency"]["200"]["before"]["cache_bytes"]
+    )
+
+
+def test_greedy_text_is_the_same_with_and_without_cache(converted):
+    model = load(converted)
+    ids = load_file(converted / "held_out.safetensors")["prompts"][:1]
+    with_cache = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+    without = model.generate(ids, max_new_tokens=20, do_sample=False, use_cache=False)
+    assert isinstance(with_cache.past_key_values, SplitCache)
+    assert torch.equal(with_cache.sequences, without)
+    sample = json.loads((converted / "conversion.json").read_text())["samples"][0]
+    assert sample["after"].startswith(
+        AutoTokenizer.from_pretrained(converted).decode(without[0, ids.shape[1] :])
+    )
+
+
+@pytest.mark.slow
+def test_a_new_process_loads_it_with_one_import_and_not_without(converted):
+    code = """
+import sys, torch
+{}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(float(model(torch.arange(40)[None]).logits.double().sum()))
+"""
+    results = [
+        subprocess.run(
+            [sys.executable, "-c", code.format(line), str(converted)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        for line in ("import longshort.huggingface", "")
+    ]
+    assert results[0].returncode == 0, results[0].stderr
+    with torch.no_grad():
+        truth = load(converted)(torch.arange(40)[None]).logits.double().sum().item()
+    assert float(results[0].stdout.split()[-1]) == pytest.approx(truth, rel=1e-6)
+    assert results[1].returncode != 0
+    assert "longshort" in results[1].stderr
+
+
+def test_the_page_shows_everything(converted):
+    page = (converted / "report.html").read_text()
+    for heading in ("Loss", "Cache and latency", "Needles", "Samples"):
+        assert f"<h2>{heading}</h2>" in page
+    assert page.count("data:image/png") == 3
+
+
+def convert(*arguments):
+    from longshort.cli import main
+
+    return main(["convert", *map(str, arguments)])
+
+
+def test_an_interrupted_conversion_goes_on(
+    original, layout, text, converted_once, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    arguments = (original, out, "--layout", layout, "--text", text, *CONVERT)
+
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(converting, "measure_needles", interrupted)
+    assert convert(*arguments) == 130
+    assert (out / "journal.jsonl").exists()
+    assert not (out / "conversion.json").exists()
+    monkeypatch.undo()
+    measured = []
+    measure = converting.measure_losses
+    monkeypatch.setattr(converting, "measure_losses", lambda *args: measured.append(1) or measure(*args))
+    assert convert(*arguments) == 0
+    assert len(measured) == 2  # after; those before were known
+    losses, truth = (
+        json.loads((folder / "conversion.json").read_text())["losses"] for folder in (out, converted_once)
+    )
+    assert losses == truth
+
+
+def test_with_a_budget_the_model_is_inspected_first(original, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ("--keep", "17%", "--window", 8, "--length", 64, "--windows", 1, 1, 1, "--no-report")
+    assert convert(original, out, "--text", text, *options) == 0
+    assert "(proposed)" in capsys.readouterr().out
+    assert layouts_of(load(out)) == read_layouts(out / "inspection" / "layout.json")
+    assert not (out / "report.html").exists()
+
+
+def test_nothing_is_overwritten(original, layout, text, converted, fails, tmp_path):
+    message = fails(1, "convert", original, converted, "--layout", layout, "--text", text)
+    assert "exists already and is not empty" in message
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    assert "exists already" in fails(1, "convert", original, folder, "--layout", layout)
+    assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_layout_of_another_model_is_refused_before_anything_is_written(original, tmp_path, text, fails):
+    layout = tmp_path / "layout.json"
+    content = json.dumps({"format": "longshort layouts 1", "layouts": [None]})
+    layout.write_text(content)
+    message = fails(1, "convert", original, tmp_path / "out", "--layout", layout, "--text", text)
+    assert "layouts must have one entry for each of the 3 layers, got 1" in message
+    assert not (tmp_path / "out").exists()
+    assert "--layout is a layout" in fails(2, "convert", "a", "b", "--layout", layout, "--keep", "25%")

@@ -1,0 +1,67 @@
+"""The journal: measurements are made once, survive an interruption, and belong to one subject."""
+
+import pytest
+from tests.conversion.models import random_llama
+
+from longshort.conversion.journal import Journal, fingerprint
+
+
+def failing() -> None:
+    raise AssertionError("measured again")
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path):
+    path = tmp_path / "folder" / "journal.jsonl"
+    with Journal(path, {"a": 1}) as journal:
+        assert journal.remember("x", lambda: [0.1, 2**-60]) == [0.1, 2**-60]
+        assert journal.remember("x", failing) == [0.1, 2**-60]
+    with Journal(path, {"a": 1}) as journal:
+        assert journal.knows("x")
+        assert not journal.knows("y")
+        assert journal.remember("x", failing) == [0.1, 2**-60]
+        journal.remember("y", lambda: "text")
+    with Journal(path, {"a": 1}) as journal:
+        assert len(journal) == 2
+
+
+@pytest.mark.parametrize("cut", range(1, 30))
+def test_a_line_that_was_cut_off_is_measured_again(tmp_path, cut):
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, {"a": 1}) as journal:
+        journal.remember("first", lambda: 1)
+        journal.remember("second", lambda: 2)
+    path.write_bytes(path.read_bytes()[:-cut])
+    for _ in range(2):
+        with Journal(path, {"a": 1}) as journal:
+            assert journal.remember("first", failing) == 1
+            assert journal.remember("second", lambda: 2) == 2
+
+
+@pytest.mark.parametrize("other", [{"a": 2}, {"a": 1, "b": 1}, {}])
+def test_another_subject_is_refused(tmp_path, other):
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, {"a": 1}) as journal:
+        journal.remember("x", lambda: 1)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"holds measurements with another [ab]"):
+        Journal(path, other)
+    assert path.read_bytes() == before
+
+
+def test_another_file_is_refused(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_text("something else\nof the user's\n")
+    with pytest.raises(ValueError, match="must be a journal"):
+        Journal(path, {})
+    assert path.read_text() == "something else\nof the user's\n"
+
+
+def test_any_change_of_the_weights_changes_the_fingerprint():
+    model = random_llama()
+    first = fingerprint(model)
+    assert fingerprint(random_llama()) == first
+    seen = {first}
+    for parameter in model.parameters():
+        parameter.data.mul_(1.001)
+        seen.add(fingerprint(model))
+    assert len(seen) == 1 + len(list(model.parameters()))
