@@ -20,7 +20,7 @@ from longshort.huggingface.state import NAME, store_layouts, stored_state, text_
 from longshort.layout import HeadLayout
 
 _TOKENS = 8
-_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
+_BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
 """Differences of logits that pass for rounding, relative to the largest, by dtype."""
 
 
