@@ -14,6 +14,7 @@ MODES = {
     "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
     "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
     "prefill in chunks": {"do_sample": False, "prefill_chunk_size": 7},
+    "fixed length": {"do_sample": False, "cache_implementation": "static"},
 }
 FAMILIES = ("llama", "gemma3", "gpt_oss", "gpt2", "stablelm")
 
@@ -45,7 +46,7 @@ def generate(model, ids, cache=True, mask=None, **options):
 def test_all_modes_give_what_they_give_without_a_cache(family, mode):
     model, ids, options = make_model(family), tokens(), MODES[mode]
     found = generate(model, ids, **options)
-    if mode in ("prompt lookup", "prefill in chunks"):  # these need a cache
+    if mode in ("prompt lookup", "prefill in chunks", "fixed length"):  # these need a cache
         options = MODES["greedy"]
     assert torch.equal(found.sequences, generate(model, ids, cache=False, **options).sequences)
     assert isinstance(found.past_key_values, SplitCache)
@@ -123,6 +124,13 @@ def test_a_cache_of_fixed_length_and_one_that_is_cropped():
     torch.testing.assert_close(torch.cat([first, rest], 1), model(ids).logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="max_length = 20 tokens fit"):
         model(ids[:, :1], past_key_values=cache)
+
+
+def test_another_kind_of_cache_is_made_when_asked_for():
+    model, ids = make_model("llama"), tokens()
+    found = generate(model, ids, do_sample=False, cache_implementation="dynamic")
+    assert type(found.past_key_values) is hf.DynamicCache
+    assert torch.equal(found.sequences, generate(model, ids, do_sample=False).sequences)
 
 
 def test_a_model_without_layouts_generates_as_before():
