@@ -43,24 +43,31 @@ def split_cache(model: nn.Module, rollback: int = 0, max_length: int | None = No
 
 
 def use_split_caches() -> None:
-    """Let `generate()` give models that attend by layouts a `SplitCache` where it would make a
-    `DynamicCache`."""
+    """Let `generate()` give models that attend by layouts a `SplitCache`, unless the caller passes a cache or
+    asks for another kind by `cache_implementation`; "static" makes one of fixed length."""
     mixin: Any = GenerationMixin
     prepare = mixin._prepare_cache_for_generation
 
     @wraps(prepare)
     def prepare_split(
-        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
-        given = model_kwargs.get("past_key_values")
-        result = prepare(self, generation_config, model_kwargs, *args, **options)
-        made = model_kwargs.get("past_key_values")
-        if given is None and type(made) is DynamicCache and not made.offloading and _can_split(self):
-            cache = split_cache(self)
-            if getattr(generation_config, "is_assistant", False):
-                cache.activate_past_recording()
-            model_kwargs["past_key_values"] = cache
-        return result
+        kind = generation_config.cache_implementation
+        is_free = generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None
+        if not is_free or kind not in (None, "static") or not _can_split(self):
+            return prepare(
+                self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        longest = None if kind is None else max(max_cache_length, generation_config.max_cache_len or 0)
+        cache = model_kwargs["past_key_values"] = split_cache(self, max_length=longest)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        return None
 
     mixin._prepare_cache_for_generation = prepare_split
 
@@ -72,5 +79,5 @@ def _can_split(model: Any) -> bool:
         isinstance(state, dict)
         and state.get("cache") is None
         and config._attn_implementation in (NAME, SAVED_NAME)
-        and not getattr(config, "is_encoder_decoder", False)
+        and model._supports_default_dynamic_cache()
     )

@@ -1,0 +1,124 @@
+"""What longshort can do for each family of decoders of transformers, tried on a small model of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from longshort.huggingface.apply import apply, attention_layers
+from longshort.huggingface.state import stored_state, text_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LARGEST = 30_000_000  # parameters; what stays larger with small settings is not built
+
+_LAYERS, _HEADS, _HEAD_DIM, _WIDTH = 4, 4, 16, 64
+
+# Attributes of configs, as one family or another calls them.
+_SMALL: dict[str, Any] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), _LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "mamba_n_heads"), _HEADS),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), _WIDTH),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "d_ff"), 64),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 128),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout"), 0.0),
+    **dict.fromkeys(("attention_probs_dropout_prob",), 0.0),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "mamba_d_state", "ssm_state_size"), 8),
+    "num_key_value_heads": 2, "head_dim": _HEAD_DIM, "num_experts_per_tok": 2, "v_head_dim": 12,
+    "sliding_window": 6, "mamba_d_head": 32, "hidden_size_per_layer_input": 8,
+}  # fmt: skip
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@dataclass(frozen=True)
+class FamilySupport:
+    """What works for a family; each is None where it does, else the reason why not.
+
+    Attributes:
+        model_type: as transformers calls the family.
+        use: `apply`.
+        cache: `generate()` with a `SplitCache`.
+    """
+
+    model_type: str
+    use: str | None
+    cache: str | None
+
+
+def family_names() -> list[str]:
+    """Return the model types of transformers' causal language models."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def small_decoder(model_type: str) -> PreTrainedModel:
+    """Build a small model of a family with random weights, the same each time.
+
+    Raises:
+        ValueError: no small model can be built by general settings.
+    """
+    try:
+        config = _small_config(model_type)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if size > _LARGEST:
+            raise ValueError(f"it has {size:,} parameters with small settings")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(config).eval()
+    except Exception as error:  # whatever a family's code raises for settings that it was not made for
+        raise ValueError(f"no small model could be built: {_first_line(error)}") from error
+
+
+def _small_config(model_type: str) -> PreTrainedConfig:
+    kind = CONFIG_MAPPING[model_type]
+    config = kind()
+    if config.get_text_config(decoder=True) is not config:
+        raise ValueError("its decoder is a part of it; try the type of the part")
+    settings = {
+        name: value for name, value in _SMALL.items()
+        if getattr(config, name, None) is not None and not isinstance(getattr(kind, name, None), property)
+    }  # fmt: skip
+    settings |= {name: value for name, value in _TOKENS.items() if hasattr(config, name)}
+    if "kv_lora_rank" in settings:  # multi-head latent attention: each head has its own keys
+        settings |= {"num_key_value_heads": _HEADS, "head_dim": settings.get("qk_rope_head_dim", _HEAD_DIM)}
+    unset = ("head_dim", "num_experts_per_tok")  # without a default, though some of these families need them
+    settings |= {
+        name: _SMALL[name] for name in unset if getattr(config, name, 0) is None and name not in settings
+    }
+    kinds = getattr(config, "layer_types", None)
+    computed = (getattr(kind, name, None) for name in ("layer_types", "layers_block_type"))
+    if kinds and not any(isinstance(attribute, property) for attribute in computed):
+        settings["layer_types"] = (list(dict.fromkeys(kinds)) * _LAYERS)[:_LAYERS]
+    return kind(**settings)
+
+
+def family_support(model_type: str) -> FamilySupport:
+    """Try a small model of a family.
+
+    Raises:
+        ValueError: no small model can be built.
+    """
+    model = small_decoder(model_type)
+    try:
+        layer = attention_layers(model)[0]
+        apply(model, num_global_heads=layer.num_heads // layer.num_kv_heads, window=3, sink_tokens=2)
+    except ValueError as error:
+        return FamilySupport(model_type, use=_first_line(error), cache="no layouts")
+    state = stored_state(text_config(model))
+    assert state is not None
+    return FamilySupport(model_type, use=None, cache=state["cache"])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
