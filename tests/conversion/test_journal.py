@@ -1,6 +1,7 @@
 """The journal: measurements are made once, survive an interruption, and belong to one subject."""
 
 import pytest
+import torch
 from tests.conversion.models import random_llama
 
 from longshort.conversion.journal import Journal, fingerprint
@@ -65,3 +66,11 @@ def test_any_change_of_the_weights_changes_the_fingerprint():
         parameter.data.mul_(1.001)
         seen.add(fingerprint(model))
     assert len(seen) == 1 + len(list(model.parameters()))
+
+
+def test_large_weights_have_a_fingerprint():
+    weights = torch.nn.ParameterList([torch.zeros(2**24 + 3)])
+    before = fingerprint(weights)
+    with torch.no_grad():
+        weights[0][-1] = 1
+    assert fingerprint(weights) != before

@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 
 Measure = Literal["gate", "loss"]
 PARTS = ("ranking", "choice", "report")
-_PATH = (0.875, 0.625, 0.375, 0.125)  # places of all gates at which slopes are measured
-_DESCENTS = 6
+_PATH = (0.75, 0.5)  # places of all gates at which slopes are measured
+_DESCENTS = 5
 _SHORTLIST, _EXCHANGES = 6, 3
 _SLOPE_COST = 3.5  # passes over the text that slopes take
 
@@ -82,7 +82,7 @@ class Inspection:
         window, sink_tokens: of local heads.
         budget: what the layouts keep to.
         losses: loss with all heads global, nats per token, by part of the text.
-        scores: share of the whole rise that is due to each head, from slopes at gates, see `score_path`.
+        scores: what the distance of each head is worth, nats per token, see `score_path`.
         mass: mean attention of each head to keys outside the window and the sinks.
         proposals: a layout per ranking, the best on the choice part first, that of the mass last.
     """

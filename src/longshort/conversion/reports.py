@@ -81,7 +81,7 @@ def inspect_into(
     heads = draw_heads(
         found.heads,
         found.best.kept,
-        {"share of the rise": found.scores, "distant mass": found.mass},
+        {"worth of the distance": found.scores, "distant mass": found.mass},
         out / _FIGURES / "heads.png",
     )
     rises = {f"{p.name} ({len(p.kept)} global)": p.rises["report"] for p in found.proposals}
@@ -106,9 +106,9 @@ def inspect_into(
                 figures=[
                     Figure(
                         heads,
-                        "The share of the rise of the loss that is due to each key/value head, from slopes "
-                        "at gates; the attention that it gives to keys outside the window, which is no "
-                        "guide; and the heads that stay global.",
+                        "What the distance of each key/value head is worth, from slopes at gates; the "
+                        "attention that it gives to keys outside the window, which is no guide; and the "
+                        "heads that stay global.",
                     )
                 ],
             ),

@@ -42,10 +42,11 @@ def by_score(scores: Mapping[KVHead, float], units: Sequence[Unit]) -> list[Unit
 
 
 def score_path(heads: DecoderHeads, points: Sequence[float], slopes: Slopes) -> dict[KVHead, float]:
-    """Score each head by its mean slope along the path on which all gates close together, with its sign
-    changed: about the share of the whole rise that is due to the head.
+    """Score each head by its mean slope at points of the path on which all gates close together, with its
+    sign changed: what its distance is worth, while the others lose theirs.
 
-    This is the method of integrated gradients (Sundararajan, Taly and Yan, 2017) for gates.
+    With many points, evenly spread over 0 … 1, these are integrated gradients (Sundararajan, Taly and Yan,
+    2017), and the scores add up to the whole rise of the loss.
 
     Args:
         heads: whose candidates are scored.
