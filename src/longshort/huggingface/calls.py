@@ -139,14 +139,14 @@ def _flash_segments(call: AttentionCall) -> Tensor | None:
     kv_len, device = call.k.shape[2], call.q.device
     if call.mask is not None:
         return (call.mask != 0).to(device, torch.int64) - 1
-    bounds = [call.options.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
-    if all(bound is not None for bound in bounds):
-        if q_len != kv_len or not torch.equal(bounds[0], bounds[1]):
+    q_bounds, k_bounds = (call.options.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+    if q_bounds is not None and k_bounds is not None:
+        if q_len != kv_len or not torch.equal(q_bounds, k_bounds):
             raise ValueError(
                 f"cu_seq_lens_q of {call.name} must equal cu_seq_lens_k to be watched, got {q_len} queries "
                 f"and {kv_len} keys with unequal bounds"
             )
-        return _packed_by(bounds[0], batch, kv_len, device)
+        return _packed_by(q_bounds, batch, kv_len, device)
     positions = call.options.get("position_ids")
     if positions is None or batch != 1 or q_len != kv_len or positions.shape[-1] in (0, 1):
         return None

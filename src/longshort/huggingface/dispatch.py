@@ -11,12 +11,11 @@ import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -99,56 +98,63 @@ def _forget_the_dead() -> None:
 
 
 def _replace_functions() -> None:
-    registry = AttentionInterface()
-    for name in {*registry.keys(), EAGER}:
-        original = registry.get(name)
-        wrapper = _wrapper(name, original)
-        AttentionInterface.register(name, wrapper)
-        _replaced[name] = wrapper, original
+    for name in {*ALL_ATTENTION_FUNCTIONS, EAGER}:
+        original = ALL_ATTENTION_FUNCTIONS.get(name)
+        _replaced[name] = _wrapper(name, original), original
+    ALL_ATTENTION_FUNCTIONS.update({name: wrapper for name, (wrapper, _) in _replaced.items()})
 
 
 def _restore_functions() -> None:
-    registry = AttentionInterface()
     for name, (wrapper, original) in _replaced.items():
-        if registry.get(name) is not wrapper:  # somebody has registered another function since
+        if ALL_ATTENTION_FUNCTIONS.get(name) is not wrapper:  # somebody has put another function there since
             continue
-        if original is not None:
-            AttentionInterface.register(name, original)
-        else:  # transformers has no method for it
-            AttentionInterface._global_mapping.pop(name)
+        del ALL_ATTENTION_FUNCTIONS[name]
+        if ALL_ATTENTION_FUNCTIONS.get(name) is not original:
+            ALL_ATTENTION_FUNCTIONS[name] = original
     _replaced.clear()
 
 
-@cache  # one per function, so that compilers know it again
+_eager_functions: dict[type[nn.Module], Callable[..., Any]] = {}
+_wrappers: dict[tuple[str, Callable[..., Any] | None], Callable[..., Any]] = {}
+
+
 def _wrapper(name: str, original: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return the wrapper of a function, always the same one, so that compilers know it again.
+
+    Args:
+        name: of the implementation.
+        original: its function; None: that of each class of layers.
+    """
+
     def reported(module: nn.Module, *args: Any, **options: Any) -> Any:
-        function = own_eager_attention(type(module)) if original is None else original
+        if original is None and type(module) not in _eager_functions:
+            _find_eager_attention(type(module))
+        function = _eager_functions[type(module)] if original is None else original
         _report(name, module, args, options)
         return function(module, *args, **options)
 
-    return reported
+    return _wrappers.setdefault((name, original), reported)
 
 
-@cache
-def own_eager_attention(kind: type[nn.Module]) -> Callable[..., Any]:
-    """Return the eager attention of a class of layers, which is a function in the module that defines it.
+@torch.compiler.disable
+def _find_eager_attention(kind: type[nn.Module]) -> None:
+    """Find the eager attention of a class of layers: a function of the Python module that defines it.
 
     Raises:
         RuntimeError: its forward pass names no such function.
     """
     forward = inspect.unwrap(kind.forward)
     names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
-    functions = [forward.__globals__[name] for name in names if name in forward.__globals__]
-    if len(functions) != 1:
+    found = [forward.__globals__[name] for name in names if name in forward.__globals__]
+    if len(found) != 1:
         raise RuntimeError(
             f"{kind.__name__}.forward must name one eager attention function to be watched with eager "
             f"attention, got {names}"
         )
-    return functions[0]
+    _eager_functions[kind] = found[0]
 
 
 @torch.compiler.disable
-@torch.no_grad()
 def _report(implementation: str, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     listeners = [listener for reference in _listeners if (listener := reference()) is not None]
     listeners = [listener for listener in listeners if listener.hears(module)]
