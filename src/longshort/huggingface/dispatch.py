@@ -126,11 +126,13 @@ def _wrapper(name: str, original: Callable[..., Any] | None) -> Callable[..., An
         original: its function; None: that of each class of layers.
     """
 
+    report: Any = torch.compiler.disable(_report_call)
+
     def reported(module: nn.Module, *args: Any, **options: Any) -> Any:
         if original is None and type(module) not in _eager_functions:
             _find_eager_attention(type(module))
         function = _eager_functions[type(module)] if original is None else original
-        _report(name, module, args, options)
+        report(name, module, args, options)
         return function(module, *args, **options)
 
     return _wrappers.setdefault((name, original), reported)
@@ -154,8 +156,9 @@ def _find_eager_attention(kind: type[nn.Module]) -> None:
     _eager_functions[kind] = found[0]
 
 
-@torch.compiler.disable
-def _report(implementation: str, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _report_call(
+    implementation: str, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
     listeners = [listener for reference in _listeners if (listener := reference()) is not None]
     listeners = [listener for listener in listeners if listener.hears(module)]
     if not listeners:
@@ -168,6 +171,6 @@ def _report(implementation: str, module: nn.Module, args: tuple[Any, ...], optio
             f"got {type(q).__name__} and {type(k).__name__}; a SplitCache keeps its keys to itself "
             "(use_cache=False)"
         )
-    call = AttentionCall(module, implementation, q.detach(), k.detach(), mask, named)
+    call = AttentionCall(module, implementation, q, k, mask, named)
     for listener in listeners:
         listener.on_call(call)
