@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -35,6 +35,7 @@ class AttentionCall:
         q, k: as the attention got them, normalised and rotated.
         mask: what the implementation takes as its mask, or None.
         options: the other keyword arguments of the call.
+        findings: what listeners have computed from the call, for each other.
     """
 
     module: nn.Module
@@ -43,6 +44,7 @@ class AttentionCall:
     k: Float[Tensor, "batch kv_heads kv_len head_dim"]
     mask: Any
     options: dict[str, Any]
+    findings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -124,11 +124,12 @@ class LogitMonitor:
 
     def on_call(self, call: AttentionCall) -> None:
         """Measure a call of a layer's attention."""
-        scale = call.options.get("scaling")
-        found = measure(
-            call.q, call.k, visibility_of(call), call.q.shape[3] ** -0.5 if scale is None else float(scale),
-            call.options.get("softcap"),
-        )  # fmt: skip
+        found = call.findings.get("statistics")
+        if found is None:
+            scale, softcap = call.options.get("scaling"), call.options.get("softcap")
+            scale = call.q.shape[3] ** -0.5 if scale is None else float(scale)
+            found = measure(call.q, call.k, visibility_of(call), scale, softcap)
+            call.findings["statistics"] = found
         self._add(call.module, windows_of(call), found)
 
     def reading(self) -> Reading:
