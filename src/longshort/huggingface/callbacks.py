@@ -120,7 +120,7 @@ class LogitCallback(_MonitorCallback):
         self._every = every
         self._file = None if file is None else Path(file)
         self._pending: dict[str, Any] | None = None
-        self.attempt = 0
+        self._attempt = 0
         self.reading: Reading | None = None
         self.reading_step = 0
 
@@ -131,7 +131,7 @@ class LogitCallback(_MonitorCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._file is not None and state.is_world_process_zero:
-            _continue_file(self._file, state.global_step, self.attempt)
+            self._attempt = _continue_file(self._file, state.global_step)
         self._pending, self.reading, self.reading_step = None, None, 0
         super().on_train_begin(args, state, control, **kwargs)
 
@@ -179,8 +179,8 @@ class LogitCallback(_MonitorCallback):
         record, self._pending = self._pending, None
         if record is None or self._file is None or not state.is_world_process_zero:
             return
-        if self.attempt:
-            record["attempt"] = self.attempt
+        if self._attempt:
+            record["attempt"] = self._attempt
         line = json.dumps(_finite_or_none(record), allow_nan=False)
         with open(self._file, "a") as file:
             file.write(line + "\n")
@@ -291,22 +291,32 @@ class ZLossCallback(TrainerCallback):
         return output
 
 
-def _continue_file(path: Path, step: int, attempt: int) -> None:
-    """Cut off the lines after a step of an attempt; refuse a file that holds another training."""
+def _continue_file(path: Path, step: int) -> int:
+    """Cut off the lines of steps that a training which resumes takes again; those that a rollback undid stay.
+
+    Returns:
+        The number of rollbacks so far.
+
+    Raises:
+        FileExistsError: the training is a new one, and the file exists.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        return
-    if step == 0 and not attempt:
+        return 0
+    if step == 0:
         raise FileExistsError(f"{path} exists already; choose another name")
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        record = json.loads(line) if line.endswith("\n") else None
-        if record is None or (record.get("attempt", 0), record["step"]) > (attempt, step):
-            break
-        kept.append(line)
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    records = [json.loads(line) for line in lines]
+    while records and records[-1]["step"] > step and not _is_rollback(records[-1]):
+        records.pop()
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept))
+    partial.write_text("".join(lines[: len(records)]))
     os.replace(partial, path)
+    return sum(map(_is_rollback, records))
+
+
+def _is_rollback(record: dict[str, Any]) -> bool:
+    return record.get("spike", {}).get("action") == "rollback"
 
 
 def _finite_or_none(value: Any) -> Any:

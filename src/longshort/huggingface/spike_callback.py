@@ -7,7 +7,6 @@ batches. The Trainer's loop cannot go back while it runs, so it ends and begins 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -15,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from accelerate import skip_first_batches
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from longshort.checks import require_integer
@@ -46,11 +47,10 @@ class SpikeCallback(TrainerCallback, ExportableState):
     - "report" logs a warning.
     - "stop" also saves a checkpoint and ends the training.
     - "rollback" goes back to the latest checkpoint at least `rollback_steps` before the spike's first sign (if
-      there is none, to the first one before it), leaves out batches, at least those up to the spike, and
-      trains the rest of the steps; batches that an epoch then lacks at its end are taken from its beginning
-      once more. The checkpoints after it are kept under the name `abandoned-N-checkpoint-S`. Without such a
-      checkpoint, or after `max_rollbacks`, it stops. It needs `train` of this class, since the Trainer's own
-      cannot go back.
+      there is none, to the first one before it) and trains on with later batches: those from the checkpoint
+      to the spike are left out, and at least `skip_batches`. The checkpoints in between are kept under the
+      name abandoned-N-checkpoint-S. Without such a checkpoint, or after `max_rollbacks`, it stops. It needs
+      `train` of this class, since the Trainer's own cannot go back.
 
         logits = LogitCallback(every=10, file="metrics.jsonl")
         spikes = SpikeCallback("rollback", logits=logits)
@@ -120,6 +120,11 @@ class SpikeCallback(TrainerCallback, ExportableState):
         if self._on_spike == "rollback" and not self._is_driven:
             raise ValueError(
                 "on_spike='rollback' needs SpikeCallback.train(trainer) in place of trainer.train()"
+            )
+        if args.restore_callback_states_from_checkpoint:  # it would make another SpikeCallback
+            raise ValueError(
+                "restore_callback_states_from_checkpoint must be False, got True: "
+                "SpikeCallback restores itself"
             )
         saved = _own_state(state.stateful_callbacks) if state.global_step else None
         self._detector.restore(self._fresh if saved is None else saved["seen"])
@@ -195,11 +200,11 @@ class SpikeCallback(TrainerCallback, ExportableState):
             return entry | {"action": "stop"}
         skipped = max(self._skip_batches, state.global_step - to_step)
         self._left_out = [*self._left_out, [to_step, skipped]]
-        return entry | {"to_step": to_step, "batches_skipped": sum(count for _, count in self._left_out)}
+        return entry | {"to_step": to_step, "batches_skipped": self.batches_left_out}
 
     def _roll_back(self, trainer: Trainer, to_step: int) -> str:
         """Put later checkpoints aside, and tell the one to go back to what is left out after it."""
-        folder = Path(trainer.args.output_dir)
+        folder = Path(trainer.args.output_dir or ".")
         attempt = len(self._left_out)
         if trainer.args.should_save:
             for step in _checkpoint_steps(folder):
@@ -208,14 +213,12 @@ class SpikeCallback(TrainerCallback, ExportableState):
                     os.replace(folder / name, folder / f"abandoned-{attempt}-{name}")
             file = folder / f"checkpoint-{to_step}" / _STATE_FILE
             content = json.loads(file.read_text())
-            saved = _own_state(content["stateful_callbacks"])
-            assert saved is not None
-            saved["left_out"] = self._left_out
+            seen = (_own_state(content["stateful_callbacks"]) or {"seen": self._fresh})["seen"]
+            saved = {"args": {}, "attributes": {"seen": seen, "left_out": self._left_out}}
+            content["stateful_callbacks"][SpikeCallback.__name__] = saved
             partial = file.with_name(f".{file.name}.partial")
             partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
             os.replace(partial, file)
-        if self._logits is not None:
-            self._logits.attempt = attempt
         trainer.accelerator.wait_for_everyone()
         return str(folder / f"checkpoint-{to_step}")
 
@@ -233,69 +236,68 @@ class SpikeCallback(TrainerCallback, ExportableState):
             del trainer.get_batch_samples
             trainer.callback_handler.callbacks.remove(batches)
 
-    def batches_left_out(self, step: int, per_epoch: int) -> int:
-        """Return how many batches of the epoch in which `step` steps are done were left out before the
-        next."""
-        epoch = step // per_epoch
-        return sum(count for at, count in self._left_out if at <= step and at // per_epoch == epoch)
+    @property
+    def batches_left_out(self) -> int:
+        """Number of batches that rollbacks have left out so far."""
+        return sum(count for _, count in self._left_out)
 
 
 class _Batches(TrainerCallback):
-    """The batches of a Trainer without those that rollbacks leave out."""
+    """The batches of a Trainer: after rollbacks, step s takes those that step s + n would have taken without,
+    where n are left out."""
 
     def __init__(self, trainer: Trainer, spikes: SpikeCallback) -> None:
         self._trainer, self._spikes = trainer, spikes
         self._take = trainer.get_batch_samples
-        self._to_skip = 0
-        self._iterator: Any = None
-        self._epoch_iterator: Any = None
+        self._stream: Iterator[Any] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        try:
-            per_epoch = math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps)
-        except TypeError:  # no length: one epoch
-            per_epoch = state.max_steps
-        batches = self._spikes.batches_left_out(state.global_step, max(1, per_epoch))
-        self._to_skip = batches * args.gradient_accumulation_steps
+        skipped = self._spikes.batches_left_out
+        loader, accumulated = kwargs["train_dataloader"], args.gradient_accumulation_steps
+        self._stream = _stream(loader, state.global_step, skipped, accumulated) if skipped else None
 
-    def take(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+    def take(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         """Take what `Trainer.get_batch_samples` takes."""
-        if epoch_iterator is not self._epoch_iterator:
-            self._epoch_iterator, self._iterator = epoch_iterator, _Refilled(epoch_iterator, self._restarted)
-        for _ in range(self._to_skip):
-            next(self._iterator, None)
-        self._to_skip = 0
-        return self._take(self._iterator, num_batches, device)
-
-    def _restarted(self) -> Any:
-        return iter(self._trainer.callback_handler.train_dataloader)
+        return self._take(self._stream or epoch_iterator, num_batches, device)
 
 
-class _Refilled:
-    """An iterator that begins again at its end, once something was taken from it since it began."""
+def _stream(loader: Any, steps: int, skipped: int, accumulated: int) -> Iterator[Any]:
+    """Yield the micro-batches of epoch after epoch without those of some steps, and of some more."""
+    size: int | None = len(loader) if has_length(loader) else None
+    steps_per_epoch = None if size is None else -(-size // accumulated)
+    epoch, step = (0, steps) if steps_per_epoch is None else divmod(steps, steps_per_epoch)
+    offset = (step + skipped) * accumulated
+    while size is not None and offset >= size:
+        epoch, offset = epoch + 1, offset - size
+    while True:
+        part: Any = skip_first_batches(loader, offset) if offset else loader
+        _set_epoch(part, epoch)
+        is_empty = True
+        for batch in part:
+            is_empty = False
+            yield batch
+        if is_empty and not offset:
+            return
+        epoch, offset = epoch + 1, 0
 
-    def __init__(self, iterator: Any, restart: Any) -> None:
-        self._iterator, self._restart = iterator, restart
 
-    def __iter__(self) -> _Refilled:
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            self._iterator = self._restart()
-            return next(self._iterator)
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """Set the epoch of a shuffled loader, as the Trainer does."""
+    sampler = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+    for part in (loader, sampler):
+        set_epoch = getattr(part, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
 
 
-def _own_state(states: dict[str, Any]) -> dict[str, Any] | None:
+def _own_state(states: Any) -> dict[str, Any] | None:
     """Return what a checkpoint keeps of the SpikeCallback; the Trainer makes lists of several of one
     class."""
-    saved = states.get(SpikeCallback.__name__)
+    saved: Any = (states or {}).get(SpikeCallback.__name__)
     saved = saved[0] if isinstance(saved, list) and saved else saved
-    return saved["attributes"] if saved else None
+    return None if saved is None else saved["attributes"]
 
 
 def _checkpoint_steps(folder: str | os.PathLike[str] | None) -> list[int]:
