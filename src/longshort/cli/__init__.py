@@ -22,6 +22,7 @@ _COMMANDS = {
     "evaluate": "Measure a trained model on whole validation documents.",
     "audit": "Measure what rounding inside attention does to the gradients of a trained model.",
     "generate": "Generate text with a trained model.",
+    "watch": "Measure the attention logits of a Hugging Face decoder, by layer and head.",
     "plan": "Count what layouts of heads would cost: cache, operations, longest context.",
     "bench": "Measure the speed and memory of attention and of models on this machine.",
     "study": "Run the paper's experiments: trials, figures, verdicts, one report.",

@@ -46,8 +46,8 @@ class SpikeCallback(TrainerCallback, ExportableState):
 
     - "report" logs a warning.
     - "stop" also saves a checkpoint and ends the training.
-    - "rollback" goes back to the latest checkpoint at least `rollback_steps` before the spike's first sign (if
-      there is none, to the first one before it) and trains on with later batches: those from the checkpoint
+    - "rollback" goes back to the latest checkpoint at least `rollback_steps` before the spike's first sign
+      (if there is none, to the first before it) and trains on with later batches: those from the checkpoint
       to the spike are left out, and at least `skip_batches`. The checkpoints in between are kept under the
       name abandoned-N-checkpoint-S. Without such a checkpoint, or after `max_rollbacks`, it stops. It needs
       `train` of this class, since the Trainer's own cannot go back.
