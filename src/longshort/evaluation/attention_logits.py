@@ -40,8 +40,8 @@ def measure_logits(
         The reading, and the names of the layers in its order.
 
     Raises:
-        ValueError: a number is out of its range, there are no tokens, or the model cannot be watched, which is
-            tried on a few tokens first.
+        ValueError: a number is out of its range, there are no tokens, or the model cannot be watched, which
+            is tried on a few tokens first.
     """
     require_integer("context_length", context_length, minimum=1 if first_token is None else 2)
     require_integer("batch_size", batch_size, minimum=1)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from longshort.reporting.style import save_figure, style_axes
+from longshort.reporting.style import label_log_axis, save_figure, style_axes
 
 ByHead = Sequence[Sequence[float | None]]
 """A number for each layer and head; None where it is not known."""
@@ -18,7 +19,8 @@ _CELL = 0.28  # inches
 
 
 def draw_heat_maps(panels: Mapping[str, ByHead], file: Path, logarithmic: Sequence[str] = ()) -> Path:
-    """Draw a panel per title: layers from top to bottom, heads from left to right, each with its scale.
+    """Draw a panel per title: layers from top to bottom, heads from left to right, each with its scale,
+    which begins at 0 if it is not logarithmic.
 
     Args:
         panels: the numbers by title; layers may have unequal numbers of heads.
@@ -36,12 +38,14 @@ def draw_heat_maps(panels: Mapping[str, ByHead], file: Path, logarithmic: Sequen
         style_axes(axes, title, "head", "layer")
         axes.grid(visible=False)
         axes.title.set_fontsize(10)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         known = table[np.isfinite(table) & (table > 0)]
-        scale = LogNorm(known.min(), known.max()) if title in logarithmic and known.size else None
-        if scale is not None and known.min() == known.max():
-            scale = None
-        image = axes.imshow(table, aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
-        figure.colorbar(image, ax=axes, pad=0.02)
+        is_log = title in logarithmic and known.size > 0 and known.min() < known.max()
+        norm = LogNorm(known.min(), known.max()) if is_log else Normalize(0, known.max() if known.size else 1)
+        image = axes.imshow(table, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
+        bar = figure.colorbar(image, ax=axes, pad=0.02)
+        if is_log:
+            label_log_axis(bar.ax.yaxis)
     save_figure(figure, file)
     return file
 
