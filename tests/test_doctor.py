@@ -36,7 +36,7 @@ def test_every_optional_package_is_listed_under_the_extra_that_brings_it() -> No
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     declared = {
         requirement.split(">=")[0]: extra
-        for extra in ("hf", "train")
+        for extra in ("hf", "train", "examples")
         for requirement in project["optional-dependencies"][extra]
         if not requirement.startswith("longshort")
     }

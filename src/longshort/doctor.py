@@ -34,6 +34,9 @@ OPTIONAL_PACKAGES = {
     "tensorboard": "train",
     "matplotlib": "train",
     "jinja2": "train",
+    "peft": "train",
+    "gguf": "examples",
+    "lm-eval": "examples",
 }
 
 
