@@ -8,17 +8,10 @@ from longshort.stability import ALARMS
 from longshort.studies.language.alarms import WARNING
 from longshort.studies.language.arms import model_config
 from longshort.studies.language.trial import probe_series
-from longshort.studies.progress import (
-    DIVERGENCE,
-    ENOUGH,
-    GROWTH,
-    MECHANISM,
-    NEEDED,
-    RATIO,
-    SOONER,
-    Progress,
-    copying_step,
-)
+from longshort.studies.progress.design import ENOUGH, NEEDED, copying_step
+from longshort.studies.progress.logits import DIVERGENCE, GROWTH, RATIO, SOONER
+from longshort.studies.progress.mechanism import MECHANISM
+from longshort.studies.progress.study import Progress
 
 STUDY = Progress()
 NOT_MEASURED = "not measured at this scale"

@@ -28,7 +28,7 @@ from longshort.studies.framework.store import RESULTS_FILE, ResultsFile
 from longshort.studies.framework.study import Findings, Scale, Study, Verdict, Workplace
 from longshort.studies.latency import Latency
 from longshort.studies.length import Length
-from longshort.studies.progress import Progress
+from longshort.studies.progress.study import Progress
 from longshort.studies.remedies import Remedies
 from longshort.training.config import Seed
 from longshort.training.run import current_versions
