@@ -105,6 +105,7 @@ def judge_at_losses(
     outcome_at: Callable[[float], Outcome],
     p_at: Callable[[float], float],
     evidence: Callable[[Sequence[float]], str],
+    losses: Sequence[float] = LOSSES,
 ) -> Verdict:
     """Judge a claim at the losses that all runs of the needed arms reach.
 
@@ -117,12 +118,13 @@ def judge_at_losses(
         outcome_at: returns the outcome at one loss.
         p_at: returns the p-value of that outcome.
         evidence: returns the numbers in words, from the losses that were reached.
+        losses: the losses, nats per byte.
     """
     if any(name not in arms for name in needed):
         return not_measured(claim)
     results = {name: arms[name].results() for name in needed}
     late = [name for name, runs in results.items() if not losses_reached(runs, [BEGUN])]
-    reached = losses_reached(result for runs in results.values() for result in runs)
+    reached = losses_reached((result for runs in results.values() for result in runs), losses)
     if late or len(reached) < LEAST_LOSSES:
         reason = f"{', '.join(late)} did not fall to {BEGUN} nats per byte on every seed" if late else (
             f"All runs reach {', '.join(map(str, reached)) or 'none'} of the losses"

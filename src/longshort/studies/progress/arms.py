@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from longshort.studies.framework.comparison import rate_text
 from longshort.studies.framework.study import Scale, Trial
 from longshort.studies.framework.sweep import Arm, Ladder
 from longshort.studies.language.arms import LS, LS_ROPE, MHSA, MHSA_ROPE, ONE_GPU, Setting, Variant, steady
+from longshort.studies.progress.precision import audit_of
 
 NO_GLOBAL = LS.with_model("LS, no global head", num_global_heads=0)
 LOCAL_ROPE = LS_ROPE.with_model("LS + RoPE, none on global heads", global_position_embedding="none")
 QK_NORM = MHSA.with_model("MHSA + QK-norm", qk_norm=True)
+FP32 = MHSA.with_model("MHSA, fp32", attention_precision="fp32")
+NO_DECAY = MHSA.with_train("MHSA, no weight decay", weight_decay=0.0)
 STRESSED = (MHSA, LS, QK_NORM)
 
 
@@ -56,6 +60,11 @@ class Sizes:
         stressed: their arms.
         fp32_rate: rate at which MHSA and LS also run in fp32; None: they do not.
         mechanism: setting of the head sizes and of hidden keys.
+        audit_batches: batches on which the last weights of MHSA and LS, and of the runs that may diverge, are
+            audited; 0: they are not.
+        fp32_seeds: number of seeds of MHSA in fp32 beside MHSA + QK-norm, in the pair's setting; 0: neither
+            is run.
+        saturation: setting of MHSA without weight decay, on two seeds.
     """
 
     pair: Setting
@@ -69,6 +78,9 @@ class Sizes:
     stressed: Sequence[Variant] = STRESSED
     fp32_rate: float | None = None
     mechanism: Setting | None = None
+    audit_batches: int = 0
+    fp32_seeds: int = 0
+    saturation: Setting | None = None
 
     @property
     def main(self) -> list[Arm]:
@@ -110,12 +122,38 @@ class Sizes:
             for variant in self.stressed
         }
         if self.fp32_rate is not None:
-            for variant in (MHSA, LS):
-                exact = variant.with_model(f"{variant.name}, fp32", attention_precision="fp32")
+            for exact in (FP32, LS.with_model("LS, fp32", attention_precision="fp32")):
                 found[exact.name, self.fp32_rate] = [
                     self.stress.trial(exact, self.fp32_rate, seed) for seed in seeds
                 ]
         return found
+
+    def audit_trials(self, seeds: Sequence[int]) -> dict[str, list[Trial]]:
+        """Audits of the last weights of MHSA, LS and the runs that may diverge, by name."""
+        if not self.audit_batches:
+            return {}
+        trained = {variant.name: trials_of([arm_at(self.pair, variant)], seeds) for variant in (MHSA, LS)}
+        for (name, rate), trials in self.stress_trials(seeds).items():
+            trained[f"{name}, n = {trials[0].settings['train']['sequence_length']}, {rate_text(rate)}"] = (
+                trials
+            )
+        return {
+            name: [audit_of(trial, self.audit_batches) for trial in trials]
+            for name, trials in trained.items()
+        }
+
+    def remedy_arms(self, seeds: Sequence[int]) -> list[tuple[Arm, Sequence[int]]]:
+        """Return MHSA + QK-norm and MHSA in fp32, each with its seeds."""
+        if not self.fp32_seeds:
+            return []
+        return [(arm_at(self.pair, QK_NORM), seeds), (arm_at(self.pair, FP32), seeds[: self.fp32_seeds])]
+
+    @property
+    def saturation_arms(self) -> list[Arm]:
+        return [] if self.saturation is None else [arm_at(self.saturation, NO_DECAY)]
+
+
+SATURATION_SEEDS = 2
 
 
 def _stress(length: int, tokens: int, steps: int) -> Setting:
@@ -144,6 +182,9 @@ SIZES: Mapping[Scale, Sizes] = {
         stress=_stress(64, 128, 20),
         stress_rates=(1e-2,),
         mechanism=steady(32, 128, 4),
+        audit_batches=2,
+        fp32_seeds=1,
+        saturation=steady(64, 128, 16),
     ),
     "laptop": Sizes(
         steady(512, 4096, 4000),
@@ -166,6 +207,9 @@ SIZES: Mapping[Scale, Sizes] = {
         stress_rates=(1e-2, 1.7e-2, 3e-2, 6e-2),
         fp32_rate=3e-2,
         mechanism=steady(512, 8192, 2000, stop_at_loss=1.95),
+        audit_batches=16,
+        fp32_seeds=1,
+        saturation=steady(1024, 8192, 8000),
     ),
     "gpu": Sizes(
         ONE_GPU,

@@ -80,6 +80,19 @@ def by_tokens(arms: Arms, title: str, name: str, y: str) -> Panel:
     return Panel(title, "million tokens", y, lines)
 
 
+def by_cost(arms: Arms, title: str, unit: str) -> Panel:
+    """Make a panel of validation losses by the "tokens" or "flops" spent."""
+    scale, label = {"tokens": (1e-6, "million tokens"), "flops": (1e-15, "PFLOPs")}[unit]
+    lines = {
+        name: [
+            [(scale * step * result[f"{unit}_per_step"], value) for step, value in result["validation_curve"]]
+            for result in arm.results()
+        ]
+        for name, arm in arms.items()
+    }
+    return Panel(title, label, "nats per byte", lines)
+
+
 def _transition_table(arms: Arms) -> Table:
     """A row per arm: what it spends to leave the plateau, to each loss and to the copying drop."""
     rows = []

@@ -6,15 +6,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from longshort.reporting.intervals import Interval
 from longshort.studies.framework.comparison import Arms, holm, measure_arms
-from longshort.studies.framework.study import Findings, Plan, Results, Scale, unique
+from longshort.studies.framework.study import Findings, Plan, Results, Scale, Trial, Workplace, unique
 from longshort.studies.language.alarms import WARNING, alarm_sections, judge_alarms
+from longshort.studies.language.arms import LS
 from longshort.studies.language.equal_progress import at_loss, losses_reached
 from longshort.studies.language.measures import predict
 from longshort.studies.language.trial import LanguageStudy
-from longshort.studies.progress.arms import SIZES, Sizes, trials_of
+from longshort.studies.progress.arms import SATURATION_SEEDS, SIZES, Sizes, trials_of
 from longshort.studies.progress.design import ENOUGH, NEEDED, judge_enough, judge_needed
 from longshort.studies.progress.figures import main_sections, position_sections
 from longshort.studies.progress.logits import (
@@ -30,6 +32,9 @@ from longshort.studies.progress.logits import (
     stress_sections,
 )
 from longshort.studies.progress.mechanism import MECHANISM, judge_mechanism, mechanism_sections
+from longshort.studies.progress.precision import audits_of, precision_sections, run_audit
+from longshort.studies.progress.remedies import REMEDIES, judge_remedies, remedy_sections
+from longshort.studies.progress.saturation import saturation_sections
 
 
 class Progress(LanguageStudy):
@@ -37,8 +42,8 @@ class Progress(LanguageStudy):
     high."""
 
     name = "progress"
-    title = "Equal progress (figures 1, 3 and 4)"
-    claims = (DIVERGENCE, RATIO, GROWTH, SOONER, ENOUGH, NEEDED, MECHANISM, WARNING)
+    title = "Equal progress (figures 1, 3, 4 and 5)"
+    claims = (DIVERGENCE, RATIO, GROWTH, SOONER, ENOUGH, NEEDED, MECHANISM, WARNING, REMEDIES)
     scales: Mapping[Scale, Sizes] = SIZES
 
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
@@ -53,10 +58,16 @@ class Progress(LanguageStudy):
             *trials_of(chosen.main, seeds[1:]),
             *trials_of(others, seeds),
             *stressed,
+            *(trial for trials in chosen.audit_trials(seeds).values() for trial in trials),
             *trials_of(chosen.position_arms, seeds[1:]),
             *trials_of(chosen.mechanism_arms, seeds),
+            *(trial for arm, its in chosen.remedy_arms(seeds) for trial in trials_of([arm], its)),
+            *trials_of(chosen.saturation_arms, seeds[:SATURATION_SEEDS]),
         ]
         return Plan(unique(trials, keep="first"))
+
+    def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
+        return run_audit(trial, workplace) if "audit" in trial.settings else super().run(trial, workplace)
 
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
         chosen = self.scales[scale]
@@ -77,7 +88,11 @@ class Progress(LanguageStudy):
             for result in runs
             if "alarm_scores" in result
         ]
-        first = measure_arms(chosen.position_arms, seeds[:1], results, rates=("best",))
+        first = measured(chosen.position_arms, seeds=seeds[:1])
+        remedies = {name: arms[name] for name in (LS.name,) if name in arms}
+        for arm, its in chosen.remedy_arms(seeds):
+            remedies |= measured([arm], seeds=its)
+        undecayed = {**arms, **measured(chosen.saturation_arms, seeds=seeds[:SATURATION_SEEDS])}
         verdicts = [
             judge_divergence(diverged),
             judge_logits(arms),
@@ -87,6 +102,7 @@ class Progress(LanguageStudy):
             judge_needed(arms),
             judge_mechanism(mechanism),
             judge_alarms(alarmed, warmup),
+            judge_remedies(remedies),
         ]
         sections = [
             *main_sections(chosen, arms, folder),
@@ -94,7 +110,10 @@ class Progress(LanguageStudy):
             *length_sections(lengths),
             *stress_sections(diverged),
             *alarm_sections(alarmed, warmup),
+            *precision_sections(audits_of(chosen.audit_trials(seeds), results)),
             *mechanism_sections(chosen, mechanism, folder),
+            *remedy_sections(remedies, folder),
+            *saturation_sections(undecayed, folder),
         ]
         return Findings(holm(verdicts), sections, _predictions(arms))
 
