@@ -82,7 +82,7 @@ def by_tokens(arms: Arms, title: str, name: str, y: str) -> Panel:
 
 def by_cost(arms: Arms, title: str, unit: str) -> Panel:
     """Make a panel of validation losses by the "tokens" or "flops" spent."""
-    scale, label = {"tokens": (1e-6, "million tokens"), "flops": (1e-15, "PFLOPs")}[unit]
+    scale, label = {"tokens": (1e-6, "million tokens"), "flops": (1e-12, "TFLOPs")}[unit]
     lines = {
         name: [
             [(scale * step * result[f"{unit}_per_step"], value) for step, value in result["validation_curve"]]

@@ -32,6 +32,7 @@ from longshort.studies.progress.logits import (
     stress_sections,
 )
 from longshort.studies.progress.mechanism import MECHANISM, judge_mechanism, mechanism_sections
+from longshort.studies.progress.overview import overview_sections
 from longshort.studies.progress.precision import audits_of, precision_sections, run_audit
 from longshort.studies.progress.remedies import REMEDIES, judge_remedies, remedy_sections
 from longshort.studies.progress.saturation import saturation_sections
@@ -104,7 +105,13 @@ class Progress(LanguageStudy):
             judge_alarms(alarmed, warmup),
             judge_remedies(remedies),
         ]
+        done = {
+            arm.name: [results[t.key] for t in trials_of([arm], seeds) if t.key in results]
+            for arm in chosen.main
+            if len(arm.ladder.rates) == 1
+        }
         sections = [
+            *overview_sections(done, folder),
             *main_sections(chosen, arms, folder),
             *position_sections(arms, first, folder),
             *length_sections(lengths),
