@@ -62,6 +62,7 @@ CLAIMS = (
         "Global attention draws O(n²) scores from O(n·d) degrees of freedom, local attention O(n·l') scores.",
         "None: it is counting.",
         "Illustrated: target and fits are drawn from measured numbers; there is no verdict.",
+        paper="a diagram",
     ),
     Claim(
         "F2c",
@@ -69,12 +70,14 @@ CLAIMS = (
         "Global attention reaches as low a loss, or a lower one, with other spans or windows than "
         "l' = d = w, where local attention wins by counting alone.",
         _RULE.format(quantity=f"final losses (at least {LOSS_FLOOR:g} nats, fp32's noise)"),
+        paper="lower, at l' = d = w",
     ),
     Claim(
         "F2d",
         "On a dense local dependency local attention resists the explosion of logits.",
         "Local attention's largest logit grows as large as global attention's.",
         _RULE.format(quantity="largest logits at the end"),
+        paper="smaller, at l' = d = w",
     ),
 )
 
@@ -118,7 +121,9 @@ class DenseLocal(Study):
             for side in (measured.local, measured.other)
         }
         drawn = sections(scale, seeds, results, found, folder)
-        return Findings(verdicts(scale, found), drawn, predictions)
+        sizes = SIZES[scale]
+        tested = f"n = {sizes.grid_length:,}, head_dim {sizes.head_dim}, {len(seeds)} seeds"
+        return Findings(verdicts(scale, found), drawn, predictions, tested)
 
 
 def _fits(chosen: Iterable[Pair]) -> list[Fit]:
@@ -163,7 +168,11 @@ def _judge(
         count = len(ratios("best"))
         return f"Local attention's {word}, of {count} combinations: {'; '.join(map(text, RATES))}."
 
-    return judge_twice(claim, lambda rate: outcome(ratios(rate)), evidence)
+    def here() -> str:
+        speak_for, against = speaking([interval for interval in ratios("best") if interval is not None])
+        return f"lower in {speak_for} and higher in {against} of {len(ratios('best'))} combinations"
+
+    return judge_twice(claim, lambda rate: outcome(ratios(rate)), evidence, here)
 
 
 def off_plateau(found: Mapping[Pair, MeasuredPair]) -> tuple[list[str], int]:

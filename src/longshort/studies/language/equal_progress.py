@@ -106,6 +106,7 @@ def judge_at_losses(
     p_at: Callable[[float], float],
     evidence: Callable[[Sequence[float]], str],
     losses: Sequence[float] = LOSSES,
+    here: Callable[[float], str] | None = None,
 ) -> Verdict:
     """Judge a claim at the losses that all runs of the needed arms reach.
 
@@ -119,6 +120,7 @@ def judge_at_losses(
         p_at: returns the p-value of that outcome.
         evidence: returns the numbers in words, from the losses that were reached.
         losses: the losses, nats per byte.
+        here: returns the number at one loss that says most.
     """
     if any(name not in arms for name in needed):
         return not_measured(claim)
@@ -131,7 +133,13 @@ def judge_at_losses(
         )  # fmt: skip
         return Verdict(claim, Outcome.NOT_REACHED, f"{reason}: too little progress to compare.")
     outcome = combined([outcome_at(loss) for loss in reached])
-    return Verdict(claim, outcome, evidence(reached), p_of_two([p_at(loss) for loss in reached]))
+    p = p_of_two([p_at(loss) for loss in reached])
+    return Verdict(claim, outcome, evidence(reached), p, here="" if here is None else at_ends(here, reached))
+
+
+def at_ends(text: Callable[[float], str], losses: Sequence[float]) -> str:
+    """Format a number at the first and at the last of the losses: "0.2 at 2.2, 0.6 at 1.3"."""
+    return ", ".join(f"{text(loss)} at {loss}" for loss in dict.fromkeys((losses[0], losses[-1])))
 
 
 def p_of_two(p_values: Sequence[float]) -> float:

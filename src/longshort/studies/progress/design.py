@@ -29,6 +29,7 @@ ENOUGH = Claim(
     f"paired over seeds. Shown: lower end above −{TOLERANCE}. Contradicted: upper end below −{TOLERANCE}. "
     f"Open unless both copy on every seed: a loss on repeated random bytes {COPYING_DROP} nats per byte "
     "below its highest value before.",
+    paper="a few global heads, often one",
 )
 NEEDED = Claim(
     "design: a global head",
@@ -38,6 +39,7 @@ NEEDED = Claim(
     "paired over seeds. Shown: lower end above 0. Contradicted: upper end below 0. Otherwise not shown. Open "
     f"unless LS copies on every seed: a loss on repeated random bytes {COPYING_DROP} nats per byte below its "
     "highest value before.",
+    paper="one for the long range",
 )
 
 
@@ -81,7 +83,8 @@ def _judge_design(
         return Verdict(
             claim, Outcome.NOT_REACHED, f"{', '.join(late)} did not copy on every seed. {evidence}"
         )
-    return Verdict(claim, outcome_of(change), evidence, change.p_value(bound))
+    here = f"{difference_text(change)} nats per byte"
+    return Verdict(claim, outcome_of(change), evidence, change.p_value(bound), here)
 
 
 def copying_step(result: Result) -> int | None:

@@ -13,6 +13,7 @@ from longshort.studies.language.equal_progress import (
     ALIKE,
     LOSSES,
     LOSSES_TEXT,
+    at_ends,
     at_loss,
     combined,
     judge_above_zero,
@@ -37,6 +38,7 @@ DIVERGENCE = Claim(
     "loss that is not finite, or a running loss (mean of 50 steps) 0.14 nats per byte above its minimum for "
     "100 steps. Shown: MHSA diverges alone in more pairs than LS, p < 0.05 by the exact two-sided sign test. "
     "Contradicted: the same with the names exchanged. Otherwise not shown.",
+    paper="diverges in bf16, figure 1",
 )
 RATIO = Claim(
     "F1: ratio of logits",
@@ -48,6 +50,7 @@ RATIO = Claim(
     f"two or more. Contradicted: above 1, or alike (within a factor of {ALIKE}), at two or more and below 1 "
     "at no other. A loss that speaks against the claim makes it not shown. Open unless all runs reach two of "
     "the losses.",
+    paper="below 0.05",
 )
 GROWTH = Claim(
     "F3",
@@ -57,6 +60,7 @@ GROWTH = Claim(
     f"loss first falls to each of {LOSSES_TEXT} that the runs of all lengths reach. Shown: above 0 at two or "
     "more losses. Contradicted: below 0 at two or more and above 0 at none. A loss that speaks against the "
     "claim makes it not shown. Open unless all runs reach two of the losses.",
+    paper="at n = 8,192, figure 3",
 )
 SOONER = Claim(
     "progress",
@@ -67,6 +71,7 @@ SOONER = Claim(
     f"end below 1 at two or more losses. Contradicted: above 1, or alike (within a factor of {ALIKE}), at "
     "two or more and below 1 at no other. A loss that speaks against the claim makes it not shown. Open "
     "unless all runs reach two of the losses.",
+    paper="lower loss, figures 1 and 5",
 )
 
 
@@ -93,7 +98,8 @@ def judge_divergence(stressed: Diverged) -> Verdict:
         f"{sum(theirs for _, theirs in pairs)}, alone in {mhsa_alone}; LS in "
         f"{sum(ours for ours, _ in pairs)}, alone in {ls_alone}; p = {p:.2g}."
     )
-    return Verdict(DIVERGENCE, outcome, evidence, p)
+    here = f"MHSA alone in {mhsa_alone} of {len(pairs)} pairs, LS alone in {ls_alone}"
+    return Verdict(DIVERGENCE, outcome, evidence, p, here)
 
 
 def judge_logits(arms: Arms) -> Verdict:
@@ -119,6 +125,7 @@ def judge_logits(arms: Arms) -> Verdict:
         lambda loss: judge_ratio(log_ratio(loss).exp(), 1 / 20),
         lambda loss: p_of_ratio(log_ratio(loss), 1 / 20),
         evidence,
+        here=lambda loss: interval_text(log_ratio(loss).exp()),
     )  # fmt: skip
 
 
@@ -143,7 +150,8 @@ def judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
     outcome = combined([judge_above_zero(interval) for interval in slopes["row_range"].values()])
     evidence = f"Slope of MHSA's log row range over log n: {ranges}; of its log largest logit: {logits}."
     p = p_of_two([interval.p_value(0.0) for interval in slopes["row_range"].values()])
-    return Verdict(GROWTH, outcome, evidence, p)
+    here = f"slope {at_ends(lambda loss: difference_text(slopes['row_range'][loss]), reached)}"
+    return Verdict(GROWTH, outcome, evidence, p, here)
 
 
 def judge_sooner(arms: Arms) -> Verdict:
@@ -164,6 +172,7 @@ def judge_sooner(arms: Arms) -> Verdict:
         lambda loss: judge_ratio(log_cost("tokens", loss).exp(), 1.0),
         lambda loss: p_of_ratio(log_cost("tokens", loss), 1.0),
         evidence,
+        here=lambda loss: f"{interval_text(log_cost('tokens', loss).exp())} of the tokens",
     )  # fmt: skip
 
 

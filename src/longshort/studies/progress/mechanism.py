@@ -8,7 +8,7 @@ from pathlib import Path
 from longshort.reporting.intervals import Interval, paired_log_ratio
 from longshort.reporting.page import Figure, Section, Table
 from longshort.reporting.plots import draw_curves
-from longshort.studies.framework.comparison import Arms, difference_text, mean_text
+from longshort.studies.framework.comparison import Arms, difference_text, interval_text, mean_text
 from longshort.studies.framework.study import Claim, Outcome, Verdict
 from longshort.studies.language.arms import LS, MHSA, Variant
 from longshort.studies.language.equal_progress import (
@@ -36,6 +36,7 @@ MECHANISM = Claim(
     "at two or more losses. Partly: one of them at two or more. Contradicted: at two or more losses neither, "
     "but a slope above 0 or a ratio of MHSA above 1, and at no other loss any of them. A loss that speaks "
     "against the claim makes it not shown. Open unless all runs reach two of the losses.",
+    paper="the argument of the paper",
 )
 
 
@@ -92,7 +93,11 @@ def judge_mechanism(arms: Arms) -> Verdict:
                     texts.append(f"{variant.name}, ratio to {plain.name} with all keys {ratios}")
         return f"At equal losses: {'; '.join(texts)}."
 
-    return judge_at_losses(MECHANISM, arms, needed, outcome_at, p_at, evidence)
+    def here(loss: float) -> str:
+        slope, ratio, _ = intervals(loss)
+        return f"slope {difference_text(slope)}, hidden keys {interval_text(ratio.exp())}"
+
+    return judge_at_losses(MECHANISM, arms, needed, outcome_at, p_at, evidence, here=here)
 
 
 def _ratio(first: float | None, second: float | None) -> float | None:

@@ -4,12 +4,13 @@ that are long enough to learn to copy."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from longshort.reporting.intervals import Interval
-from longshort.studies.framework.comparison import Arms, holm, measure_arms
+from longshort.studies.framework.comparison import Arms, holm, measure_arms, rate_text
 from longshort.studies.framework.study import Findings, Plan, Results, Scale, Trial, Workplace, unique
 from longshort.studies.language.alarms import WARNING, alarm_sections, judge_alarms
 from longshort.studies.language.arms import LS
@@ -122,7 +123,22 @@ class Progress(LanguageStudy):
             *remedy_sections(remedies, folder),
             *saturation_sections(undecayed, folder),
         ]
-        return Findings(holm(verdicts), sections, _predictions(arms))
+        told = _tested(chosen, seeds)
+        verdicts = [replace(verdict, tested=told.get(verdict.claim.id, "")) for verdict in holm(verdicts)]
+        return Findings(verdicts, sections, _predictions(arms), chosen.pair.extent(len(seeds)))
+
+
+def _tested(chosen: Sizes, seeds: Sequence[int]) -> dict[str, str]:
+    """Say how far claims were tested that do not rest on the pair, by id."""
+    found = {}
+    if chosen.stress is not None:
+        rates = f"rates to {rate_text(max(chosen.stress_rates))}"
+        found |= dict.fromkeys((DIVERGENCE.id, WARNING.id), f"{chosen.stress.extent(len(seeds))}, {rates}")
+    if chosen.mechanism is not None:
+        found[MECHANISM.id] = chosen.mechanism.extent(len(seeds))
+    lengths = list(chosen.length_arms)
+    found[GROWTH.id] = f"n = {lengths[0]:,} to {lengths[-1]:,}, {len(seeds)} seeds"
+    return found
 
 
 def _predictions(arms: Arms) -> dict[str, dict[str, Interval]]:
