@@ -127,7 +127,8 @@ class Latency(Study):
             "36 %."
         )
         longest = max(seconds)
-        here = f"{_saving(seconds[longest]):.0%} lower for a prompt of {longest:,}"
+        saving = _saving(seconds[longest])
+        here = f"{abs(saving):.0%} {'lower' if saving >= 0 else 'higher'} for a prompt of {longest:,}"
         verdict = Verdict(SAVING, saving_outcome(seconds), evidence, here=here)
         chosen = self.scales[scale]
         section = _section(chosen.preset, rows, folder)

@@ -150,6 +150,7 @@ def _judge(
             Outcome.NOT_REACHED,
             f"{len(late)} of {fits} fits were on no plateau after the steps that they had: "
             f"{'; '.join(dict.fromkeys(late))}.",
+            here=f"{len(late)} of {fits} fits were on no plateau",
         )
 
     def ratios(rate: Rate) -> list[Interval | None]:
