@@ -8,7 +8,7 @@ from longshort.studies.language.alarms import WARNING
 from longshort.studies.language.arms import model_config
 from longshort.studies.language.trial import probe_series
 from longshort.studies.progress.design import ENOUGH, NEEDED, copying_step
-from longshort.studies.progress.logits import DIVERGENCE, GROWTH, RATIO, SOONER
+from longshort.studies.progress.logits import DIVERGENCE, GROWTH, MITIGATION, RATIO, SOONER
 from longshort.studies.progress.mechanism import MECHANISM
 from longshort.studies.progress.remedies import REMEDIES
 from longshort.studies.progress.study import Progress
@@ -23,9 +23,9 @@ NOT_SHOWN, SHOWN, PARTLY, AGAINST, OPEN = (
 def test_identical_arms_are_alike(tmp_path):
     found = judge(STUDY, "laptop", planted(), tmp_path)
     assert found == {
-        DIVERGENCE.id: NOT_SHOWN, RATIO.id: AGAINST, GROWTH.id: NOT_SHOWN, SOONER.id: AGAINST,
-        ENOUGH.id: SHOWN, NEEDED.id: NOT_SHOWN, MECHANISM.id: NOT_MEASURED, WARNING.id: NOT_MEASURED,
-        REMEDIES.id: NOT_MEASURED,
+        DIVERGENCE.id: NOT_SHOWN, RATIO.id: AGAINST, GROWTH.id: NOT_SHOWN, MITIGATION.id: NOT_SHOWN,
+        SOONER.id: AGAINST, ENOUGH.id: SHOWN, NEEDED.id: NOT_SHOWN, MECHANISM.id: NOT_MEASURED,
+        WARNING.id: NOT_MEASURED, REMEDIES.id: NOT_MEASURED,
     }  # fmt: skip
 
 
@@ -73,6 +73,27 @@ def test_logits_that_grow_with_length(tmp_path):
         return 1 / logit(trial, loss)
 
     assert judge(STUDY, "laptop", planted(logit=shrinking), tmp_path)[GROWTH.id] == AGAINST
+
+
+@pytest.mark.parametrize(
+    ("factors", "outcome"),
+    [
+        ({}, NOT_SHOWN),
+        ({256: 0.5, 512: 0.5, 1024: 0.5, 2048: 0.5}, SHOWN),
+        ({256: 0.5, 512: 0.5, 1024: 0.5}, PARTLY),
+        ({256: 0.5, 512: 0.5}, NOT_SHOWN),
+        ({256: 0.5, 512: 2.0, 1024: 2.0, 2048: 2.0}, AGAINST),
+    ],
+)
+def test_logits_that_are_smaller_at_each_length(tmp_path, factors, outcome):
+    def logit(trial, loss):
+        return 10 * (factors.get(trial.settings["train"]["sequence_length"], 1) if trial.arm == "LS" else 1)
+
+    result_of = planted(logit=logit)
+    by_length = STUDY.scales["overnight"].length_arms.values()
+    trials = [arm.trial(3e-3, seed) for arms in by_length for arm in arms.values() for seed in range(3)]
+    found = STUDY.findings("overnight", range(3), {trial.key: result_of(trial) for trial in trials}, tmp_path)
+    assert outcomes(found)[MITIGATION.id] == outcome
 
 
 def sizes_and_hiding(power, hidden, hidden_ls=1.0):

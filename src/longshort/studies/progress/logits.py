@@ -62,6 +62,18 @@ GROWTH = Claim(
     "claim makes it not shown. Open unless all runs reach two of the losses.",
     paper="at n = 8,192, figure 3",
 )
+MITIGATION = Claim(
+    "F4: each length",
+    "LS-attention mitigates the explosion of logits at each length.",
+    "At some length LS's largest logit at equal progress is as large as MHSA's, or larger.",
+    "95 % intervals of LS/MHSA, paired over seeds, of the largest logit at each length, where the validation "
+    f"loss first falls to each of {LOSSES_TEXT} that the runs of all lengths reach. At a loss: shown if "
+    "below 1 at every length, partly if at more than half of them, contradicted if above 1 at more than half. "
+    "Shown, or partly: so at two or more losses. Contradicted: at two or more losses, and shown or partly at "
+    "no other. A loss that speaks against the claim makes it not shown. Open unless all runs reach two of "
+    "the losses.",
+    paper="at each of n = 512 to 8,192",
+)
 SOONER = Claim(
     "progress",
     "LS-attention reaches the same losses with fewer tokens.",
@@ -152,6 +164,43 @@ def judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
     p = p_of_two([interval.p_value(0.0) for interval in slopes["row_range"].values()])
     here = f"slope {at_ends(lambda loss: difference_text(slopes['row_range'][loss]), reached)}"
     return Verdict(GROWTH, outcome, evidence, p, here)
+
+
+def judge_mitigation(lengths: Mapping[int, Arms]) -> Verdict:
+    """Judge `MITIGATION` by MHSA and LS at every length."""
+    pairs = {n: [f"{variant.name}, n = {n}" for variant in (LS, MHSA)] for n in lengths}
+    arms = {name: arm for by_name in lengths.values() for name, arm in by_name.items()}
+
+    def log_ratios(loss: float) -> dict[int, Interval]:
+        return {
+            n: log_ratio_at_loss(arms[ls], arms[mhsa], "max_logit", loss) for n, (ls, mhsa) in pairs.items()
+        }
+
+    def outcome_at(loss: float) -> Outcome:
+        ratios = log_ratios(loss).values()
+        below, above = sum(ratio.high < 0 for ratio in ratios), sum(ratio.low > 0 for ratio in ratios)
+        if below == len(pairs):
+            return Outcome.SHOWN
+        if 2 * above > len(pairs):
+            return Outcome.CONTRADICTED
+        return Outcome.PARTLY if 2 * below > len(pairs) else Outcome.NOT_SHOWN
+
+    def p_at(loss: float) -> float:
+        """By Bonferroni's bound on a partial conjunction, where most of the lengths are enough."""
+        p_values = sorted(ratio.p_value(0.0) for ratio in log_ratios(loss).values())
+        needed = len(pairs) if outcome_at(loss) is Outcome.SHOWN else len(pairs) // 2 + 1
+        return min(1.0, (len(pairs) - needed + 1) * p_values[needed - 1])
+
+    def text(loss: float) -> str:
+        return "; ".join(f"n = {n}: {interval_text(ratio.exp())}" for n, ratio in log_ratios(loss).items())
+
+    def evidence(losses: Sequence[float]) -> str:
+        return f"LS/MHSA of the largest logit: {'. '.join(f'At {loss}: {text(loss)}' for loss in losses)}."
+
+    if len(lengths) < 2:
+        return not_measured(MITIGATION, "There is one length.")
+    needed = [name for pair in pairs.values() for name in pair]
+    return judge_at_losses(MITIGATION, arms, needed, outcome_at, p_at, evidence, here=text)
 
 
 def judge_sooner(arms: Arms) -> Verdict:

@@ -23,11 +23,13 @@ from longshort.studies.progress.figures import main_sections, position_sections
 from longshort.studies.progress.logits import (
     DIVERGENCE,
     GROWTH,
+    MITIGATION,
     RATIO,
     SOONER,
     judge_divergence,
     judge_growth,
     judge_logits,
+    judge_mitigation,
     judge_sooner,
     length_sections,
     stress_sections,
@@ -45,7 +47,7 @@ class Progress(LanguageStudy):
 
     name = "progress"
     title = "Equal progress (figures 1, 3, 4 and 5)"
-    claims = (DIVERGENCE, RATIO, GROWTH, SOONER, ENOUGH, NEEDED, MECHANISM, WARNING, REMEDIES)
+    claims = (DIVERGENCE, RATIO, GROWTH, MITIGATION, SOONER, ENOUGH, NEEDED, MECHANISM, WARNING, REMEDIES)
     scales: Mapping[Scale, Sizes] = SIZES
 
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
@@ -99,6 +101,7 @@ class Progress(LanguageStudy):
             judge_divergence(diverged),
             judge_logits(arms),
             judge_growth(lengths),
+            judge_mitigation(lengths),
             judge_sooner(arms),
             judge_enough(arms),
             judge_needed(arms),
@@ -137,8 +140,8 @@ def _tested(chosen: Sizes, seeds: Sequence[int]) -> dict[str, str]:
     if chosen.mechanism is not None:
         found[MECHANISM.id] = chosen.mechanism.extent(len(seeds))
     lengths = list(chosen.length_arms)
-    found[GROWTH.id] = f"n = {lengths[0]:,} to {lengths[-1]:,}, {len(seeds)} seeds"
-    return found
+    told = f"n = {lengths[0]:,} to {lengths[-1]:,}, {len(seeds)} seeds"
+    return found | dict.fromkeys((GROWTH.id, MITIGATION.id), told)
 
 
 def _predictions(arms: Arms) -> dict[str, dict[str, Interval]]:
