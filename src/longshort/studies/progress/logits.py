@@ -68,10 +68,10 @@ MITIGATION = Claim(
     "At some length LS's largest logit at equal progress is as large as MHSA's, or larger.",
     "95 % intervals of LS/MHSA, paired over seeds, of the largest logit at each length, where the validation "
     f"loss first falls to each of {LOSSES_TEXT} that the runs of all lengths reach. At a loss: shown if "
-    "below 1 at every length, partly if at more than half of them, contradicted if above 1 at more than half. "
-    "Shown, or partly: so at two or more losses. Contradicted: at two or more losses, and shown or partly at "
-    "no other. A loss that speaks against the claim makes it not shown. Open unless all runs reach two of "
-    "the losses.",
+    "below 1 at every length, partly if at more than half of them, contradicted if above 1 at more than "
+    "half. Shown, or partly: so at two or more losses. Contradicted: at two or more losses, and shown or "
+    "partly at no other. A loss that speaks against the claim makes it not shown. Open unless all runs reach "
+    "two of the losses.",
     paper="at each of n = 512 to 8,192",
 )
 SOONER = Claim(
