@@ -29,6 +29,7 @@ _COMMANDS = {
     "plan": "Count what layouts of heads would cost: cache, operations, longest context.",
     "bench": "Measure the speed and memory of attention and of models on this machine.",
     "study": "Run the paper's experiments: trials, figures, verdicts, one report.",
+    "claims": "Print the claims of finished studies as a table in Markdown.",
     "doctor": "Show versions, hardware, and which attention backends work here.",
     "demo": "Train LS-attention and full attention side by side.",
 }

@@ -1,4 +1,4 @@
-"""LS-attention in the decoders of Hugging Face transformers: layouts, caches and masks, and logits watched and
+"""LS-attention in the decoders of Hugging Face transformers: layouts, caches and masks; logits watched and
 clipped.
 
 The import registers the attention implementation "longshort", so that models that were saved with layouts
