@@ -47,6 +47,9 @@ CONFIGS = {
         **_COMMON, hidden_size=48, ffn_dim=64, num_hidden_layers=2, num_attention_heads=6,
         max_position_embeddings=256, word_embed_proj_dim=48, dropout=0.0,
     ),
+    "llama4": lambda: hf.Llama4TextConfig(
+        **_LLAMA, **_MOE, intermediate_size_mlp=64, attention_chunk_size=16, no_rope_layers=[1, 0],
+    ),
     "lfm2": lambda: hf.Lfm2Config(**_LLAMA, layer_types=["conv", "full_attention"]),
 }  # fmt: skip
 """Configs by family: GQA, QK-norm, sliding windows, softcap, fused projections, sinks, MLA, layers without
@@ -86,10 +89,14 @@ def visible(layout: HeadLayout, segment_ids):
 
 def attend_by_masks(model, layouts, segment_ids):
     """Let a model attend by its own eager function under explicit masks, one per head; undone by nothing."""
-    masks = [
-        None if layout is None else torch.where(visible(layout, segment_ids), 0.0, LOWEST)
-        for layout in layouts
-    ]
+    kinds = getattr(model.config, "layer_types", None) or [""] * len(layouts)
+    position = torch.arange(segment_ids.shape[1])
+    masks = []
+    for layout, kind in zip(layouts, kinds, strict=True):
+        segments = segment_ids
+        if "chunked" in kind:
+            segments = segment_ids + 100 * (position // model.config.attention_chunk_size)
+        masks.append(None if layout is None else torch.where(visible(layout, segments), 0.0, LOWEST))
 
     def attend(module, query, key, value, attention_mask, **options):
         own = sys.modules[type(module).__module__].eager_attention_forward

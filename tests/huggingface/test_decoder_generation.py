@@ -31,14 +31,15 @@ def tokens(batch=1, length=20):
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def generate(model, ids, cache=True, mask=None, **options):
+def generate(model, ids, cache=True, mask=None, given=None, **options):
     torch.manual_seed(0)
     settings = GenerationConfig(
         max_new_tokens=12, pad_token_id=0, eos_token_id=None, use_cache=cache,
         return_dict_in_generate=True, **options,
     )  # fmt: skip
     mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(ids, attention_mask=mask, generation_config=settings)
+    inputs = {} if given is None else {"past_key_values": given}
+    return model.generate(ids, attention_mask=mask, generation_config=settings, **inputs)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -131,6 +132,38 @@ def test_another_kind_of_cache_is_made_when_asked_for():
     found = generate(model, ids, do_sample=False, cache_implementation="dynamic")
     assert type(found.past_key_values) is hf.DynamicCache
     assert torch.equal(found.sequences, generate(model, ids, do_sample=False).sequences)
+
+
+@pytest.mark.parametrize("kind", ["offloaded_static", "sliding_window"])
+def test_other_caches_of_fixed_length_are_refused(kind):
+    model, ids = make_model("llama"), tokens()
+    with pytest.raises(ValueError, match="cache_implementation must be None, 'static' or 'dynamic'.*" + kind):
+        generate(model, ids, do_sample=False, cache_implementation=kind)
+
+
+def test_layers_that_attend_in_chunks_have_no_sink_tokens():
+    model, ids = make_model("llama4"), tokens(length=40)
+    assert layouts_of(model)[0].sink_tokens == 0
+    found = generate(model, ids, do_sample=False)
+    assert isinstance(found.past_key_values, SplitCache)
+    assert torch.equal(found.sequences, generate(model, ids, cache=False, do_sample=False).sequences)
+
+
+def test_a_returned_cache_goes_on():
+    model, ids = make_model("llama"), tokens()
+    first = generate(model, ids, do_sample=False)
+    more = torch.cat([first.sequences, tokens(length=3)], dim=1)
+    found = generate(model, more, do_sample=False, given=first.past_key_values)
+    assert torch.equal(found.sequences, generate(model, more, cache=False, do_sample=False).sequences)
+
+
+def test_embeddings_in_place_of_tokens():
+    model, ids = make_model("llama"), tokens()
+    embeddings = model.get_input_embeddings()(ids)
+    settings = GenerationConfig(max_new_tokens=12, pad_token_id=0, eos_token_id=None, do_sample=False)
+    mask = torch.ones_like(ids)
+    found = model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=settings)
+    assert torch.equal(found, generate(model, ids, cache=False, do_sample=False).sequences[:, 20:])
 
 
 def test_a_model_without_layouts_generates_as_before():

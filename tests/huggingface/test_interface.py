@@ -102,6 +102,14 @@ def test_masks_that_are_no_segments_are_refused(options, reason):
         segments_of_mask(2, 5, 5, **options)
 
 
+def test_a_graph_checks_masks_too():
+    looks_ahead = torch.compile(segments_of_mask, backend="eager")
+    torch._dynamo.reset()
+    assert looks_ahead(2, 5, 5, mask_function=lambda batch, head, query, key: query >= key) is not None
+    with pytest.raises(RuntimeError, match="must be causal"):
+        looks_ahead(2, 5, 5, mask_function=lambda batch, head, query, key: query >= 0)
+
+
 def all_global(call: Call) -> HeadLayout:
     return HeadLayout((None,) * call.num_heads, call.num_kv_heads)
 
