@@ -8,7 +8,7 @@ import longshort
 import longshort.cli as cli
 from longshort.cli import main
 
-COMMANDS = ["data", "train", "evaluate", "audit", "generate", "plan", "doctor", "demo"]
+COMMANDS = ["data", "train", "evaluate", "audit", "generate", "watch", "plan", "doctor", "demo"]
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -54,6 +54,7 @@ def test_each_command_explains_itself(capsys, command):
         "evaluate r",
         "audit r",
         "generate r",
+        "watch m --text t",
         "plan --length 9",
         "doctor",
         "demo --out d",

@@ -142,8 +142,8 @@ def truth(
     heads = q.shape[1]
     k = k.repeat_interleave(heads // k.shape[1], dim=1)
     logits = scale * (q @ k.mT)
-    visible, bias = torch.broadcast_tensors(visible, torch.zeros(()) if bias is None else bias)
-    visible, bias = visible.expand_as(logits), bias.expand_as(logits)
+    visible = visible.expand_as(logits)
+    biases = torch.zeros_like(logits) if bias is None else bias.expand_as(logits)
     found = Truth([], [], [])
     for head in range(heads):
         largest, entropies, widest = 0.0, [], 0.0
@@ -156,7 +156,7 @@ def truth(
                 largest = max(largest, z.abs().max().item())
                 widest = max(widest, (z.max() - z.min()).item())
                 scores = z if softcap is None else softcap * torch.tanh(z / softcap)
-                p = (scores + bias[entry, head, row][seen]).softmax(-1)
+                p = (scores + biases[entry, head, row][seen]).softmax(-1)
                 entropies.append(torch.special.entr(p).sum().item())
         found.max_logit.append(largest)
         found.entropy.append(sum(entropies) / max(1, len(entropies)))
@@ -171,5 +171,4 @@ def truth_of(call: Captured, dtype: torch.dtype | None = torch.float64) -> Truth
     return truth(call.q.to(dtype), call.k.to(dtype), visible, call.scale, call.softcap)
 
 
-Maker = Callable[..., Any]
-make_llama: Maker = functools.partial(make_decoder, "llama")
+make_llama: Callable[..., Any] = functools.partial(make_decoder, "llama")

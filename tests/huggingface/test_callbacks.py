@@ -18,7 +18,7 @@ from longshort.stability import z_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft
 
-DATA = [{"input_ids": ids, "labels": ids} for ids in tokens(batch=48, length=12)]
+DATA: Any = [{"input_ids": ids, "labels": ids} for ids in tokens(batch=48, length=12)]
 
 
 class Logger(TrainerCallback):
@@ -31,7 +31,7 @@ class Logger(TrainerCallback):
         self.logs.append({**kwargs["logs"], "step": state.global_step})
 
 
-def make_trainer(model: Any, folder: Path, **settings: Any) -> tuple[Trainer, Logger]:
+def make_trainer(model: Any, folder: Path, **settings: Any) -> tuple[Any, Logger]:
     logger = Logger()
     options: dict[str, Any] = {
         "per_device_train_batch_size": 4, "max_steps": 6, "logging_steps": 1, "learning_rate": 1e-2,
@@ -55,8 +55,9 @@ def test_logs_and_file_hold_the_logits(tmp_path: Path) -> None:
     callback = LogitCallback(every=3, file=file)
     attach(trainer, callback)
     first, batches = copy.deepcopy(model), []
-    step = trainer.training_step
-    trainer.training_step = lambda model, batch, *args: batches.append(batch) or step(model, batch, *args)
+    step: Any = trainer.training_step
+    recorded: Any = lambda model, batch, *args: batches.append(batch) or step(model, batch, *args)  # noqa: E731
+    trainer.training_step = recorded
     before = dict(ALL_ATTENTION_FUNCTIONS)
     trainer.train()
     assert dict(ALL_ATTENTION_FUNCTIONS) == before

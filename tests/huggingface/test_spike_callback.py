@@ -13,7 +13,7 @@ from longshort.huggingface.callbacks import LogitCallback, attach
 from longshort.huggingface.spike_callback import SpikeCallback
 from longshort.stability import SpikeDetector
 
-DATA = [{"input_ids": ids, "labels": ids} for ids in tokens(batch=64, length=8)]  # 16 steps an epoch
+DATA: Any = [{"input_ids": ids, "labels": ids} for ids in tokens(batch=64, length=8)]  # 16 steps an epoch
 
 
 class Poison(TrainerCallback):

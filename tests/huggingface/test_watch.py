@@ -90,7 +90,7 @@ def test_sdpa_shows_the_same_pairs_as_eager(family: str) -> None:
 def test_flex_attention_shows_the_same_pairs_as_eager(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_decoder(family).eval()
     model.set_attn_implementation("flex_attention")
-    flex = transformers.integrations.flex_attention
+    flex: Any = transformers.integrations.flex_attention
     monkeypatch.setattr(  # compiling takes minutes
         flex,
         "compile_friendly_flex_attention",
