@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 from tests.huggingface.watched_decoders import (
     FAMILIES,
+    Captured,
     capture_eager,
     make_decoder,
     make_llama,
@@ -16,14 +18,13 @@ from tests.huggingface.watched_decoders import (
     truth_of,
 )
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longshort import HeadLayout
 from longshort.huggingface import LogitMonitor
 from longshort.layers import LongShortAttention, Rotary
 from longshort.stability import AttentionMonitor, Reading
-
-CLOSE = {"rel": 1e-9, "abs": 1e-9}  # float64 against float64
 
 
 def padded(ids: Tensor) -> Tensor:
@@ -39,37 +40,49 @@ def read(model: Any, *args: Any, **kwargs: Any) -> Reading:
     return monitor.reading()
 
 
-def assert_true(reading: Reading, model: Any, *args: Any, **kwargs: Any) -> None:
-    calls = [truth_of(call) for call in capture_eager(model, *args, use_cache=False, **kwargs)]
+def assert_true(reading: Reading, calls: list[Captured]) -> None:
+    """The numbers err at most twice as much as those from all logits in the same precision."""
+    exact, plain = ([truth_of(call, dtype) for call in calls] for dtype in (torch.float64, None))
     assert reading.row_range_by_head is not None
-    assert len(calls) == len(reading.max_logit_by_head) > 0
-    for layer, call in enumerate(calls):
-        assert reading.max_logit_by_head[layer] == pytest.approx(call.max_logit, **CLOSE)
-        assert reading.entropy_by_head[layer] == pytest.approx(call.entropy, **CLOSE)
-        assert reading.row_range_by_head[layer] == pytest.approx(call.row_range, **CLOSE)
+    for name, found in (
+        ("max_logit", reading.max_logit_by_head),
+        ("entropy", reading.entropy_by_head),
+        ("row_range", reading.row_range_by_head),
+    ):
+        wanted, rounded, measured = (
+            torch.tensor(values, dtype=torch.float64)
+            for values in ([getattr(x, name) for x in exact], [getattr(x, name) for x in plain], found)
+        )
+        slack = 2 * torch.finfo(torch.float32).eps * wanted.abs().max()
+        assert (measured - wanted).abs().max() <= 2 * (rounded - wanted).abs().max() + slack, name
     assert reading.max_logit == max(max(heads) for heads in reading.max_logit_by_head)
     assert reading.row_range == max(max(heads) for heads in reading.row_range_by_head)
 
 
+def only_first_layer(reading: Reading) -> Reading:
+    assert reading.row_range_by_head is not None
+    logits, ranges = reading.max_logit_by_head[:1], reading.row_range_by_head[:1]
+    return replace(
+        reading, max_logit_by_head=logits, entropy_by_head=reading.entropy_by_head[:1],
+        row_range_by_head=ranges, max_logit=max(logits[0]), row_range=max(ranges[0]),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values_are_those_of_all_logits_in_float64(family: str) -> None:
-    model = make_decoder(family).double().eval()
-    ids = tokens()
-    assert_true(read(model, ids, attention_mask=padded(ids)), model, ids, attention_mask=padded(ids))
-    assert_true(read(model, ids), model, ids)
+    model, ids = make_decoder(family).eval(), tokens()
+    model.set_attn_implementation("eager")
+    for options in ({}, {"attention_mask": padded(ids)}):
+        assert_true(read(model, ids, **options), capture_eager(model, ids, use_cache=False, **options))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gpt-neox", "deepseek-v3", "qwen3-next"])
 def test_sdpa_shows_the_same_pairs_as_eager(family: str) -> None:
-    model = make_decoder(family).double().eval()
+    model, ids = make_decoder(family).eval(), tokens()
     model.set_attn_implementation("sdpa")
-    ids = tokens()
-    assert_true(read(model, ids), model, ids)
-    assert_true(read(model, ids[:1]), model, ids[:1])
-    mask = torch.ones_like(ids)
-    mask[0, -5:] = 0
-    calls = read(model, ids, attention_mask=mask)
-    assert_true(calls, model, ids, attention_mask=mask)
+    for options in ({}, {"attention_mask": padded(ids)}):
+        calls = capture_eager(model, ids, use_cache=False, **options)
+        assert_true(only_first_layer(read(model, ids, **options)), calls[:1])  # others get other inputs
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
@@ -77,11 +90,16 @@ def test_sdpa_shows_the_same_pairs_as_eager(family: str) -> None:
 def test_flex_attention_shows_the_same_pairs_as_eager(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_decoder(family).eval()
     model.set_attn_implementation("flex_attention")
-    flex = transformers.integrations.flex_attention
+    flex: Any = transformers.integrations.flex_attention
     monkeypatch.setattr(  # compiling takes minutes
         flex,
         "compile_friendly_flex_attention",
         lambda *args, training, **kw: flex.flex_attention(*args, **kw),
+    )
+    monkeypatch.setattr(
+        transformers.masking_utils,
+        "create_block_mask",
+        lambda *args, _compile, **kw: create_block_mask(*args, **kw),
     )
     ids = tokens()
     found = read(model, ids, attention_mask=padded(ids))
@@ -147,16 +165,16 @@ def test_several_passes_give_the_maxima_and_the_means() -> None:
 
 
 def test_decoding_with_a_cache_sees_all_its_keys() -> None:
-    model = make_decoder("mistral").double().eval()
-    ids = tokens(length=12)
+    model, ids = make_decoder("mistral").eval(), tokens(length=12)
+    model.set_attn_implementation("eager")
     with torch.no_grad():
         cache = model(ids[:, :8]).past_key_values
         with LogitMonitor(model) as monitor:
             model(ids[:, 8:], past_key_values=cache)
     calls = capture_eager(model, ids)
-    for call, found in zip(calls, monitor.reading().max_logit_by_head, strict=True):
+    for call in calls:
         call.q, call.mask = call.q[:, :, 8:], call.mask[:, :, 8:]
-        assert found == pytest.approx(truth_of(call).max_logit, **CLOSE)
+    assert_true(monitor.reading(), calls)
 
 
 def test_step_measures_the_first_and_every_kth() -> None:
@@ -165,7 +183,7 @@ def test_step_measures_the_first_and_every_kth() -> None:
     with LogitMonitor(model, every=3) as monitor:
         for number in range(1, 8):
             model(tokens(seed=number), use_cache=False)
-            is_wrapped = "eager" in ALL_ATTENTION_FUNCTIONS
+            is_wrapped = "eager" in ALL_ATTENTION_FUNCTIONS  # it has no entry of its own
             reading = monitor.step()
             assert is_wrapped == (reading is not None)
             if reading is not None:
@@ -255,7 +273,7 @@ def test_gradient_checkpointing_changes_no_number() -> None:
     plain = read(model, ids)
     for reentrant in (False, True):
         checkpointed = copy.deepcopy(model)
-        checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpointed.activation_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
             checkpointed.enable_input_require_grads()
         with LogitMonitor(checkpointed) as monitor:
@@ -263,6 +281,7 @@ def test_gradient_checkpointing_changes_no_number() -> None:
         assert monitor.reading() == plain
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft
 def test_lora_and_autocast_are_seen() -> None:
     import peft
 
@@ -281,8 +300,9 @@ def test_lora_and_autocast_are_seen() -> None:
     assert rounded != read(base, ids)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's
 def test_under_compile_the_graph_is_watched_and_left_again() -> None:
-    model, ids = make_llama(), tokens()
+    model, ids = make_llama(num_hidden_layers=1), tokens()
     compiled: Any = torch.compile(model, backend="aot_eager")
     plain = compiled(ids, labels=ids, use_cache=False)
     for _ in range(2):

@@ -99,14 +99,14 @@ class Captured:
 
 
 def capture_eager(model: Any, *args: Any, **kwargs: Any) -> list[Captured]:
-    """Run a model with eager attention of its own; return what its layers were given, in float64."""
+    """Run a model with eager attention of its own; return what its layers were given."""
     found: list[Captured] = []
     before = model.config._attn_implementation
 
     def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **options: Any) -> Any:
         scale = options.get("scaling")
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        found.append(Captured(module, q.double(), k.double(), mask, scale, options.get("softcap")))
+        found.append(Captured(module, q, k, mask, scale, options.get("softcap")))
         own: Any = sys.modules[type(module).__module__]
         return own.eager_attention_forward(module, q, k, v, mask, **options)
 
@@ -142,8 +142,8 @@ def truth(
     heads = q.shape[1]
     k = k.repeat_interleave(heads // k.shape[1], dim=1)
     logits = scale * (q @ k.mT)
-    visible, bias = torch.broadcast_tensors(visible, torch.zeros(()) if bias is None else bias)
-    visible, bias = visible.expand_as(logits), bias.expand_as(logits)
+    visible = visible.expand_as(logits)
+    biases = torch.zeros_like(logits) if bias is None else bias.expand_as(logits)
     found = Truth([], [], [])
     for head in range(heads):
         largest, entropies, widest = 0.0, [], 0.0
@@ -156,7 +156,7 @@ def truth(
                 largest = max(largest, z.abs().max().item())
                 widest = max(widest, (z.max() - z.min()).item())
                 scores = z if softcap is None else softcap * torch.tanh(z / softcap)
-                p = (scores + bias[entry, head, row][seen]).softmax(-1)
+                p = (scores + biases[entry, head, row][seen]).softmax(-1)
                 entropies.append(torch.special.entr(p).sum().item())
         found.max_logit.append(largest)
         found.entropy.append(sum(entropies) / max(1, len(entropies)))
@@ -164,11 +164,11 @@ def truth(
     return found
 
 
-def truth_of(call: Captured) -> Truth:
-    """The truth about a call of eager attention, whose mask is a bias."""
+def truth_of(call: Captured, dtype: torch.dtype | None = torch.float64) -> Truth:
+    """The truth about a call of eager attention, whose mask is a bias; with None in the precision of the
+    call."""
     visible = call.mask if call.mask.dtype == torch.bool else call.mask > torch.finfo(call.mask.dtype).min / 2
-    return truth(call.q, call.k, visible, call.scale, call.softcap)
+    return truth(call.q.to(dtype), call.k.to(dtype), visible, call.scale, call.softcap)
 
 
-Maker = Callable[..., Any]
-make_llama: Maker = functools.partial(make_decoder, "llama")
+make_llama: Callable[..., Any] = functools.partial(make_decoder, "llama")

@@ -38,16 +38,24 @@ def load_decoder(
     if attention is not None:
         options["attn_implementation"] = attention
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:
-        reason = str(error).partition("\n")[0]
         if Path(name).is_dir():
-            raise ValueError(f"{name} must hold a model with its tokenizer: {reason}") from error
+            raise ValueError(f"{name} must hold a model: {_first_line(error)}") from error
         raise FileNotFoundError(
-            f"there is no folder {name}, and no model {name} that the Hugging Face Hub gives: {reason}"
+            f"there is no folder {name}, and no model {name} that the Hugging Face Hub gives: "
+            f"{_first_line(error)}"
         ) from error
     except (ValueError, ImportError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{name} cannot be loaded as a causal language model: {reason}") from error
+        raise ValueError(
+            f"{name} cannot be loaded as a causal language model: {_first_line(error)}"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(f"{name} must have a tokenizer beside its model: {_first_line(error)}") from error
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,6 @@ from longshort.stability.ranks import max_over_ranks, sum_over_ranks
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from torch.utils.hooks import RemovableHandle
 
 
 class LogitMonitor:
@@ -71,15 +71,12 @@ class LogitMonitor:
         self._names = {id(module): name for name, module in modules.items()}
         self._modules = list(modules.values())  # keeps the identities in use
         self._candidates = _attention_modules(self._modules)
-        self._handles: list[RemovableHandle] = []
-        self._observed_layers: list[tuple[LongShortAttention, Any]] = []
-        self._steps = 0
-        self._is_entered = self._is_on = False
-        self._clear()
-
-    def _clear(self) -> None:
         self._sums: dict[int, _LayerSums] = {}  # by identity of the layer
         self._ran: set[int] = set()
+        self._steps = 0
+        self._is_entered = self._is_on = False
+        self._undo: list[Callable[[], Any]] = []
+        weakref.finalize(self, _call_all, self._undo)  # a monitor that is dropped leaves the model alone
 
     def __enter__(self) -> LogitMonitor:
         """Watch from now on.
@@ -130,7 +127,7 @@ class LogitMonitor:
             scale = call.q.shape[3] ** -0.5 if scale is None else float(scale)
             found = measure(call.q, call.k, visibility_of(call), scale, softcap)
             call.findings["statistics"] = found
-        self._add(call.module, windows_of(call), found)
+        self.add(call.module, windows_of(call), found)
 
     def reading(self) -> Reading:
         """Return the measurements since the last reading, and clear them.
@@ -159,7 +156,8 @@ class LogitMonitor:
                 )
             return _assemble(sums, self._group if is_shared else False)
         finally:
-            self._clear()
+            self._sums.clear()
+            self._ran.clear()
 
     @property
     def _is_due(self) -> bool:
@@ -176,33 +174,20 @@ class LogitMonitor:
 
     def _start(self) -> None:
         for module in self._candidates:
+            note: Any = torch.compiler.disable(partial(_note_run, self._ran))
+            self._undo.append(module.register_forward_pre_hook(note).remove)
             if isinstance(module, LongShortAttention):
-                observer: Any = partial(torch.compiler.disable(self._on_observation), module)
+                observer: Any = torch.compiler.disable(partial(_observe, weakref.ref(self), module))
                 module.add_observer(observer)
-                self._observed_layers.append((module, observer))
-            note: Any = torch.compiler.disable(self._note_run)
-            self._handles.append(module.register_forward_pre_hook(note))
+                self._undo.append(partial(module.remove_observer, observer))
         listen(self)
 
     def _stop(self) -> None:
         stop_listening(self)
-        for handle in self._handles:
-            handle.remove()
-        for module, observer in self._observed_layers:
-            module.remove_observer(observer)
-        self._handles, self._observed_layers = [], []
+        _call_all(self._undo)
 
-    def _note_run(self, module: nn.Module, _: Any) -> None:
-        self._ran.add(id(module))
-
-    def _on_observation(self, module: LongShortAttention, observation: Observation) -> None:
-        visible = layout_visibility(observation, module.layout)
-        softcap = observation.options.get("softcap")
-        q, k = observation.q.detach(), observation.k.detach()
-        found = measure(q, k, visible, q.shape[3] ** -0.5, softcap)
-        self._add(module, module.layout.windows, found)
-
-    def _add(self, module: nn.Module, windows: tuple[int | None, ...], found: HeadStatistics) -> None:
+    def add(self, module: nn.Module, windows: tuple[int | None, ...], found: HeadStatistics) -> None:
+        """Take note of the statistics of a call by a layer."""
         sums = self._sums.get(id(module))
         if sums is None:
             sums = self._sums[id(module)] = _LayerSums(windows, found)
@@ -265,6 +250,25 @@ class _LayerSums:
         self.maxima = torch.maximum(self.maxima, new)
         self.entropies = self.entropies + found.entropy
         self.passes += 1
+
+
+def _note_run(ran: set[int], module: nn.Module, _: Any) -> None:
+    ran.add(id(module))
+
+
+def _observe(
+    monitor: weakref.ref[LogitMonitor], module: LongShortAttention, observation: Observation
+) -> None:
+    watching = monitor()
+    if watching is not None:
+        q, k, softcap = observation.q, observation.k, observation.options.get("softcap")
+        found = measure(q, k, layout_visibility(observation, module.layout), q.shape[3] ** -0.5, softcap)
+        watching.add(module, module.layout.windows, found)
+
+
+def _call_all(functions: list[Callable[[], Any]]) -> None:
+    while functions:
+        functions.pop()()
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
