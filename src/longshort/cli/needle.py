@@ -72,7 +72,8 @@ def run(arguments: list[str]) -> int:
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     with connect(flags.device) as ranks:
-        model, tokenizer = open_pretrained(flags.model, ranks.device, flags.dtype)
+        pretrained = open_pretrained(flags.model, ranks.device, flags.dtype)
+    model, tokenizer = pretrained.model, pretrained.tokenizer
     tokens = read_tokens(flags.text, tokenizer).numpy()
     cells = []
     with progress_bar() as show:
