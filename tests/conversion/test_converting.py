@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conversion.conftest import CONVERT, WINDOW
+from tests.conversion.models import random_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from longshort.conversion import converting
 from longshort.conversion.layout_file import read_layouts
+from longshort.data import byte_tokenizer
 from longshort.huggingface import SplitCache, layouts_of
 
 
@@ -148,6 +150,20 @@ def test_with_a_budget_the_model_is_inspected_first(original, text, tmp_path, ca
     assert "(proposed)" in capsys.readouterr().out
     assert layouts_of(load(out)) == read_layouts(out / "inspection" / "layout.json")
     assert not (out / "report.html").exists()
+
+
+def test_weights_keep_their_dtype(text, layout, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = random_llama().bfloat16()
+    model.save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
+    assert convert(source, out, "--layout", layout, "--text", text, "--no-report") == 0
+    weights = load_file(out / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert all(
+        torch.equal(weights[name], weight) for name, weight in load_file(source / "model.safetensors").items()
+    )
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
 def test_nothing_is_overwritten(original, layout, text, converted, fails, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from longshort.cli import main
-from longshort.conversion import short_training
+from longshort.conversion import healing, short_training
 from longshort.conversion.healing import HealSettings, heal
 from longshort.conversion.short_training import ShortTraining
 from longshort.huggingface import layouts_of
@@ -43,11 +43,11 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_the_loss_falls_and_the_healed_weights_are_in_place(converted, data):
     before = weights(converted)
-    healing = heal(settings(converted, data, steps=12, learning_rate=3e-3))
-    first, last = healing.healed.lines[0]["held_out_loss"], healing.healed.last_held_out
+    result = heal(settings(converted, data, steps=12, learning_rate=3e-3))
+    first, last = result.healed.lines[0]["held_out_loss"], result.healed.last_held_out
     assert last < first - 0.3
-    assert healing.is_complete
-    assert healing.healed.step == 12
+    assert result.is_complete
+    assert result.healed.step == 12
 
     model = AutoModelForCausalLM.from_pretrained(converted)
     assert layouts_of(model) is not None
@@ -61,7 +61,7 @@ def test_the_loss_falls_and_the_healed_weights_are_in_place(converted, data):
 
 
 def test_losses_are_those_of_the_models(original, converted, data):
-    healing = heal(settings(converted, data))
+    result = heal(settings(converted, data))
     folder = converted / "healing" / "data"
     from longshort.conversion.losses import token_losses
     from longshort.data import DataFolder, validation_windows
@@ -74,9 +74,9 @@ def test_losses_are_those_of_the_models(original, converted, data):
         with torch.no_grad():
             return sum(token_losses(model, window).mean().item() for window in windows) / len(windows)
 
-    assert healing.original == pytest.approx(loss(original), abs=1e-5)
-    assert healing.healed.lines[0]["held_out_loss"] == pytest.approx(loss(converted / "unhealed"), abs=1e-5)
-    assert healing.healed.last_held_out == pytest.approx(loss(converted), abs=1e-5)
+    assert result.original == pytest.approx(loss(original), abs=1e-5)
+    assert result.healed.lines[0]["held_out_loss"] == pytest.approx(loss(converted / "unhealed"), abs=1e-5)
+    assert result.healed.last_held_out == pytest.approx(loss(converted), abs=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": 2}], ids=["all", "lora"])
@@ -96,46 +96,74 @@ def test_an_interruption_changes_no_bit(converted, data, tmp_path, monkeypatch, 
         return now
 
     monkeypatch.setattr(ShortTraining, "_step", interrupted)
-    healing = heal(settings(converted, data, **changes))
-    assert not healing.is_complete
-    assert healing.healed.step == 3
+    result = heal(settings(converted, data, **changes))
+    assert not result.is_complete
+    assert result.healed.step == 3
     assert same(weights(converted), before)
     monkeypatch.undo()
     assert heal(settings(converted, data, **changes)).is_complete
     assert same(weights(converted), weights(whole))
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora": 2}], ids=["all", "lora"])
+def test_the_end_may_be_interrupted_too(converted, data, tmp_path, monkeypatch, changes):
+    whole = shutil.copytree(converted, tmp_path / "whole")
+    heal(settings(whole, data, **changes))
+    before = weights(converted)
+
+    def fail(*_args):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(healing, "_content", fail)  # after the weights were replaced
+    with pytest.raises(OSError, match="full"):
+        heal(settings(converted, data, **changes))
+    monkeypatch.undo()
+    assert heal(settings(converted, data, **changes)).is_complete
+    assert same(weights(converted), weights(whole))
+    assert same(weights(converted / "unhealed"), before)
+    assert not list((converted / "healing").rglob("*.safetensors"))
+
+
+def test_after_a_mistake_in_the_data_it_begins_with_the_right_one(converted, data, tmp_path):
+    (tmp_path / "short").mkdir()
+    for name in "ab":
+        (tmp_path / "short" / f"{name}.txt").write_text("too short")
+    with pytest.raises(ValueError):
+        heal(settings(converted, tmp_path / "short"))
+    assert heal(settings(converted, data)).is_complete
+
+
 def test_it_stops_when_the_loss_is_back(converted, data):
-    healing = heal(settings(converted, data, steps=50, full_budget=False, until_rise=100.0))
-    assert healing.healed.step == 50 // 8  # the first measurement
-    assert healing.is_complete
+    result = heal(settings(converted, data, steps=50, full_budget=False, until_rise=100.0))
+    assert result.healed.step == 50 // 8  # the first measurement
+    assert result.is_complete
 
 
 def test_a_budget_of_time_becomes_steps(converted, data, monkeypatch):
     clock = iter(float(second) for second in range(10**6))  # each look at the clock takes a second
     monkeypatch.setattr(short_training.time, "perf_counter", lambda: next(clock))
-    healing = heal(settings(converted, data, steps=None, minutes=2.0))
-    assert healing.is_complete
-    planned = healing.healed.planned
+    result = heal(settings(converted, data, steps=None, minutes=2.0))
+    assert result.is_complete
+    planned = result.healed.planned
     assert planned is not None
-    assert healing.healed.step == planned
-    assert 60 < healing.healed.seconds <= 125  # the last measurement may end a little later
-    rates = [line["learning_rate"] for line in healing.healed.lines[1:]]
+    assert result.healed.step == planned
+    assert 60 < result.healed.seconds <= 125  # the last measurement may end a little later
+    rates = [line["learning_rate"] for line in result.healed.lines[1:]]
     assert rates[-1] < 0.25 * max(rates)
     assert max(rates) <= 1e-4
 
 
 def test_the_original_is_trained_as_long(original, converted, data):
-    healing = heal(settings(converted, data, reference=True))
-    reference = healing.reference
+    result = heal(settings(converted, data, reference=True))
+    reference = result.reference
     assert reference is not None
-    assert reference.step == healing.healed.step
-    assert reference.lines[0]["held_out_loss"] == pytest.approx(healing.original, abs=1e-5)
-    assert reference.last_held_out < healing.original
-    steps = [[line["step"] for line in lines] for lines in (reference.lines, healing.healed.lines)]
+    assert reference.step == result.healed.step
+    assert reference.lines[0]["held_out_loss"] == pytest.approx(result.original, abs=1e-5)
+    assert reference.last_held_out < result.original
+    steps = [[line["step"] for line in lines] for lines in (reference.lines, result.healed.lines)]
     assert steps[0] == steps[1]
     assert [line.get("learning_rate") for line in reference.lines] == [
-        line.get("learning_rate") for line in healing.healed.lines
+        line.get("learning_rate") for line in result.healed.lines
     ]
 
 

@@ -26,6 +26,7 @@ _COMMANDS = {
     "inspect": "Find out which heads of a pretrained decoder need the distance.",
     "convert": "Write a pretrained decoder with local and global heads, and a report.",
     "heal": "Train a converted decoder for a short time, until its loss is back.",
+    "needle": "Measure how far back a language model finds what it has read.",
     "plan": "Count what layouts of heads would cost: cache, operations, longest context.",
     "bench": "Measure the speed and memory of attention and of models on this machine.",
     "study": "Run the paper's experiments: trials, figures, verdicts, one report.",

@@ -42,7 +42,7 @@ def write_example_model(folder: Path) -> Path:
     del config.quantization_config  # transformers would refuse to save the model
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
-    add_model_files(Pretrained(model, tokenizer), folder)
+    add_model_files(Pretrained(model, tokenizer, model.dtype), folder)
     return folder
 
 

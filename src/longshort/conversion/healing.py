@@ -22,7 +22,7 @@ from longshort.checks import check_fields
 from longshort.conversion.heads import find_heads
 from longshort.conversion.losses import attending, token_losses
 from longshort.conversion.models import Pretrained, open_pretrained, save_into
-from longshort.conversion.short_training import Progressed, Recipe, ShortTraining
+from longshort.conversion.short_training import STATE_FILE, Progressed, Recipe, ShortTraining
 from longshort.data import Batches, DataFolder, load_tokenizer, prepare, validation_windows
 from longshort.data.files import sync_tree
 from longshort.huggingface import layouts_of, remove
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 FOLDER, UNHEALED = "healing", "unhealed"
 _WEIGHTS = "model*.safetensors*"
+_SETTINGS = "settings.json"
+_MINUTES = 20.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class HealSettings:
     data: Path
     """Folder that `longshort data` wrote with the model's tokenizer, or a folder or file of text."""
 
-    minutes: Annotated[float, Gt(0)] | None = 20.0
-    """Time to train, measurements included. With --steps alone there is no limit."""
+    minutes: Annotated[float, Gt(0)] | None = None
+    """Time to train, measurements included. None: 20, or with --steps no limit."""
 
     steps: Annotated[int, Ge(1)] | None = None
     """Optimizer steps to train. None: as many as the time allows."""
@@ -92,14 +94,13 @@ class HealSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.minutes is None and self.steps is None:
-            raise ValueError("--minutes or --steps must say how long to train, got neither")
 
     @property
     def recipe(self) -> Recipe:
         """How each model is trained."""
         rate = self.learning_rate or (1e-4 if self.lora is None else 1e-3)
-        seconds = None if self.minutes is None else 60 * self.minutes
+        minutes = _MINUTES if self.minutes is None and self.steps is None else self.minutes
+        seconds = None if minutes is None else 60 * minutes
         weight = 0.0 if self.distill is None else self.distill_weight
         return Recipe(self.steps, seconds, rate, weight)
 
@@ -134,22 +135,25 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
 
     Raises:
         FileNotFoundError: there is no such model or data.
+        FileExistsError: the model is healed already.
         ValueError: the model has no layouts, the data is of another tokenizer or too short, the settings are
             not those that the healing was begun with, or the loss is not finite.
         OSError: a file could not be written.
     """
-    pretrained = open_pretrained(settings.model, device, "float32")
-    if layouts_of(pretrained.model) is None:
-        raise ValueError(f"{settings.model} must be a converted model, got one without layouts")
     folder = settings.model / FOLDER
     outcome = folder / "outcome.json"
     if outcome.exists():
         raise FileExistsError(f"{settings.model} is healed already; {folder} has the report")
+    is_begun = _compare_settings(settings, folder)
+    kept = settings.model / UNHEALED  # is there if the end of a healing was interrupted
+    pretrained = open_pretrained(kept if kept.exists() else settings.model, device, "float32")
+    if layouts_of(pretrained.model) is None:
+        raise ValueError(f"{settings.model} must be a converted model, got one without layouts")
     teacher = None if settings.distill is None else _open_teacher(settings.distill, pretrained, device)
-    _write_settings(settings, folder)
-    data = _open_data(settings, pretrained.tokenizer)
+    data = _open_data(settings, pretrained.tokenizer, is_begun)
     batches = Batches(data.train, settings.sequence_length, settings.batch_size, settings.seed)
     held_out = _windows(data, settings)
+    replace_file(folder / _SETTINGS, strict_json(_as_json(settings)).encode())
     original = _loss_of_original(pretrained.model, held_out, folder)
     say = report or (lambda _name, _progressed: None)
 
@@ -165,6 +169,8 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
         trained = model.merge_and_unload() if settings.lora else model
         replace_weights(settings.model, pretrained._replace(model=trained))
         replace_file(outcome, strict_json(_content(settings, original, healed, reference)).encode())
+        for state in folder.rglob(STATE_FILE):
+            state.unlink()
     return Healing(original, healed, reference, is_complete)
 
 
@@ -190,31 +196,33 @@ def replace_weights(folder: Path, pretrained: Pretrained) -> None:
     shutil.rmtree(partial)
 
 
-def _write_settings(settings: HealSettings, folder: Path) -> None:
-    """Write the settings, or compare them with those that are there."""
-    file = folder / "settings.json"
-    values = {entry.name: getattr(settings, entry.name) for entry in fields(HealSettings)}
-    del values["model"]  # a folder may be moved
-    content = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-    if not file.exists():
-        replace_file(file, strict_json(content).encode())
-        return
-    held = json.loads(file.read_text())
-    differing = [name for name in content if held.get(name) != content[name]]
+def _compare_settings(settings: HealSettings, folder: Path) -> bool:
+    """Return whether a healing was begun; raise a ValueError if it was with other settings."""
+    if not (folder / _SETTINGS).exists():
+        return False
+    held, wanted = json.loads((folder / _SETTINGS).read_text()), _as_json(settings)
+    differing = [name for name in wanted if held.get(name) != wanted[name]]
     if differing:
         raise ValueError(
             f"{folder} was begun with another {', '.join(differing)}: "
             f"{ {name: held.get(name) for name in differing} }; remove that folder to begin anew"
         )
+    return True
 
 
-def _open_data(settings: HealSettings, tokenizer: PreTrainedTokenizerFast) -> DataFolder:
+def _as_json(settings: HealSettings) -> dict[str, Any]:
+    values = {entry.name: getattr(settings, entry.name) for entry in fields(HealSettings)}
+    del values["model"]  # a folder may be moved
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _open_data(settings: HealSettings, tokenizer: PreTrainedTokenizerFast, is_begun: bool) -> DataFolder:
     """Open a data folder, or make one of text."""
     source = settings.data
     if not (source / "train.json").exists():
         made = settings.model / FOLDER / "data"
-        if not made.exists():
-            prepare(str(source), made, tokenizer=settings.model, validation_fraction=0.1)
+        if not is_begun:  # else the data is complete, and of the same source
+            prepare(str(source), made, tokenizer=settings.model, validation_fraction=0.1, overwrite=True)
         return DataFolder.open(made)
     data = DataFolder.open(source)
     if load_tokenizer(data.tokenizer_dir).get_vocab() != tokenizer.get_vocab():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import longshort.huggingface  # models with layouts load after it
@@ -23,10 +23,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Pretrained(NamedTuple):
-    """A model and its tokenizer."""
+    """A model and its tokenizer.
+
+    Attributes:
+        model: in the dtype to compute in.
+        tokenizer: its tokenizer.
+        saved_dtype: of the weights in files.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
+    saved_dtype: torch.dtype
 
 
 def open_pretrained(name: str | Path, device: torch.device | str = "cpu", dtype: str = "auto") -> Pretrained:
@@ -55,6 +62,7 @@ def open_pretrained(name: str | Path, device: torch.device | str = "cpu", dtype:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(str(name), dtype=kind, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+            saved = AutoConfig.from_pretrained(str(name), trust_remote_code=False).dtype
         except OSError as error:
             raise FileNotFoundError(
                 f"no model could be loaded from {str(name)!r}: {_first_line(error)}"
@@ -66,7 +74,8 @@ def open_pretrained(name: str | Path, device: torch.device | str = "cpu", dtype:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer of {str(name)!r} has no fast form (tokenizer.json)")
     tokenizer.model_max_length = int(1e30)  # texts are cut here, not by the tokenizer
-    return Pretrained(model.to(device).eval(), tokenizer)
+    saved_dtype = saved if isinstance(saved, torch.dtype) else model.dtype
+    return Pretrained(model.to(device).eval(), tokenizer, saved_dtype)
 
 
 def add_model_files(pretrained: Pretrained, folder: Path) -> None:
@@ -87,10 +96,13 @@ def add_model_files(pretrained: Pretrained, folder: Path) -> None:
 
 
 def save_into(pretrained: Pretrained, folder: Path) -> None:
-    """Save a model and its tokenizer into a folder."""
+    """Save a model, in the dtype that its files had, and its tokenizer into a folder."""
+    model: Any = pretrained.model
+    computed_dtype = model.dtype
     limit = pretrained.tokenizer.init_kwargs.get("model_max_length")
     with quiet():
-        pretrained.model.save_pretrained(folder)
+        model.to(pretrained.saved_dtype).save_pretrained(folder)
+        model.to(computed_dtype)
         held, pretrained.tokenizer.model_max_length = (
             pretrained.tokenizer.model_max_length,
             limit or int(1e30),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from longshort.data import Batch, Batches
 
-_STATE_FILE = "state.safetensors"
+STATE_FILE = "state.safetensors"
 _TIMED_STEPS = 4  # the first of them also warms up
 _SAVE_EVERY = 300.0  # seconds
 _WARM_UP, _LOWEST = 0.05, 0.1  # shares of the steps and of the learning rate
@@ -106,7 +106,7 @@ class ShortTraining:
         teacher: nn.Module | None = None,
     ) -> None:
         self._model, self._batches, self._held_out = model, batches, held_out
-        self._recipe, self._file, self._teacher = recipe, folder / _STATE_FILE, teacher
+        self._recipe, self._file, self._teacher = recipe, folder / STATE_FILE, teacher
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(
             self._trained.values(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0

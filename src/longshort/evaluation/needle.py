@@ -195,7 +195,7 @@ def _check(
     if isinstance(token_file, TokenFile):
         largest = token_file.vocab_size
     elif isinstance(token_file, np.ndarray) and token_file.ndim == 1 and token_file.dtype.kind in "iu":
-        largest = 1 + int(token_file.max(initial=-1))
+        largest = 1 + int(token_file.max(initial=0))
     else:
         raise ValueError(
             f"token_file must be a TokenFile or token ids, (tokens,), got {type(token_file).__name__}"
