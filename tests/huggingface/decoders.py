@@ -1,6 +1,7 @@
 """Small decoders of transformers with random weights, and the masks that layouts stand for."""
 
 import sys
+from typing import Any
 
 import torch
 import transformers as hf
@@ -9,17 +10,17 @@ from longshort import HeadLayout
 
 VOCAB = 61
 LOWEST = torch.finfo(torch.float32).min
-_COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_LLAMA = {
+_COMMON: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA: dict[str, Any] = {
     **_COMMON, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 3, "max_position_embeddings": 256, "head_dim": 8,
 }  # fmt: skip
-_FULL_HEADS = {**_LLAMA, "num_key_value_heads": 6}
-_GPT2 = {
+_FULL_HEADS: dict[str, Any] = {**_LLAMA, "num_key_value_heads": 6}
+_GPT2: dict[str, Any] = {
     **_COMMON, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 256, "attn_pdrop": 0.0,
     "resid_pdrop": 0.0, "embd_pdrop": 0.0,
 }  # fmt: skip
-_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 CONFIGS = {
     "llama": lambda: hf.LlamaConfig(**_LLAMA),
@@ -56,7 +57,7 @@ CONFIGS = {
 attention."""
 
 
-def make_decoder(family, **changes):
+def make_decoder(family, **changes) -> Any:
     """Return a small model in eval mode, with larger weights than usual, so that attention is not uniform."""
     config = CONFIGS[family]()
     for name, value in changes.items():

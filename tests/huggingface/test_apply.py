@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def heads_to_keep(model):
     return layer.num_heads // layer.num_kv_heads
 
 
-def applied(family, **options):
+def applied(family, **options) -> tuple[Any, list[Any]]:
     model = make_decoder(family)
     return model, apply(
         model, **{"num_global_heads": heads_to_keep(model), "window": 5, "sink_tokens": 2, **options}
@@ -212,7 +213,7 @@ def test_layouts_survive_saving_twice(family, tmp_path):
     truth = model(ids).logits
     for name in ("first", "second"):
         model.save_pretrained(tmp_path / name)
-        model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        model: Any = hf.AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert model.config._attn_implementation == "longshort" and layouts_of(model) == layouts
         assert torch.equal(model(ids).logits, truth)
         assert isinstance(model.generate(ids, max_new_tokens=2, return_dict_in_generate=True,
@@ -227,13 +228,13 @@ def test_layouts_of_a_model_that_also_sees_are_saved(tmp_path):
     assert model.config.vision_config._attn_implementation != "longshort"
     for name in ("first", "second"):
         model.save_pretrained(tmp_path / name)
-        model = hf.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / name)
+        model: Any = hf.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / name)
         assert model.config.get_text_config()._attn_implementation == "longshort"
         assert model.config.vision_config._attn_implementation != "longshort"
         assert torch.equal(model(input_ids=ids).logits, truth)
 
 
-def seeing_model():
+def seeing_model() -> Any:
     text = CONFIGS["gemma3"]()
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 28, "patch_size": 14}  # fmt: skip

@@ -1,6 +1,7 @@
 """The functions that transformers calls: segments in place of masks."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -50,9 +51,10 @@ def test_segments_are_what_the_mask_of_sdpa_shows(batch, past, window):
             seen[-right:] = False
         mask.append(seen)
     positions, mask = torch.stack(positions), torch.stack(mask)
-    config = LlamaConfig(attn_implementation="longshort", sliding_window=window)
+    config: Any = LlamaConfig()
+    config._attn_implementation, config.sliding_window = "longshort", window
     inputs = torch.zeros(len(rows), length, 1)
-    make = create_causal_mask if window is None else create_sliding_window_causal_mask
+    make: Any = create_causal_mask if window is None else create_sliding_window_causal_mask
     arguments = {"inputs_embeds": inputs, "attention_mask": None if packed else mask,
                  "past_key_values": OfLength(past) if past else None,
                  "position_ids": positions if packed else None}  # fmt: skip
