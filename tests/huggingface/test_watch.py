@@ -268,6 +268,30 @@ def test_an_attention_that_is_not_dispatched_raises() -> None:
         monitor.reading()
 
 
+def test_layers_are_told_apart_whatever_their_names() -> None:
+    """A linear layer called attention has no logits; a vocabulary projection called decoder is no decoder."""
+    shape: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+        "sep_token_id": 2,
+    }  # fmt: skip
+    kinds = ["linear_attention", "full_attention"]
+    hybrid = transformers.MiniMaxForCausalLM(
+        transformers.MiniMaxConfig(
+            **shape, layer_types=kinds, num_local_experts=2, head_dim=8, num_key_value_heads=4
+        )
+    )
+    bert = transformers.ModernBertDecoderForCausalLM(transformers.ModernBertDecoderConfig(**shape))
+    for model, layers in (
+        (hybrid, ["layers.1.self_attn"]),
+        (bert, ["model.layers.0.attn", "model.layers.1.attn"]),
+    ):
+        with torch.no_grad(), LogitMonitor(model) as monitor:
+            model(tokens())
+        assert monitor.layer_names == layers
+        assert len(monitor.reading().max_logit_by_head) == len(layers)
+
+
 def test_gradient_checkpointing_changes_no_number() -> None:
     model, ids = make_llama(), tokens()
     plain = read(model, ids)

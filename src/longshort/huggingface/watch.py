@@ -67,10 +67,11 @@ class LogitMonitor:
         require_integer("every", every, minimum=1)
         self._model_name = type(model).__name__
         self._every, self._group = every, group
-        modules = dict(decoder_of(model).named_modules())
+        decoder = decoder_of(model)
+        modules = dict(decoder.named_modules())
         self._names = {id(module): name for name, module in modules.items()}
         self._modules = list(modules.values())  # keeps the identities in use
-        self._candidates = _attention_modules(self._modules)
+        self._candidates = _attention_modules(decoder)
         self._sums: dict[int, _LayerSums] = {}  # by identity of the layer
         self._ran: set[int] = set()
         self._steps = 0
@@ -277,31 +278,33 @@ def decoder_of(model: nn.Module) -> nn.Module:
     model = inner if isinstance(inner, nn.Module) else model
     find = getattr(model, "get_decoder", None)
     decoder = find() if callable(find) else None
-    return decoder if isinstance(decoder, nn.Module) else model
+    if isinstance(decoder, nn.Module) and any(map(_is_named_attention, decoder.modules())):
+        return decoder
+    return model  # a layer that is called decoder may be a mere projection
 
 
-def _attention_modules(modules: list[nn.Module]) -> list[nn.Module]:
+def _attention_modules(decoder: nn.Module) -> list[nn.Module]:
     """Return the modules that attend, by their names: the innermost "Attention" or "Attn" with weights.
 
-    Those in a layer that the config calls linear do not: they have no logits of pairs.
+    Those of layers that the config calls linear do not: they have no logits of pairs.
     """
-    named = [module for module in modules if _is_named_attention(module)]
-    inner = [
+    kinds = getattr(getattr(decoder, "config", None), "layer_types", None)
+    named = [module for module in decoder.modules() if _is_named_attention(module)]
+    return [
         module
         for module in named
         if not any(child is not module and _is_named_attention(child) for child in module.modules())
+        and not _is_linear(module, kinds)
     ]
-    return [module for module in inner if not _is_linear(module)]
 
 
 def _is_named_attention(module: nn.Module) -> bool:
     kind = type(module).__name__.lower()
-    has_name = "attention" in kind or "attn" in kind
-    return has_name and any(parameter.ndim > 1 for parameter in module.parameters())
+    is_named = "attention" in kind or "attn" in kind
+    return is_named and not kind.endswith("layer") and any(p.ndim > 1 for p in module.parameters())
 
 
-def _is_linear(module: nn.Module) -> bool:
-    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+def _is_linear(module: nn.Module, kinds: Any) -> bool:
     layer = getattr(module, "layer_idx", None)
     if not isinstance(kinds, list | tuple) or not isinstance(layer, int):
         return False
