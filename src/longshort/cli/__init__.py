@@ -22,6 +22,7 @@ _COMMANDS = {
     "evaluate": "Measure a trained model on whole validation documents.",
     "audit": "Measure what rounding inside attention does to the gradients of a trained model.",
     "generate": "Generate text with a trained model.",
+    "families": "Try what works for each family of Hugging Face decoders.",
     "watch": "Measure the attention logits of a Hugging Face decoder, by layer and head.",
     "inspect": "Find out which heads of a pretrained decoder need the distance.",
     "convert": "Write a pretrained decoder with local and global heads, and a report.",

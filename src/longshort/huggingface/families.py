@@ -11,9 +11,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longshort.huggingface.apply import apply, attention_layers
+from longshort.huggingface.qk_clip import QKClip
 from longshort.huggingface.state import stored_state, text_config
+from longshort.huggingface.watch import LogitMonitor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
 
 _LARGEST = 30_000_000  # parameters; what stays larger with small settings is not built
@@ -51,11 +55,15 @@ class FamilySupport:
         model_type: as transformers calls the family.
         use: `apply`.
         cache: `generate()` with a `SplitCache`.
+        watch: `LogitMonitor`, with the model's own attention.
+        clip: `QKClip`.
     """
 
     model_type: str
     use: str | None
     cache: str | None
+    watch: str | None
+    clip: str | None
 
 
 def family_names() -> list[str]:
@@ -116,30 +124,44 @@ def family_support(model_type: str) -> FamilySupport:
         ValueError: no small model can be built.
     """
     model = small_decoder(model_type)
+    watch, clip = _error_of(_watch, model), _error_of(QKClip, model)
+    use = _error_of(_give_layouts, model)
+    cache = "it has no layouts" if use is not None else _error_of(_generate, model)
+    return FamilySupport(model_type, use, cache, watch, clip)
+
+
+def _error_of(attempt: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> str | None:
     try:
-        layer = attention_layers(model)[0]
-        apply(model, num_global_heads=layer.num_heads // layer.num_kv_heads, window=3, sink_tokens=2)
-    except ValueError as error:
-        return FamilySupport(model_type, use=_first_line(error), cache="no layouts")
+        attempt(model)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return _first_line(error)
+    return None
+
+
+def _watch(model: PreTrainedModel) -> None:
+    with torch.no_grad(), LogitMonitor(model) as monitor:
+        model(input_ids=torch.arange(3, 3 + _PROMPT)[None], use_cache=False)
+    monitor.reading()
+
+
+def _give_layouts(model: PreTrainedModel) -> None:
+    layer = attention_layers(model)[0]
+    apply(model, num_global_heads=layer.num_heads // layer.num_kv_heads, window=3, sink_tokens=2)
+
+
+def _generate(model: Any) -> None:
+    """Compare the text of `generate()` with a `SplitCache` and without a cache."""
     state = stored_state(text_config(model))
-    assert state is not None
-    return FamilySupport(model_type, use=None, cache=state["cache"] or _generation_error(model))
-
-
-def _generation_error(model: Any) -> str | None:
-    """Why `generate()` with a `SplitCache` differs from `generate()` without a cache; None if it does not."""
+    if state is not None and state["cache"] is not None:
+        raise ValueError(state["cache"])
     ids = torch.arange(3, 3 + _PROMPT)[None]
     settings = GenerationConfig(max_new_tokens=_NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
     outputs = []
     for uses_cache in (True, False):
         settings.use_cache = uses_cache
-        try:
-            outputs.append(
-                model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-            )
-        except (TypeError, ValueError) as error:
-            return _first_line(error)
-    return None if torch.equal(*outputs) else "its text is another with the cache"
+        outputs.append(model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings))
+    if not torch.equal(*outputs):
+        raise ValueError("the text is another with the cache")
 
 
 def _first_line(error: Exception) -> str:
