@@ -1,6 +1,7 @@
 """Tiny decoders: random ones, and one in which exactly one head needs the distance."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -12,7 +13,7 @@ SYMBOLS, PLACES, PERIOD = 12, 48, 20
 PLANTED, DECOY = KVHead(1, 0), KVHead(0, 1)
 
 
-def planted_model() -> GPT2LMHeadModel:
+def planted_model() -> Any:
     """A model that continues texts of period 20, by one head that looks 19 tokens back.
 
     A decoy attends to the third token, but gives nothing; the other heads are weak noise.
@@ -22,7 +23,7 @@ def planted_model() -> GPT2LMHeadModel:
         vocab_size=SYMBOLS, n_positions=PLACES, n_embd=2 * PLACES, n_layer=2, n_head=2, attn_pdrop=0.0,
         embd_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config).eval()
+    model: Any = GPT2LMHeadModel(config).eval()
     places, answer = SYMBOLS, SYMBOLS + PLACES  # where the width holds the position, and the prediction
     with torch.no_grad():
         for parameter in model.parameters():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from longshort.data import byte_tokenizer
 from longshort.huggingface import SplitCache, layouts_of
 
 
-def load(folder):
+def load(folder) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 

@@ -1,6 +1,7 @@
 """The search on losses that are known exactly."""
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ from longshort.conversion.search import (
 )
 
 
-class Decoder:
+class Sums:
     """Heads whose loss is a sum over heads, less what pairs have together, in place of a decoder's."""
 
     def __init__(self, values: list[int], pairs: dict[tuple[int, int], int] | None = None) -> None:
@@ -49,12 +50,17 @@ class Decoder:
         return min(self.loss(frozenset(some)) for some in itertools.combinations(self.candidates, most))
 
 
+def decoder_of(values: list[int], pairs: dict[tuple[int, int], int] | None = None) -> Any:
+    """Return what the search asks of a decoder."""
+    return Sums(values, pairs)
+
+
 VALUES = st.lists(st.integers(0, 100), min_size=2, max_size=8)
 
 
 @given(values=VALUES, most=st.integers(0, 8))
 def test_without_interplay_every_order_is_the_best(values, most):
-    decoder = Decoder(values)
+    decoder = decoder_of(values)
     most = min(most, len(values))
     units = head_units(decoder)
     scores = score_path(decoder, (0.75, 0.25), decoder.slopes)
@@ -74,7 +80,7 @@ PAIRS = {(0, 1): 50, (2, 3): 30, (0, 4): 20}  # each replaces the other
 
 
 def test_ranking_anew_sees_what_heads_do_together():
-    decoder = Decoder([1, 2, 3, 4, 5, 6], {(0, 2): 50})
+    decoder = decoder_of([1, 2, 3, 4, 5, 6], {(0, 2): 50})
     units = head_units(decoder)
     costs = decoder.changes(frozenset(decoder.candidates), units)
     once = first_units(by_score(dict(zip(decoder.candidates, costs, strict=True)), units), 3)
@@ -87,7 +93,7 @@ def test_ranking_anew_sees_what_heads_do_together():
     chosen=st.sets(st.integers(0, 5), min_size=1, max_size=5),
 )
 def test_an_exchange_never_raises_the_loss_and_finds_single_ones(values, chosen):
-    decoder = Decoder(values, PAIRS)
+    decoder = decoder_of(values, PAIRS)
     kept = frozenset(decoder.candidates[index] for index in chosen)
     better = exchange(kept, head_units(decoder), 6, 9, decoder.changes, decoder.changes, decoder.loss)
     assert len(better) == len(kept)
@@ -95,14 +101,14 @@ def test_an_exchange_never_raises_the_loss_and_finds_single_ones(values, chosen)
 
 
 def test_an_exchange_of_the_wrong_head_for_the_right_one():
-    decoder = Decoder([9, 1, 8, 1, 7, 2])
+    decoder = decoder_of([9, 1, 8, 1, 7, 2])
     wrong = frozenset(decoder.candidates[index] for index in (0, 1, 3))
     better = exchange(wrong, head_units(decoder), 2, 3, decoder.changes, decoder.changes, decoder.loss)
     assert decoder.loss(better) == decoder.best(3)
 
 
 def test_layers_change_as_a_whole():
-    decoder = Decoder([9, 0, 3, 3, 4, 1])
+    decoder = decoder_of([9, 0, 3, 3, 4, 1])
     units = layer_units(decoder)
     assert [sorted(unit) for unit in units] == [[(0, 0), (0, 1)], [(1, 0), (1, 1)], [(2, 0), (2, 1)]]
     scores = {head: float(value) for head, value in decoder.values.items()}
@@ -112,7 +118,7 @@ def test_layers_change_as_a_whole():
 
 @given(values=VALUES, highest=st.integers(0, 300))
 def test_as_few_heads_as_a_loss_allows(values, highest):
-    decoder = Decoder(values)
+    decoder = decoder_of(values)
     order = by_score({head: float(value) for head, value in decoder.values.items()}, head_units(decoder))
     kept = fewest_within(order, highest, decoder.loss)
     assert decoder.loss(kept) <= highest
@@ -120,7 +126,7 @@ def test_as_few_heads_as_a_loss_allows(values, highest):
 
 
 def test_what_fits_is_added():
-    decoder = Decoder([1, 5, 3, 4])
+    decoder = decoder_of([1, 5, 3, 4])
     kept = add_units(head_units(decoder), frozenset(), 3, decoder.changes)
     assert kept == frozenset(decoder.candidates[1:])
     assert add_units(layer_units(decoder), frozenset(), 3, decoder.changes) == frozenset(

@@ -1,6 +1,7 @@
 """Small decoders of transformers with random weights, and the masks that layouts stand for."""
 
 import sys
+from typing import Any
 
 import torch
 import transformers as hf
@@ -9,17 +10,17 @@ from longshort import HeadLayout
 
 VOCAB = 61
 LOWEST = torch.finfo(torch.float32).min
-_COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_LLAMA = {
+_COMMON: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA: dict[str, Any] = {
     **_COMMON, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 3, "max_position_embeddings": 256, "head_dim": 8,
 }  # fmt: skip
-_FULL_HEADS = {**_LLAMA, "num_key_value_heads": 6}
-_GPT2 = {
+_FULL_HEADS: dict[str, Any] = {**_LLAMA, "num_key_value_heads": 6}
+_GPT2: dict[str, Any] = {
     **_COMMON, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 256, "attn_pdrop": 0.0,
     "resid_pdrop": 0.0, "embd_pdrop": 0.0,
 }  # fmt: skip
-_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 CONFIGS = {
     "llama": lambda: hf.LlamaConfig(**_LLAMA),
@@ -47,13 +48,16 @@ CONFIGS = {
         **_COMMON, hidden_size=48, ffn_dim=64, num_hidden_layers=2, num_attention_heads=6,
         max_position_embeddings=256, word_embed_proj_dim=48, dropout=0.0,
     ),
+    "llama4": lambda: hf.Llama4TextConfig(
+        **_LLAMA, **_MOE, intermediate_size_mlp=64, attention_chunk_size=16, no_rope_layers=[1, 0],
+    ),
     "lfm2": lambda: hf.Lfm2Config(**_LLAMA, layer_types=["conv", "full_attention"]),
 }  # fmt: skip
 """Configs by family: GQA, QK-norm, sliding windows, softcap, fused projections, sinks, MLA, layers without
 attention."""
 
 
-def make_decoder(family, **changes):
+def make_decoder(family, **changes) -> Any:
     """Return a small model in eval mode, with larger weights than usual, so that attention is not uniform."""
     config = CONFIGS[family]()
     for name, value in changes.items():
@@ -86,10 +90,14 @@ def visible(layout: HeadLayout, segment_ids):
 
 def attend_by_masks(model, layouts, segment_ids):
     """Let a model attend by its own eager function under explicit masks, one per head; undone by nothing."""
-    masks = [
-        None if layout is None else torch.where(visible(layout, segment_ids), 0.0, LOWEST)
-        for layout in layouts
-    ]
+    kinds = getattr(model.config, "layer_types", None) or [""] * len(layouts)
+    position = torch.arange(segment_ids.shape[1])
+    masks = []
+    for layout, kind in zip(layouts, kinds, strict=True):
+        segments = segment_ids
+        if "chunked" in kind:
+            segments = segment_ids + 100 * (position // model.config.attention_chunk_size)
+        masks.append(None if layout is None else torch.where(visible(layout, segments), 0.0, LOWEST))
 
     def attend(module, query, key, value, attention_mask, **options):
         own = sys.modules[type(module).__module__].eager_attention_forward

@@ -4,6 +4,8 @@ import copy
 import json
 import subprocess
 import sys
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ def heads_to_keep(model):
     return layer.num_heads // layer.num_kv_heads
 
 
-def applied(family, **options):
+def applied(family, **options) -> tuple[Any, list[Any]]:
     model = make_decoder(family)
     return model, apply(
         model, **{"num_global_heads": heads_to_keep(model), "window": 5, "sink_tokens": 2, **options}
@@ -46,16 +48,22 @@ def inputs_of(kind):
     if kind == "right":
         segments[0, -5:] = -1
     inputs = {"input_ids": ids}
-    if kind in ("left", "right"):
+    if kind == "packed and padded":
+        segments[:, 7:] = 1
+        segments[:, 20:] = -1
+        inputs["position_ids"] = torch.cat([torch.arange(7), torch.arange(LENGTH - 7)]).expand(2, -1)
+    if kind in ("left", "right", "packed and padded"):
         inputs["attention_mask"] = (segments >= 0).long()
     return inputs, segments
 
 
-@pytest.mark.parametrize("kind", ["whole", "left", "right", "packed"])
+@pytest.mark.parametrize("kind", ["whole", "left", "right", "packed", "packed and padded"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_logits_and_gradients_are_those_of_eager_attention_under_explicit_masks(family, kind):
     if family == "lfm2" and kind != "whole":
         pytest.skip("its convolution crosses the bounds of sequences")
+    if family == "llama4" and kind != "whole":
+        pytest.skip("its chunks begin elsewhere")
     model, layouts = applied(family)
     inputs, segments = inputs_of(kind)
     truth = attend_by_masks(make_decoder(family), layouts, segments)
@@ -99,6 +107,42 @@ def test_a_mask_of_ones_beside_restarting_positions_hides_nothing_but_other_sequ
     packed = model(**inputs).logits
     with_mask = model(**inputs, attention_mask=torch.ones(2, LENGTH, dtype=torch.long)).logits
     torch.testing.assert_close(packed, with_mask)
+
+
+def test_inference_mode_follows_positions_that_change_in_place():
+    model, _ = applied("llama")
+    ids = tokens(batch=1)
+    with torch.inference_mode():
+        positions = torch.arange(LENGTH)[None]
+        whole = model(ids, position_ids=positions).logits
+        torch.testing.assert_close(whole, model(ids).logits)
+        positions[:, 10:] -= 10
+        parts = [model(part).logits for part in ids.split([10, LENGTH - 10], dim=1)]
+        packed = model(ids, position_ids=positions).logits
+        torch.testing.assert_close(packed, torch.cat(parts, dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_trial_in_one_thread_changes_no_other_model():
+    running, _ = applied("llama")
+    ids = tokens()
+    with torch.no_grad():
+        truth = running(ids).logits
+        stop, wrong = threading.Event(), []
+
+        def run():
+            with torch.no_grad():
+                while not stop.is_set():
+                    wrong.append(not torch.equal(running(ids).logits, truth))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            for _ in range(5):
+                applied("llama")
+        finally:
+            stop.set()
+            thread.join()
+    assert wrong and not any(wrong)
 
 
 def test_layouts_by_layer_are_stored_with_the_config():
@@ -169,7 +213,7 @@ def test_layouts_survive_saving_twice(family, tmp_path):
     truth = model(ids).logits
     for name in ("first", "second"):
         model.save_pretrained(tmp_path / name)
-        model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        model: Any = hf.AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert model.config._attn_implementation == "longshort" and layouts_of(model) == layouts
         assert torch.equal(model(ids).logits, truth)
         assert isinstance(model.generate(ids, max_new_tokens=2, return_dict_in_generate=True,
@@ -184,13 +228,13 @@ def test_layouts_of_a_model_that_also_sees_are_saved(tmp_path):
     assert model.config.vision_config._attn_implementation != "longshort"
     for name in ("first", "second"):
         model.save_pretrained(tmp_path / name)
-        model = hf.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / name)
+        model: Any = hf.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / name)
         assert model.config.get_text_config()._attn_implementation == "longshort"
         assert model.config.vision_config._attn_implementation != "longshort"
         assert torch.equal(model(input_ids=ids).logits, truth)
 
 
-def seeing_model():
+def seeing_model() -> Any:
     text = CONFIGS["gemma3"]()
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 28, "patch_size": 14}  # fmt: skip
@@ -207,6 +251,42 @@ def test_loading_without_longshort_fails_and_says_what_to_import(tmp_path):
     code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode != 0 and "import longshort.huggingface" in run.stderr.splitlines()[-1]
+
+
+def test_a_config_from_its_own_data_takes_layouts():
+    model, layouts = applied("llama")
+    config = type(model.config)(**model.config.to_dict())
+    again = hf.AutoModelForCausalLM.from_config(config).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    assert apply(again, layouts=layouts) == layouts
+
+
+def test_layouts_follow_an_implementation_that_was_set_before():
+    model = make_decoder("llama")
+    model.set_attn_implementation("longshort")
+    apply(model, num_global_heads=2, window=5)
+    remove(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_implementation_that_is_not_here_is_not_restored():
+    model, layouts = applied("llama")
+    model.config.longshort["replaces"] = "flash_attention_2"
+    apply(model, layouts=layouts)
+    remove(model)
+    assert model.config._attn_implementation == "sdpa" and layouts_of(model) is None
+    torch.testing.assert_close(model(tokens()).logits, make_decoder("llama")(tokens()).logits)
+
+
+def test_an_edit_of_the_config_counts():
+    model, _ = applied("llama")
+    model(tokens())
+    for data in model.config.longshort["layouts"]:
+        data["windows"] = [3] * 6
+    edited = model(tokens()).logits
+    apply(model, layouts=[HeadLayout((3,) * 6, 3, sink_tokens=2)] * 2)
+    assert torch.equal(edited, model(tokens()).logits)
 
 
 def test_a_damaged_config_is_refused(tmp_path):
@@ -381,6 +461,10 @@ def test_bad_calls_are_refused():
     static = hf.StaticCache(config=model.config, max_cache_len=40)
     with pytest.raises(ValueError, match="must hold as many keys as tokens"):
         model(ids, past_key_values=static)
+    seeing = seeing_model()
+    apply(seeing, num_global_heads=2, window=4)
+    with pytest.raises(ValueError, match="as token_type_ids give one"):
+        seeing(input_ids=ids, token_type_ids=torch.zeros_like(ids))
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5

@@ -1,5 +1,7 @@
 """Generation with the split cache in decoders of transformers, against generation without a cache."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as hf
@@ -19,7 +21,7 @@ MODES = {
 FAMILIES = ("llama", "gemma3", "gpt_oss", "gpt2", "stablelm")
 
 
-def make_model(family, window=5, sink_tokens=2):
+def make_model(family, window=5, sink_tokens=2) -> Any:
     model = make_decoder(family)
     layer = attention_layers(model)[0]
     group = layer.num_heads // layer.num_kv_heads
@@ -31,14 +33,15 @@ def tokens(batch=1, length=20):
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def generate(model, ids, cache=True, mask=None, **options):
+def generate(model, ids, cache=True, mask=None, given=None, **options) -> Any:
     torch.manual_seed(0)
     settings = GenerationConfig(
         max_new_tokens=12, pad_token_id=0, eos_token_id=None, use_cache=cache,
         return_dict_in_generate=True, **options,
     )  # fmt: skip
     mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(ids, attention_mask=mask, generation_config=settings)
+    inputs = {} if given is None else {"past_key_values": given}
+    return model.generate(ids, attention_mask=mask, generation_config=settings, **inputs)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -50,9 +53,9 @@ def test_all_modes_give_what_they_give_without_a_cache(family, mode):
         options = MODES["greedy"]
     assert torch.equal(found.sequences, generate(model, ids, cache=False, **options).sequences)
     assert isinstance(found.past_key_values, SplitCache)
-    layer = found.past_key_values.layers[0].cache
-    assert layer.length == found.sequences.shape[1] - 1
-    assert layer.layout == layouts_of(model)[0]
+    layer: Any = found.past_key_values.layers[0]
+    assert layer.cache.length == found.sequences.shape[1] - 1
+    assert [layer.cache.layout] == (layouts_of(model) or [])[:1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,9 +108,9 @@ def test_local_heads_forget_and_memory_is_as_the_layouts_say():
     model, ids = make_model("llama"), tokens(batch=2, length=60)
     cache = split_cache(model)
     model(ids, past_key_values=cache)
-    layouts = layouts_of(model)
+    layouts: Any = layouts_of(model)
     assert cache.nbytes_used == sum(2 * layout.kv_bytes(60, 8, torch.float32) for layout in layouts)
-    whole = hf.DynamicCache(config=model.config)
+    whole: Any = hf.DynamicCache(config=model.config)
     model(ids, past_key_values=whole)
     bytes_of_all = sum(layer.keys.nbytes + layer.values.nbytes for layer in whole.layers)
     assert cache.nbytes_used < bytes_of_all / 2
@@ -131,6 +134,38 @@ def test_another_kind_of_cache_is_made_when_asked_for():
     found = generate(model, ids, do_sample=False, cache_implementation="dynamic")
     assert type(found.past_key_values) is hf.DynamicCache
     assert torch.equal(found.sequences, generate(model, ids, do_sample=False).sequences)
+
+
+@pytest.mark.parametrize("kind", ["offloaded_static", "sliding_window"])
+def test_other_caches_of_fixed_length_are_refused(kind):
+    model, ids = make_model("llama"), tokens()
+    with pytest.raises(ValueError, match="cache_implementation must be None, 'static' or 'dynamic'.*" + kind):
+        generate(model, ids, do_sample=False, cache_implementation=kind)
+
+
+def test_layers_that_attend_in_chunks_have_no_sink_tokens():
+    model, ids = make_model("llama4"), tokens(length=40)
+    assert model.config.longshort["layouts"][0]["sink_tokens"] == 0
+    found = generate(model, ids, do_sample=False)
+    assert isinstance(found.past_key_values, SplitCache)
+    assert torch.equal(found.sequences, generate(model, ids, cache=False, do_sample=False).sequences)
+
+
+def test_a_returned_cache_goes_on():
+    model, ids = make_model("llama"), tokens()
+    first = generate(model, ids, do_sample=False)
+    more = torch.cat([first.sequences, tokens(length=3)], dim=1)
+    found = generate(model, more, do_sample=False, given=first.past_key_values)
+    assert torch.equal(found.sequences, generate(model, more, cache=False, do_sample=False).sequences)
+
+
+def test_embeddings_in_place_of_tokens():
+    model, ids = make_model("llama"), tokens()
+    embeddings = model.get_input_embeddings()(ids)
+    settings = GenerationConfig(max_new_tokens=12, pad_token_id=0, eos_token_id=None, do_sample=False)
+    mask = torch.ones_like(ids)
+    found = model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=settings)
+    assert torch.equal(found, generate(model, ids, cache=False, do_sample=False).sequences[:, 20:])
 
 
 def test_a_model_without_layouts_generates_as_before():

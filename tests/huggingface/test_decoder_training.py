@@ -1,6 +1,7 @@
 """Training of decoders that attend by layouts: checkpointed, compiled, in bf16."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -95,4 +96,5 @@ def test_autocast():
 def test_copies_and_pickles_keep_their_layouts():
     model = make_model().eval()
     truth = model(tokens()).logits
-    assert torch.equal(copy.deepcopy(model)(tokens()).logits, truth)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(tokens()).logits, truth)

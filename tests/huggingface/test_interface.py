@@ -1,6 +1,7 @@
 """The functions that transformers calls: segments in place of masks."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -50,9 +51,10 @@ def test_segments_are_what_the_mask_of_sdpa_shows(batch, past, window):
             seen[-right:] = False
         mask.append(seen)
     positions, mask = torch.stack(positions), torch.stack(mask)
-    config = LlamaConfig(attn_implementation="longshort", sliding_window=window)
+    config: Any = LlamaConfig()
+    config._attn_implementation, config.sliding_window = "longshort", window
     inputs = torch.zeros(len(rows), length, 1)
-    make = create_causal_mask if window is None else create_sliding_window_causal_mask
+    make: Any = create_causal_mask if window is None else create_sliding_window_causal_mask
     arguments = {"inputs_embeds": inputs, "attention_mask": None if packed else mask,
                  "past_key_values": OfLength(past) if past else None,
                  "position_ids": positions if packed else None}  # fmt: skip
@@ -100,6 +102,14 @@ def test_nothing_is_read_twice_for_masks_that_hide_nothing():
 def test_masks_that_are_no_segments_are_refused(options, reason):
     with pytest.raises(ValueError, match=reason):
         segments_of_mask(2, 5, 5, **options)
+
+
+def test_a_graph_checks_masks_too():
+    looks_ahead = torch.compile(segments_of_mask, backend="eager")
+    torch._dynamo.reset()
+    assert looks_ahead(2, 5, 5, mask_function=lambda batch, head, query, key: query >= key) is not None
+    with pytest.raises(RuntimeError, match="must be causal"):
+        looks_ahead(2, 5, 5, mask_function=lambda batch, head, query, key: query >= 0)
 
 
 def all_global(call: Call) -> HeadLayout:

@@ -25,7 +25,7 @@ from longshort.studies.allocation import (
 from longshort.studies.catalogue import StudySettings, run_studies
 from longshort.studies.framework.store import ResultsFile
 from longshort.studies.framework.study import Workplace
-from longshort.studies.progress import Progress
+from longshort.studies.progress.study import Progress
 
 STUDY = Allocation()
 NOT_SHOWN, SHOWN, AGAINST, OPEN = (

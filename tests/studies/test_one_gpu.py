@@ -22,7 +22,7 @@ from longshort.studies.framework import runner
 from longshort.studies.framework.comparison import rate_text
 from longshort.studies.framework.store import RESULTS_FILE
 from longshort.studies.language.arms import ONE_GPU, model_config
-from longshort.studies.progress import Progress
+from longshort.studies.progress.study import Progress
 from longshort.training.checkpoints import latest_checkpoint
 from longshort.training.metrics import METRICS_FILE, read_metrics
 from longshort.training.trained import open_trained

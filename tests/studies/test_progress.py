@@ -1,24 +1,17 @@
 from __future__ import annotations
 
 import pytest
-from tests.studies.planted import fill, judge, noise, outcomes
+from tests.studies.planted import fill, judge, outcomes
+from tests.studies.planted_progress import planted
 
-from longshort.model import training_flops
-from longshort.stability import ALARMS
 from longshort.studies.language.alarms import WARNING
 from longshort.studies.language.arms import model_config
 from longshort.studies.language.trial import probe_series
-from longshort.studies.progress import (
-    DIVERGENCE,
-    ENOUGH,
-    GROWTH,
-    MECHANISM,
-    NEEDED,
-    RATIO,
-    SOONER,
-    Progress,
-    copying_step,
-)
+from longshort.studies.progress.design import ENOUGH, NEEDED, copying_step
+from longshort.studies.progress.logits import DIVERGENCE, GROWTH, MITIGATION, RATIO, SOONER
+from longshort.studies.progress.mechanism import MECHANISM
+from longshort.studies.progress.remedies import REMEDIES
+from longshort.studies.progress.study import Progress
 
 STUDY = Progress()
 NOT_MEASURED = "not measured at this scale"
@@ -27,52 +20,12 @@ NOT_SHOWN, SHOWN, PARTLY, AGAINST, OPEN = (
 )  # fmt: skip
 
 
-def planted(speed=lambda trial: 1.0, logit=lambda trial, loss: 10.0, end=1.2, copies=True, diverged=None):
-    """Results of runs whose loss falls in a line from 3 to `end`, `speed` times as fast.
-
-    `logit` gives the largest logit at a loss; the row range is twice as large.
-    """
-
-    def result_of(trial):
-        training = trial.settings["train"]
-        steps, length = training["steps"], training["sequence_length"]
-        config = model_config(trial.settings["model"], training)
-        marks = [max(1, round(steps * share / 40)) for share in range(1, 41)]
-        pace = speed(trial) * (1 + 0.01 * noise(trial))
-        losses = [max(end, 3.0 - (3.0 - 1.2) * pace * step / (0.9 * steps)) for step in marks]
-        sizes = [logit(trial, loss) * (1 + 0.01 * noise(trial)) for loss in losses]
-        series = {"max_logit": sizes, "max_logit_in_band": sizes, "quantile": sizes}
-        copying = [[step, 1.0 if copies and step > steps / 2 else 3.0] for step in marks]
-        return {
-            "flops_per_step": training_flops(config, length).total * training["batch_size"],
-            "tokens_per_step": length * training["batch_size"],
-            "constant_until": steps - training["decay_steps"],
-            "constant_loss": losses[-5],
-            "validation_loss": losses[-1],
-            "validation_curve": [list(point) for point in zip(marks, losses, strict=True)],
-            "copying_curve": copying,
-            "probe": {"step": marks, **series, "row_range": [2 * size for size in sizes]},
-            "diverged_at": diverged(trial) if diverged else None,
-            **(_alarms(steps, diverged(trial) if diverged else None) if "alarms" in training else {}),
-            "timing": {},
-        }
-
-    return result_of
-
-
-def _alarms(steps, diverged_at):
-    """Scores that rise 200 steps before a loss does."""
-    onset = None if diverged_at is None else diverged_at - 99
-    marks = range(10, steps + 1, 10)
-    scores = [float(onset is not None and step >= onset - 200) for step in marks]
-    return {"diverged_from": onset, "alarm_scores": {"step": list(marks), **dict.fromkeys(ALARMS, scores)}}
-
-
 def test_identical_arms_are_alike(tmp_path):
     found = judge(STUDY, "laptop", planted(), tmp_path)
     assert found == {
-        DIVERGENCE.id: NOT_SHOWN, RATIO.id: AGAINST, GROWTH.id: NOT_SHOWN, SOONER.id: AGAINST,
-        ENOUGH.id: SHOWN, NEEDED.id: NOT_SHOWN, MECHANISM.id: NOT_MEASURED, WARNING.id: NOT_MEASURED,
+        DIVERGENCE.id: NOT_SHOWN, RATIO.id: AGAINST, GROWTH.id: NOT_SHOWN, MITIGATION.id: NOT_SHOWN,
+        SOONER.id: AGAINST, ENOUGH.id: SHOWN, NEEDED.id: NOT_SHOWN, MECHANISM.id: NOT_MEASURED,
+        WARNING.id: NOT_MEASURED, REMEDIES.id: NOT_MEASURED,
     }  # fmt: skip
 
 
@@ -120,6 +73,27 @@ def test_logits_that_grow_with_length(tmp_path):
         return 1 / logit(trial, loss)
 
     assert judge(STUDY, "laptop", planted(logit=shrinking), tmp_path)[GROWTH.id] == AGAINST
+
+
+@pytest.mark.parametrize(
+    ("factors", "outcome"),
+    [
+        ({}, NOT_SHOWN),
+        ({256: 0.5, 512: 0.5, 1024: 0.5, 2048: 0.5}, SHOWN),
+        ({256: 0.5, 512: 0.5, 1024: 0.5}, PARTLY),
+        ({256: 0.5, 512: 0.5}, NOT_SHOWN),
+        ({256: 0.5, 512: 2.0, 1024: 2.0, 2048: 2.0}, AGAINST),
+    ],
+)
+def test_logits_that_are_smaller_at_each_length(tmp_path, factors, outcome):
+    def logit(trial, loss):
+        return 10 * (factors.get(trial.settings["train"]["sequence_length"], 1) if trial.arm == "LS" else 1)
+
+    result_of = planted(logit=logit)
+    by_length = STUDY.scales["overnight"].length_arms.values()
+    trials = [arm.trial(3e-3, seed) for arms in by_length for arm in arms.values() for seed in range(3)]
+    found = STUDY.findings("overnight", range(3), {trial.key: result_of(trial) for trial in trials}, tmp_path)
+    assert outcomes(found)[MITIGATION.id] == outcome
 
 
 def sizes_and_hiding(power, hidden, hidden_ls=1.0):
@@ -176,7 +150,6 @@ def test_the_mechanism_is_open_only_where_the_runs_that_decide_it_do_not_learn(t
 
 def test_arms_of_other_head_sizes_differ_in_nothing_else():
     trials = {trial.arm: trial for trial in STUDY.plan("overnight", [0], {}).trials}
-    assert len(trials) == len({trial.arm for trial in trials.values()})
     configs = {
         name: model_config(trial.settings["model"], trial.settings["train"])
         for name, trial in trials.items()
@@ -247,7 +220,7 @@ def test_other_seeds_are_predicted_at_the_end_and_at_equal_losses(tmp_path):
 
 def test_the_plan_runs_the_first_seed_first():
     trials = STUDY.plan("overnight", range(3), {}).trials
-    assert len({trial.key for trial in trials}) == len(trials) == 105
+    assert len({trial.key for trial in trials}) == len(trials) == 159
     assert [(trial.arm, trial.seed) for trial in trials[:6]] == [
         ("MHSA", 0), ("LS", 0), ("LS, no global head", 0), ("MHSA + RoPE", 0), ("LS + RoPE", 0),
         ("LS + RoPE, none on global heads", 0),

@@ -22,6 +22,7 @@ _COMMANDS = {
     "evaluate": "Measure a trained model on whole validation documents.",
     "audit": "Measure what rounding inside attention does to the gradients of a trained model.",
     "generate": "Generate text with a trained model.",
+    "watch": "Measure the attention logits of a Hugging Face decoder, by layer and head.",
     "inspect": "Find out which heads of a pretrained decoder need the distance.",
     "convert": "Write a pretrained decoder with local and global heads, and a report.",
     "heal": "Train a converted decoder for a short time, until its loss is back.",
@@ -29,6 +30,7 @@ _COMMANDS = {
     "plan": "Count what layouts of heads would cost: cache, operations, longest context.",
     "bench": "Measure the speed and memory of attention and of models on this machine.",
     "study": "Run the paper's experiments: trials, figures, verdicts, one report.",
+    "claims": "Print the claims of finished studies as a table in Markdown.",
     "doctor": "Show versions, hardware, and which attention backends work here.",
     "demo": "Train LS-attention and full attention side by side.",
 }

@@ -1,5 +1,6 @@
 """Evaluation of language models: perplexity over whole documents, retrieval of needles, generated text."""
 
+from longshort.evaluation.attention_logits import measure_logits
 from longshort.evaluation.generation import GeneratedText, GenerationStatistics, generate_text
 from longshort.evaluation.needle import NeedleCell, NeedleResult, measure_needle
 from longshort.evaluation.perplexity import Evaluation, PositionLoss, evaluate_documents
@@ -13,5 +14,6 @@ __all__ = [
     "PositionLoss",
     "evaluate_documents",
     "generate_text",
+    "measure_logits",
     "measure_needle",
 ]

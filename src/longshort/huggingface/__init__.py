@@ -1,4 +1,5 @@
-"""LS-attention in the decoders of Hugging Face transformers: layouts, caches and masks.
+"""LS-attention in the decoders of Hugging Face transformers: layouts, caches and masks; logits watched and
+clipped.
 
 The import registers the attention implementation "longshort", so that models that were saved with layouts
 load.
@@ -8,12 +9,16 @@ from longshort.huggingface.apply import AttentionLayer, apply, attention_layers,
 from longshort.huggingface.cache import GrowingLayer, SplitCache, layer_caches
 from longshort.huggingface.generation import split_cache, use_split_caches
 from longshort.huggingface.interface import register
+from longshort.huggingface.qk_clip import QKClip
 from longshort.huggingface.segments import segment_ids_from
 from longshort.huggingface.state import keep_with_config, layouts_of
+from longshort.huggingface.watch import LogitMonitor
 
 __all__ = [
     "AttentionLayer",
     "GrowingLayer",
+    "LogitMonitor",
+    "QKClip",
     "SplitCache",
     "apply",
     "attention_layers",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LARGEST = 30_000_000  # parameters; what stays larger with small settings is not built
+
+_PROMPT, _NEW = 40, 8  # tokens, beyond all windows and chunks
 
 _LAYERS, _HEADS, _HEAD_DIM, _WIDTH = 4, 4, 16, 64
 
@@ -36,7 +38,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "mamba_d_state", "ssm_state_size"), 8),
     "num_key_value_heads": 2, "head_dim": _HEAD_DIM, "num_experts_per_tok": 2, "v_head_dim": 12,
-    "sliding_window": 6, "mamba_d_head": 32, "hidden_size_per_layer_input": 8,
+    "sliding_window": 6, "attention_chunk_size": 16, "mamba_d_head": 32, "hidden_size_per_layer_input": 8,
 }  # fmt: skip
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -92,7 +94,11 @@ def _small_config(model_type: str) -> PreTrainedConfig:
     settings |= {name: value for name, value in _TOKENS.items() if hasattr(config, name)}
     if "kv_lora_rank" in settings:  # multi-head latent attention: each head has its own keys
         settings |= {"num_key_value_heads": _HEADS, "head_dim": settings.get("qk_rope_head_dim", _HEAD_DIM)}
-    unset = ("head_dim", "num_experts_per_tok")  # without a default, though some of these families need them
+    unset = (
+        "head_dim",
+        "num_experts_per_tok",
+        "num_key_value_heads",
+    )  # without a default, though some of these families need them
     settings |= {
         name: _SMALL[name] for name in unset if getattr(config, name, 0) is None and name not in settings
     }
@@ -117,7 +123,23 @@ def family_support(model_type: str) -> FamilySupport:
         return FamilySupport(model_type, use=_first_line(error), cache="no layouts")
     state = stored_state(text_config(model))
     assert state is not None
-    return FamilySupport(model_type, use=None, cache=state["cache"])
+    return FamilySupport(model_type, use=None, cache=state["cache"] or _generation_error(model))
+
+
+def _generation_error(model: Any) -> str | None:
+    """Why `generate()` with a `SplitCache` differs from `generate()` without a cache; None if it does not."""
+    ids = torch.arange(3, 3 + _PROMPT)[None]
+    settings = GenerationConfig(max_new_tokens=_NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
+    outputs = []
+    for uses_cache in (True, False):
+        settings.use_cache = uses_cache
+        try:
+            outputs.append(
+                model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            )
+        except (TypeError, ValueError) as error:
+            return _first_line(error)
+    return None if torch.equal(*outputs) else "its text is another with the cache"
 
 
 def _first_line(error: Exception) -> str:

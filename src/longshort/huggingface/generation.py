@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from longshort.huggingface.cache import SplitCache
 from longshort.huggingface.state import NAME, SAVED_NAME, layouts_of, stored_state, text_config
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+_OTHER_STATIC = set(ALL_STATIC_CACHE_IMPLEMENTATIONS) - {"static"}
 
 
 def split_cache(model: nn.Module, rollback: int = 0, max_length: int | None = None) -> SplitCache:
@@ -58,6 +62,11 @@ def use_split_caches() -> None:
         max_cache_length: int,
     ) -> Any:
         kind = generation_config.cache_implementation
+        if kind in _OTHER_STATIC and _can_split(self):
+            raise ValueError(
+                "cache_implementation must be None, 'static' or 'dynamic' for a model with layouts, got "
+                f"{kind!r}"
+            )
         is_free = generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None
         if not is_free or kind not in (None, "static") or not _can_split(self):
             return prepare(

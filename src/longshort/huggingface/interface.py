@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 import weakref
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +18,7 @@ from transformers.masking_utils import causal_mask_function
 from longshort.attention import attention
 from longshort.huggingface.cache import PendingKeys, PendingValues
 from longshort.huggingface.segments import segment_ids_from
-from longshort.huggingface.state import NAME, SAVED_NAME, layer_layout, stored_state
+from longshort.huggingface.state import NAME, SAVED_NAME, layer_data, layout_from
 from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
@@ -43,18 +46,17 @@ class Call(NamedTuple):
     uses_cache: bool
 
 
-_recorder: Callable[[Call], HeadLayout] | None = None
+_recorder: ContextVar[Callable[[Call], HeadLayout] | None] = ContextVar("recorder", default=None)
 
 
 @contextmanager
 def recording(recorder: Callable[[Call], HeadLayout]) -> Iterator[None]:
-    """Hand every call inside to `recorder`, which returns the layout to attend with."""
-    global _recorder
-    before, _recorder = _recorder, recorder
+    """Hand every call of this thread inside to `recorder`, which returns the layout to attend with."""
+    token = _recorder.set(recorder)
     try:
         yield
     finally:
-        _recorder = before
+        _recorder.reset(token)
 
 
 def attend_by_layout(
@@ -87,7 +89,7 @@ def attend_by_layout(
         sliding_window: shortens the layout's windows.
         softcap: as in `longshort.attention`.
         s_aux: logits of the sinks, (heads,).
-        position_ids: without a mask and a cache, positions that fall begin a new sequence.
+        position_ids: without cached keys, positions that fall begin a new sequence.
         cu_seq_lens_q: (sequences + 1,), the bounds of packed sequences in a batch of 1.
         is_causal: must not be False; None: as the module says.
         output_attentions: must be false.
@@ -109,8 +111,9 @@ def attend_by_layout(
         pending, key, value = _taken(module, key, value)
     sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
     call = Call(module, *sizes, sliding_window, dropout, pending is not None)
-    layout = _layout_of(call) if _recorder is None else _recorder(call)
-    if dropout and _recorder is None:
+    recorder = None if torch.compiler.is_compiling() else _recorder.get()
+    layout = _layout_of(call) if recorder is None else recorder(call)
+    if dropout and recorder is None:
         raise ValueError(
             f"attention_dropout must be 0: dropout on probabilities is not supported, got {dropout} in "
             f"{_name(module)}"
@@ -170,7 +173,7 @@ def segments_of_mask(
     if use_vmap:
         raise ValueError(
             "the model must use a causal mask, with padding, packing or sliding windows; got a mask function "
-            "of its own, which a layout cannot express"
+            "of its own, as token_type_ids give one, which a layout cannot express"
         )
     visible = _visible_tokens(attention_mask, kv_length)
     starts = None
@@ -205,18 +208,11 @@ def _taken(module: nn.Module, key: Any, value: Any) -> tuple[PendingKeys, Tensor
 
 
 def _layout_of(call: Call) -> HeadLayout:
-    layout = _stored_layout(call.module)
-    if layout is None:
-        raise ValueError(f"{_name(call.module)} attends, but config.longshort has no layout for it")
+    layout = _stored_layout(call.module, call.sliding_window)
     held, wanted = (layout.num_heads, layout.num_kv_heads), (call.num_heads, call.num_kv_heads)
     if held != wanted:
         raise ValueError(
             f"the layout of {_name(call.module)} must have its (heads, kv_heads) = {wanted}, got {held}"
-        )
-    if not layout.equals(within_sliding_window(layout, call.sliding_window)):
-        raise ValueError(
-            f"the layout of {_name(call.module)} must stay within the layer's own sliding window of "
-            f"{call.sliding_window}, got {layout!r}; apply layouts again after a change of the window"
         )
     return layout
 
@@ -229,22 +225,31 @@ def within_sliding_window(layout: HeadLayout, sliding_window: int | None) -> Hea
     return HeadLayout(windows, layout.num_kv_heads)
 
 
-def _stored_layout(module: nn.Module) -> HeadLayout | None:
-    """The layout in the module's config, which is read once."""
+def _stored_layout(module: nn.Module, sliding_window: int | None) -> HeadLayout:
+    """The layout in the module's config, which is read and checked once."""
     if torch.compiler.is_compiling():
-        _remember_while_tracing(module)
+        _remember_while_tracing(module, sliding_window)
     else:
-        _remember_layout(module)
+        _remember_layout(module, sliding_window)
     return module._longshort_layout  # pyright: ignore[reportReturnType]
 
 
-def _remember_layout(module: nn.Module) -> bool:
+def _remember_layout(module: nn.Module, sliding_window: int | None) -> bool:
     """Store the layout at the module, unless it is the same as before."""
-    config = getattr(module, "config", None)
-    state = stored_state(config)
-    if module.__dict__.get("_longshort_state", module) is not state or state is None:
-        module.__dict__["_longshort_layout"] = layer_layout(config, getattr(module, "layer_idx", None))
-        module.__dict__["_longshort_state"] = state
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    data = layer_data(config, index)
+    if module.__dict__.get("_longshort_data") == (data, sliding_window):
+        return True
+    layout = layout_from(data)
+    if layout is None:
+        raise ValueError(f"{_name(module)} attends, but config.longshort has no layout for it")
+    if not layout.equals(within_sliding_window(layout, sliding_window)):
+        raise ValueError(
+            f"the layout of {_name(module)} must stay within the layer's own sliding window of "
+            f"{sliding_window}, got {layout!r}; apply layouts again after a change of the window"
+        )
+    module.__dict__["_longshort_layout"] = layout
+    module.__dict__["_longshort_data"] = copy.deepcopy(data), sliding_window
     return True
 
 
@@ -275,27 +280,44 @@ def _segments(
         starts = bounds.to(query.device, torch.int64)[1:]
         packed = torch.searchsorted(starts, torch.arange(kv_len, device=query.device), right=True)[None]
         return packed if ids is None else packed.masked_fill(ids < 0, -1)
-    if ids is None and position_ids is not None and position_ids.ndim == 2 and q_len == kv_len > 1:
-        if torch.compiler.is_compiling():
-            return segment_ids_from(None, position_ids, batch, q_len, kv_len, query.device)
-        return _packed_by(position_ids, query)
-    return ids
+    if position_ids is None or position_ids.ndim != 2 or q_len != kv_len or kv_len == 1:
+        return ids
+    packed = _packed_by(position_ids, attention_mask, batch, kv_len)
+    if ids is None or packed is None:
+        return ids if packed is None else packed
+    return torch.where(ids < 0, -1, ids * kv_len + packed)  # alike in both
 
 
-_last_positions: tuple[weakref.ref[Tensor], int, tuple[int, ...], Tensor | None] | None = None
+class _Packed(NamedTuple):
+    """Segment ids, and the tensors that they were computed from."""
+
+    references: list[weakref.ref[Tensor]]
+    versions: list[int]
+    batch: int
+    ids: Tensor | None
+
+    def is_of(self, given: list[Tensor], batch: int) -> bool:
+        held = [reference() for reference in self.references]
+        return batch == self.batch and len(held) == len(given) and all(map(operator.is_, held, given))
 
 
-def _packed_by(position_ids: Tensor, query: Tensor) -> Tensor | None:
-    """Segment ids of positions that restart; a forward pass has the same for each layer, and asks once."""
-    global _last_positions
-    batch, _, q_len, _ = query.shape
-    if _last_positions is not None:
-        reference, version, sizes, ids = _last_positions
-        if reference() is position_ids and (version, sizes) == (position_ids._version, (batch, q_len)):
-            return ids
-    ids = segment_ids_from(None, position_ids, batch, q_len, q_len, query.device)
-    version = 0 if position_ids.is_inference() else position_ids._version
-    _last_positions = weakref.ref(position_ids), version, (batch, q_len), ids
+_last_packed: ContextVar[_Packed | None] = ContextVar("last packed", default=None)
+
+
+def _packed_by(position_ids: Tensor, attention_mask: Tensor | None, batch: int, kv_len: int) -> Tensor | None:
+    """Segment ids of positions that restart, or None; a forward pass has the same positions and the same mask
+    of `segments_of_mask` for each layer, and computes them once."""
+    given = [position_ids] if attention_mask is None else [position_ids, attention_mask]
+    versions: list[int] = []
+    is_new = torch.compiler.is_compiling() or any(x.is_inference() for x in given)  # without a version
+    if not is_new:
+        last, versions = _last_packed.get(), [x._version for x in given]
+        if last is not None and last.versions == versions and last.is_of(given, batch):
+            return last.ids
+    visible = None if attention_mask is None else (attention_mask[:, 0, 0] >= 0).expand(batch, kv_len)
+    ids = segment_ids_from(visible, position_ids, batch, kv_len, kv_len, position_ids.device)
+    if not is_new:
+        _last_packed.set(_Packed([weakref.ref(x) for x in given], versions, batch, ids))
     return ids
 
 
@@ -325,7 +347,9 @@ def _sequence_starts(
     later = torch.arange(first + 1, first + kv_length, device=device)[None]
     sees_last = mask_function(index, 0, later, later - 1).expand(batch, kv_length - 1)
     sees_next = mask_function(index, 0, later - 1, later).expand(batch, kv_length - 1)
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        torch.ops.aten._assert_async.msg(~sees_next.any(), "the model must be causal to attend by a layout")
+    else:
         all_one, looks_ahead = torch.stack([sees_last.all(), sees_next.any()]).tolist()
         if looks_ahead:
             raise ValueError(

@@ -53,6 +53,7 @@ def stored_state(config: Any) -> dict[str, Any] | None:
 def layouts_of(model: nn.Module) -> list[HeadLayout | None] | None:
     """Return the layout of each layer, None for one that does not attend; None if none were applied.
 
+    It is what the config holds, also if the caller has since chosen another attention implementation.
     A layer with a sliding window of its own has windows that are at most as long, and no sink tokens.
 
     Raises:
@@ -61,11 +62,11 @@ def layouts_of(model: nn.Module) -> list[HeadLayout | None] | None:
     """
     config = text_config(model)
     state = stored_state(config)
-    return None if state is None else [_from_data(data) for data in _layers(config, state)]
+    return None if state is None else [layout_from(data) for data in _layers(config, state)]
 
 
-def layer_layout(config: Any, layer: Any) -> HeadLayout | None:
-    """Return the layout of one layer; None if it has none.
+def layer_data(config: Any, layer: Any) -> Any:
+    """Return what the config holds of one layer, for `layout_from`.
 
     Raises:
         ValueError: the config has no layouts, or not for this layer.
@@ -79,7 +80,7 @@ def layer_layout(config: Any, layer: Any) -> HeadLayout | None:
     layers = _layers(config, state)
     if not isinstance(layer, int) or not 0 <= layer < len(layers):
         raise ValueError(f"config.longshort has layouts of {len(layers)} layers, none of layer {layer}")
-    return _from_data(layers[layer])
+    return layers[layer]
 
 
 def _as_data(layout: HeadLayout | None) -> dict[str, Any] | None:
@@ -101,7 +102,12 @@ def _layers(config: Any, state: Any) -> list[Any]:
     return layers
 
 
-def _from_data(data: Any) -> HeadLayout | None:
+def layout_from(data: Any) -> HeadLayout | None:
+    """Return the layout that the config holds of a layer; None if it holds none.
+
+    Raises:
+        ValueError: the data are damaged.
+    """
     if data is None:
         return None
     if not isinstance(data, dict) or data.keys() != {"windows", "num_kv_heads", "sink_tokens"}:

@@ -16,7 +16,7 @@ from longshort.checks import require_integer
 from longshort.layers import LongShortAttention, Observation
 from longshort.layout import HeadGroup
 from longshort.stability.alarms import UpdateEntropy
-from longshort.stability.visibility import are_visible, sink_keys
+from longshort.stability.visibility import are_visible, sink_keys_of
 
 Reduction = Callable[[Tensor], Tensor]
 
@@ -155,7 +155,7 @@ class AttentionMonitor:
         layout = self._layers[index].layout
         if self._measures_ranges:
             ranges = torch.empty_like(observation.stats.max_logit)
-            is_sink = sink_keys(observation, layout.sink_tokens)
+            is_sink = sink_keys_of(observation, layout.sink_tokens)
             for group in layout.groups:
                 largest, smallest = _row_extremes(observation, group, group.window, is_sink)
                 ranges[list(group.heads)] = (largest - smallest).amax((0, 2)).to(ranges.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from longshort.checks import require_integer
 from longshort.layers import LongShortAttention, Observation
-from longshort.stability.visibility import are_visible, sink_keys
+from longshort.stability.visibility import are_visible, sink_keys_of
 
 QUANTILE = 0.999
 
@@ -103,7 +103,7 @@ class AttentionProbe:
         rows = torch.arange((q_len - 1) % self._stride, q_len, self._stride, device=q.device)
         keys = torch.arange(kv_len, device=q.device)
         queries = keys[kv_len - q_len + rows]
-        is_sink = sink_keys(observation, layout.sink_tokens)
+        is_sink = sink_keys_of(observation, layout.sink_tokens)
         bands = [None] if self._band is None else [None, self._band]
         found: list[tuple[list[Tensor], Tensor]] = [([], q.new_zeros(0, dtype=dtype)) for _ in bands]
         with torch.autocast(q.device.type, enabled=False):  # q and k have the attention's precision already

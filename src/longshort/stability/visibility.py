@@ -24,12 +24,13 @@ def are_visible(
     return visible[:, None]
 
 
-def sink_keys(observation: Observation, sink_tokens: int) -> Tensor | None:
+def sink_keys(
+    segment_ids: Tensor | None, kv_len: int, sink_tokens: int, device: torch.device
+) -> Tensor | None:
     """Mark the keys that are sink tokens of their segment: (batch or 1, kv_len); None if there are none."""
     if sink_tokens == 0:
         return None
-    positions = torch.arange(observation.k.shape[2], device=observation.k.device)[None]
-    segment_ids = observation.options.get("segment_ids")
+    positions = torch.arange(kv_len, device=device)[None]
     if segment_ids is None:
         return positions < sink_tokens
     ids, order = segment_ids.sort(dim=-1, stable=True)  # an id may occur in several runs
@@ -37,3 +38,9 @@ def sink_keys(observation: Observation, sink_tokens: int) -> Tensor | None:
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     places = positions - (positions * begins).cummax(-1).values
     return torch.empty_like(begins).scatter_(1, order, places < sink_tokens)
+
+
+def sink_keys_of(observation: Observation, sink_tokens: int) -> Tensor | None:
+    """Mark the sink tokens among the keys of an observed call, as `sink_keys`."""
+    segment_ids, k = observation.options.get("segment_ids"), observation.k
+    return sink_keys(segment_ids, k.shape[2], sink_tokens, k.device)

@@ -315,7 +315,7 @@ class Allocation(LanguageStudy):
                 "rank_correlation": prediction_interval(repair.correlation for repair in done)
             }
         sections = _sections(chosen, known, done, folder)
-        return Findings(holm(verdicts), sections, predictions)
+        return Findings(holm(verdicts), sections, predictions, chosen.setting.extent(len(seeds)))
 
 
 def _losses(results: Results, chosen: _Scale, seed: int) -> list[float] | None:
@@ -382,7 +382,9 @@ def _judge_regret(claim: Claim, known: Sequence[Losses], ranking: str, late: str
         f"Loss with all heads global {mean_text(losses[-1] for losses in known)}, "
         f"with none {mean_text(losses[0] for losses in known)}."
     )
-    return Verdict(claim, _outcome(regret, TOLERANCE, is_below=True), evidence, regret.p_value(TOLERANCE))
+    outcome = _outcome(regret, TOLERANCE, is_below=True)
+    here = f"mean regret {difference_text(regret)} nats per byte"
+    return Verdict(claim, outcome, evidence, regret.p_value(TOLERANCE), here)
 
 
 def _judge_repair(done: Sequence[_Repaired], late: str | None) -> Verdict:
@@ -398,7 +400,8 @@ def _judge_repair(done: Sequence[_Repaired], late: str | None) -> Verdict:
         f"that were best before it, nats per byte: {', '.join(after)}."
     )
     outcome = _outcome(correlation, CORRELATION, is_below=False)
-    return Verdict(REPAIR, outcome, evidence, correlation.p_value(CORRELATION))
+    here = f"rank correlation {difference_text(correlation)}"
+    return Verdict(REPAIR, outcome, evidence, correlation.p_value(CORRELATION), here)
 
 
 def _outcome(interval: Interval, limit: float, is_below: bool) -> Outcome:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,13 +22,14 @@ from longshort.studies.allocation import Allocation
 from longshort.studies.dense_local.study import DenseLocal
 from longshort.studies.design import Design
 from longshort.studies.explosion import Explosion
+from longshort.studies.framework.claims import write_findings
 from longshort.studies.framework.page import write_study_report
 from longshort.studies.framework.runner import StudyProgress, run_trials
 from longshort.studies.framework.store import RESULTS_FILE, ResultsFile
 from longshort.studies.framework.study import Findings, Scale, Study, Verdict, Workplace
 from longshort.studies.latency import Latency
 from longshort.studies.length import Length
-from longshort.studies.progress import Progress
+from longshort.studies.progress.study import Progress
 from longshort.studies.remedies import Remedies
 from longshort.training.config import Seed
 from longshort.training.run import current_versions
@@ -48,7 +49,6 @@ STUDIES: Mapping[str, Study] = {
 }
 ALL = "all"
 _MANIFEST = "study.json"
-_FINDINGS = "findings.json"
 
 
 @dataclass(frozen=True)
@@ -217,21 +217,7 @@ def judge_all(scale: Scale, folder: Path) -> dict[str, Findings]:
         if not (folder / name / RESULTS_FILE).is_file():
             continue
         found[name] = study.findings(scale, seeds[name], ResultsFile(folder / name).results, folder / name)
-        content = {
-            "verdicts": [
-                {
-                    "claim": asdict(verdict.claim),
-                    "outcome": verdict.outcome.value,
-                    "evidence": verdict.evidence,
-                }
-                for verdict in found[name].verdicts
-            ],
-            "prediction_intervals": {
-                arm: {quantity: [interval.low, interval.high] for quantity, interval in row.items()}
-                for arm, row in found[name].predictions.items()
-            },
-        }
-        replace_file(folder / name / _FINDINGS, strict_json(content).encode())
+        write_findings(folder / name, found[name])
     return found
 
 

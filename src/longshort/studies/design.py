@@ -180,7 +180,8 @@ class Design(LanguageStudy):
             _judge(NEEDED, deciding, LS.name, [NO_GLOBAL.name], _sign),
             _judge(SPREAD, deciding, chosen.spread.name, gathered, _sign),
         ]
-        return Findings(verdicts, _sections(chosen, arms, folder), predictions(arms))
+        tested = chosen.setting.extent(len(seeds))
+        return Findings(verdicts, _sections(chosen, arms, folder), predictions(arms), tested)
 
 
 def _judge(
@@ -206,7 +207,11 @@ def _judge(
         ]
         return f"Validation loss minus that of {reference}, nats per token. {'; '.join(texts)}."
 
-    return judge(claim, arms, [reference, *names], lambda rate: rule(differences(rate)), evidence)
+    def here() -> str:
+        texts = (f"{difference_text(change)} nats" for change in differences("best"))
+        return "; ".join(f"{name}: {text}" for name, text in zip(names, texts, strict=True))
+
+    return judge(claim, arms, [reference, *names], lambda rate: rule(differences(rate)), evidence, here)
 
 
 def _below_tolerance(intervals: Sequence[Interval]) -> Outcome:

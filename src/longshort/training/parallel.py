@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from longshort.stability.ranks import max_over_ranks, sum_over_ranks
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -49,9 +51,7 @@ class Ranks:
         """Compute the sum over the ranks, element by element."""
         if self.world_size == 1:
             return values
-        total = values.detach().clone()
-        dist.all_reduce(total, dist.ReduceOp.SUM)
-        return total
+        return sum_over_ranks(values)
 
     def reduce_mean(self, values: Tensor) -> Tensor:
         """Compute the mean over the ranks, element by element."""
@@ -61,10 +61,7 @@ class Ranks:
         """Compute the maximum over the ranks, element by element; NaN where any rank has a NaN."""
         if self.world_size == 1:
             return values
-        is_nan = values.isnan()  # whether a collective's MAX keeps NaN is up to its library
-        both = torch.stack([values.detach().masked_fill(is_nan, -torch.inf), is_nan.to(values.dtype)])
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        return both[0].masked_fill(both[1] > 0, torch.nan)
+        return max_over_ranks(values)
 
     def any(self, condition: bool) -> bool:
         """Return whether the condition holds on at least one rank."""

@@ -47,6 +47,8 @@ def result(fit, loss, max_logit):
     }
     if fit.start_window is not None:
         made["start"] = {"loss": loss, "max_logit": max_logit}
+    if fit.to_plateau:
+        made["plateau_at"] = 300
     if fit.crop:
         made |= {name: [[0.5] * fit.crop] * fit.crop for name in ("target", "fit")}
     return made

@@ -10,6 +10,7 @@ from longshort.studies.dense_local.task import (
     HIDDEN_PROBABILITY,
     Fit,
     Loss,
+    PlateauWatch,
     curve_steps,
     least_loss,
     make_target,
@@ -213,3 +214,55 @@ def test_progress_is_told():
 def test_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **changes)
+
+
+def watch(losses):
+    """The first step at which a plateau is seen; None: at none."""
+    seen = PlateauWatch()
+    return next((step for step, loss in enumerate(losses, start=1) if seen.add(loss)), None)
+
+
+@pytest.mark.parametrize(
+    ("losses", "reached"),
+    [
+        ([1.0] * 400, 300),
+        ([1.0] * 299, None),
+        ([step**-0.08 for step in range(1, 3000)], 300),
+        ([step**-0.2 for step in range(1, 3000)], None),  # as long as it falls at this pace
+        ([math.exp(-step / 50) for step in range(3000)], 2300),
+        ([math.nan] * 900, None),
+        ([1.0] * 100 + [math.inf] + [1.0] * 900, 400),
+        ([0.0] * 300, 300),
+    ],
+    ids=["flat", "too short", "slow", "falling", "to the floor", "not finite", "a spike", "zero"],
+)
+def test_a_plateau_is_where_the_loss_no_longer_falls(losses, reached):
+    assert watch(losses) == reached
+
+
+def test_a_plateau_ends_the_constant_rate():
+    fit = replace(SMALL, steps=2000, to_plateau=True, decay_steps=50, window=4)
+    found = run_fit(fit, "cpu")
+    assert 300 <= found["plateau_at"] < 2000
+    assert found["steps"][-1] == found["plateau_at"] + 50
+    assert len(found["steps"]) == len(found["losses"]) == len(found["max_logits"])
+    assert found["losses"][-1] == found["loss"]
+    constant = run_fit(replace(SMALL, steps=found["plateau_at"] + 50, window=4), "cpu")
+    before, after = (dict(zip(run["steps"], run["losses"], strict=True)) for run in (found, constant))
+    shared = [step for step in before.keys() & after.keys() if step <= found["plateau_at"]]
+    assert len(shared) > 10 and all(before[step] == after[step] for step in shared)
+    assert found["loss"] != constant["loss"]
+
+
+def test_a_fit_without_a_plateau_says_so():
+    found = run_fit(replace(SMALL, learning_rate=1e-4, steps=250, to_plateau=True, decay_steps=10), "cpu")
+    assert found["plateau_at"] is None and found["steps"][-1] == 260
+    assert "plateau_at" not in run_fit(SMALL, "cpu")
+
+
+def test_the_rate_falls_to_zero():
+    """With a rate so high that it decides where the fit stands, the last steps hardly move."""
+    fit = replace(SMALL, steps=100, decay_steps=100)
+    found = run_fit(fit, "cpu")
+    assert found["steps"][-1] == 200
+    assert found["loss"] < run_fit(replace(SMALL, steps=100), "cpu")["loss"]

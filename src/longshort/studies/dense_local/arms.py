@@ -13,15 +13,19 @@ from typing import Any, Literal
 
 from longshort.layout import HeadLayout
 from longshort.reporting.intervals import Interval
-from longshort.studies.dense_local.task import WINDOWS_PER_SPAN, Fit, Optimizer, Precision, windows_of_grid
+from longshort.studies.dense_local.task import (
+    LOSS_FLOOR,
+    WINDOWS_PER_SPAN,
+    Fit,
+    Optimizer,
+    Precision,
+    windows_of_grid,
+)
 from longshort.studies.framework.comparison import ArmResults, log_ratio, measure
 from longshort.studies.framework.study import Results, Scale, Trial
 from longshort.studies.framework.sweep import Arm, Ladder, Rate
 
-Topic = Literal["grid", "length", "head_dim", "sigma", "control", "shuffled", "precision", "layer"]
-
-LOSS_FLOOR = 1e-7
-"""The smallest loss; lower ones count as this, since fp32 does not resolve them."""
+Topic = Literal["grid", "narrow", "length", "head_dim", "sigma", "control", "shuffled", "precision", "layer"]
 
 COMMON_RATE = 0.1
 """A learning rate that is in every sweep of free fits with Adam."""
@@ -41,7 +45,8 @@ class Pair:
     """A local arm and the arm that it is compared with, most often a global one of the same fit.
 
     Attributes:
-        topic: topic of the comparison; "grid" decides the verdicts.
+        topic: topic of the comparison; "grid" decides the verdicts, and "narrow" has the windows that cannot
+            hold the dependency, w < l'.
         label: label for tables.
         local, other: the two fits, for any seed and rate.
         other_name: name of the other arm for legends.
@@ -81,7 +86,7 @@ class Sizes:
     """The sizes of one scale.
 
     Attributes:
-        steps: steps of each fit.
+        steps: steps of each fit but those of the grid, at a constant rate.
         grid_length, length: tokens of the grid, and of everything else except the growth with the length.
         head_dim: d; the growth and the controls have l' = d and w = 2·l'.
         lengths, head_dims, sigmas: values for the growth of the logits.
@@ -89,6 +94,8 @@ class Sizes:
         variants_on_grid: run them in every combination of the grid, not only at l' = d, w = 2·l'.
         logit_limits: limits within which the least loss is searched for.
         seeds: number of seeds.
+        grid_steps: most steps of a fit of the grid at the constant rate, which ends on a plateau; the rate
+            then falls to 0 over a tenth as many.
     """
 
     steps: int
@@ -102,6 +109,7 @@ class Sizes:
     variants_on_grid: bool
     logit_limits: Sequence[float]
     seeds: int
+    grid_steps: int
 
 
 _FEW_VARIANTS: tuple[tuple[Precision, Optimizer], ...] = (
@@ -116,18 +124,18 @@ _ALL_VARIANTS: tuple[tuple[Precision, Optimizer], ...] = (
 )
 
 SIZES: dict[Scale, Sizes] = {
-    "smoke": Sizes(6, 24, 24, 4, (16, 24), (4, 8), (1.0,), _FEW_VARIANTS, False, (4.0,), 2),
+    "smoke": Sizes(6, 24, 24, 4, (16, 24), (4, 8), (1.0,), _FEW_VARIANTS, False, (4.0,), 2, grid_steps=300),
     "laptop": Sizes(
         1000, 512, 256, 16, (128, 256, 512), (8, 16, 32), (0.5, 1.0, 2.0), _FEW_VARIANTS, False,
-        (3.0, 4.0, 6.0, 8.0, 12.0, 16.0), 3,
+        (3.0, 4.0, 6.0, 8.0, 12.0, 16.0), 3, grid_steps=9500,
     ),
     "overnight": Sizes(
         2000, 512, 512, 16, (128, 256, 512, 1024), (8, 16, 32, 64), (0.5, 1.0, 2.0, 4.0), _ALL_VARIANTS, True,
-        (3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0), 5,
+        (3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0), 5, grid_steps=20_000,
     ),
     "paper": Sizes(
         2000, 2048, 2048, 64, (512, 1024, 2048, 4096), (16, 32, 64, 128), (0.5, 1.0, 2.0, 4.0), _ALL_VARIANTS,
-        False, (3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0), 5,
+        False, (3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0), 5, grid_steps=20_000,
     ),
 }  # fmt: skip
 
@@ -171,12 +179,20 @@ def _against_global(topic: Topic, label: str, local: Fit) -> Pair:
 
 
 def _grid(sizes: Sizes) -> list[Pair]:
+    """Pair local and global fits that are trained to a plateau."""
     found = []
     for per_head_dim, (index, per_span) in product(_SPANS_PER_HEAD_DIM, enumerate(WINDOWS_PER_SPAN)):
         span = int(per_head_dim * sizes.head_dim)
-        window = windows_of_grid(span)[index]
-        local = replace(_base(sizes, sizes.grid_length), span=span, window=window)
-        found.append(_against_global("grid", f"l'/d = {per_head_dim:g}, w/l' = {per_span:g}", local))
+        local = replace(
+            _base(sizes, sizes.grid_length),
+            span=span,
+            window=windows_of_grid(span)[index],
+            steps=sizes.grid_steps,
+            to_plateau=True,
+            decay_steps=sizes.grid_steps // 10,
+        )
+        label = f"l'/d = {per_head_dim:g}, w/l' = {per_span:g}"
+        found.append(_against_global("grid" if per_span >= 1 else "narrow", label, local))
     return found
 
 
@@ -200,13 +216,24 @@ def equal_freedom_head_dim(local: Fit) -> int:
 
 
 def arm_of(fit: Fit) -> Arm:
-    """Make the arm of a fit, ignoring its seed and rate."""
+    """Make the arm of a fit, ignoring its seed and rate.
+
+    Fits that are trained to a plateau have the rates of the global fit: a rate that is too low or too high
+    for one side would be compared with a good one of the other.
+    """
     ladder = _LADDER
     if fit.optimizer == "sgd":
         ladder = replace(_LADDER, rates=_SGD_RATES)
     elif fit.form != "free":
         ladder = replace(_LADDER, rates=_LAYER_RATES)
-    return Arm(name_of(fit), partial(_trial, fit), ladder)
+    is_led = fit.to_plateau and fit.window is not None
+    return Arm(
+        name_of(fit), partial(_trial, fit), ladder, arm_of(replace(fit, window=None)) if is_led else None
+    )
+
+
+_ADDED = {"to_plateau": False, "decay_steps": 0}
+"""Fields that `Fit` did not always have, with the values that leave a trial what it was."""
 
 
 def _trial(fit: Fit, rate: float, seed: int) -> Trial:
@@ -214,7 +241,9 @@ def _trial(fit: Fit, rate: float, seed: int) -> Trial:
     seconds_of_step = 3e-4 + 1.2e-8 * fit.length**2  # on one core of a laptop
     stages = 1 if fit.start_window is None else 2
     forms = 1 if fit.form == "free" else 3
-    return Trial(name_of(fit), seed, asdict(fit), fit.steps * seconds_of_step * stages * forms)
+    work = (fit.steps + fit.decay_steps) * seconds_of_step * stages * forms
+    settings = {name: value for name, value in asdict(fit).items() if _ADDED.get(name, ...) != value}
+    return Trial(name_of(fit), seed, settings, work)
 
 
 def name_of(fit: Fit) -> str:
@@ -235,6 +264,8 @@ def name_of(fit: Fit) -> str:
         parts.append(f"logits within {fit.logit_limit:g}")
     if not fit.has_band:
         parts.append("no band")
+    if fit.to_plateau:
+        parts.append("to a plateau")
     if fit.crop:
         parts.append("drawn")
     return ", ".join(parts)

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from longshort.reporting.intervals import Interval
 from longshort.reporting.plots import shared_legend
 from longshort.reporting.style import COLOURS, INK, new_figure, plain_number, save_figure, style_axes
-from longshort.studies.dense_local.arms import LOSS_FLOOR
+from longshort.studies.dense_local.task import LOSS_FLOOR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def sections(
         _illustration(found),
         _losses(found),
         _logits(found),
+        _narrow(found),
         _growth(found),
         _controls(found),
         _pairs(
@@ -136,33 +138,25 @@ def _illustration(found: _Found) -> Section:
 
 def _losses(found: _Found) -> Section:
     grid = found.of_topics("grid")
-    reaching = [m for m in grid if m.pair.local.window and m.pair.local.window >= m.pair.local.span]
     texts = []
-    if reaching:
-        below, above = speaking([m.log_ratio("loss") for m in reaching])
-        slower = sum(m.local.sweep.best < m.other.sweep.best for m in reaching)
+    if grid:
+        below, above = speaking([m.log_ratio("loss") for m in grid])
         texts = [
             (
-                "Where the window holds the whole dependency (w ≥ l'), local attention's loss is lower in "
-                f"{below} of {len(reaching)} combinations and higher in {above}, at each arm's best rate. At "
-                "w < l' local attention cannot reach the target: the third column is the least that its "
-                "window allows. How large that is, is our convention: a hidden key counts as if it had "
-                f"probability {HIDDEN_PROBABILITY:g}, where KL would be infinite."
-            ),
-            (
-                f"In {slower} of these {len(reaching)} local attention's best rate is the lower one. Its "
-                f"next lower rate is then lower still, and {found.sizes.steps:,} steps may no longer "
-                "suffice: the last column compares how far each arm has come, not where it ends."
-            ),
+                f"Both sides are trained at equal rates to a plateau, for {found.sizes.grid_steps:,} steps "
+                "at the most, and then while the rate falls to 0. At the rates that are best for the global "
+                f"side local attention's loss is lower in {below} of {len(grid)} combinations and higher in "
+                f"{above}. The last column is the mean step at which the plateaus were reached."
+            )
         ]
     table = _table(
         grid,
         {
             "global": lambda m: _mean(m.other, "loss"),
             "local": lambda m: _mean(m.local, "loss"),
-            "window allows": lambda m: mean_text(result["least_loss"] for result in m.local.results()),
             "local / global": _ratio("loss"),
-            "at lower rates": _ratio("loss", "lower"),
+            "at the lower rate": _ratio("loss", "lower"),
+            "plateau, global / local": lambda m: f"{_plateau(m.other)} / {_plateau(m.local)}",
         },
     )
     tables = {
@@ -179,15 +173,44 @@ def _losses(found: _Found) -> Section:
         figures=[
             Figure(
                 _draw_curves(found, "losses", "loss (nats)", "loss.png"),
-                "Loss (KL, nats) by step at each arm's best rate; faint lines are seeds.",
+                "Loss (KL, nats) by step; faint lines are seeds. Fits of the grid have the global side's "
+                "best rate, controls each their own.",
             ),
             Figure(
                 draw_grid(tables, found.folder / "grid.png"),
-                "Local over global at the best rates, with 95 % intervals over paired seeds: below 1 speaks "
-                "for the claims. Bold: the interval excludes 1.",
+                "Local over global at the global side's best rates, with 95 % intervals over paired seeds: "
+                "below 1 speaks for the claims. Bold: the interval excludes 1.",
             ),
         ],
     )
+
+
+def _plateau(arm: ArmResults) -> str:
+    """Return the mean step at which the fits reached a plateau, or say how many did not."""
+    steps = [result["plateau_at"] for result in arm.results()]
+    late = steps.count(None)
+    return f"not reached by {late} of {len(steps)}" if late else f"{fmean(steps):,.0f}"
+
+
+def _narrow(found: _Found) -> Section:
+    """Report the windows that cannot hold the dependency."""
+    text = (
+        "A window that is narrower than the dependency (w < l') cannot reach the target, so these fits do "
+        "not count. The third column is the least loss that the window allows. How large that is, is our "
+        f"convention: a hidden key counts as if it had probability {HIDDEN_PROBABILITY:g}, where KL would be "
+        "infinite."
+    )
+    table = _table(
+        found.of_topics("narrow"),
+        {
+            "loss, global": lambda m: _mean(m.other, "loss"),
+            "loss, local": lambda m: _mean(m.local, "loss"),
+            "window allows": lambda m: mean_text(result["least_loss"] for result in m.local.results()),
+            "largest logit, global": lambda m: _mean(m.other, "max_logit"),
+            "largest logit, local": lambda m: _mean(m.local, "max_logit"),
+        },
+    )
+    return Section("Windows that are too narrow", [text], table=table)
 
 
 def _logits(found: _Found) -> Section:
@@ -198,9 +221,9 @@ def _logits(found: _Found) -> Section:
         texts = [
             (
                 f"Local attention's largest logit is smaller in {below} of {len(grid)} combinations and "
-                f"larger in {above}, at each arm's best rate. The second column is of global attention over "
-                "the pairs that local attention sees too. The row range is the largest difference of two "
-                "logits of one query: softmax sees only that."
+                f"larger in {above}, at the global side's best rate. The second column is of global "
+                "attention over the pairs that local attention sees too. The row range is the largest "
+                "difference of two logits of one query: softmax sees only that."
             )
         ]
     table = _table(
@@ -212,12 +235,12 @@ def _logits(found: _Found) -> Section:
             ),
             "local": lambda m: _mean(m.local, "max_logit"),
             "local / global": _ratio("max_logit"),
-            "at lower rates": _ratio("max_logit", "lower"),
+            "at the lower rate": _ratio("max_logit", "lower"),
             "row range, ratio": _ratio("row_range"),
         },
     )
     file = _draw_curves(found, "max_logits", "largest |scale · q·k|", "logits.png")
-    caption = "Largest |scale·q·k| over visible pairs by step at each arm's best rate; faint lines are seeds."
+    caption = "Largest |scale·q·k| over visible pairs by step; rates and lines as above."
     return Section("Largest logit (F2d)", texts, table=table, figures=[Figure(file, caption)])
 
 
@@ -416,10 +439,11 @@ def _theory(found: _Found) -> Section:
 def _method(found: _Found) -> Section:
     """Report rates and rules."""
     text = (
-        f"{found.sizes.steps:,} steps at a constant rate, {len(found.seeds)} seeds. One seed gives all arms "
-        "the same target and the same initial queries and keys. Each arm has its own sweep of rates in steps "
-        "of √10 on the first seed, extended where the best lies at an edge; of rates whose losses are alike "
-        "the lowest counts as best. 95 % intervals are Student's, over paired seeds."
+        f"{found.sizes.steps:,} steps at a constant rate, but to a plateau where l' and w vary; "
+        f"{len(found.seeds)} seeds. One seed gives all arms the same target and the same initial queries and "
+        "keys. Each arm has its own sweep of rates in steps of √10 on the first seed, extended where the "
+        "best lies at an edge; where l' and w vary the global side's is that of both. Of rates whose losses "
+        "are alike the lowest counts as best. 95 % intervals are Student's, over paired seeds."
     )
     arms = [arm for measured in found.pairs.values() for arm in (measured.local, measured.other)]
     table = _table(

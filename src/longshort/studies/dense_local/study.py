@@ -2,6 +2,7 @@
 
 Trials are single fits. The plan is every arm's sweep, then every arm on all seeds at its best rate and, if
 verdicts depend on it, at the next lower one; then the fits that are drawn, and those with limited logits.
+Where verdicts depend on them, both sides have the rates of the global one and are trained to a plateau.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 from longshort.reporting.intervals import Interval, log_prediction_interval
 from longshort.studies.dense_local.arms import (
-    LOSS_FLOOR,
     SIZES,
     MeasuredPair,
     Pair,
@@ -27,8 +27,8 @@ from longshort.studies.dense_local.arms import (
 )
 from longshort.studies.dense_local.findings import sections
 from longshort.studies.dense_local.layer import run_layer_fit
-from longshort.studies.dense_local.task import Fit, run_fit
-from longshort.studies.framework.comparison import judge_twice
+from longshort.studies.dense_local.task import LOSS_FLOOR, PLATEAU_FALL, Fit, run_fit
+from longshort.studies.framework.comparison import judge_twice, rate_text
 from longshort.studies.framework.study import (
     Claim,
     Findings,
@@ -45,12 +45,15 @@ from longshort.studies.framework.study import (
 from longshort.studies.framework.sweep import RATES, Rate, plan_arms, sweep
 
 _RULE = (
-    "In each combination of l'/d (½, 1, 4) and w/l' (½, 1, 2, 4) the 95 % interval over paired seeds of the "
-    "log of {quantity}, local over global, each at its best rate, speaks for the claim if it lies below 0, "
-    "against it if above 0. Shown: for it in all combinations. Contradicted: against it in more than half. "
-    "Partly shown: for it in at least half, and not contradicted. Else not shown. The weaker outcome of best "
-    "rates and next lower rates counts. Windows narrower than the dependency (w < l') cannot reach the "
-    "target and count as all others do."
+    "In each combination of l'/d (½, 1, 4) and w/l' (1, 2, 4) the 95 % interval over paired seeds of the log "
+    "of {quantity}, local over global, speaks for the claim if it lies below 0, against it if above 0. Both "
+    "sides have equal rates: the one that is best for the global side, and the next lower one. A fit is "
+    "trained at a constant rate to a plateau, where the geometric mean of its loss over the last third of "
+    f"its steps is less than {PLATEAU_FALL * 100:g} % below that over the third before; then the rate falls "
+    "to 0. Shown: for it in all combinations. Contradicted: against it in more than half. Partly shown: for "
+    "it in at least half, and not contradicted. Else not shown. The weaker outcome of both rates counts. "
+    "Open while a fit has not reached a plateau in the steps that it had. Windows narrower than the "
+    "dependency (w < l') cannot reach the target; they are shown apart and do not count."
 )
 
 CLAIMS = (
@@ -59,6 +62,7 @@ CLAIMS = (
         "Global attention draws O(n²) scores from O(n·d) degrees of freedom, local attention O(n·l') scores.",
         "None: it is counting.",
         "Illustrated: target and fits are drawn from measured numbers; there is no verdict.",
+        paper="a diagram",
     ),
     Claim(
         "F2c",
@@ -66,12 +70,14 @@ CLAIMS = (
         "Global attention reaches as low a loss, or a lower one, with other spans or windows than "
         "l' = d = w, where local attention wins by counting alone.",
         _RULE.format(quantity=f"final losses (at least {LOSS_FLOOR:g} nats, fp32's noise)"),
+        paper="lower, at l' = d = w",
     ),
     Claim(
         "F2d",
         "On a dense local dependency local attention resists the explosion of logits.",
         "Local attention's largest logit grows as large as global attention's.",
         _RULE.format(quantity="largest logits at the end"),
+        paper="smaller, at l' = d = w",
     ),
 )
 
@@ -115,7 +121,9 @@ class DenseLocal(Study):
             for side in (measured.local, measured.other)
         }
         drawn = sections(scale, seeds, results, found, folder)
-        return Findings(verdicts(scale, found), drawn, predictions)
+        sizes = SIZES[scale]
+        tested = f"n = {sizes.grid_length:,}, head_dim {sizes.head_dim}, {len(seeds)} seeds"
+        return Findings(verdicts(scale, found), drawn, predictions, tested)
 
 
 def _fits(chosen: Iterable[Pair]) -> list[Fit]:
@@ -135,6 +143,16 @@ def verdicts(scale: Scale, found: Mapping[Pair, MeasuredPair]) -> list[Verdict]:
 def _judge(
     claim: Claim, scale: Scale, found: Mapping[Pair, MeasuredPair], quantity: str, word: str
 ) -> Verdict:
+    late, fits = off_plateau(found)
+    if late:
+        return Verdict(
+            claim,
+            Outcome.NOT_REACHED,
+            f"{len(late)} of {fits} fits were on no plateau after the steps that they had: "
+            f"{'; '.join(dict.fromkeys(late))}.",
+            here=f"{len(late)} of {fits} fits were on no plateau",
+        )
+
     def ratios(rate: Rate) -> list[Interval | None]:
         return list(grid_ratios(scale, found, quantity, rate).values())
 
@@ -142,16 +160,39 @@ def _judge(
         known = [interval for interval in ratios(rate) if interval is not None]
         speak_for, against = speaking(known)
         missing = len(ratios(rate)) - len(known)
-        return (
-            f"at {'best' if rate == 'best' else 'next lower'} rates lower in {speak_for} and higher in "
-            f"{against}" + (f", {missing} not run" if missing else "")
+        rates = "the global side's best" if rate == "best" else "the next lower"
+        return f"at {rates} rates lower in {speak_for} and higher in {against}" + (
+            f", {missing} not run" if missing else ""
         )
 
     def evidence() -> str:
         count = len(ratios("best"))
         return f"Local attention's {word}, of {count} combinations: {'; '.join(map(text, RATES))}."
 
-    return judge_twice(claim, lambda rate: outcome(ratios(rate)), evidence)
+    def here() -> str:
+        speak_for, against = speaking([interval for interval in ratios("best") if interval is not None])
+        return f"lower in {speak_for} and higher in {against} of {len(ratios('best'))} combinations"
+
+    return judge_twice(claim, lambda rate: outcome(ratios(rate)), evidence, here)
+
+
+def off_plateau(found: Mapping[Pair, MeasuredPair]) -> tuple[list[str], int]:
+    """List the fits that decide the verdicts and neither diverged nor reached a plateau, by name, and count
+    all that decide them."""
+    sides = {
+        side.arm.name: side
+        for pair, measured in found.items()
+        if pair.topic == "grid"
+        for side in (measured.local, measured.other)
+    }
+    fits = [
+        (f"{name} at {rate_text(side.sweep.rate(rate))}", result)
+        for name, side in sides.items()
+        for rate in side.by_rate
+        for result in side.results(rate)
+    ]
+    late = [name for name, result in fits if result["loss"] is not None and result["plateau_at"] is None]
+    return late, len(fits)
 
 
 def outcome(intervals: Sequence[Interval | None]) -> Outcome:

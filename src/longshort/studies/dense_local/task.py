@@ -8,9 +8,11 @@ target and the same initial parameters.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -34,7 +36,15 @@ The size of the loss of such a window is our convention; that it cannot be 0 is 
 WINDOWS_PER_SPAN = (0.5, 1, 2, 4)
 """The windows w/l' of the grid; each fit keeps the largest logit inside each of them."""
 
+LOSS_FLOOR = 1e-7
+"""The smallest loss; lower ones count as this, since fp32 does not resolve them."""
+
+PLATEAU_FALL = 0.05
+"""A fit is on a plateau if the geometric mean of its loss over the last third of its steps is less than this
+share below that over the third before. It is the same rule at every number of steps."""
+
 POINTS_OF_A_CURVE = 40
+_PLATEAU_STEPS = 100  # between two looks for a plateau; the first is after three times as many
 _INITIAL_STD = 0.3
 _LIMIT_WEIGHT = 1.0
 
@@ -60,6 +70,9 @@ class Fit:
         logit_limit: search for the best fit whose logits are all within ± this; None: no limit.
         has_band: False spreads each row's targets over all tokens that it could see, as a control.
         crop: number of last rows and columns of target and fit to keep; 0: none.
+        to_plateau: end the constant rate where the loss reaches a plateau (`PLATEAU_FALL`), after `steps` at
+            the latest.
+        decay_steps: steps after those at the constant rate, in which the rate falls to 0 in a line.
 
     Raises:
         ValueError: a field is out of its range; the message names it.
@@ -81,6 +94,8 @@ class Fit:
     logit_limit: Annotated[float, Gt(0)] | None = None
     has_band: bool = True
     crop: Annotated[int, Ge(0)] = 0
+    to_plateau: bool = False
+    decay_steps: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self) -> None:
         check_fields(self, named=str)
@@ -88,11 +103,17 @@ class Fit:
             if getattr(self, name) > self.length:
                 raise ValueError(f"{name} must be at most length ({self.length}), got {getattr(self, name)}")
         if self.form != "free" and (
-            self.alibi_slope or self.start_window or self.logit_limit or self.crop or not self.has_band
+            self.alibi_slope
+            or self.start_window
+            or self.logit_limit
+            or self.crop
+            or not self.has_band
+            or self.to_plateau
+            or self.decay_steps
         ):
             raise ValueError(
-                "form must be 'free' with alibi_slope, start_window, logit_limit, crop or has_band=False, "
-                f"got {self.form!r}"
+                "form must be 'free' with alibi_slope, start_window, logit_limit, crop, has_band=False, "
+                f"to_plateau or decay_steps, got {self.form!r}"
             )
 
 
@@ -187,7 +208,11 @@ def curve_steps(steps: int) -> list[int]:
 
 
 class Curve:
-    """A curve of loss and largest logit by step; a value that is not finite is None."""
+    """A curve of loss and largest logit by step; a value that is not finite is None.
+
+    Args:
+        steps: the last step, unless `end` names an earlier one.
+    """
 
     def __init__(self, steps: int) -> None:
         self.due = curve_steps(steps)
@@ -198,6 +223,12 @@ class Curve:
         index = self.due.index(step)
         self._losses[index], self._logits[index] = rounded_or_none(loss), rounded_or_none(max_logit)
 
+    def end(self, step: int) -> None:
+        """Make `step` the last of the curve, of which no later one was added."""
+        self.due = [*(due for due in self.due if due < step), step]
+        self._losses = [*self._losses, None][: len(self.due)]
+        self._logits = [*self._logits, None][: len(self.due)]
+
     def as_json(self) -> dict[str, Any]:
         return {"steps": self.due, "losses": self._losses, "max_logits": self._logits}
 
@@ -205,6 +236,23 @@ class Curve:
 def rounded_or_none(value: float) -> float | None:
     """Round to six digits, which keeps results small; None for what JSON cannot hold."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+class PlateauWatch:
+    """Looks for a plateau in the losses of all steps so far."""
+
+    def __init__(self) -> None:
+        self._logs: list[float] = []
+
+    def add(self, loss: float) -> bool:
+        """Add the loss of a step, finite or not; return whether a plateau is reached, at every
+        hundredth step from the 300th."""
+        self._logs.append(math.log(max(loss, LOSS_FLOOR)) if math.isfinite(loss) else math.inf)
+        count = len(self._logs)
+        if count % _PLATEAU_STEPS or count < 3 * _PLATEAU_STEPS:
+            return False
+        before, last = self._logs[count // 3 : 2 * count // 3], self._logs[2 * count // 3 :]
+        return fmean(last) - fmean(before) > math.log(1 - PLATEAU_FALL)
 
 
 def make_optimizer(fit: Fit, parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -229,7 +277,8 @@ def run_fit(
         [window, the same over the visible pairs inside that window] for each of `WINDOWS_PER_SPAN`;
         row_range: largest minus smallest logit of a row, the largest of all rows; least_loss: the least that
         the window allows; steps, losses, max_logits: curves; with start_window: `start`, loss and max_logit
-        before the last stage; with crop: target and fit, lists of rows. All are measured in fp64 on queries
+        before the last stage; with crop: target and fit, lists of rows; with to_plateau: plateau_at, the
+        step at which a plateau was reached, or None. All are measured in fp64 on queries
         and keys as the attention gets them. A number that was not finite is None.
     """
     generator = torch.Generator().manual_seed(fit.seed)
@@ -260,19 +309,29 @@ def _run_stage(
     loss = Loss(target, visible, fit.alibi_slope, torch.float32)
     compute = loss.with_rounded_exponentials if fit.precision == "bf16-flash" else loss
     optimizer = make_optimizer(fit, parameters)
-    curve = Curve(fit.steps)
-    for step in range(fit.steps + 1):
+    curve = Curve(fit.steps + fit.decay_steps)
+    watch = PlateauWatch() if fit.to_plateau else None
+    constant_steps, plateau_at = fit.steps, None
+    for step in itertools.count():
+        is_last = step == constant_steps + fit.decay_steps
+        if is_last and plateau_at is not None:
+            curve.end(step)
         if step in curve.due:
             with torch.no_grad():
                 scores = _exact_scores(fit, parameters, visible)
                 value, max_logit = exact(scores).item(), scores[visible].abs().max().item()
             curve.add(step, value, max_logit)
-            report_progress(step / fit.steps)
-            if step == fit.steps or not math.isfinite(value):
+            report_progress(step / (fit.steps + fit.decay_steps))
+            if is_last or not math.isfinite(value):
                 break
+        if step >= constant_steps:
+            left = 1 - (step - constant_steps) / fit.decay_steps
+            optimizer.param_groups[0]["lr"] = fit.learning_rate * left
         optimizer.zero_grad()
         scores = scores_of(*_rounded(fit, parameters))
         objective = compute(scores)
+        if watch is not None and step < constant_steps and watch.add(objective.item()):
+            constant_steps = plateau_at = step + 1
         if fit.logit_limit is not None:
             excess = (scores.abs() - fit.logit_limit).clamp_min(0.0) * visible
             objective = objective + _LIMIT_WEIGHT * excess.square().sum() / fit.length
@@ -283,6 +342,7 @@ def _run_stage(
         **_at_the_end(fit, exact, scores, visible),
         "least_loss": rounded_or_none(least_loss(target, visible)),
         **curve.as_json(),
+        **({"plateau_at": plateau_at} if fit.to_plateau else {}),
         **_crops(fit, target, scores, visible),
     }
 

@@ -97,6 +97,7 @@ def judge(
     needed: Sequence[str],
     rule: Callable[[Rate], Outcome],
     evidence: Callable[[], str],
+    here: Callable[[], str] = str,
 ) -> Verdict:
     """Judge a claim by the weaker of its outcomes at the best rates and at the next lower ones.
 
@@ -106,15 +107,21 @@ def judge(
         needed: names of the arms without which the claim is not judged.
         rule: returns the outcome at one choice of rates.
         evidence: returns the numbers in words.
+        here: returns those of them that say most.
     """
     if any(name not in arms for name in needed):
         return not_measured(claim)
-    return judge_twice(claim, rule, lambda: evidence() + edge_text(arms[name] for name in needed))
+    return judge_twice(claim, rule, lambda: evidence() + edge_text(arms[name] for name in needed), here)
 
 
-def judge_twice(claim: Claim, rule: Callable[[Rate], Outcome], evidence: Callable[[], str]) -> Verdict:
+def judge_twice(
+    claim: Claim,
+    rule: Callable[[Rate], Outcome],
+    evidence: Callable[[], str],
+    here: Callable[[], str] = str,
+) -> Verdict:
     """Judge a claim by the weaker of its outcomes at the two choices of rates."""
-    return Verdict(claim, weaker(*map(rule, RATES)), evidence())
+    return Verdict(claim, weaker(*map(rule, RATES)), evidence(), here=here())
 
 
 def holm(verdicts: Sequence[Verdict], level: float = 0.05) -> list[Verdict]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longshort.reporting.page import Card, Report, Section, Table, write_page
+from longshort.reporting.page import Card, Report, Section, write_page
+from longshort.studies.framework.claims import claim_rows, claim_table
 from longshort.studies.framework.study import Findings, Outcome, Verdict
 
 _TONES = {
@@ -40,11 +41,7 @@ def write_study_report(folder: Path, manifest: Mapping[str, Any], found: Mapping
 
 
 def _overview(found: Mapping[str, Findings]) -> Section:
-    rows = [
-        (verdict.claim.id, verdict.outcome.value, title)
-        for title, findings in found.items()
-        for verdict in findings.verdicts
-    ]
+    rows = [row for findings in found.values() for row in claim_rows(findings)]
     return Section(
         paragraphs=[
             (
@@ -54,7 +51,7 @@ def _overview(found: Mapping[str, Findings]) -> Section:
                 "seed's value will lie. P-values are held to Holm's correction over the claims of a study."
             )
         ],
-        table=Table(("claim", "verdict", "study"), rows),
+        table=claim_table(rows),
     )
 
 

@@ -96,12 +96,14 @@ class Claim:
         statement: the statement itself.
         falsifier: results that would be evidence against it.
         rule: conditions for each outcome; fixed before the trials are run.
+        paper: the paper's number, or its finding in a few words; empty for questions of ours.
     """
 
     id: str
     statement: str
     falsifier: str
     rule: str
+    paper: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,16 @@ class Verdict:
         outcome: how it stands.
         evidence: the numbers that the outcome rests on, in words.
         p: p-value of the test behind the outcome; None if it rests on no test.
+        here: the one or two numbers of the evidence that say most; empty: all of it.
+        tested: how far the claim was tested, if not as far as the study's other claims.
     """
 
     claim: Claim
     outcome: Outcome
     evidence: str
     p: float | None = None
+    here: str = ""
+    tested: str = ""
 
 
 def not_measured(claim: Claim, reason: str = "The trials are not done.") -> Verdict:
@@ -134,11 +140,13 @@ class Findings:
         verdicts: one per claim.
         sections: sections of the report.
         predictions: 95 % prediction intervals of another seed's value, by arm and quantity.
+        tested: how far the claims were tested: "n = 1,024, 82M tokens, 3 seeds".
     """
 
     verdicts: Sequence[Verdict]
     sections: Sequence[Section]
     predictions: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)
+    tested: str = ""
 
 
 def _ignore_progress(_share: float) -> None:  # a lambda cannot be sent to another process

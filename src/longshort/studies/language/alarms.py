@@ -217,7 +217,10 @@ def judge_alarms(results: RatedResults, after: int) -> Verdict:
         f"Of {len(results)} runs {diverged} diverged. {'; '.join(texts)}. "
         f"Useful: {', '.join(useful) or 'none'}."
     )
-    return Verdict(WARNING, outcome, evidence, p)
+    best = max(evaluations, key=lambda alarm: evaluations[alarm].auroc.mean)
+    found = evaluations[best]
+    here = f"{best}: AUROC {interval_text(found.auroc)}, median lead {median(found.leads):g} steps"
+    return Verdict(WARNING, outcome, evidence, p, here)
 
 
 def alarm_sections(results: RatedResults, after: int) -> list[Section]:

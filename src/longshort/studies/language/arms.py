@@ -80,6 +80,12 @@ class Setting:
         """Make the arm of a variant, with its own sweep."""
         return Arm(variant.name, partial(self.trial, variant), Ladder(self.rates))
 
+    def extent(self, seeds: int) -> str:
+        """Say how far the runs of so many seeds go: "n = 1,024, 82M tokens, 3 seeds"."""
+        length = self.train["sequence_length"]
+        tokens = self.train["steps"] * self.train["batch_size"] * length
+        return f"n = {length:,}, {1e-6 * tokens:.2g}M tokens, {seeds} seed{'s' if seeds > 1 else ''}"
+
     def arms(self, variants: Sequence[Variant]) -> list[Arm]:
         """Make the arms of variants."""
         return [self.arm(variant) for variant in variants]

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from longshort.reporting.intervals import Interval, paired_log_ratio
-from longshort.studies.framework.comparison import ArmResults, Arms, interval_text
+from longshort.reporting.intervals import Interval, log_or_none, paired_log_ratio, slope_interval
+from longshort.studies.framework.comparison import ArmResults, Arms, interval_text, judge_below
 from longshort.studies.framework.study import Claim, Outcome, Verdict, not_measured
 
 LOSSES = (2.2, 2.1, 2.0, 1.7, 1.3)
@@ -22,6 +22,9 @@ BEGUN = 2.3
 
 LEAST_LOSSES = 2
 """A verdict needs this many of `LOSSES`."""
+
+ALIKE = 1.1
+"""Ratios that are shown to lie within this factor of 1 are called alike."""
 
 LOSSES_TEXT = f"{', '.join(map(str, LOSSES[:-1]))} and {LOSSES[-1]}"
 
@@ -102,6 +105,8 @@ def judge_at_losses(
     outcome_at: Callable[[float], Outcome],
     p_at: Callable[[float], float],
     evidence: Callable[[Sequence[float]], str],
+    losses: Sequence[float] = LOSSES,
+    here: Callable[[float], str] | None = None,
 ) -> Verdict:
     """Judge a claim at the losses that all runs of the needed arms reach.
 
@@ -114,19 +119,27 @@ def judge_at_losses(
         outcome_at: returns the outcome at one loss.
         p_at: returns the p-value of that outcome.
         evidence: returns the numbers in words, from the losses that were reached.
+        losses: the losses, nats per byte.
+        here: returns the number at one loss that says most.
     """
     if any(name not in arms for name in needed):
         return not_measured(claim)
     results = {name: arms[name].results() for name in needed}
     late = [name for name, runs in results.items() if not losses_reached(runs, [BEGUN])]
-    reached = losses_reached(result for runs in results.values() for result in runs)
+    reached = losses_reached((result for runs in results.values() for result in runs), losses)
     if late or len(reached) < LEAST_LOSSES:
         reason = f"{', '.join(late)} did not fall to {BEGUN} nats per byte on every seed" if late else (
             f"All runs reach {', '.join(map(str, reached)) or 'none'} of the losses"
         )  # fmt: skip
         return Verdict(claim, Outcome.NOT_REACHED, f"{reason}: too little progress to compare.")
     outcome = combined([outcome_at(loss) for loss in reached])
-    return Verdict(claim, outcome, evidence(reached), p_of_two([p_at(loss) for loss in reached]))
+    p = p_of_two([p_at(loss) for loss in reached])
+    return Verdict(claim, outcome, evidence(reached), p, here="" if here is None else at_ends(here, reached))
+
+
+def at_ends(text: Callable[[float], str], losses: Sequence[float]) -> str:
+    """Format a number at the first and at the last of the losses: "0.2 at 2.2, 0.6 at 1.3"."""
+    return ", ".join(f"{text(loss)} at {loss}" for loss in dict.fromkeys((losses[0], losses[-1])))
 
 
 def p_of_two(p_values: Sequence[float]) -> float:
@@ -169,3 +182,38 @@ def sign_test(first: int, second: int) -> float:
     pairs, fewer = first + second, min(first, second)
     tail = sum(math.comb(pairs, count) for count in range(fewer + 1)) / 2**pairs
     return min(1.0, 2 * tail)
+
+
+def slope_at_loss(by_size: Mapping[int, ArmResults], quantity: str, loss: float) -> Interval:
+    """Compute the slope of log quantity over log size, such as the length, at equal loss, over seeds."""
+    rows = {
+        math.log(size): {
+            seed: log_or_none(at_loss(result, quantity, loss)) for seed, result in arm.by_rate["best"].items()
+        }
+        for size, arm in by_size.items()
+    }
+    seeds = next(iter(rows.values()))
+    return slope_interval([[(x, row[seed]) for x, row in rows.items()] for seed in seeds])
+
+
+def judge_above_zero(interval: Interval) -> Outcome:
+    """Judge a number that is claimed to be above 0: contradicted if below."""
+    if interval.low > 0:
+        return Outcome.SHOWN
+    return Outcome.CONTRADICTED if interval.high < 0 else Outcome.NOT_SHOWN
+
+
+def judge_ratio(interval: Interval, shown: float) -> Outcome:
+    """Judge a ratio at one loss that is claimed to be below `shown`, at most 1."""
+    if is_alike(interval, ALIKE):
+        return Outcome.CONTRADICTED
+    return judge_below(interval, shown, 1.0)
+
+
+def p_of_ratio(log_ratio: Interval, shown: float) -> float:
+    """Compute the p-value of what `judge_ratio` says: against `shown`, against 1, or against the bounds of
+    likeness."""
+    if is_alike(log_ratio.exp(), ALIKE):
+        return max(log_ratio.p_value(math.log(ALIKE)), log_ratio.p_value(-math.log(ALIKE)))
+    bound = math.log(shown)
+    return log_ratio.p_value(bound if log_ratio.high < bound else 0.0)

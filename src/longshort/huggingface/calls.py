@@ -1,0 +1,162 @@
+"""Translation of attention calls, in the words of each implementation of transformers, into visible pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from longshort.huggingface.dispatch import EAGER, AttentionCall
+from longshort.huggingface.segments import segment_ids_from
+from longshort.huggingface.visibility import HeadWindows, Visibility
+from longshort.layers import Observation
+from longshort.layout import HeadLayout
+
+_LONGSHORT = "longshort"
+
+
+def visibility_of(call: AttentionCall) -> Visibility:
+    """Return the pairs that the implementation of a call lets see each other.
+
+    - eager and flex_attention: those that the mask shows; all without one.
+    - sdpa: likewise; without a mask, if causal, key j is seen by query i where j <= i, counted from the
+      first.
+    - flash attention, and implementations that transformers does not know: a 2-D mask tells padding, and
+      packed sequences are told by `cu_seq_lens_q` and `cu_seq_lens_k`, or by positions that restart in a
+      batch of 1; the last query is aligned with the last key; `sliding_window` counts. A 4-D mask is all that
+      counts, as for eager.
+    - longshort: the same with the windows of `config.longshort`, and a mask that holds segment ids.
+
+    Raises:
+        ValueError: the mask is none of these, or the call updates a paged cache.
+    """
+    if call.options.get("cache") is not None:
+        raise ValueError(f"{call.name} must not use a paged cache (continuous batching) to be watched")
+    batch, num_heads, q_len, _ = call.q.shape
+    kv_len, device = call.k.shape[2], call.q.device
+    everything = (HeadWindows(tuple(range(num_heads)), None),)
+    bias = call.options.get("position_bias")
+    masks = () if bias is None else (bias,)
+    mask = call.mask
+    if isinstance(mask, BlockMask):
+        return Visibility(q_len, kv_len, device, everything, masks=masks, rule=mask.mask_mod)
+    if call.implementation == _LONGSHORT:
+        return _by_layout(call)
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        return Visibility(q_len, kv_len, device, everything, masks=(mask, *masks))
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (batch, kv_len)):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask of {call.name} must be None, (batch, kv_len) = {(batch, kv_len)}, 4-D or a "
+            f"BlockMask to be watched, got {shape}"
+        )
+    if mask is None and call.implementation in (EAGER, "flex_attention"):
+        return Visibility(q_len, kv_len, device, everything, masks=masks)
+    causal = _is_causal(call)
+    if mask is None and call.implementation == "sdpa":
+        return Visibility(q_len, kv_len, device, everything, causal=causal and q_len > 1, masks=masks)
+    heads = (HeadWindows(tuple(range(num_heads)), _sliding_window(call)),)
+    return Visibility(
+        q_len, kv_len, device, heads, causal=causal, past=kv_len - q_len, segment_ids=_flash_segments(call),
+        masks=masks,
+    )  # fmt: skip
+
+
+def windows_of(call: AttentionCall) -> tuple[int | None, ...]:
+    """Return the window of each query head: that of its layout or the layer's sliding window; None:
+    global."""
+    if call.implementation == _LONGSHORT:
+        return _layout(call)[0]
+    return (_sliding_window(call),) * call.q.shape[1]
+
+
+def _sliding_window(call: AttentionCall) -> int | None:
+    window = call.options.get("sliding_window")
+    return window if isinstance(window, int) and not isinstance(window, bool) else None
+
+
+def _is_causal(call: AttentionCall) -> bool:
+    given = call.options.get("is_causal")
+    return bool(getattr(call.module, "is_causal", True) if given is None else given)
+
+
+def _layout(call: AttentionCall) -> tuple[tuple[int | None, ...], int]:
+    """Return the windows of a longshort layer, no longer than its sliding window, and its sink tokens.
+
+    They are in the config: `config.longshort["layouts"][layer]` holds `windows` and `sink_tokens`.
+    """
+    layouts = getattr(call.module.config, _LONGSHORT)["layouts"]
+    layout = layouts[call.module.layer_idx]
+    window = _sliding_window(call)
+    if window is None:
+        return tuple(layout["windows"]), layout["sink_tokens"]
+    return tuple(window if own is None else min(own, window) for own in layout["windows"]), 0
+
+
+def _by_layout(call: AttentionCall) -> Visibility:
+    batch, _, q_len, _ = call.q.shape
+    kv_len, device = call.k.shape[2], call.q.device
+    windows, sink_tokens = _layout(call)
+    bounds, positions = call.options.get("cu_seq_lens_q"), call.options.get("position_ids")
+    ids = None if call.mask is None else call.mask[:, 0, 0].expand(batch, kv_len)
+    if bounds is not None:
+        packed = _packed_by(bounds, batch, kv_len, device)
+        ids = packed if ids is None else packed.masked_fill(ids < 0, -1)
+    elif ids is None and positions is not None and positions.ndim == 2 and q_len == kv_len > 1:
+        ids = segment_ids_from(None, positions, batch, q_len, kv_len, device)
+    return _causal_visibility(call.q, call.k, windows, sink_tokens, ids)
+
+
+def layout_visibility(observation: Observation, layout: HeadLayout) -> Visibility:
+    """Return the pairs that see each other in a call of `LongShortAttention`."""
+    ids, slopes = (observation.options.get(name) for name in ("segment_ids", "alibi_slopes"))
+    return _causal_visibility(observation.q, observation.k, layout.windows, layout.sink_tokens, ids, slopes)
+
+
+def _causal_visibility(
+    q: Tensor,
+    k: Tensor,
+    windows: tuple[int | None, ...],
+    sink_tokens: int,
+    segment_ids: Tensor | None,
+    slopes: Tensor | None = None,
+) -> Visibility:
+    by_window: dict[int | None, list[int]] = {}
+    for head, window in enumerate(windows):
+        by_window.setdefault(window, []).append(head)
+    groups = tuple(HeadWindows(tuple(heads), window) for window, heads in by_window.items())
+    q_len, kv_len = q.shape[2], k.shape[2]
+    return Visibility(
+        q_len, kv_len, q.device, groups, causal=True, past=kv_len - q_len, sink_tokens=sink_tokens,
+        segment_ids=segment_ids, slopes=slopes,
+    )  # fmt: skip
+
+
+def _flash_segments(call: AttentionCall) -> Tensor | None:
+    batch, _, q_len, _ = call.q.shape
+    kv_len, device = call.k.shape[2], call.q.device
+    if call.mask is not None:
+        return (call.mask != 0).to(device, torch.int64) - 1
+    q_bounds, k_bounds = (call.options.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+    if q_bounds is not None and k_bounds is not None:
+        if q_len != kv_len or not torch.equal(q_bounds, k_bounds):
+            raise ValueError(
+                f"cu_seq_lens_q of {call.name} must equal cu_seq_lens_k to be watched, got {q_len} queries "
+                f"and {kv_len} keys with unequal bounds"
+            )
+        return _packed_by(q_bounds, batch, kv_len, device)
+    positions = call.options.get("position_ids")
+    if positions is None or batch != 1 or q_len != kv_len or positions.shape[-1] in (0, 1):
+        return None
+    positions = positions.reshape(-1)
+    starts = positions == positions.min()  # the rule of transformers
+    return starts.cumsum(-1)[None].to(device) if int(starts.sum()) > 1 else None
+
+
+def _packed_by(bounds: Any, batch: int, kv_len: int, device: torch.device) -> Tensor:
+    """Segment ids of sequences that lie one after the other in all rows of the batch together."""
+    at = torch.arange(batch * kv_len, device=device)
+    ends = bounds.to(device, torch.int64)[1:].contiguous()
+    return torch.searchsorted(ends, at, right=True).view(batch, kv_len)

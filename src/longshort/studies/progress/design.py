@@ -1,0 +1,105 @@
+"""What a global head is worth, judged on models that copy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from longshort.reporting.intervals import Interval
+from longshort.studies.framework.comparison import Arms, difference, difference_text, mean_text
+from longshort.studies.framework.study import Claim, Outcome, Verdict, not_measured
+from longshort.studies.language.arms import LS, MHSA
+from longshort.studies.language.equal_progress import Result, judge_above_zero
+from longshort.studies.progress.arms import NO_GLOBAL
+
+COPYING_DROP = 0.5
+"""A model copies once its loss on the second half of repeated random bytes has fallen this far below its
+highest value so far, in nats per byte. The loss first rises, to 4.7 of MHSA and LS alike, as the model learns
+text, which random bytes are not; it varies by 0.2 from one evaluation to the next."""
+
+TOLERANCE = 0.02
+"""Losses nearer than this, in nats per byte, are called alike."""
+
+
+ENOUGH = Claim(
+    "design: one global head",
+    "One global head per layer is enough: more of them do not lower the loss.",
+    f"With all heads global the loss is lower by more than {TOLERANCE} nats per byte.",
+    "The 95 % interval of the validation loss at the end of the constant rate, all heads global minus one, "
+    f"paired over seeds. Shown: lower end above −{TOLERANCE}. Contradicted: upper end below −{TOLERANCE}. "
+    f"Open unless both copy on every seed: a loss on repeated random bytes {COPYING_DROP} nats per byte "
+    "below its highest value before.",
+    paper="a few global heads, often one",
+)
+NEEDED = Claim(
+    "design: a global head",
+    "A global head is needed: with local heads alone the loss is higher.",
+    "Without global heads the loss is as low.",
+    "The 95 % interval of the validation loss at the end of the constant rate, no global head minus one, "
+    "paired over seeds. Shown: lower end above 0. Contradicted: upper end below 0. Otherwise not shown. Open "
+    f"unless LS copies on every seed: a loss on repeated random bytes {COPYING_DROP} nats per byte below its "
+    "highest value before.",
+    paper="one for the long range",
+)
+
+
+def judge_enough(arms: Arms) -> Verdict:
+    def outcome(change: Interval) -> Outcome:
+        if change.low > -TOLERANCE:
+            return Outcome.SHOWN
+        return Outcome.CONTRADICTED if change.high < -TOLERANCE else Outcome.NOT_SHOWN
+
+    return _judge_design(ENOUGH, arms, (MHSA.name, LS.name), (MHSA.name, LS.name), outcome, -TOLERANCE)
+
+
+def judge_needed(arms: Arms) -> Verdict:
+    return _judge_design(NEEDED, arms, (NO_GLOBAL.name, LS.name), (LS.name,), judge_above_zero, 0.0)
+
+
+def _judge_design(
+    claim: Claim,
+    arms: Arms,
+    pair: tuple[str, str],
+    copying: Sequence[str],
+    outcome_of: Callable[[Interval], Outcome],
+    bound: float,
+) -> Verdict:
+    """Judge the difference of the losses of two arms against a bound; open unless the `copying` ones copy."""
+    if any(name not in arms for name in pair):
+        return not_measured(claim)
+    first, second = (arms[name] for name in pair)
+    change = difference(first, second, "constant_loss")
+    scores = {name: mean_text(_copying_loss(result) for result in arms[name].results()) for name in pair}
+    evidence = (
+        f"{pair[0]} − {pair[1]}: {difference_text(change)} nats per byte at the end of the constant rate, "
+        f"{difference_text(difference(first, second, 'validation_loss'))} after the decay. Loss on repeated "
+        f"random bytes: {', '.join(f'{name} {score}' for name, score in scores.items())}."
+    )
+    late = [
+        name for name in copying
+        if any(copying_step(result) is None for result in arms[name].results())
+    ]  # fmt: skip
+    if late:
+        return Verdict(
+            claim, Outcome.NOT_REACHED, f"{', '.join(late)} did not copy on every seed. {evidence}"
+        )
+    here = f"{difference_text(change)} nats per byte"
+    return Verdict(claim, outcome_of(change), evidence, change.p_value(bound), here)
+
+
+def copying_step(result: Result) -> int | None:
+    """Return the first step at which a run copies, at the constant rate; None if it never does."""
+    highest = -math.inf
+    for step, loss in result["copying_curve"]:
+        if step > result["constant_until"]:
+            break
+        if loss is not None:
+            highest = max(highest, loss)
+            if loss <= highest - COPYING_DROP:
+                return step
+    return None
+
+
+def _copying_loss(result: Result) -> float | None:
+    """The loss of copying at the end of the constant rate."""
+    return [loss for step, loss in result["copying_curve"] if step <= result["constant_until"]][-1]

@@ -1,0 +1,252 @@
+"""Divergence, logits, their growth with the length, and the cost of a loss: MHSA against LS-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from longshort.reporting.intervals import Interval
+from longshort.reporting.page import Section, Table
+from longshort.studies.framework.comparison import Arms, difference_text, interval_text, mean_text, rate_text
+from longshort.studies.framework.study import Claim, Outcome, Verdict, not_measured
+from longshort.studies.language.arms import LS, MHSA
+from longshort.studies.language.equal_progress import (
+    ALIKE,
+    LOSSES,
+    LOSSES_TEXT,
+    at_ends,
+    at_loss,
+    combined,
+    judge_above_zero,
+    judge_at_losses,
+    judge_ratio,
+    log_cost_ratio_at_loss,
+    log_ratio_at_loss,
+    losses_reached,
+    p_of_ratio,
+    p_of_two,
+    ratios_text,
+    sign_test,
+    slope_at_loss,
+)
+
+DIVERGENCE = Claim(
+    "F1, F4: divergence",
+    "With MHSA the training loss begins to diverge after some steps; the same model with LS-attention is "
+    "stable.",
+    "LS diverges where MHSA does not, or MHSA alone diverges at no rate.",
+    "Pairs of runs of MHSA and LS at the same rate and seed, rates from sound to far too high. Diverged is a "
+    "loss that is not finite, or a running loss (mean of 50 steps) 0.14 nats per byte above its minimum for "
+    "100 steps. Shown: MHSA diverges alone in more pairs than LS, p < 0.05 by the exact two-sided sign test. "
+    "Contradicted: the same with the names exchanged. Otherwise not shown.",
+    paper="diverges in bf16, figure 1",
+)
+RATIO = Claim(
+    "F1: ratio of logits",
+    "LS-attention keeps the largest logit below 1/20 of MHSA's.",
+    "At equal progress LS's largest logit is as large as MHSA's, or larger.",
+    "95 % intervals of LS/MHSA, paired over seeds, of the largest logit on 32 fixed validation windows, "
+    f"where the validation loss first falls to {LOSSES_TEXT} nats per byte, at those of the losses that all "
+    "runs reach at the constant rate. Shown: upper end below 1/20 at two or more losses. Partly: below 1 at "
+    f"two or more. Contradicted: above 1, or alike (within a factor of {ALIKE}), at two or more and below 1 "
+    "at no other. A loss that speaks against the claim makes it not shown. Open unless all runs reach two of "
+    "the losses.",
+    paper="below 0.05",
+)
+GROWTH = Claim(
+    "F3",
+    "With MHSA instability and logit explosion appear at longer sequence lengths.",
+    "At equal progress MHSA's logits do not grow with the sequence length, or shrink.",
+    "The 95 % interval, over seeds, of the slope of log row range over log n of MHSA, where the validation "
+    f"loss first falls to each of {LOSSES_TEXT} that the runs of all lengths reach. Shown: above 0 at two or "
+    "more losses. Contradicted: below 0 at two or more and above 0 at none. A loss that speaks against the "
+    "claim makes it not shown. Open unless all runs reach two of the losses.",
+    paper="at n = 8,192, figure 3",
+)
+MITIGATION = Claim(
+    "F4: each length",
+    "LS-attention mitigates the explosion of logits at each length.",
+    "At some length LS's largest logit at equal progress is as large as MHSA's, or larger.",
+    "95 % intervals of LS/MHSA, paired over seeds, of the largest logit at each length, where the validation "
+    f"loss first falls to each of {LOSSES_TEXT} that the runs of all lengths reach. At a loss: shown if "
+    "below 1 at every length, partly if at more than half of them, contradicted if above 1 at more than "
+    "half. Shown, or partly: so at two or more losses. Contradicted: at two or more losses, and shown or "
+    "partly at no other. A loss that speaks against the claim makes it not shown. Open unless all runs reach "
+    "two of the losses.",
+    paper="at each of n = 512 to 8,192",
+)
+SOONER = Claim(
+    "progress",
+    "LS-attention reaches the same losses with fewer tokens.",
+    "LS needs as many tokens as MHSA, or more.",
+    "95 % intervals, paired over seeds, of the tokens that LS needs to reach a validation loss, relative to "
+    f"MHSA's, at those of {LOSSES_TEXT} nats per byte that all runs reach at the constant rate. Shown: upper "
+    f"end below 1 at two or more losses. Contradicted: above 1, or alike (within a factor of {ALIKE}), at "
+    "two or more and below 1 at no other. A loss that speaks against the claim makes it not shown. Open "
+    "unless all runs reach two of the losses.",
+    paper="lower loss, figures 1 and 5",
+)
+
+
+Diverged = Mapping[tuple[str, float], Sequence[int | None]]
+"""The step of each seed at which it diverged, by variant and rate."""
+
+
+def judge_divergence(stressed: Diverged) -> Verdict:
+    rates = sorted({rate for name, rate in stressed if name == MHSA.name and (LS.name, rate) in stressed})
+    pairs = [
+        (ours is not None, theirs is not None)
+        for rate in rates
+        for ours, theirs in zip(stressed[LS.name, rate], stressed[MHSA.name, rate], strict=True)
+    ]
+    if not pairs:
+        return not_measured(DIVERGENCE)
+    ls_alone, mhsa_alone = pairs.count((True, False)), pairs.count((False, True))
+    p = sign_test(ls_alone, mhsa_alone)
+    outcome = Outcome.NOT_SHOWN
+    if p < 0.05:
+        outcome = Outcome.SHOWN if mhsa_alone > ls_alone else Outcome.CONTRADICTED
+    evidence = (
+        f"Of {len(pairs)} pairs at rates {', '.join(map(rate_text, rates))}: MHSA diverged in "
+        f"{sum(theirs for _, theirs in pairs)}, alone in {mhsa_alone}; LS in "
+        f"{sum(ours for ours, _ in pairs)}, alone in {ls_alone}; p = {p:.2g}."
+    )
+    here = f"MHSA alone in {mhsa_alone} of {len(pairs)} pairs, LS alone in {ls_alone}"
+    return Verdict(DIVERGENCE, outcome, evidence, p, here)
+
+
+def judge_logits(arms: Arms) -> Verdict:
+    pair = (LS.name, MHSA.name)
+
+    def evidence(losses: Sequence[float]) -> str:
+        texts = [
+            f"of {words} {ratios_text(arms[LS.name], arms[MHSA.name], quantity, losses)}"
+            for quantity, words in (
+                ("max_logit", "largest logits"),
+                ("max_logit_in_band", "those inside the window"),
+                ("quantile", "99.9th percentiles"),
+                ("row_range", "row ranges"),
+            )
+        ]
+        return f"LS/MHSA at equal losses: {'; '.join(texts)}."
+
+    def log_ratio(loss: float) -> Interval:
+        return log_ratio_at_loss(arms[LS.name], arms[MHSA.name], "max_logit", loss)
+
+    return judge_at_losses(
+        RATIO, arms, pair,
+        lambda loss: judge_ratio(log_ratio(loss).exp(), 1 / 20),
+        lambda loss: p_of_ratio(log_ratio(loss), 1 / 20),
+        evidence,
+        here=lambda loss: interval_text(log_ratio(loss).exp()),
+    )  # fmt: skip
+
+
+def judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
+    by_length = {n: arms[f"MHSA, n = {n}"] for n, arms in lengths.items() if f"MHSA, n = {n}" in arms}
+    if len(by_length) < max(2, len(lengths)):
+        return not_measured(GROWTH)
+    reached = losses_reached(result for arm in by_length.values() for result in arm.results())
+    if len(reached) < 2:
+        return Verdict(
+            GROWTH, Outcome.NOT_REACHED,
+            f"The runs of all lengths reach {', '.join(map(str, reached)) or 'none'} of the losses.",
+        )  # fmt: skip
+    slopes = {
+        quantity: {loss: slope_at_loss(by_length, quantity, loss) for loss in reached}
+        for quantity in ("row_range", "max_logit")
+    }
+    ranges, logits = (
+        ", ".join(f"{difference_text(interval)} at {loss}" for loss, interval in at.items())
+        for at in slopes.values()
+    )
+    outcome = combined([judge_above_zero(interval) for interval in slopes["row_range"].values()])
+    evidence = f"Slope of MHSA's log row range over log n: {ranges}; of its log largest logit: {logits}."
+    p = p_of_two([interval.p_value(0.0) for interval in slopes["row_range"].values()])
+    here = f"slope {at_ends(lambda loss: difference_text(slopes['row_range'][loss]), reached)}"
+    return Verdict(GROWTH, outcome, evidence, p, here)
+
+
+def judge_mitigation(lengths: Mapping[int, Arms]) -> Verdict:
+    """Judge `MITIGATION` by MHSA and LS at every length."""
+    pairs = {n: [f"{variant.name}, n = {n}" for variant in (LS, MHSA)] for n in lengths}
+    arms = {name: arm for by_name in lengths.values() for name, arm in by_name.items()}
+
+    def log_ratios(loss: float) -> dict[int, Interval]:
+        return {
+            n: log_ratio_at_loss(arms[ls], arms[mhsa], "max_logit", loss) for n, (ls, mhsa) in pairs.items()
+        }
+
+    def outcome_at(loss: float) -> Outcome:
+        ratios = log_ratios(loss).values()
+        below, above = sum(ratio.high < 0 for ratio in ratios), sum(ratio.low > 0 for ratio in ratios)
+        if below == len(pairs):
+            return Outcome.SHOWN
+        if 2 * above > len(pairs):
+            return Outcome.CONTRADICTED
+        return Outcome.PARTLY if 2 * below > len(pairs) else Outcome.NOT_SHOWN
+
+    def p_at(loss: float) -> float:
+        """By Bonferroni's bound on a partial conjunction, where most of the lengths are enough."""
+        p_values = sorted(ratio.p_value(0.0) for ratio in log_ratios(loss).values())
+        needed = len(pairs) if outcome_at(loss) is Outcome.SHOWN else len(pairs) // 2 + 1
+        return min(1.0, (len(pairs) - needed + 1) * p_values[needed - 1])
+
+    def text(loss: float) -> str:
+        return "; ".join(f"n = {n}: {interval_text(ratio.exp())}" for n, ratio in log_ratios(loss).items())
+
+    def evidence(losses: Sequence[float]) -> str:
+        return f"LS/MHSA of the largest logit: {'. '.join(f'At {loss}: {text(loss)}' for loss in losses)}."
+
+    if len(lengths) < 2:
+        return not_measured(MITIGATION, "There is one length.")
+    needed = [name for pair in pairs.values() for name in pair]
+    return judge_at_losses(MITIGATION, arms, needed, outcome_at, p_at, evidence, here=text)
+
+
+def judge_sooner(arms: Arms) -> Verdict:
+    pair = (LS.name, MHSA.name)
+
+    def log_cost(unit: str, loss: float) -> Interval:
+        return log_cost_ratio_at_loss(arms[LS.name], arms[MHSA.name], unit, loss)
+
+    def evidence(losses: Sequence[float]) -> str:
+        texts = [
+            f"{unit} {', '.join(f'{interval_text(log_cost(key, loss).exp())} at {loss}' for loss in losses)}"
+            for key, unit in (("tokens", "tokens"), ("flops", "FLOPs"))
+        ]
+        return f"LS/MHSA to reach a loss: {'; '.join(texts)}."
+
+    return judge_at_losses(
+        SOONER, arms, pair,
+        lambda loss: judge_ratio(log_cost("tokens", loss).exp(), 1.0),
+        lambda loss: p_of_ratio(log_cost("tokens", loss), 1.0),
+        evidence,
+        here=lambda loss: f"{interval_text(log_cost('tokens', loss).exp())} of the tokens",
+    )  # fmt: skip
+
+
+def length_sections(lengths: Mapping[int, Arms]) -> list[Section]:
+    rows = []
+    for arms in lengths.values():
+        for name, arm in arms.items():
+            cells = []
+            for loss in LOSSES:
+                values = [at_loss(result, "row_range", loss) for result in arm.results()]
+                cells.append("–" if None in values else mean_text(values))
+            rows.append((name, *cells))
+    if not rows:
+        return []
+    table = Table(("row range at a loss of", *map(str, LOSSES)), rows)
+    return [Section("By sequence length", ["Means over seeds, at equal validation losses."], table=table)]
+
+
+def stress_sections(stressed: Diverged) -> list[Section]:
+    if not stressed:
+        return []
+    rows = [
+        (name, rate_text(rate), f"{sum(step is not None for step in steps)} of {len(steps)}",
+         ", ".join(f"{step:,}" for step in steps if step is not None) or "–")
+        for (name, rate), steps in stressed.items()
+    ]  # fmt: skip
+    text = "Runs that diverged, by learning rate, with the steps at which they did."
+    return [Section("Divergence", [text], table=Table(("", "rate", "diverged", "at step"), rows))]

@@ -1,0 +1,161 @@
+"""Study `progress` (figures 1, 3, 4 and 5): the logits of MHSA and LS-attention at equal progress, in runs
+that are long enough to learn to copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from longshort.reporting.intervals import Interval
+from longshort.studies.framework.comparison import Arms, holm, measure_arms, rate_text
+from longshort.studies.framework.study import Findings, Plan, Results, Scale, Trial, Workplace, unique
+from longshort.studies.language.alarms import WARNING, alarm_sections, judge_alarms
+from longshort.studies.language.arms import LS
+from longshort.studies.language.equal_progress import at_loss, losses_reached
+from longshort.studies.language.measures import predict
+from longshort.studies.language.trial import LanguageStudy
+from longshort.studies.progress.arms import SATURATION_SEEDS, SIZES, Sizes, trials_of
+from longshort.studies.progress.design import ENOUGH, NEEDED, judge_enough, judge_needed
+from longshort.studies.progress.figures import main_sections, position_sections
+from longshort.studies.progress.logits import (
+    DIVERGENCE,
+    GROWTH,
+    MITIGATION,
+    RATIO,
+    SOONER,
+    judge_divergence,
+    judge_growth,
+    judge_logits,
+    judge_mitigation,
+    judge_sooner,
+    length_sections,
+    stress_sections,
+)
+from longshort.studies.progress.mechanism import MECHANISM, judge_mechanism, mechanism_sections
+from longshort.studies.progress.overview import overview_sections
+from longshort.studies.progress.precision import audits_of, precision_sections, run_audit
+from longshort.studies.progress.remedies import REMEDIES, judge_remedies, remedy_sections
+from longshort.studies.progress.saturation import saturation_sections
+
+
+class Progress(LanguageStudy):
+    """MHSA against LS-attention while both learn: logits at equal losses, lengths, and rates that are too
+    high."""
+
+    name = "progress"
+    title = "Equal progress (figures 1, 3, 4 and 5)"
+    claims = (DIVERGENCE, RATIO, GROWTH, MITIGATION, SOONER, ENOUGH, NEEDED, MECHANISM, WARNING, REMEDIES)
+    scales: Mapping[Scale, Sizes] = SIZES
+
+    def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
+        chosen = self.scales[scale]
+        others = [
+            arm for length, arms in chosen.length_arms.items() for arm in arms.values()
+            if length != chosen.pair.train["sequence_length"]
+        ]  # fmt: skip
+        stressed = [trial for trials in chosen.stress_trials(seeds).values() for trial in trials]
+        trials = [
+            *trials_of([*chosen.main, *chosen.position_arms], seeds[:1]),
+            *trials_of(chosen.main, seeds[1:]),
+            *trials_of(others, seeds),
+            *stressed,
+            *(trial for trials in chosen.audit_trials(seeds).values() for trial in trials),
+            *trials_of(chosen.position_arms, seeds[1:]),
+            *trials_of(chosen.mechanism_arms, seeds),
+            *(trial for arm, its in chosen.remedy_arms(seeds) for trial in trials_of([arm], its)),
+            *trials_of(chosen.saturation_arms, seeds[:SATURATION_SEEDS]),
+        ]
+        return Plan(unique(trials, keep="first"))
+
+    def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
+        return run_audit(trial, workplace) if "audit" in trial.settings else super().run(trial, workplace)
+
+    def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
+        chosen = self.scales[scale]
+        measured = partial(measure_arms, seeds=seeds, results=results, rates=("best",))
+        arms = measured(chosen.main)
+        lengths = {length: measured(by_name.values()) for length, by_name in chosen.length_arms.items()}
+        stressed = {
+            key: [results[trial.key] for trial in trials]
+            for key, trials in chosen.stress_trials(seeds).items()
+            if all(trial.key in results for trial in trials)
+        }
+        mechanism = measured(chosen.mechanism_arms)
+        diverged = {key: [result["diverged_at"] for result in runs] for key, runs in stressed.items()}
+        warmup = 0 if chosen.stress is None else chosen.stress.train["warmup_steps"]
+        alarmed = [
+            (rate, result)
+            for (_, rate), runs in stressed.items()
+            for result in runs
+            if "alarm_scores" in result
+        ]
+        first = measured(chosen.position_arms, seeds=seeds[:1])
+        remedies = {name: arms[name] for name in (LS.name,) if name in arms}
+        for arm, its in chosen.remedy_arms(seeds):
+            remedies |= measured([arm], seeds=its)
+        undecayed = {**arms, **measured(chosen.saturation_arms, seeds=seeds[:SATURATION_SEEDS])}
+        verdicts = [
+            judge_divergence(diverged),
+            judge_logits(arms),
+            judge_growth(lengths),
+            judge_mitigation(lengths),
+            judge_sooner(arms),
+            judge_enough(arms),
+            judge_needed(arms),
+            judge_mechanism(mechanism),
+            judge_alarms(alarmed, warmup),
+            judge_remedies(remedies),
+        ]
+        done = {
+            arm.name: [results[t.key] for t in trials_of([arm], seeds) if t.key in results]
+            for arm in chosen.main
+            if len(arm.ladder.rates) == 1
+        }
+        sections = [
+            *overview_sections(done, folder),
+            *main_sections(chosen, arms, folder),
+            *position_sections(arms, first, folder),
+            *length_sections(lengths),
+            *stress_sections(diverged),
+            *alarm_sections(alarmed, warmup),
+            *precision_sections(audits_of(chosen.audit_trials(seeds), results)),
+            *mechanism_sections(chosen, mechanism, folder),
+            *remedy_sections(remedies, folder),
+            *saturation_sections(undecayed, folder),
+        ]
+        told = _tested(chosen, seeds)
+        verdicts = [replace(verdict, tested=told.get(verdict.claim.id, "")) for verdict in holm(verdicts)]
+        return Findings(verdicts, sections, _predictions(arms), chosen.pair.extent(len(seeds)))
+
+
+def _tested(chosen: Sizes, seeds: Sequence[int]) -> dict[str, str]:
+    """Say how far claims were tested that do not rest on the pair, by id."""
+    found = {}
+    if chosen.stress is not None:
+        rates = f"rates to {rate_text(max(chosen.stress_rates))}"
+        found |= dict.fromkeys((DIVERGENCE.id, WARNING.id), f"{chosen.stress.extent(len(seeds))}, {rates}")
+    if chosen.mechanism is not None:
+        found[MECHANISM.id] = chosen.mechanism.extent(len(seeds))
+    lengths = list(chosen.length_arms)
+    told = f"n = {lengths[0]:,} to {lengths[-1]:,}, {len(seeds)} seeds"
+    return found | dict.fromkeys((GROWTH.id, MITIGATION.id), told)
+
+
+def _predictions(arms: Arms) -> dict[str, dict[str, Interval]]:
+    """Predict another seed's losses at the end, and its logits at the losses that all seeds reach."""
+    found: dict[str, dict[str, Interval]] = {}
+    for name, arm in arms.items():
+        found[name] = {
+            quantity: predict(quantity, arm.values(quantity))
+            for quantity in ("constant_loss", "validation_loss")
+        }
+        for loss in losses_reached(arm.results()):
+            for quantity in ("max_logit", "row_range"):
+                values = {
+                    seed: at_loss(result, quantity, loss) for seed, result in arm.by_rate["best"].items()
+                }
+                found[name][f"{quantity} at {loss}"] = predict(quantity, values)
+    return found
