@@ -90,14 +90,16 @@ def draw_needles(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[st
     depths = sorted({cell["depth"] for cell in before})
     figure = Figure(figsize=(7.5, 1.4 + 0.5 * len(depths)), layout="constrained")
     grid = figure.subplots(1, 2, squeeze=False, sharey=True)[0]
-    most = max(cell["gain"] for cells in (before, after) for cell in cells)
+    most = max(1.0, *(cell["gain"] for cells in (before, after) for cell in cells))
     for axes, name, cells in zip(grid, ("before", "after"), (before, after), strict=True):
         gains = {(cell["depth"], cell["length"]): cell["gain"] for cell in cells}
         table = np.array([[gains[depth, length] for length in lengths] for depth in depths])
-        axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=max(most, 1e-9))
+        axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=most)
         for (row, column), value in np.ndenumerate(table):
             ink = "white" if value < 0.6 * most else "black"
-            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=9, color=ink)
+            axes.text(
+                column, row, f"{round(value, 1) + 0.0:.1f}", ha="center", va="center", fontsize=9, color=ink
+            )
         axes.set_title(name, loc="left", fontsize=10, fontweight="bold", color=INK)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

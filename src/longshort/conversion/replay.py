@@ -47,7 +47,8 @@ class LayerOutputs:
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept."""
-        return sum(output.nbytes for output in self._outputs if isinstance(output, Tensor))
+        flat = (x for output in self._outputs for x in (output if isinstance(output, tuple) else (output,)))
+        return sum(x.nbytes for x in flat if isinstance(x, Tensor))
 
     @contextmanager
     def recording(self) -> Iterator[None]:
