@@ -133,7 +133,7 @@ def family_support(model_type: str) -> FamilySupport:
 def _error_of(attempt: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> str | None:
     try:
         attempt(model)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a family's own code may raise anything
         return _first_line(error)
     return None
 
@@ -165,4 +165,5 @@ def _generate(model: Any) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    text = str(error) if isinstance(error, ValueError | RuntimeError) else repr(error)
+    return (text or type(error).__name__).strip().splitlines()[0]
