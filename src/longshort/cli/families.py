@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import transformers
 import tyro
 from transformers.utils import logging
 
@@ -21,9 +22,16 @@ from longshort.reporting.files import replace_file
 
 _COLUMNS = ("use", "cache", "watch", "clip")
 
+_INTRODUCTION = f"""\
+# Families of decoders
+
+`longshort families` wrote this page: what works for the causal language models of transformers {transformers.__version__},
+tried on a small model of each with random weights. *use* is `apply`, *cache* `generate()` with a split cache, *watch*
+`LogitMonitor` and *clip* `QKClip`. A number stands for the reason below the table."""
+
 # What a reason says of one model, in words that hold for others too.
 _NAMES = (
-    (re.compile(r"\b[A-Z]\w*(ForCausalLM|LMHeadModel|LMHead)\b"), "the model"),
+    (re.compile(r"\b\w+(ForCausalLM|LMHeadModel|LMHead)\b"), "the model"),
     (re.compile(r"the attention of .* ran"), "the attention of layers ran"),
     (re.compile(r"\S*\d\S* \([A-Z]\w*\)"), "a layer"),
 )
@@ -90,7 +98,7 @@ def _table(found: list[FamilySupport], untried: dict[str, str]) -> str:
             reason = specific.sub(general, reason)
         return str(reasons.setdefault(reason, len(reasons) + 1))
 
-    lines = [f"| family | {' | '.join(_COLUMNS)} |", "|---|---|---|---|---|"]
+    lines = [*_INTRODUCTION.splitlines(), "", f"| family | {' | '.join(_COLUMNS)} |", "|---|---|---|---|---|"]
     lines += [
         f"| {support.model_type} | {' | '.join(cell(support, name) for name in _COLUMNS)} |"
         for support in found
