@@ -16,6 +16,7 @@ from longshort.huggingface import head_statistics
 from longshort.huggingface.calls import visibility_of, windows_of
 from longshort.huggingface.dispatch import AttentionCall
 from longshort.huggingface.head_statistics import HeadStatistics, measure
+from longshort.huggingface.state import NAMES
 from longshort.huggingface.visibility import HeadWindows, Visibility
 
 HEADS, KV_HEADS = 4, 2
@@ -148,8 +149,13 @@ def test_longshort_layers_have_a_window_for_each_head() -> None:
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     for options in ({"cu_seq_lens_q": bounds}, {"position_ids": positions}):
-        call = make_call("longshort", 9, 9, batch=1, config=config, **options)
-        assert_shows(call, visible[1:])
+        for name in NAMES:
+            call = make_call(name, 9, 9, batch=1, config=config, **options)
+            assert_shows(call, visible[1:])
+        padded = torch.tensor([0, 0, 0, 0, 0, 0, 0, -1, -1])[None, None, None]
+        call = make_call("longshort", 9, 9, padded, batch=1, config=config, **options)
+        is_token = padded[0] == 0
+        assert_shows(call, visible[1:] & is_token & is_token.mT)
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from longshort.huggingface.dispatch import EAGER, AttentionCall
-from longshort.huggingface.segments import segment_ids_from
+from longshort.huggingface.interface import within_sliding_window
+from longshort.huggingface.segments import segment_ids_between, segment_ids_of_call
+from longshort.huggingface.state import NAMES, layer_data, layout_from
 from longshort.huggingface.visibility import HeadWindows, Visibility
 from longshort.layers import Observation
 from longshort.layout import HeadLayout
-
-_LONGSHORT = "longshort"
 
 
 def visibility_of(call: AttentionCall) -> Visibility:
@@ -42,7 +40,7 @@ def visibility_of(call: AttentionCall) -> Visibility:
     mask = call.mask
     if isinstance(mask, BlockMask):
         return Visibility(q_len, kv_len, device, everything, masks=masks, rule=mask.mask_mod)
-    if call.implementation == _LONGSHORT:
+    if call.implementation in NAMES:
         return _by_layout(call)
     if isinstance(mask, Tensor) and mask.ndim == 4:
         return Visibility(q_len, kv_len, device, everything, masks=(mask, *masks))
@@ -67,8 +65,8 @@ def visibility_of(call: AttentionCall) -> Visibility:
 def windows_of(call: AttentionCall) -> tuple[int | None, ...]:
     """Return the window of each query head: that of its layout or the layer's sliding window; None:
     global."""
-    if call.implementation == _LONGSHORT:
-        return _layout(call)[0]
+    if call.implementation in NAMES:
+        return _layout(call).windows
     return (_sliding_window(call),) * call.q.shape[1]
 
 
@@ -82,54 +80,35 @@ def _is_causal(call: AttentionCall) -> bool:
     return bool(getattr(call.module, "is_causal", True) if given is None else given)
 
 
-def _layout(call: AttentionCall) -> tuple[tuple[int | None, ...], int]:
-    """Return the windows of a longshort layer, no longer than its sliding window, and its sink tokens.
-
-    They are in the config: `config.longshort["layouts"][layer]` holds `windows` and `sink_tokens`.
-    """
-    layouts = getattr(call.module.config, _LONGSHORT)["layouts"]
-    layout = layouts[call.module.layer_idx]
-    window = _sliding_window(call)
-    if window is None:
-        return tuple(layout["windows"]), layout["sink_tokens"]
-    return tuple(window if own is None else min(own, window) for own in layout["windows"]), 0
+def _layout(call: AttentionCall) -> HeadLayout:
+    """Return the layout of a longshort layer, within its sliding window."""
+    layout = layout_from(layer_data(call.module.config, call.module.layer_idx))
+    assert layout is not None
+    return within_sliding_window(layout, _sliding_window(call))
 
 
 def _by_layout(call: AttentionCall) -> Visibility:
     batch, _, q_len, _ = call.q.shape
-    kv_len, device = call.k.shape[2], call.q.device
-    windows, sink_tokens = _layout(call)
-    bounds, positions = call.options.get("cu_seq_lens_q"), call.options.get("position_ids")
-    ids = None if call.mask is None else call.mask[:, 0, 0].expand(batch, kv_len)
-    if bounds is not None:
-        packed = _packed_by(bounds, batch, kv_len, device)
-        ids = packed if ids is None else packed.masked_fill(ids < 0, -1)
-    elif ids is None and positions is not None and positions.ndim == 2 and q_len == kv_len > 1:
-        ids = segment_ids_from(None, positions, batch, q_len, kv_len, device)
-    return _causal_visibility(call.q, call.k, windows, sink_tokens, ids)
+    ids = segment_ids_of_call(
+        call.mask, call.options.get("position_ids"), call.options.get("cu_seq_lens_q"),
+        (batch, q_len, call.k.shape[2]), call.q.device,
+    )  # fmt: skip
+    return _causal_visibility(call.q, call.k, _layout(call), ids)
 
 
 def layout_visibility(observation: Observation, layout: HeadLayout) -> Visibility:
     """Return the pairs that see each other in a call of `LongShortAttention`."""
     ids, slopes = (observation.options.get(name) for name in ("segment_ids", "alibi_slopes"))
-    return _causal_visibility(observation.q, observation.k, layout.windows, layout.sink_tokens, ids, slopes)
+    return _causal_visibility(observation.q, observation.k, layout, ids, slopes)
 
 
 def _causal_visibility(
-    q: Tensor,
-    k: Tensor,
-    windows: tuple[int | None, ...],
-    sink_tokens: int,
-    segment_ids: Tensor | None,
-    slopes: Tensor | None = None,
+    q: Tensor, k: Tensor, layout: HeadLayout, segment_ids: Tensor | None, slopes: Tensor | None = None
 ) -> Visibility:
-    by_window: dict[int | None, list[int]] = {}
-    for head, window in enumerate(windows):
-        by_window.setdefault(window, []).append(head)
-    groups = tuple(HeadWindows(tuple(heads), window) for window, heads in by_window.items())
+    groups = tuple(HeadWindows(group.heads, group.window) for group in layout.groups)
     q_len, kv_len = q.shape[2], k.shape[2]
     return Visibility(
-        q_len, kv_len, q.device, groups, causal=True, past=kv_len - q_len, sink_tokens=sink_tokens,
+        q_len, kv_len, q.device, groups, causal=True, past=kv_len - q_len, sink_tokens=layout.sink_tokens,
         segment_ids=segment_ids, slopes=slopes,
     )  # fmt: skip
 
@@ -146,17 +125,10 @@ def _flash_segments(call: AttentionCall) -> Tensor | None:
                 f"cu_seq_lens_q of {call.name} must equal cu_seq_lens_k to be watched, got {q_len} queries "
                 f"and {kv_len} keys with unequal bounds"
             )
-        return _packed_by(q_bounds, batch, kv_len, device)
+        return segment_ids_between(q_bounds, batch, kv_len, device)
     positions = call.options.get("position_ids")
     if positions is None or batch != 1 or q_len != kv_len or positions.shape[-1] in (0, 1):
         return None
     positions = positions.reshape(-1)
     starts = positions == positions.min()  # the rule of transformers
     return starts.cumsum(-1)[None].to(device) if int(starts.sum()) > 1 else None
-
-
-def _packed_by(bounds: Any, batch: int, kv_len: int, device: torch.device) -> Tensor:
-    """Segment ids of sequences that lie one after the other in all rows of the batch together."""
-    at = torch.arange(batch * kv_len, device=device)
-    ends = bounds.to(device, torch.int64)[1:].contiguous()
-    return torch.searchsorted(ends, at, right=True).view(batch, kv_len)

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from longshort.huggingface.cache import SplitCache
-from longshort.huggingface.state import NAME, SAVED_NAME, layouts_of, stored_state, text_config
+from longshort.huggingface.state import NAMES, layouts_of, stored_state, text_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,6 +87,6 @@ def _can_split(model: Any) -> bool:
     return (
         isinstance(state, dict)
         and state.get("cache") is None
-        and config._attn_implementation in (NAME, SAVED_NAME)
+        and config._attn_implementation in NAMES
         and model._supports_default_dynamic_cache()
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
-import weakref
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,8 +15,9 @@ from transformers.masking_utils import causal_mask_function
 
 from longshort.attention import attention
 from longshort.huggingface.cache import PendingKeys, PendingValues
-from longshort.huggingface.segments import segment_ids_from
-from longshort.huggingface.state import NAME, SAVED_NAME, layer_data, layout_from
+from longshort.huggingface.dispatch import layer_name
+from longshort.huggingface.segments import segment_ids_of_call
+from longshort.huggingface.state import NAMES, layer_data, layout_from
 from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ class Call(NamedTuple):
         num_heads, num_kv_heads, head_dim, value_dim: sizes of its tensors.
         sliding_window: the layer's own window, or None.
         dropout: probability.
-        uses_cache: whether keys and values came through a `SplitCache`.
     """
 
     module: nn.Module
@@ -43,7 +41,6 @@ class Call(NamedTuple):
     value_dim: int
     sliding_window: int | None
     dropout: float
-    uses_cache: bool
 
 
 _recorder: ContextVar[Callable[[Call], HeadLayout] | None] = ContextVar("recorder", default=None)
@@ -103,27 +100,30 @@ def attend_by_layout(
         ValueError: an argument is not allowed, or does not fit the layout.
     """
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ValueError(f"{_name(module)} must be causal to attend by a layout, got is_causal=False")
+        raise ValueError(f"{layer_name(module)} must be causal to attend by a layout, got is_causal=False")
     if output_attentions:
         raise ValueError("output_attentions must be false: no attention matrix is ever held")
     pending = None
     if isinstance(key, PendingKeys) or isinstance(value, PendingValues):
         pending, key, value = _taken(module, key, value)
     sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
-    call = Call(module, *sizes, sliding_window, dropout, pending is not None)
+    call = Call(module, *sizes, sliding_window, dropout)
     recorder = None if torch.compiler.is_compiling() else _recorder.get()
     layout = _layout_of(call) if recorder is None else recorder(call)
     if dropout and recorder is None:
         raise ValueError(
             f"attention_dropout must be 0: dropout on probabilities is not supported, got {dropout} in "
-            f"{_name(module)}"
+            f"{layer_name(module)}"
         )
+    batch, _, q_len, _ = query.shape
     past = 0 if pending is None else pending.cache.length
     options: dict[str, Any] = {
         "scale": query.shape[3] ** -0.5 if scaling is None else float(scaling),
         "softcap": softcap,
         "sink_logits": s_aux,
-        "segment_ids": _segments(attention_mask, position_ids, cu_seq_lens_q, query, past + key.shape[2]),
+        "segment_ids": segment_ids_of_call(
+            attention_mask, position_ids, cu_seq_lens_q, (batch, q_len, past + key.shape[2]), query.device
+        ),
     }
     query, key, value, value_dim = _with_one_head_dim(query, key, value)
     if pending is None:
@@ -189,20 +189,16 @@ def segments_of_mask(
 
 def register() -> None:
     """Enter both functions into the registries of transformers."""
-    for name in (NAME, SAVED_NAME):
+    for name in NAMES:
         AttentionInterface.register(name, attend_by_layout)
         AttentionMaskInterface.register(name, segments_of_mask)
-
-
-def _name(module: nn.Module) -> str:
-    return f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
 
 
 def _taken(module: nn.Module, key: Any, value: Any) -> tuple[PendingKeys, Tensor, Tensor]:
     if not isinstance(key, PendingKeys) or not isinstance(value, PendingValues):
         raise TypeError(
             "past_key_values is a SplitCache, whose keys and values must reach the attention as they are, "
-            f"got {type(key).__name__} and {type(value).__name__} in {_name(module)}"
+            f"got {type(key).__name__} and {type(value).__name__} in {layer_name(module)}"
         )
     return key, *key.take(value)
 
@@ -212,7 +208,7 @@ def _layout_of(call: Call) -> HeadLayout:
     held, wanted = (layout.num_heads, layout.num_kv_heads), (call.num_heads, call.num_kv_heads)
     if held != wanted:
         raise ValueError(
-            f"the layout of {_name(call.module)} must have its (heads, kv_heads) = {wanted}, got {held}"
+            f"the layout of {layer_name(call.module)} must have its (heads, kv_heads) = {wanted}, got {held}"
         )
     return layout
 
@@ -242,10 +238,10 @@ def _remember_layout(module: nn.Module, sliding_window: int | None) -> bool:
         return True
     layout = layout_from(data)
     if layout is None:
-        raise ValueError(f"{_name(module)} attends, but config.longshort has no layout for it")
+        raise ValueError(f"{layer_name(module)} attends, but config.longshort has no layout for it")
     if not layout.equals(within_sliding_window(layout, sliding_window)):
         raise ValueError(
-            f"the layout of {_name(module)} must stay within the layer's own sliding window of "
+            f"the layout of {layer_name(module)} must stay within the layer's own sliding window of "
             f"{sliding_window}, got {layout!r}; apply layouts again after a change of the window"
         )
     module.__dict__["_longshort_layout"] = layout
@@ -255,76 +251,6 @@ def _remember_layout(module: nn.Module, sliding_window: int | None) -> bool:
 
 # A graph cannot make a layout, but it can read one that the module has.
 _remember_while_tracing = torch.compiler.assume_constant_result(_remember_layout)
-
-
-def _segments(
-    attention_mask: Any, position_ids: Tensor | None, bounds: Tensor | None, query: Tensor, kv_len: int
-) -> Tensor | None:
-    """Segment ids of the keys, (batch, kv_len), or None."""
-    batch, q_len = query.shape[0], query.shape[2]
-    ids = None
-    if attention_mask is not None:
-        is_ours = isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int64
-        if not is_ours or attention_mask.shape[1:] != (1, 1, kv_len):
-            raise ValueError(
-                f"attention_mask must be the mask of tokens, (batch, kv_len = {kv_len}); a mask per query "
-                f"and key is not supported, got {_described(attention_mask)}"
-            )
-        ids = attention_mask[:, 0, 0].expand(batch, kv_len)
-    if bounds is not None:
-        if batch != 1 or q_len != kv_len:
-            raise ValueError(
-                "cu_seq_lens_q must come with a batch of 1 and without cached keys, got a batch of "
-                f"{batch}, {q_len} queries and {kv_len} keys"
-            )
-        starts = bounds.to(query.device, torch.int64)[1:]
-        packed = torch.searchsorted(starts, torch.arange(kv_len, device=query.device), right=True)[None]
-        return packed if ids is None else packed.masked_fill(ids < 0, -1)
-    if position_ids is None or position_ids.ndim != 2 or q_len != kv_len or kv_len == 1:
-        return ids
-    packed = _packed_by(position_ids, attention_mask, batch, kv_len)
-    if ids is None or packed is None:
-        return ids if packed is None else packed
-    return torch.where(ids < 0, -1, ids * kv_len + packed)  # alike in both
-
-
-class _Packed(NamedTuple):
-    """Segment ids, and the tensors that they were computed from."""
-
-    references: list[weakref.ref[Tensor]]
-    versions: list[int]
-    batch: int
-    ids: Tensor | None
-
-    def is_of(self, given: list[Tensor], batch: int) -> bool:
-        held = [reference() for reference in self.references]
-        return batch == self.batch and len(held) == len(given) and all(map(operator.is_, held, given))
-
-
-_last_packed: ContextVar[_Packed | None] = ContextVar("last packed", default=None)
-
-
-def _packed_by(position_ids: Tensor, attention_mask: Tensor | None, batch: int, kv_len: int) -> Tensor | None:
-    """Segment ids of positions that restart, or None; a forward pass has the same positions and the same mask
-    of `segments_of_mask` for each layer, and computes them once."""
-    given = [position_ids] if attention_mask is None else [position_ids, attention_mask]
-    versions: list[int] = []
-    is_new = torch.compiler.is_compiling() or any(x.is_inference() for x in given)  # without a version
-    if not is_new:
-        last, versions = _last_packed.get(), [x._version for x in given]
-        if last is not None and last.versions == versions and last.is_of(given, batch):
-            return last.ids
-    visible = None if attention_mask is None else (attention_mask[:, 0, 0] >= 0).expand(batch, kv_len)
-    ids = segment_ids_from(visible, position_ids, batch, kv_len, kv_len, position_ids.device)
-    if not is_new:
-        _last_packed.set(_Packed([weakref.ref(x) for x in given], versions, batch, ids))
-    return ids
-
-
-def _described(value: Any) -> str:
-    return (
-        f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    )
 
 
 def _visible_tokens(attention_mask: Tensor | None, kv_length: int) -> Tensor | None:

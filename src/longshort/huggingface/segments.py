@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import operator
+import weakref
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +61,108 @@ def segment_ids_from(
         return None if visible is None else visible.to(torch.int64) - 1
     segment_ids = starts.cumsum(-1).expand(batch, kv_len)
     return segment_ids if visible is None else segment_ids.masked_fill(~visible, -1)
+
+
+def segment_ids_of_call(
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    bounds: Tensor | None,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+) -> Int[Tensor, "batch kv_len"] | None:
+    """Return the segment ids of the keys in a call of the attention implementation "longshort".
+
+    Args:
+        attention_mask: int64 segment ids, (batch or 1, 1, 1, kv_len), or None.
+        position_ids: without cached keys, positions that fall begin a new segment.
+        bounds: of packed sequences in a batch of 1, (sequences + 1,), instead of positions.
+        sizes: batch, q_len and kv_len.
+        device: of the result.
+
+    Returns:
+        int64, -1 for padding; None where nothing is padded and nothing is packed.
+
+    Raises:
+        ValueError: the mask is another one, or bounds come with more sequences or with cached keys.
+    """
+    batch, q_len, kv_len = sizes
+    ids = None
+    if attention_mask is not None:
+        is_ours = isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int64
+        if not is_ours or attention_mask.shape[1:] != (1, 1, kv_len):
+            raise ValueError(
+                f"attention_mask must be the mask of tokens, (batch, kv_len = {kv_len}); a mask per query "
+                f"and key is not supported, got {_described(attention_mask)}"
+            )
+        ids = attention_mask[:, 0, 0].expand(batch, kv_len)
+    if bounds is not None:
+        if batch != 1 or q_len != kv_len:
+            raise ValueError(
+                "cu_seq_lens_q must come with a batch of 1 and without cached keys, got a batch of "
+                f"{batch}, {q_len} queries and {kv_len} keys"
+            )
+        packed = segment_ids_between(bounds, batch, kv_len, device)
+        return packed if ids is None else packed.masked_fill(ids < 0, -1)
+    if position_ids is None or position_ids.ndim != 2 or q_len != kv_len or kv_len == 1:
+        return ids
+    packed = _packed_by(position_ids, attention_mask, batch, kv_len)
+    if ids is None or packed is None:
+        return ids if packed is None else packed
+    return torch.where(ids < 0, -1, ids * kv_len + packed)  # alike in both
+
+
+def segment_ids_between(
+    bounds: Tensor, batch: int, kv_len: int, device: torch.device
+) -> Int[Tensor, "batch kv_len"]:
+    """Return the segment ids of sequences that lie one after the other in all rows of the batch together.
+
+    Args:
+        bounds: where sequences begin and end, (sequences + 1,).
+        batch, kv_len: sizes of the result.
+        device: of the result.
+    """
+    at = torch.arange(batch * kv_len, device=device)
+    ends = bounds.to(device, torch.int64)[1:].contiguous()
+    return torch.searchsorted(ends, at, right=True).view(batch, kv_len)
+
+
+class _Packed(NamedTuple):
+    """Segment ids, and the tensors that they were computed from."""
+
+    references: list[weakref.ref[Tensor]]
+    versions: list[int]
+    batch: int
+    ids: Tensor | None
+
+    def is_of(self, given: list[Tensor], batch: int) -> bool:
+        held = [reference() for reference in self.references]
+        return batch == self.batch and len(held) == len(given) and all(map(operator.is_, held, given))
+
+
+_last_packed: ContextVar[_Packed | None] = ContextVar("last packed", default=None)
+
+
+def _packed_by(position_ids: Tensor, attention_mask: Tensor | None, batch: int, kv_len: int) -> Tensor | None:
+    """Segment ids of positions that restart, or None; a forward pass has the same positions and the same mask
+    for each layer, and computes them once."""
+    given = [position_ids] if attention_mask is None else [position_ids, attention_mask]
+    versions: list[int] = []
+    is_new = torch.compiler.is_compiling() or any(x.is_inference() for x in given)  # without a version
+    if not is_new:
+        last, versions = _last_packed.get(), [x._version for x in given]
+        if last is not None and last.versions == versions and last.is_of(given, batch):
+            return last.ids
+    visible = None if attention_mask is None else (attention_mask[:, 0, 0] >= 0).expand(batch, kv_len)
+    ids = segment_ids_from(visible, position_ids, batch, kv_len, kv_len, position_ids.device)
+    if not is_new:
+        _last_packed.set(_Packed([weakref.ref(x) for x in given], versions, batch, ids))
+    return ids
+
+
+def _described(value: Any) -> str:
+    return (
+        f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )
 
 
 def _visible(attention_mask: Any, batch: int, kv_len: int, device: torch.device) -> Tensor | None:

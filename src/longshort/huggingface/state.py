@@ -25,6 +25,9 @@ NAME = "longshort"
 SAVED_NAME = "longshort (import longshort.huggingface)"
 """The same in config.json."""
 
+NAMES = (NAME, SAVED_NAME)
+"""What a model with layouts may call its attention implementation."""
+
 
 def text_config(model: nn.Module) -> PreTrainedConfig:
     """Return the config of a model's decoder: a part of the config of a model that also sees or hears."""

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from longshort.huggingface.cache import SplitCache
 from longshort.huggingface.generation import split_cache
 from longshort.huggingface.interface import Call, recording, within_sliding_window
-from longshort.huggingface.state import NAME, SAVED_NAME, stored_state, text_config
+from longshort.huggingface.state import NAME, NAMES, stored_state, text_config
 from longshort.layout import HeadLayout
 
 _logger = logging.get_logger(__name__)
@@ -75,7 +75,7 @@ def own_implementation(config: Any) -> str:
     state, name = stored_state(config), config._attn_implementation
     if state is not None:
         return state["replaces"]
-    return "sdpa" if name in (None, NAME, SAVED_NAME) else name
+    return "sdpa" if name in (None, *NAMES) else name
 
 
 def restore_implementation(model: PreTrainedModel, config: Any) -> None:
@@ -134,7 +134,7 @@ def try_all_global(model: PreTrainedModel, config: Any) -> list[AttentionLayer]:
     implementation = config._attn_implementation
     state = stored_state(config)
     try:
-        if implementation in (NAME, SAVED_NAME):
+        if implementation in NAMES:
             restore_implementation(model, config)
         config.__dict__.pop(NAME, None)
         model.eval()
