@@ -54,7 +54,7 @@ class SearchFlags:
     length: Annotated[int, Ge(2)] = 1024
     """Tokens of the windows of text that are measured."""
 
-    windows: tuple[int, int, int] = (2, 2, 4)
+    windows: tuple[int, int, int] = (2, 4, 4)
     """Windows to rank on, to choose on, and to report on."""
 
     measure: Literal["gate", "loss"] = "gate"
