@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longshort.backends import blockwise, cpu, reference
+from longshort.backends import blockwise, cpu, reference, triton
 from longshort.backends.call import AttentionCall, Output
 from longshort.layout import HeadLayout
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 # Fastest first: `auto` takes the first that supports the call.
-BACKENDS = {"cpu": cpu, "blockwise": blockwise, "reference": reference}
+BACKENDS = {"cpu": cpu, "triton": triton, "blockwise": blockwise, "reference": reference}
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
