@@ -80,7 +80,7 @@ def grad_q_kernel(
         grad_out = tl.load(
             g_at + rows[:, None].to(tl.int64) * stride_gs + channel[None, :] * stride_gd,
             mask=row_mask, other=0.0,
-        ).to(q.dtype)  # fmt: skip
+        )  # fmt: skip
     row_at = (b * heads + h).to(tl.int64) * S + rows
     row_max = tl.load(ROW_MAX + row_at, mask=is_row, other=0.0)
     log_sum = tl.load(LOG_SUM + row_at, mask=is_row, other=0.0)
@@ -392,7 +392,7 @@ def add_gradients_of_keys(
             grad_out = tl.load(
                 g_at + rows[:, None].to(tl.int64) * stride_gs + channel[None, :] * stride_gd,
                 mask=mask, other=0.0,
-            ).to(q.dtype)  # fmt: skip
+            )  # fmt: skip
         p, grad_scores = gradient_of_scores(
             logits, visible, query[None, :], key[:, None], row_max[None, :], log_sum[None, :], delta[None, :],
             v, tl.trans(grad_out), softcap, slope, SOFTCAP, ALIBI, MASKED, HAS_OUT, PRECISION,

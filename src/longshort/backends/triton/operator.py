@@ -111,7 +111,8 @@ def _backward(
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
     grad_v = v.new_empty(v.shape) if grad_out is not None else v.new_zeros(v.shape)
     has_out = grad_out is not None
-    grad_out = out if grad_out is None else grad_out
+    # rounded once for all products, so that they and delta see the same numbers
+    grad_out = out if grad_out is None else grad_out.to(q.dtype)
     call = _Call(q, k, alibi_slopes, segment_ids, windows, sink_tokens)
     constants = {
         "D": head_dim, "BLOCK_D": _padded(head_dim), "GROUP": heads // kv_heads, "CAUSAL": causal,
