@@ -16,11 +16,12 @@ from longshort.cli.pretrained import SearchFlags, Show, open_with_text, search_h
 from longshort.conversion.converting import ReportSizes, fit_sizes, measure_conversion
 from longshort.conversion.journal import Journal, fingerprint, hash_tokens
 from longshort.conversion.layout_file import read_layouts
-from longshort.conversion.models import Pretrained, add_model_files
+from longshort.conversion.models import add_model_files
 from longshort.conversion.reports import CONVERSION_FILE, JOURNAL_FILE, loss_rows, write_conversion
 from longshort.conversion.text import split_held_out
 from longshort.evaluation.positions import longest_input
 from longshort.huggingface import apply, remove
+from longshort.huggingface.loading import Pretrained
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

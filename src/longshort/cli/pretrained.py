@@ -14,10 +14,10 @@ from longshort.checks import check_fields
 from longshort.cli.units import parse_bytes
 from longshort.conversion.budget import Budget, KeepHeads, LimitCache, LimitRise, parse_share
 from longshort.conversion.inspection import Inspection
-from longshort.conversion.models import Pretrained, open_pretrained
 from longshort.conversion.reports import inspect_into
 from longshort.conversion.text import cut_parts, read_tokens, split_held_out
 from longshort.data.tokenization import first_token
+from longshort.huggingface.loading import DTYPES, Pretrained, load_decoder
 from longshort.training.parallel import connect
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Show = Callable[[str, int, int | None], None]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class SearchFlags:
     measure: Literal["gate", "loss"] = "gate"
     """Estimate of what a head costs: gate is one pass for all heads, loss one for each, which takes long."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Precision = "auto"
     """Precision of the weights. auto: float32 on a CPU, that of the saved weights on a GPU."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -88,12 +89,18 @@ class SearchFlags:
         return KeepHeads(0.25) if self.keep is None else parse_share("--keep", self.keep)
 
 
+def load_for_evaluation(name: str, device: torch.device, precision: Precision) -> Pretrained:
+    """Load a decoder; "auto" is float32 on a CPU, where others are slow, and the saved dtype elsewhere."""
+    default = torch.float32 if device.type == "cpu" else None
+    return load_decoder(name, dtype=DTYPES.get(precision, default), device=device)
+
+
 def open_with_text(flags: SearchFlags, model: str, text: str) -> tuple[Pretrained, Int64[Tensor, " tokens"]]:
     """Open a model on the device of the flags, and read the text with its tokenizer."""
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     with connect(flags.device) as ranks:
-        pretrained = open_pretrained(model, ranks.device, flags.dtype)
+        pretrained = load_for_evaluation(model, ranks.device, flags.dtype)
     return pretrained, read_tokens(text, pretrained.tokenizer)
 
 

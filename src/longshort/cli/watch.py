@@ -12,14 +12,13 @@ import torch
 import tyro
 from annotated_types import Ge
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
 
 import longshort.model  # noqa: F401  # lets transformers load longshort's own models
 from longshort.checks import check_fields
 from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
 from longshort.evaluation import measure_logits
-from longshort.huggingface.loading import load_decoder
+from longshort.huggingface.loading import DTYPES, load_decoder
 from longshort.reporting.files import replace_file, strict_json
 from longshort.reporting.heat_map import draw_heat_maps
 from longshort.training.parallel import connect
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 _NUMBERS, _PICTURE = "logits.json", "logits.png"
 _MOST_COLUMNS = 16
 _TITLES = ("largest logit", "entropy (nats)", "largest row range")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,9 @@ def run(arguments: list[str]) -> int:
     text = _read(flags.text)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
-    disable_progress_bar()  # of the weights that are loaded
     with connect(flags.device) as ranks:
-        model, tokenizer = load_decoder(
-            flags.model, dtype=_DTYPES.get(flags.dtype), attention=flags.attention, device=ranks.device
+        model, tokenizer, _ = load_decoder(
+            flags.model, dtype=DTYPES.get(flags.dtype), attention=flags.attention, device=ranks.device
         )
     tokens, first = _tokens(tokenizer, text, flags.text)
     read = tokens[: flags.max_tokens]

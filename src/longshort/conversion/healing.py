@@ -21,17 +21,18 @@ from annotated_types import Ge, Gt, Le
 from longshort.checks import check_fields
 from longshort.conversion.heads import find_heads
 from longshort.conversion.losses import attending, token_losses
-from longshort.conversion.models import Pretrained, open_pretrained, save_into
+from longshort.conversion.models import save_into
 from longshort.conversion.short_training import STATE_FILE, Progressed, Recipe, ShortTraining
 from longshort.data import Batches, DataFolder, load_tokenizer, prepare, validation_windows
 from longshort.data.files import sync_tree
 from longshort.huggingface import layouts_of, remove
+from longshort.huggingface.loading import Pretrained, load_decoder
 from longshort.reporting.files import replace_file, strict_json
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
     from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLDER, UNHEALED = "healing", "unhealed"
 _WEIGHTS = "model*.safetensors*"
@@ -146,7 +147,8 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
         raise FileExistsError(f"{settings.model} is healed already; {folder} has the report")
     is_begun = _compare_settings(settings, folder)
     kept = settings.model / UNHEALED  # is there if the end of a healing was interrupted
-    pretrained = open_pretrained(kept if kept.exists() else settings.model, device, "float32")
+    held = kept if kept.exists() else settings.model
+    pretrained = load_decoder(held, dtype=torch.float32, device=device)
     if layouts_of(pretrained.model) is None:
         raise ValueError(f"{settings.model} must be a converted model, got one without layouts")
     teacher = None if settings.distill is None else _open_teacher(settings.distill, pretrained, device)
@@ -216,7 +218,7 @@ def _as_json(settings: HealSettings) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _open_data(settings: HealSettings, tokenizer: PreTrainedTokenizerFast, is_begun: bool) -> DataFolder:
+def _open_data(settings: HealSettings, tokenizer: PreTrainedTokenizerBase, is_begun: bool) -> DataFolder:
     """Open a data folder, or make one of text."""
     source = settings.data
     if not (source / "train.json").exists():
@@ -255,7 +257,8 @@ def _train_original(
 ) -> Progressed:
     """Train the weights of before the healing, with all heads global, by the same schedule."""
     kept = settings.model / UNHEALED
-    original = open_pretrained(kept if kept.exists() else settings.model, device, "float32").model
+    held = kept if kept.exists() else settings.model
+    original = load_decoder(held, dtype=torch.float32, device=device).model
     remove(original)
     recipe = Recipe(healed.planned or healed.step, None, settings.recipe.learning_rate, 0.0)
     model = _trainable(original, settings)
@@ -279,7 +282,7 @@ def _trainable(model: PreTrainedModel, settings: HealSettings) -> Any:
 
 
 def _open_teacher(name: Path, pretrained: Pretrained, device: Any) -> nn.Module:
-    teacher = open_pretrained(name, device, "float32")
+    teacher = load_decoder(name, dtype=torch.float32, device=device)
     if teacher.tokenizer.get_vocab() != pretrained.tokenizer.get_vocab():
         raise ValueError(f"--distill must have the tokenizer of the converted model, got {name} with another")
     return teacher.model.requires_grad_(False)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from longshort.conversion.models import Pretrained
+    from longshort.huggingface.loading import Pretrained
 
 _POSITION_BINS = 16
 _PREFILL = 1024

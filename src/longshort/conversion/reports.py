@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int64
     from torch import Tensor
 
-    from longshort.conversion.models import Pretrained
+    from longshort.huggingface.loading import Pretrained
     from longshort.layout import HeadLayout
 
 LAYOUT_FILE, JOURNAL_FILE, CONVERSION_FILE = "layout.json", "journal.jsonl", "conversion.json"

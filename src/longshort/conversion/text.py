@@ -15,13 +15,13 @@ from longshort.data.tokenization import Encoder
 if TYPE_CHECKING:
     from jaxtyping import Int64
     from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 _CHARACTERS_PER_BATCH = 1 << 20
 _HELD_OUT = 0.3
 
 
-def read_tokens(source: str | Path, tokenizer: PreTrainedTokenizerFast) -> Int64[Tensor, " tokens"]:
+def read_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " tokens"]:
     """Read the texts of a corpus end to end, an end-of-text token after each.
 
     Args:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
     from torch import nn
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 _KEY_LETTERS, _VALUE_LETTERS, _SHOWN_LETTERS = 6, 12, 4
 _TOKENS_PER_BATCH = 8192
@@ -112,7 +112,7 @@ class _Score:
 
 def measure_needle(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     token_file: TokenFile | NDArray[np.integer],
     *,
     lengths: Sequence[int],
@@ -173,7 +173,7 @@ def measure_needle(
 
 def _check(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     token_file: TokenFile | NDArray[np.integer],
     lengths: Sequence[int],
     depths: Sequence[float],
