@@ -17,7 +17,9 @@ import longshort.model  # noqa: F401  # lets transformers load longshort's own m
 from longshort.checks import check_fields
 from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
+from longshort.data.tokenization import first_token
 from longshort.evaluation import measure_logits
+from longshort.evaluation.positions import longest_input
 from longshort.huggingface.loading import DTYPES, load_decoder
 from longshort.reporting.files import replace_file, strict_json
 from longshort.reporting.heat_map import draw_heat_maps
@@ -25,7 +27,7 @@ from longshort.training.parallel import connect
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from longshort.stability import Reading
 
@@ -90,22 +92,24 @@ def run(arguments: list[str]) -> int:
         model, tokenizer, _ = load_decoder(
             flags.model, dtype=DTYPES.get(flags.dtype), attention=flags.attention, device=ranks.device
         )
-    tokens, first = _tokens(tokenizer, text, flags.text)
-    read = tokens[: flags.max_tokens]
+    ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"--text {flags.text} must hold text that the model's tokenizer knows, got none")
+    read = torch.tensor(ids[: flags.max_tokens])
     context = _context(flags.context, model)
     with progress_bar() as show:
         reading, names = measure_logits(
             model,
             read,
             context_length=context,
-            first_token=first,
+            first_token=first_token(tokenizer),
             batch_size=flags.batch_size,
             progress=lambda done, total: show("watching", done, total),
         )
     output = console()
     output.print(
         f"{type(model).__name__} with {model.config._attn_implementation} attention on {len(read):,} of "
-        f"{len(tokens):,} tokens, in windows of {context:,}",
+        f"{len(ids):,} tokens, in windows of {context:,}",
         markup=False,
     )
     _print(output, reading, names)
@@ -125,19 +129,8 @@ def _read(file: Path) -> str:
     return text
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, file: Path) -> tuple[torch.Tensor, int | None]:
-    """Return the tokens of the text, and the one that the tokenizer puts before a text, if there is one."""
-    found: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if not found:
-        raise ValueError(f"--text {file} must hold text that the model's tokenizer knows, got none")
-    start: Any = tokenizer("", verbose=False)["input_ids"]
-    first = start[0] if start and start[0] == tokenizer.bos_token_id else None
-    return torch.tensor(found), first
-
-
 def _context(wanted: int | None, model: PreTrainedModel) -> int:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    limit = limit if isinstance(limit, int) and limit > 1 else None
+    limit = longest_input(model)
     if wanted is None:
         return min(1024, limit or 1024)
     if limit is not None and wanted > limit:

@@ -26,7 +26,7 @@ import torch
 from longshort.checks import require_integer
 from longshort.data import TokenFile
 from longshort.data.tokenization import Encoder, first_token, vocabulary_size
-from longshort.evaluation.positions import position_limit
+from longshort.evaluation.positions import decoder_config, position_limit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -200,15 +200,10 @@ def _check(
         raise ValueError(
             f"token_file must be a TokenFile or token ids, (tokens,), got {type(token_file).__name__}"
         )
-    held = _vocabulary(model)
+    held = decoder_config(model).vocab_size
     for name, size in {"tokenizer": vocabulary_size(tokenizer), "token_file": largest}.items():
         if size > held:
             raise ValueError(f"{name} has a vocabulary of {size}, but the model one of {held}")
-
-
-def _vocabulary(model: Any) -> int:
-    get_text_config = getattr(model.config, "get_text_config", None)
-    return (model.config if get_text_config is None else get_text_config()).vocab_size
 
 
 def _draw(
