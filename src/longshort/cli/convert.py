@@ -22,6 +22,7 @@ from longshort.conversion.text import split_held_out
 from longshort.evaluation.positions import longest_input
 from longshort.huggingface import apply, remove
 from longshort.huggingface.loading import Pretrained
+from longshort.reporting.files import require_new_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,12 +93,10 @@ def run(arguments: list[str]) -> int:
 
 
 def _require_unfinished(out: Path) -> None:
-    """Raise a FileExistsError unless the folder is free, or has a conversion that was interrupted."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+    """Raise a FileExistsError unless the folder is new, or has a conversion that was interrupted."""
     is_begun = (out / JOURNAL_FILE).exists() or (out / INSPECTION).exists()
     if not is_begun or (out / CONVERSION_FILE).exists():
-        raise FileExistsError(f"{out} exists already and is not empty; choose another name")
+        require_new_folder(out)
 
 
 def _layouts(

@@ -17,7 +17,7 @@ from longshort.cli.flags import parse
 from longshort.cli.pretrained import Precision, load_for_evaluation
 from longshort.conversion.text import read_tokens
 from longshort.evaluation import measure_needle
-from longshort.reporting.files import replace_file, strict_json
+from longshort.reporting.files import replace_file, require_new_files, strict_json
 from longshort.training.config import Seed
 from longshort.training.parallel import connect
 
@@ -67,8 +67,7 @@ class NeedleFlags:
 
 def run(arguments: list[str]) -> int:
     flags = parse(NeedleFlags, "needle", arguments)
-    if flags.json is not None and flags.json.exists():
-        raise FileExistsError(f"{flags.json} exists already; choose another name")
+    require_new_files(flags.json)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     with connect(flags.device) as ranks:

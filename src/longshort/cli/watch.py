@@ -21,7 +21,7 @@ from longshort.data.tokenization import first_token
 from longshort.evaluation import measure_logits
 from longshort.evaluation.positions import longest_input
 from longshort.huggingface.loading import DTYPES, load_decoder
-from longshort.reporting.files import replace_file, strict_json
+from longshort.reporting.files import replace_file, require_new_files, strict_json
 from longshort.reporting.heat_map import draw_heat_maps
 from longshort.training.parallel import connect
 
@@ -81,10 +81,8 @@ class WatchFlags:
 
 def run(arguments: list[str]) -> int:
     flags = parse(WatchFlags, "watch", arguments)
-    for name in (_NUMBERS, _PICTURE) if flags.out is not None else ():
-        assert flags.out is not None
-        if (flags.out / name).exists():
-            raise FileExistsError(f"{flags.out / name} exists already; choose another folder")
+    if flags.out is not None:
+        require_new_files(flags.out / _NUMBERS, flags.out / _PICTURE)
     text = _read(flags.text)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
