@@ -43,15 +43,15 @@ class ConvertFlags(SearchFlags):
     after, cache, latency, needles, samples.
 
     The weights stay as they are. The folder loads with transformers after `import longshort.huggingface`. The
-    layout comes from a file, or from an inspection, as `longshort inspect` does it. A command that was
-    interrupted goes on when it is given again.
+    layout comes from a file, or from an inspection like that of `longshort inspect`. An interrupted command
+    resumes when it is called again.
     """
 
     model: Annotated[str, tyro.conf.Positional]
     """Folder of a transformers model and its tokenizer, or its name on the Hugging Face Hub."""
 
     out: Annotated[Path, tyro.conf.Positional]
-    """Folder for the converted model; it must not exist, or be empty."""
+    """Folder for the converted model; it must be new or empty."""
 
     layout: Path | None = None
     """File with the layouts, layout.json of `longshort inspect`. None: inspect the model."""
@@ -71,7 +71,7 @@ class ConvertFlags(SearchFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layout is not None and (self.keep or self.max_rise or self.max_cache):
-            raise ValueError("--layout is a layout: it does not go with --keep, --max-rise or --max-cache")
+            raise ValueError("--layout excludes --keep, --max-rise and --max-cache, which choose a layout")
 
 
 def run(arguments: list[str]) -> int:
@@ -102,7 +102,7 @@ def _require_unfinished(out: Path) -> None:
 def _layouts(
     flags: ConvertFlags, output: Console, show: Show
 ) -> tuple[Pretrained, Int64[Tensor, " tokens"], Sequence[HeadLayout | None]]:
-    """Open the model, and read or find its layouts; the text that is returned was not used for that."""
+    """Open the model, and read or find its layouts; also return text that was not used for that."""
     if flags.layout is None:
         pretrained, held_out, found = search_heads(flags, flags.model, flags.out / INSPECTION, show)
         print_proposals(output, found, flags.cache_length)

@@ -1,4 +1,4 @@
-"""What the commands on pretrained decoders share: flags of a search for heads, and the search."""
+"""Shared parts of the commands on pretrained decoders: loading, flags of a search for heads, the search."""
 
 from __future__ import annotations
 
@@ -34,17 +34,16 @@ class SearchFlags:
     """Text to measure on: a file, a folder, or another source of `longshort data`."""
 
     keep: str | None = None
-    """Share of the key/value heads that may see everything, such as 25%. None, and no other budget: 25%."""
+    """Share of the key/value heads that may see everything. Without this and another budget: 25%."""
 
     max_rise: Annotated[float, Gt(0)] | None = None
-    """Instead: nats per token by which the loss may rise, with as few global heads as that takes."""
+    """Instead of --keep: nats per token by which the loss may rise, with as few global heads as possible."""
 
     max_cache: str | None = None
-    """Instead: size of the cache of one sequence in bf16, such as 1GiB, that must do for --cache-length
-    tokens."""
+    """Instead of --keep: the largest cache of a sequence in bf16, such as 1GiB, at --cache-length tokens."""
 
     cache_length: Annotated[int, Ge(1)] = 32768
-    """Tokens in the cache that sizes are given for."""
+    """Tokens in the cache for which its size is given."""
 
     window: Annotated[int, Ge(1)] = 128
     """Keys that a query of a local head sees, itself included."""
@@ -59,7 +58,7 @@ class SearchFlags:
     """Windows to rank on, to choose on, and to report on."""
 
     measure: Literal["gate", "loss"] = "gate"
-    """Estimate of what a head costs: gate is one pass for all heads, loss one for each, which takes long."""
+    """How the cost of a head is estimated: gate takes one pass for all heads, loss one pass for each."""
 
     dtype: Precision = "auto"
     """Precision of the weights. auto: float32 on a CPU, that of the saved weights on a GPU."""
@@ -81,7 +80,7 @@ class SearchFlags:
 
     @property
     def budget(self) -> Budget:
-        """What a layout must keep to."""
+        """The budget that a layout must keep to."""
         if self.max_rise is not None:
             return LimitRise(self.max_rise)
         if self.max_cache is not None:

@@ -41,8 +41,8 @@ class WatchFlags:
     """Measure the attention logits of a Hugging Face decoder on a text, by layer and head.
 
     A logit is scale·q·k, before softcap; the largest counts by its size. The entropy is the mean over all
-    rows of attention. The range of a row is its largest minus its smallest logit: softmax sees nothing else
-    of them.
+    rows of attention. The range of a row is its largest minus its smallest logit; softmax depends on
+    differences alone.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -52,7 +52,7 @@ class WatchFlags:
     """Text file, UTF-8."""
 
     out: Path | None = None
-    """Folder for logits.json and logits.png, which must not exist. None: only the table."""
+    """Folder for logits.json and logits.png, which must not exist there. None: print the table only."""
 
     context: Annotated[int, Ge(2)] | None = None
     """Tokens per window. None: 1024, or fewer if the model has no more positions."""
@@ -162,7 +162,7 @@ def _print(output: Console, reading: Reading, names: list[str]) -> None:
 
 
 def _highest(values: list[float]) -> int:
-    """Return the place of the largest value; NaN is larger than any."""
+    """Return the index of the largest value; NaN counts as larger than any."""
     return max(range(len(values)), key=lambda at: math.inf if math.isnan(values[at]) else values[at])
 
 

@@ -1,4 +1,4 @@
-"""The longest sequence that a model takes."""
+"""The longest sequence that a model takes, by its config and its table of positions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _PADDING_ROWS = 2  # OPT's table begins with rows of its own
 def position_limit(model: Any) -> int | None:
     """Return the most tokens that the model's learned positions allow; None if it has no such table.
 
-    In models of other makers, a table of positions is an embedding, other than that of the tokens, with as
-    many rows as `config.max_position_embeddings` says.
+    In models of other makers, a table of positions is an embedding, other than that of the tokens, with
+    `config.max_position_embeddings` rows.
     """
     config = model.config
     if hasattr(config, "position_embedding"):

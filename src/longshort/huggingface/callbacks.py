@@ -28,8 +28,8 @@ _LOGGED = ("loss", "learning_rate", "grad_norm", "epoch")
 def attach(trainer: Trainer, *callbacks: TrainerCallback) -> None:
     """Add callbacks to a Trainer before all others, in their order.
 
-    So what they add to its logs reaches TensorBoard and the other loggers, which `Trainer(callbacks=...)` and
-    `add_callback` would let run first.
+    What they add to the logs then reaches TensorBoard and the other loggers, which would run first with
+    `Trainer(callbacks=...)` and `add_callback`.
 
         attach(trainer, LogitCallback(every=10), QKClipCallback(threshold=100))
         trainer.train()
@@ -91,7 +91,7 @@ class _MonitorCallback(TrainerCallback):
 
 
 class LogitCallback(_MonitorCallback):
-    """Adds the attention logits of the model to a Trainer's logs, and by head to a file.
+    """A callback that adds the model's attention logits to a Trainer's logs, and by head to a file.
 
     The logs of the training get `max_logit`, `row_range` and their parts for local and global heads, as last
     measured. The file gets a line of JSON for each measured step, as `longshort train` writes it to
@@ -164,7 +164,7 @@ class LogitCallback(_MonitorCallback):
             self._pending |= {name: logs[name] for name in _LOGGED if name in logs}
 
     def record(self, entry: dict[str, Any], step: int) -> None:
-        """Add entries to the line of a step, which it gets if it has none."""
+        """Add entries to the line of a step; make the line if there is none."""
         if self._pending is None or self._pending["step"] != step:
             self._pending = {"step": step}
         self._pending |= entry
@@ -187,7 +187,7 @@ class LogitCallback(_MonitorCallback):
 
 
 class QKClipCallback(_MonitorCallback):
-    """Applies `QKClip` after each optimizer step of a Trainer, from the logits of that step.
+    """A callback that applies `QKClip` after each optimizer step of a Trainer, by the logits of that step.
 
     Each step is measured; beside a `LogitCallback` both use the same numbers.
 
@@ -237,7 +237,7 @@ class QKClipCallback(_MonitorCallback):
 
 
 class ZLossCallback(TrainerCallback):
-    """Adds a z-loss to the loss that a model computes from its labels while a Trainer trains it.
+    """A callback that adds a z-loss to the loss that a model computes from its labels in training.
 
     The loss that is logged in training contains it; that of evaluations does not.
 
@@ -292,7 +292,7 @@ class ZLossCallback(TrainerCallback):
 
 
 def _continue_file(path: Path, step: int) -> int:
-    """Cut off the lines of steps that a training which resumes takes again; those that a rollback undid stay.
+    """Cut off the lines of steps that a resumed training repeats; lines that a rollback undid stay.
 
     Returns:
         The number of rollbacks so far.
@@ -320,7 +320,7 @@ def _is_rollback(record: dict[str, Any]) -> bool:
 
 
 def _finite_or_none(value: Any) -> Any:
-    """Copy with None for each number that JSON has no word for."""
+    """Copy with None for each number that is not finite, which JSON cannot express."""
     if isinstance(value, dict):
         return {name: _finite_or_none(entry) for name, entry in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What longshort can do for each family of decoders of transformers, tried on a small model of it."""
+"""A trial of layouts, caches, monitor and clip on a small model of each family of transformers' decoders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-_LARGEST = 30_000_000  # parameters; what stays larger with small settings is not built
+_LARGEST = 30_000_000  # parameters; models that stay larger with small settings are not built
 
 _PROMPT, _NEW = 40, 8  # tokens, beyond all windows and chunks
 
@@ -50,10 +50,10 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 @dataclass(frozen=True)
 class FamilySupport:
-    """What works for a family; each is None where it does, else the reason why not.
+    """The results for a family: None for what works, else the reason why not.
 
     Attributes:
-        model_type: as transformers calls the family.
+        model_type: the name of the family in transformers.
         use: `apply`.
         cache: `generate()` with a `SplitCache`.
         watch: `LogitMonitor`, with the model's own attention.

@@ -163,7 +163,7 @@ def segments_of_mask(
         int64, (batch, 1, 1, kv_length), -1 for padding; None where nothing is padded and nothing is packed.
 
     Raises:
-        ValueError: the mask cannot be told by segments, or the cache is longer than its tokens.
+        ValueError: the mask cannot be expressed by segments, or the cache is longer than its tokens.
     """
     if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""The weights that make the queries and keys of each head of a Hugging Face decoder, found by measurement.
+"""The weights that produce the queries and keys of each head of a Hugging Face decoder, by measurement.
 
 A parameter of an attention layer belongs to a head in those rows (or columns) that have a gradient from the
 head's queries or keys, if no other head has one there. So no table of model families is needed: fused and
-interleaved projections, biases, transposed weights and adapters are all found alike.
+interleaved projections, biases, transposed weights and adapters are found in the same way.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Rows:
     """A part of a parameter.
 
     Attributes:
-        parameter: the whole of it.
-        dim: dimension that the indices count.
+        parameter: the whole parameter.
+        dim: dimension of the indices.
         indices: ascending.
     """
 
@@ -50,7 +50,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class LayerProjections:
-    """What makes the queries and keys of an attention layer.
+    """The parts of parameters that produce the queries and keys of an attention layer.
 
     Attributes:
         module, name: the layer, and its name in the decoder.
@@ -97,9 +97,9 @@ class LayerProjections:
 
 
 def find_projections(model: nn.Module) -> list[LayerProjections]:
-    """Find what makes the queries and keys of each attention layer, in a pass over a few tokens in eval mode.
+    """Find the parameters behind the queries and keys of each attention layer, by a pass over a few tokens.
 
-    Nothing of the model is changed, and no random state is moved.
+    The model, its mode and the random states stay as they are.
 
     Args:
         model: a decoder of transformers, as for `LogitMonitor`; its parameters must be whole on one device.
@@ -198,7 +198,7 @@ def _is_close(found: Tensor, wanted: Tensor) -> bool:
 
 
 class _Recorder:
-    """A listener that keeps the queries and keys of one layer's last call, and who called."""
+    """A listener that keeps the queries and keys of one layer's last call, and the layers that called."""
 
     def __init__(self, module: nn.Module | None = None) -> None:
         self._module = module

@@ -203,7 +203,7 @@ class SpikeCallback(TrainerCallback, ExportableState):
         return entry | {"to_step": to_step, "batches_skipped": self.batches_left_out}
 
     def _roll_back(self, trainer: Trainer, to_step: int) -> str:
-        """Put later checkpoints aside, and tell the one to go back to what is left out after it."""
+        """Rename later checkpoints, and add to the one to return to which batches are left out after it."""
         folder = Path(trainer.args.output_dir or ".")
         attempt = len(self._left_out)
         if trainer.args.should_save:
@@ -243,8 +243,8 @@ class SpikeCallback(TrainerCallback, ExportableState):
 
 
 class _Batches(TrainerCallback):
-    """The batches of a Trainer: after rollbacks, step s takes those that step s + n would have taken without,
-    where n are left out."""
+    """The batches of a Trainer: after rollbacks that left out n, step s takes those of step s + n without
+    rollbacks."""
 
     def __init__(self, trainer: Trainer, spikes: SpikeCallback) -> None:
         self._trainer, self._spikes = trainer, spikes
