@@ -119,7 +119,7 @@ def convert(*arguments):
     return main(["convert", *map(str, arguments)])
 
 
-def test_an_interrupted_conversion_goes_on(
+def test_an_interrupted_conversion_resumes(
     original, layout, text, converted_once, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"
