@@ -181,7 +181,7 @@ def segments_of_mask(
         starts = _sequence_starts(mask_function, batch_size, kv_length, kv_offset, device)
     if starts is None:
         return None if visible is None else (visible.to(torch.int64) - 1)[:, None, None]
-    ids = starts.cumsum(-1)
+    ids = starts.cumsum(-1) - 1  # 0 for a single segment, as without starts
     if visible is not None:
         ids = ids.masked_fill(~visible, -1)
     return ids[:, None, None]
