@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from longshort.checks import require_integer, require_positive
 from longshort.huggingface.qk_clip import QKClip
@@ -186,10 +188,15 @@ class LogitCallback(_MonitorCallback):
             file.write(line + "\n")
 
 
-class QKClipCallback(_MonitorCallback):
+class QKClipCallback(_MonitorCallback, ExportableState):
     """A callback that applies `QKClip` after each optimizer step of a Trainer, by the logits of that step.
 
     Each step is measured; beside a `LogitCallback` both use the same numbers.
+
+    The Trainer's checkpoints of a model with adapters hold the adapter alone. What it lacks where frozen
+    weights were scaled (see `QKClip`) is in their trainer_state.json, so that a training that resumes, or
+    goes back by a `SpikeCallback` or to its best checkpoint, has the same model as before. Save the merged
+    model in the end.
 
     Args:
         threshold: > 0; Kimi K2 has 100.
@@ -209,6 +216,11 @@ class QKClipCallback(_MonitorCallback):
         self._reading: Reading | None = None
         self.clipped = 0
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint of the Trainer keeps."""
+        factors = None if self._clip is None else self._clip.frozen_factors
+        return {"args": {"threshold": self._threshold}, "attributes": {"frozen_factors": factors}}
+
     def _is_due(self, step: int, last: int) -> bool:
         return True
 
@@ -217,6 +229,28 @@ class QKClipCallback(_MonitorCallback):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self._clip = QKClip(kwargs["model"], self._threshold)
+        states: Any = state.stateful_callbacks
+        if state.global_step:
+            self._restore(states)
+        states.setdefault(type(self).__name__, self.state())  # the Trainer needs it to save another
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None:
+            self._restore(json.loads((Path(best) / TRAINER_STATE_NAME).read_text())["stateful_callbacks"])
+
+    def _restore(self, states: dict[str, Any]) -> None:
+        """Scale the frozen weights of a model with adapters as in the checkpoint with these states."""
+        assert self._clip is not None
+        now = self._clip.frozen_factors
+        saved: Any = states.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) and saved else saved
+        factors = saved["attributes"]["frozen_factors"] if saved else [[1.0] * len(heads) for heads in now]
+        if factors != now:
+            self._clip.restore_frozen(factors)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,29 +70,27 @@ class LayerProjections:
         return len(self.queries) // len(self.keys)
 
     @torch.no_grad()
-    def scales(self, *, keys: bool) -> bool:
-        """Return whether the queries of each head, and the keys too if asked, scale as their rows do, apart
-        from those of other heads. Tries it; the weights are restored bit for bit."""
-        before = _queries_and_keys(self.module, self.inputs)
-        if not all(self.queries) or (keys and not all(self.keys)):
+    def scales(self, kind: Literal["queries", "keys"], rows_by_head: Sequence[Sequence[Rows]]) -> bool:
+        """Return whether the queries, or keys, of each head scale as these rows do, apart from those of other
+        heads and from all keys, or queries. Tries it; the weights are restored bit for bit."""
+        if not all(rows_by_head):
             return False
-        factors = [_trial_factors(len(self.queries)), _trial_factors(len(self.keys) if keys else 0)]
-        factors[1] = factors[1] or [1.0] * len(self.keys)
-        parts = [*zip(self.queries, factors[0], strict=True), *zip(self.keys, factors[1], strict=True)]
-        kept = {id(row.parameter): row.parameter for rows, _ in parts for row in rows}
+        before = _queries_and_keys(self.module, self.inputs)
+        factors = _trial_factors(len(rows_by_head))
+        kept = {id(row.parameter): row.parameter for rows in rows_by_head for row in rows}
         copies = {key: parameter.clone() for key, parameter in kept.items()}
         try:
-            for rows, factor in parts:
-                for row in rows if factor != 1.0 else []:
+            for rows, factor in zip(rows_by_head, factors, strict=True):
+                for row in rows:
                     row.scale(factor)
             after = _queries_and_keys(self.module, self.inputs)
         finally:
             for key, parameter in kept.items():
                 parameter.copy_(copies[key])
-        return all(
-            _is_close(new[:, head], old[:, head] * factor)
-            for old, new, by_head in zip(before, after, factors, strict=True)
-            for head, factor in enumerate(by_head)
+        scaled, other = (0, 1) if kind == "queries" else (1, 0)
+        return _is_close(after[other], before[other]) and all(
+            _is_close(after[scaled][:, head], before[scaled][:, head] * factor)
+            for head, factor in enumerate(factors)
         )
 
 

@@ -126,9 +126,11 @@ class SpikeCallback(TrainerCallback, ExportableState):
                 "restore_callback_states_from_checkpoint must be False, got True: "
                 "SpikeCallback restores itself"
             )
-        saved = _own_state(state.stateful_callbacks) if state.global_step else None
+        states: Any = state.stateful_callbacks
+        saved = _own_state(states) if state.global_step else None
         self._detector.restore(self._fresh if saved is None else saved["seen"])
         self._left_out = [] if saved is None else [list(entry) for entry in saved["left_out"]]
+        states.setdefault(SpikeCallback.__name__, self.state())  # the Trainer needs it to save another
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
