@@ -28,8 +28,9 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def fails(capsys):
+def fails(capsys, monkeypatch):
     """Calls a command that must fail in good manners, and gives its message."""
+    monkeypatch.setattr("longshort.cli.console.SECONDS_BETWEEN_LINES", float("inf"))
 
     def call(code, *arguments):
         capsys.readouterr()
