@@ -1,5 +1,6 @@
 """Settings of the whole test run: one thread, and property tests without deadlines."""
 
+import math
 import os
 
 # Before torch is imported, so that the processes that tests start inherit it: the tensors are small, and
@@ -10,9 +11,10 @@ import hypothesis
 import pytest
 import torch
 
-from longshort.cli import main
+from longshort.cli import console, main
 
 torch.set_num_threads(1)
+console.SECONDS_BETWEEN_LINES = math.inf  # the output is the same on a busy machine
 
 # A compiling or busy machine is slow, not wrong; derandomized runs fail in the same place for everyone.
 hypothesis.settings.register_profile("longshort", deadline=None, derandomize=True, database=None)
@@ -26,8 +28,9 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def fails(capsys):
+def fails(capsys, monkeypatch):
     """Calls a command that must fail in good manners, and gives its message."""
+    monkeypatch.setattr("longshort.cli.console.SECONDS_BETWEEN_LINES", float("inf"))
 
     def call(code, *arguments):
         capsys.readouterr()

@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from longshort.bench import machine
+from longshort.bench import machine, memory
 from longshort.cli import main
 
 TINY = ["--lengths", "32", "64", "--heads", "4", "--window", "9", "--head-dim", "8", "--repeats", "1"]
@@ -96,7 +96,8 @@ def test_an_unknown_benchmark_is_a_usage_error(fails):
 @pytest.mark.parametrize(
     ("benchmark", "unit"), [("prefill", "tokens/s"), ("decode", "GB/s"), ("memory", "MiB")]
 )
-def test_inference(tmp_path, capsys, fails, benchmark, unit):
+def test_inference(monkeypatch, tmp_path, capsys, fails, benchmark, unit):
+    monkeypatch.setattr(memory, "_peaks_of_process", lambda *_: memory.Peaks(10, 30, 4, 7, True))
     out = tmp_path / "inference.csv"
     sizes = ["--preset", "tiny", "--lengths", "32", "--threads", "1"]
     flags = [*sizes, "--providers", "ls", "mhsa", "--out", str(out)]

@@ -12,7 +12,7 @@ class Terminal(io.StringIO):
 
 def test_a_terminal_gets_a_bar(monkeypatch):
     terminal = Terminal()
-    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     with console.progress_bar() as show:
         show("reading", 1, 4)
@@ -28,7 +28,9 @@ def test_elsewhere_there_are_lines_now_and_then(monkeypatch, capsys, seconds, li
     with console.progress_bar() as show:
         show("reading", 1, 4)
         show("writing", 1000, None)
-    assert capsys.readouterr().out.splitlines() == lines
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == lines
+    assert captured.out == ""
 
 
 def test_lines_say_how_long_it_takes(monkeypatch, capsys):
@@ -38,7 +40,7 @@ def test_lines_say_how_long_it_takes(monkeypatch, capsys):
     with console.progress_bar() as show:
         for done in (10, 20, 105):
             show("reading", done, 110)
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().err.splitlines() == [
         "reading: 9%",
         "reading: 18%, about 9 minutes left",
         "reading: 95%",

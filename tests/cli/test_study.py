@@ -1,15 +1,15 @@
-import subprocess
-import sys
-
 import pytest
+from tests.studies.in_process import run_here
 
 from longshort.cli import main
 from longshort.cli.study import StudyDisplay, describe_time
+from longshort.studies import catalogue
 from longshort.studies.framework.runner import Running, State
 from longshort.studies.framework.study import Trial
 
 
-def test_a_study_ends_with_its_verdicts_and_report(tmp_path, capsys):
+def test_a_study_ends_with_its_verdicts_and_report(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(catalogue, "run_trials", run_here)
     out = tmp_path / "out"
     assert main(["study", "latency", "--scale", "smoke", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
@@ -24,22 +24,14 @@ def test_a_study_ends_with_its_verdicts_and_report(tmp_path, capsys):
     [
         (["explosions"], "NAME must be one of"),
         (["all", "--seeds", "0"], "--seeds must be an integer >= 1, got 0"),
-        ([], "name"),
+        ([], "NAME"),
+        (["all", "--scale", "desktop"], "smoke"),
     ],
 )
-def test_bad_arguments_touch_nothing(tmp_path, arguments, message):
-    command = [sys.executable, "-m", "longshort", "study", *arguments]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert message.lower() in ended.stderr.lower()
+def test_bad_arguments_touch_nothing(fails, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(2, "study", *arguments)
     assert not any(tmp_path.iterdir())
-
-
-def test_a_wrong_scale_is_refused(tmp_path):
-    command = [sys.executable, "-m", "longshort", "study", "all", "--scale", "desktop"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert "smoke" in ended.stderr
 
 
 @pytest.mark.parametrize(

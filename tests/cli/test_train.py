@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from tests.cli.conftest import SHAPE
 from longshort.cli import main
 from longshort.training.checkpoints import latest_checkpoint
 from longshort.training.config import TrainConfig
-from longshort.training.metrics import read_metrics
+from longshort.training.metrics import MetricsLog, read_metrics
 from longshort.training.run import read_run
 
 
@@ -24,20 +25,21 @@ def test_a_run_has_everything(trained):
 
 
 @pytest.mark.parametrize("ends_with", ["reader", "signal"])
-def test_a_training_outlives_whoever_reads_its_output(data, tmp_path, ends_with):
+def test_a_training_outlives_whoever_reads_its_output(data, tmp_path, monkeypatch, ends_with):
     """`train | head`, and Ctrl-C on `train | tee`, where the same signal ends tee first."""
     out = tmp_path / "run"
-    flags = ["--steps", "20" if ends_with == "reader" else "100000", "--checkpoint-every", "100000", *SHAPE]
-    command = [sys.executable, "-m", "longshort", "train", "tiny", "--data", str(data), "--out", str(out)]
-    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline()
-        process.stdout.close()
-        if ends_with == "signal":
-            while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_bytes():
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-        assert process.wait() == (0 if ends_with == "reader" else 130)
+    write = MetricsLog.write
+    if ends_with == "signal":
+        monkeypatch.setattr(
+            MetricsLog, "write", lambda *arguments: (write(*arguments), signal.raise_signal(signal.SIGINT))
+        )
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        command = ["train", "tiny", "--data", str(data), "--out", str(out), *SHAPE]
+        command += ["--steps", "4", "--log-every", "1"]
+        assert main(command) == (0 if ends_with == "reader" else 130)
     assert latest_checkpoint(out) is not None
     assert (out / "report.html").is_file()
 

@@ -136,7 +136,7 @@ def test_a_model_that_is_nowhere(fails, text: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", unreachable)
     message = fails(1, "watch", "some/model", "--text", text)
-    assert "there is no folder some/model, and no model some/model that the Hugging Face Hub gives" in message
+    assert "there is no folder some/model, and the Hugging Face Hub gave no model of that name" in message
 
 
 @pytest.mark.parametrize(

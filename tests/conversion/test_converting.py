@@ -119,7 +119,7 @@ def convert(*arguments):
     return main(["convert", *map(str, arguments)])
 
 
-def test_an_interrupted_conversion_goes_on(
+def test_an_interrupted_conversion_resumes(
     original, layout, text, converted_once, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"
@@ -184,4 +184,5 @@ def test_a_layout_of_another_model_is_refused_before_anything_is_written(origina
     message = fails(1, "convert", original, tmp_path / "out", "--layout", layout, "--text", text)
     assert "layouts must have one entry for each of the 3 layers, got 1" in message
     assert not (tmp_path / "out").exists()
-    assert "--layout is a layout" in fails(2, "convert", "a", "b", "--layout", layout, "--keep", "25%")
+    message = fails(2, "convert", "a", "b", "--layout", layout, "--keep", "25%")
+    assert "--layout excludes --keep, --max-rise and --max-cache" in message

@@ -11,9 +11,9 @@ from longshort.conversion.example_model import write_example_model
 from longshort.conversion.inspection import inspect_heads
 from longshort.conversion.journal import Journal
 from longshort.conversion.measures import continue_greedily, measure_losses, measure_needles
-from longshort.conversion.models import open_pretrained
 from longshort.conversion.text import cut_parts, read_tokens
 from longshort.huggingface import apply
+from longshort.huggingface.loading import load_decoder
 
 FOLDER = Path(os.environ.get("EXAMPLE", Path(__file__).parents[2] / ".cache" / "smollm2"))
 TEXT = Path(os.__file__).with_name("argparse.py")
@@ -29,7 +29,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 def example():
     if not (FOLDER / "config.json").exists():
         pytest.fail(f"there is no model in {FOLDER}: make example-model")
-    return open_pretrained(FOLDER)
+    return load_decoder(FOLDER, dtype=torch.float32)
 
 
 @pytest.mark.slow

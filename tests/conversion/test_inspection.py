@@ -11,7 +11,6 @@ from tests.conversion.models import (
     planted_model,
     random_llama,
     random_windows,
-    save_llama,
 )
 
 from longshort.cli import main
@@ -31,6 +30,18 @@ def inspect(tmp_path, budget, model=None, **options):
     with Journal(tmp_path / "journal.jsonl", {}) as journal:
         model = planted_model() if model is None else model
         return inspect_heads(model, PARTS, budget, window=WINDOW, sink_tokens=1, journal=journal, **options)
+
+
+@pytest.fixture(scope="module")
+def quarter(tmp_path_factory):
+    """The inspection that keeps a quarter of the heads, and its calls of `progress`."""
+    seen = []
+    found = inspect(
+        tmp_path_factory.mktemp("quarter"),
+        KeepHeads(0.25),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    return found, seen
 
 
 def test_the_planted_head_alone_matters():
@@ -59,8 +70,8 @@ def test_the_head_that_needs_the_distance_is_found(tmp_path, budget, measure):
     assert (layouts_of(model), model.config._attn_implementation) == (None, "sdpa")
 
 
-def test_mass_is_no_guide(tmp_path):
-    found = inspect(tmp_path, KeepHeads(0.25))
+def test_mass_is_no_guide(quarter):
+    found, _ = quarter
     assert max(found.mass, key=lambda head: found.mass[head]) == DECOY
     by_mass = found.proposals[-1]
     assert (by_mass.name, by_mass.kept) == ("mass", {DECOY})
@@ -73,8 +84,8 @@ def test_layers_go_together(tmp_path):
     assert by_name["layers"].kept == {(1, 0), (1, 1)}
 
 
-def test_rises_are_those_of_the_layouts(tmp_path):
-    found = inspect(tmp_path, KeepHeads(0.25))
+def test_rises_are_those_of_the_layouts(quarter):
+    found, _ = quarter
     model = planted_model()
     for part, windows in zip(("ranking", "choice", "report"), PARTS, strict=True):
         with torch.no_grad():
@@ -87,8 +98,8 @@ def test_rises_are_those_of_the_layouts(tmp_path):
         assert proposal.rises["report"] == pytest.approx(after - before, rel=1e-4, abs=1e-6)
 
 
-def test_an_interrupted_inspection_goes_on(tmp_path, monkeypatch):
-    truth = inspect(tmp_path / "whole", KeepHeads(0.25))
+def test_an_interrupted_inspection_resumes(quarter, tmp_path, monkeypatch):
+    truth, _ = quarter
     calls = 0
     measure_slopes = inspection.measure_slopes
 
@@ -111,9 +122,8 @@ def test_an_interrupted_inspection_goes_on(tmp_path, monkeypatch):
     assert calls == in_all
 
 
-def test_progress_ends_at_the_whole(tmp_path):
-    seen = []
-    inspect(tmp_path, KeepHeads(0.25), progress=lambda done, total: seen.append((done, total)))
+def test_progress_ends_at_the_whole(quarter):
+    _, seen = quarter
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == pytest.approx(seen[-1][1])
 
@@ -143,16 +153,10 @@ def test_a_model_with_layouts_is_refused(tmp_path):
         inspect_heads(model, windows, KeepHeads(0.25), window=4, sink_tokens=0, journal=journal)
 
 
-TEXT = "".join(f"line {number} of a text, {number * number} letters or so\n" for number in range(400))
-
-
-def test_the_command_writes_a_layout_and_a_report(tmp_path, capsys):
-    model = save_llama(tmp_path / "model")
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
+def test_the_command_writes_a_layout_and_a_report(original, text, tmp_path, capsys):
     options = ["--text", str(text), "--length", "64", "--window", "8", "--windows", "2", "1", "2"]
     options += ["--out", str(tmp_path / "out")]
-    assert main(["inspect", str(model), "--keep", "34%", *options]) == 0
+    assert main(["inspect", str(original), "--keep", "34%", *options]) == 0
     shown = capsys.readouterr().out
     assert "(proposed)" in shown
     layouts = read_layouts(tmp_path / "out" / "layout.json")
@@ -163,11 +167,11 @@ def test_the_command_writes_a_layout_and_a_report(tmp_path, capsys):
     assert (tmp_path / "out" / "report.html").read_text().count("data:image/png") == 2
 
     size = (tmp_path / "out" / "journal.jsonl").stat().st_size
-    assert main(["inspect", str(model), "--keep", "34%", *options]) == 0
+    assert main(["inspect", str(original), "--keep", "34%", *options]) == 0
     assert capsys.readouterr().out == shown
     assert (tmp_path / "out" / "journal.jsonl").stat().st_size == size
     options[options.index("8")] = "9"
-    assert main(["inspect", str(model), *options]) == 1
+    assert main(["inspect", str(original), *options]) == 1
     assert "holds measurements with another window" in capsys.readouterr().err
 
 
@@ -185,12 +189,11 @@ def test_bad_flags_are_usage_errors(fails, options, message):
     assert message in fails(2, "inspect", "model", *options)
 
 
-def test_missing_things_are_named(tmp_path, fails):
+def test_missing_things_are_named(original, tmp_path, fails):
     assert "there is no folder" in fails(1, "inspect", str(tmp_path / "none"))
-    model = save_llama(tmp_path / "model")
-    assert "none.txt" in fails(1, "inspect", str(model), "--text", str(tmp_path / "none.txt"))
+    assert "none.txt" in fails(1, "inspect", original, "--text", str(tmp_path / "none.txt"))
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    message = fails(1, "inspect", str(model), "--text", str(short), "--out", str(tmp_path / "out"))
+    message = fails(1, "inspect", original, "--text", str(short), "--out", str(tmp_path / "out"))
     assert "text must have at least" in message
     assert not (tmp_path / "out").exists()

@@ -24,29 +24,36 @@ def model():
     return model
 
 
+@pytest.fixture(scope="module")
+def heads(model):
+    return find_heads(model)
+
+
+@pytest.fixture(scope="module")
+def other():
+    return random_llama()
+
+
 def measured_plainly(model, heads, kept) -> list[float]:
     """The losses by `apply` and plain forward passes."""
-    other = random_llama()
-    apply(other, heads.layouts(kept, 4, 1))
+    apply(model, heads.layouts(kept, 4, 1))
     with torch.no_grad():
-        logits = other(WINDOWS).logits[:, :-1]
+        logits = model(WINDOWS).logits[:, :-1]
     return [F.cross_entropy(row, ids[1:]).item() for row, ids in zip(logits, WINDOWS, strict=True)]
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(base=SETS, kept=SETS)
-def test_skipping_layers_changes_no_loss(model, base, kept):
-    heads = find_heads(model)
+def test_skipping_layers_changes_no_loss(model, heads, other, base, kept):
     base, kept = (frozenset(heads.candidates[index] for index in some) for some in (base, kept))
     meter = LossMeter(model, heads, WINDOWS, 4, 1)
     assert meter.measure_base(base) == meter.measure(base)
     found = meter.measure(kept)
     assert found == LossMeter(model, heads, WINDOWS, 4, 1).measure(kept)
-    assert found == pytest.approx(measured_plainly(model, heads, kept), rel=1e-5)
+    assert found == pytest.approx(measured_plainly(other, heads, kept), rel=1e-5)
 
 
-def test_earlier_layers_are_skipped(model):
-    heads = find_heads(model)
+def test_earlier_layers_are_skipped(model, heads):
     calls: list[int] = []
     hooks = [
         layer.register_forward_hook(lambda *_args, index=index: calls.append(index))
@@ -66,8 +73,7 @@ def test_earlier_layers_are_skipped(model):
         hook.remove()
 
 
-def test_a_decoder_whose_layers_cannot_be_skipped_is_measured_whole(model, monkeypatch):
-    heads = find_heads(model)
+def test_a_decoder_whose_layers_cannot_be_skipped_is_measured_whole(model, heads, monkeypatch):
     everything = frozenset(heads.candidates)
     kept = everything - {heads.candidates[-1]}
     truth = LossMeter(model, heads, WINDOWS, 4, 1).measure(kept)
@@ -85,11 +91,11 @@ def test_a_decoder_whose_layers_cannot_be_skipped_is_measured_whole(model, monke
     assert meter.measure(kept) == truth
 
 
-def test_other_layouts_hold_only_inside(model):
+def test_other_layouts_hold_only_inside(model, heads):
     before = layouts_of(model)
     with torch.no_grad():
         truth = token_losses(model, WINDOWS[0])
-        with attending(find_heads(model).layouts((), 2, 0)):
+        with attending(heads.layouts((), 2, 0)):
             assert not torch.equal(token_losses(model, WINDOWS[0]), truth)
         assert torch.equal(token_losses(model, WINDOWS[0]), truth)
     assert layouts_of(model) == before

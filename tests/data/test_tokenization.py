@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import example, given
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import longshort
 from longshort.data.tokenization import (
@@ -165,6 +165,11 @@ def test_loading_says_what_is_wrong(tmp_path: Path, bpe: PreTrainedTokenizerFast
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no tokenizer that loads"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_a_fast_form_cannot_encode() -> None:
+    with pytest.raises(ValueError, match=r"tokenizer must have a fast form .* got a ByT5Tokenizer"):
+        Encoder(ByT5Tokenizer())
 
 
 def test_a_tokenizer_without_end_of_text_gets_one(tmp_path: Path) -> None:

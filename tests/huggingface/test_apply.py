@@ -341,23 +341,10 @@ REFUSED = {
         r"model\.layers\.0\.self_attn.*p = 0\.1.*set attention_dropout to 0",
     ),
     "shared keys": (
-        lambda: hf.Gemma3nForCausalLM(
-            hf.Gemma3nTextConfig(
-                vocab_size=VOCAB,
-                vocab_size_per_layer_input=VOCAB,
-                hidden_size=48,
-                intermediate_size=64,
-                num_hidden_layers=4,
-                num_attention_heads=6,
-                num_key_value_heads=3,
-                head_dim=8,
-                num_kv_shared_layers=2,
-                layer_types=["sliding_attention", "full_attention"] * 2,
-                hidden_size_per_layer_input=8,
-                laurel_rank=8,
-                activation_sparsity_pattern=[0.0] * 4,
-                pad_token_id=0,
-            )
+        lambda: small(
+            hf.Gemma3nTextConfig, num_hidden_layers=4, head_dim=8, num_kv_shared_layers=2, laurel_rank=8,
+            layer_types=["sliding_attention", "full_attention"] * 2, vocab_size_per_layer_input=VOCAB,
+            hidden_size_per_layer_input=8, activation_sparsity_pattern=[0.0] * 4,
         ),
         "attends twice to the same keys",
     ),
@@ -366,16 +353,7 @@ REFUSED = {
         "layer 0 attends more than once",
     ),
     "an encoder": (
-        lambda: hf.BertLMHeadModel(
-            hf.BertConfig(
-                vocab_size=VOCAB,
-                hidden_size=48,
-                num_attention_heads=6,
-                num_hidden_layers=1,
-                intermediate_size=64,
-                attention_probs_dropout_prob=0.0,
-            )
-        ),
+        lambda: small(hf.BertConfig, attention_probs_dropout_prob=0.0, is_decoder=False),
         "causal",
     ),
     "an encoder and a decoder": (
@@ -385,7 +363,7 @@ REFUSED = {
         "encoder-decoder",
     ),
     "no weights": (lambda: make_decoder("llama").to("meta"), "meta device"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)

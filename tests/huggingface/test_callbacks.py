@@ -217,6 +217,71 @@ def test_all_together_with_lora_and_checkpointing(tmp_path: Path) -> None:
     assert histories[0][0][-1] > 0
 
 
+def lora_training(folder: Path, steps: int, **settings: Any) -> Any:
+    """A training of LoRA in a model whose first heads are clipped at every step; the same each time."""
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(10)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    trainer, _ = make_trainer(
+        peft.get_peft_model(model, config), folder, max_steps=steps, save_strategy="steps", save_steps=3,
+        **settings,
+    )  # fmt: skip
+    attach(trainer, QKClipCallback(threshold=3.0))
+    return trainer
+
+
+def all_weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_weights(first: Any, second: Any) -> None:
+    for name, weight in all_weights(first).items():
+        torch.testing.assert_close(weight, all_weights(second)[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_clipped_lora_training_resumes_with_the_same_model(tmp_path: Path) -> None:
+    """Checkpoints hold the adapter alone, whereas the clip has scaled the base too."""
+    whole = lora_training(tmp_path, 6)
+    at_three: list[Any] = []
+    save = whole._save_checkpoint
+    whole._save_checkpoint = lambda model, trial: (at_three.append(copy.deepcopy(model)), save(model, trial))
+    whole.train()
+    resumed = lora_training(tmp_path, 6)  # as in a new process
+    base = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    assert not torch.equal(all_weights(at_three[0])[base], all_weights(resumed.model)[base])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+    assert_same_weights(resumed.model, whole.model)
+
+    again = losses(whole)  # back in the same process, as a rollback does
+    whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert losses(whole) == pytest.approx(again, rel=1e-5)
+    assert_same_weights(resumed.model, whole.model)
+
+
+def test_the_best_clipped_lora_model_is_loaded_whole(tmp_path: Path) -> None:
+    trainer = lora_training(
+        tmp_path, 6, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True, learning_rate=1.0,
+        greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    evaluated = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert evaluated[0] > evaluated[1]  # so the best, by our order, is not the last
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[0], rel=1e-5)
+
+
+def test_clip_can_join_a_training_that_resumes(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(make_llama(), tmp_path, save_strategy="steps", save_steps=3, max_steps=3)
+    trainer.train()
+    trainer, logger = make_trainer(make_llama(), tmp_path, save_strategy="steps", save_steps=3)
+    attach(trainer, QKClipCallback(threshold=1.0))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert (tmp_path / "checkpoint-6").is_dir()
+    assert [log["step"] for log in logger.logs if "qk_clipped" in log] == [4, 5, 6]
+
+
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="every must be an integer >= 1, got 0"):
         LogitCallback(every=0)

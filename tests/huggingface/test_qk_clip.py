@@ -2,6 +2,7 @@
 scaled."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,7 +12,7 @@ import transformers
 from tests.huggingface.watched_decoders import make_decoder, make_llama, tokens
 from torch import nn
 
-from longshort.huggingface import LogitMonitor, QKClip
+from longshort.huggingface import LogitMonitor, QKClip, qk_clip
 from longshort.huggingface.projections import find_projections
 
 CLIPPED = ["llama", "mistral", "gemma2", "gpt2", "gpt-neox", "phi3", "gpt-oss", "olmo2", "deepseek-v3"]
@@ -45,7 +46,7 @@ def test_a_clipped_head_has_the_threshold_and_others_keep_theirs(family: str) ->
 def test_keys_are_scaled_only_where_a_head_has_them_for_itself(family: str) -> None:
     model = make_decoder(family)
     clip = QKClip(model, 1.0)
-    kinds = {layer.scales_keys for layer in clip._layers}
+    kinds = {layer.keys is not None for layer in clip._layers}
     assert kinds == {family in OWN_KEYS}
 
 
@@ -121,6 +122,78 @@ def test_lora_scales_base_and_adapter(use_dora: bool) -> None:
     assert frozen == [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
+def adapted(seed: int = 0, **settings: Any) -> Any:
+    """A decoder with an adapter; its base is always the same."""
+    config = peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False, **settings)
+    base = make_llama()
+    torch.manual_seed(seed)
+    return peft.get_peft_model(base, config)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_a_checkpoint_of_dora_holds_the_clip(tmp_path: Path, group_size: int) -> None:
+    base = make_llama(num_key_value_heads=4 // group_size)
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, use_dora=True)
+    base.model.layers[0].self_attn.q_proj.bias = base.model.layers[1].self_attn.q_proj.bias = None
+    model = peft.get_peft_model(base, config)
+    before = logits(model)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    clip = QKClip(model, min(before[0]))
+    assert clip.apply(before) >= 4
+    assert all(
+        torch.equal(parameter, frozen[name]) for name, parameter in model.named_parameters() if name in frozen
+    )
+    assert clip.frozen_factors == [[1.0] * 4] * 2
+    assert logits(model)[0] == pytest.approx([min(before[0])] * 4, rel=1e-5)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again.model.layers[0].self_attn.q_proj.bias = again.model.layers[1].self_attn.q_proj.bias = None
+    loaded = peft.PeftModel.from_pretrained(again, str(tmp_path / "adapter"))
+    assert logits(loaded) == logits(model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft
+def test_a_checkpoint_of_lora_lacks_the_clip_which_is_said_and_can_be_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(qk_clip.logger, "warning", messages.append)
+    model = adapted()
+    before = logits(model)
+    threshold = sorted(before[0])[1]
+    clip = QKClip(model, threshold)
+    assert clip.apply([[threshold] * 4] * 2) == 0 and messages == []
+    clip.apply([before[0], [0.0] * 4])
+    clip.apply([[2 * threshold, 0.0, 0.0, 0.0], [0.0] * 4])  # a head may be clipped again
+    assert len(messages) == 1 and "frozen weights of layers.0.self_attn" in messages[0]
+    expected = [min(1.0, threshold / logit) for logit in before[0]]
+    expected[0] *= 0.5
+    assert clip.frozen_factors == [pytest.approx(expected), [1.0] * 4]
+
+    model.save_pretrained(str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(make_llama(), str(tmp_path), is_trainable=True)
+    wanted = logits(model)
+    assert logits(loaded)[0] != pytest.approx(wanted[0], rel=1e-3)  # a part of the clip is missing
+    restored = QKClip(loaded, threshold)
+    restored.restore_frozen(clip.frozen_factors)
+    assert logits(loaded)[0] == pytest.approx(wanted[0], rel=1e-5)
+    QKClip(loaded, threshold).restore_frozen(clip.frozen_factors)  # has them already
+    assert logits(loaded)[0] == pytest.approx(wanted[0], rel=1e-5)
+    assert logits(model.merge_and_unload())[0] == pytest.approx(wanted[0], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft
+def test_a_merged_adapter_starts_anew() -> None:
+    model = adapted()
+    before = logits(model)
+    QKClip(model, min(before[0])).apply(before)
+    merged = model.merge_and_unload()
+    again = peft.get_peft_model(merged, peft.LoraConfig(target_modules=["q_proj"]))
+    assert QKClip(again).frozen_factors == [[1.0] * 4] * 2
+
+
 def test_bf16_weights() -> None:
     model = make_llama().to(torch.bfloat16)
     before = logits(model)
@@ -161,3 +234,7 @@ def test_bad_input() -> None:
     clip = QKClip(make_llama())
     with pytest.raises(ValueError, match=r"max_logit_by_head must have \[4, 4\] heads by layer, got \[4\]"):
         clip.apply([[1.0] * 4])
+    with pytest.raises(ValueError, match="model must have adapters of PEFT"):
+        clip.restore_frozen([[1.0] * 4] * 2)
+    with pytest.raises(ValueError, match=r"factors must have \[4, 4\] heads by layer, got \[\]"):
+        clip.restore_frozen([])

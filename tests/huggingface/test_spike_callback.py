@@ -190,3 +190,12 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="restore_callback_states_from_checkpoint must be False"):
         spikes.train(other)
     assert taken == []
+
+
+def test_it_can_join_a_training_that_resumes(tmp_path: Path) -> None:
+    make_trainer(tmp_path, max_steps=4)[0].train()
+    joined = SpikeCallback("report", detector())
+    trainer, _ = make_trainer(tmp_path, joined, Poison(14), max_steps=16)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert joined.spikes[0]["step"] == 14
+    assert "checkpoint-16" in names(tmp_path)

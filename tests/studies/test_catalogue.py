@@ -10,8 +10,10 @@ import sys
 import time
 
 import pytest
+from tests.studies.in_process import run_here
 
 from longshort.reporting.page import Report, render_report
+from longshort.studies import catalogue
 from longshort.studies.catalogue import STUDIES, StudySettings, run_studies
 from longshort.studies.framework.store import RESULTS_FILE, ResultsFile
 from longshort.studies.framework.study import SCALES
@@ -30,7 +32,9 @@ def all_studies(texts, tmp_path_factory):
     settings = StudySettings(
         "all", scale="smoke", source=str(texts), out=tmp_path_factory.mktemp("lab") / "out"
     )
-    return settings, run_studies(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "run_trials", run_here)
+        return settings, run_studies(settings)
 
 
 def test_every_study_runs_and_judges_its_claims(all_studies):

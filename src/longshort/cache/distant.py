@@ -1,4 +1,5 @@
-"""Attention to keys at given positions, in plain PyTorch: for rings whose sinks have moved away from them."""
+"""Attention to sinks at given positions and to later keys, in plain PyTorch: for rings whose sinks have moved
+away from them."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from longshort.backends.visible_sums import visible_product
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
 
 _QUERIES = 256  # at a time, so that no scores of all queries exist
 
@@ -20,9 +21,8 @@ def attend_with_distant_sinks(
     k: Float[Tensor, "batch kv_heads keys head_dim"],
     v: Float[Tensor, "batch kv_heads keys head_dim"],
     *,
-    sink_positions: Int[Tensor, "batch distant"],
+    sink_positions: Int[Tensor, "batch sinks"],
     begin: int,
-    is_sink: Bool[Tensor, "batch near"],
     window: int,
     segment_ids: Int[Tensor, "batch kv_len"] | None,
     scale: float,
@@ -35,37 +35,35 @@ def attend_with_distant_sinks(
 
     Args:
         q: of the last q_len positions.
-        k, v: first the distant sinks, then those of positions `begin`, begin + 1 and so on.
-        sink_positions: positions of the distant sinks; -1 for none.
-        is_sink: marks those of the other keys that all later queries of the segment see.
+        k, v: first the sinks, then those of positions `begin`, begin + 1 and so on, sinks or not.
+        sink_positions: positions of the sinks, at most the last query's; -1 for none.
         segment_ids: of all positions.
         The rest is as of `AttentionCall`.
 
     Returns:
         out, and the natural log of the sum of exp(score).
     """
-    distant, near = sink_positions.shape[1], is_sink.shape[1]
+    sinks = sink_positions.shape[1]
+    near = k.shape[2] - sinks
     group_size, q_len = q.shape[1] // k.shape[1], q.shape[2]
     score_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys, values = (x.to(score_dtype).repeat_interleave(group_size, 1) for x in (k, v))
     positions = torch.arange(begin, begin + near, device=q.device)
     key_positions = torch.cat([sink_positions, positions.expand(len(q), -1)], dim=1)
     of_keys = None if segment_ids is None else segment_ids.gather(1, key_positions.clamp_min(0))
-    is_sink = torch.cat([sink_positions >= 0, is_sink], dim=1)
-    flagged = is_sink.any(0).nonzero()
-    far = max(
-        distant, int(flagged.max()) + 1 if len(flagged) else 0
-    )  # all sinks are among the first keys up to here
+    is_sink = torch.arange(sinks + near, device=q.device) < sinks
+    comes_first = (positions[:, None] == sink_positions[:, None]).any(-1)  # the same key, among the sinks
+    is_shown = torch.cat([sink_positions >= 0, ~comes_first], dim=1)
     outs, lses = [], []
     for start in range(0, q_len, _QUERIES):
         end = min(start + _QUERIES, q_len)
-        first, last = (distant + near - q_len + i for i in (start, end))  # the queries' own keys
-        nearest = max(far, first - window + 1)
-        index = torch.cat([torch.arange(far), torch.arange(nearest, max(nearest, last))]).to(q.device)
-        at = positions[first - distant : last - distant]
+        first, last = (sinks + near - q_len + i for i in (start, end))  # the queries' own keys
+        nearest = max(sinks, first - window + 1)
+        ranges = ((0, sinks), (nearest, last))
+        index = torch.cat([torch.arange(*ends, device=q.device) for ends in ranges])
+        at = positions[first - sinks : last - sinks]
         distance = at[:, None] - key_positions[:, None, index]
-        seen = (distance >= 0) & (key_positions >= 0)[:, None, index]
-        seen = seen & ((distance < window) | is_sink[:, None, index])
+        seen = (distance >= 0) & is_shown[:, None, index] & ((distance < window) | is_sink[index])
         if of_keys is not None and segment_ids is not None:
             of_queries = segment_ids[:, at, None]
             seen = seen & (of_queries == of_keys[:, None, index]) & (of_queries >= 0)

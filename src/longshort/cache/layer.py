@@ -11,12 +11,15 @@ from torch import Tensor
 from longshort.attention import attention, cast_as_autocast, check_call, require_tensor, with_sink_logits
 from longshort.backends import cpu, operators
 from longshort.cache.groups import Group, attend_to_store
+from longshort.cache.sinks import SinkTokens
 from longshort.cache.store import Store
 from longshort.checks import require_integer
 from longshort.key_values import KeyValueCache
 from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Float, Int
 
 _RECORDED = 1024
@@ -54,6 +57,8 @@ class LayerCache(KeyValueCache):
         self.stores = [
             Store(group.window, layout.sink_tokens, rollback, max_length) for group in layout.groups
         ]
+        has_sinks = any(store.sink_tokens for store in self.stores)
+        self._sink_tokens = SinkTokens(layout.sink_tokens) if has_sinks else None
         self._accepted: list[Any] | None = None
         self._versions: list[int] | None = None
         self._descriptions: list[tuple[int, ...]] = []
@@ -134,6 +139,7 @@ class LayerCache(KeyValueCache):
             out = attention(q, k, v, self.layout, **options)
             self._append(k, v, segment_ids)
             return out
+        self._note(segment_ids, k)
         if self._has_kernel(q, backend, round_probabilities):
             return self._attend_by_kernel(q, k, v, options)
         return self._attend_by_group(q, k, v, options)
@@ -187,6 +193,8 @@ class LayerCache(KeyValueCache):
             )
         for store in self.stores:
             store.crop(length)
+        if self._sink_tokens is not None:
+            self._sink_tokens.crop(length)
 
     def expect(self, length: int) -> None:
         """Announce that the cache will soon hold `length` tokens, and allocate memory for them at once.
@@ -204,30 +212,40 @@ class LayerCache(KeyValueCache):
         self._since_crop = 0
         for store in self.stores:
             store.reset()
+        if self._sink_tokens is not None:
+            self._sink_tokens.reset()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerCache:
         """Move, or convert, what is kept; returns the cache itself."""
         self._accepted = None
         for store in self.stores:
             store.map(lambda x: x.to(device=device, dtype=dtype))
-            store.map_batch(lambda x, dim: x.to(device=device))
+        self._map_batch(lambda x, dim: x.to(device=device))
         return self
 
     def reorder(self, index: Int[Tensor, " new_batch"]) -> None:
         """Sequence i becomes what index[i] was: for beams, and to select or drop sequences."""
-        self._accepted = None
-        for store in self.stores:
-            store.map_batch(lambda x, dim: x.index_select(dim, index.to(x.device)))
+        self._map_batch(lambda x, dim: x.index_select(dim, index.to(x.device)))
 
     def repeat_interleave(self, repeats: int) -> None:
         """Each sequence becomes `repeats` of them."""
+        self._map_batch(lambda x, dim: x.repeat_interleave(repeats, dim))
+
+    def _map_batch(self, change: Callable[[Tensor, int], Tensor]) -> None:
         self._accepted = None
         for store in self.stores:
-            store.map_batch(lambda x, dim: x.repeat_interleave(repeats, dim))
+            store.map_batch(change)
+        if self._sink_tokens is not None:
+            self._sink_tokens.map_batch(change)
+
+    def _note(self, segment_ids: Tensor | None, k: Tensor) -> None:
+        if self._sink_tokens is not None:
+            self._sink_tokens.note(segment_ids, k, self.length)
 
     def _append(self, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> None:
+        self._note(segment_ids, k)
         for store, group in zip(self.stores, self._groups, strict=True):
-            store.append(group.of_kv_heads(k.detach()), group.of_kv_heads(v.detach()), segment_ids)
+            store.append(group.of_kv_heads(k.detach()), group.of_kv_heads(v.detach()), self._sink_tokens)
 
     def _check(self, q: Any, k: Any, v: Any, options: dict[str, Any]) -> None:
         """Refuse a call before anything is appended."""
@@ -255,11 +273,8 @@ class LayerCache(KeyValueCache):
         self._require_room(self.length + k.shape[2])
         if self.length == 0:
             return
-        if self.layout.sink_tokens and any(store.has_several_segments for store in self.stores):
-            raise ValueError(
-                "segment_ids must name one segment per sequence, besides padding, with sink_tokens and this "
-                "cache, which keeps the sinks of one; there are several in the cache"
-            )
+        if self._sink_tokens is not None:
+            self._sink_tokens.require_one_segment()
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             raise ValueError(
                 "q, k and v must not require grad: the cache keeps no gradients of earlier tokens; use "
@@ -328,7 +343,7 @@ class LayerCache(KeyValueCache):
         slopes, sink_logits, ids = options["alibi_slopes"], options["sink_logits"], options["segment_ids"]
         if sink_tokens:
             for store, group in zip(stores, self._groups, strict=True):
-                store.move_sinks(group.of_kv_heads(k), group.of_kv_heads(v), ids)
+                store.move_sinks(group.of_kv_heads(k), group.of_kv_heads(v), self._sink_tokens)
         rest = (
             [store.next_first(new) for store in stores], self._group_of, self._windows, sink_tokens,
             self.length, 1 / math.sqrt(q.shape[3]) if scale is None else scale, options["softcap"],
@@ -365,5 +380,5 @@ class LayerCache(KeyValueCache):
             per_head = {name: options[name] for name in ("alibi_slopes", "sink_logits")}
             own = {name: None if x is None else x[group.heads] for name, x in per_head.items()}
             new = (q[:, group.heads], group.of_kv_heads(k), group.of_kv_heads(v))
-            out[:, group.heads] = attend_to_store(store, group, *new, {**options, **own})
+            out[:, group.heads] = attend_to_store(store, group, *new, self._sink_tokens, {**options, **own})
         return out

@@ -11,7 +11,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Int
+    from jaxtyping import Int, Shaped
+
+    from longshort.cache.sinks import SinkTokens
 
 _SLACK = 4
 """A store that must grow allocates a quarter more: on average a key is copied 4 times."""
@@ -33,8 +35,6 @@ class Store:
         sinks: (2, batch, kv_heads, n, head_dim), those of the first `sink_tokens` keys that left the ring.
         sink_positions: (batch, n) of int64, where they stood; -1 for none.
         version: counts the changes of the three tensors.
-        has_several_segments: with sink tokens, that a sequence has more than one: sinks are those of the
-            first tokens that are not padding, and so not all.
     """
 
     def __init__(
@@ -52,11 +52,9 @@ class Store:
         self.length = self.expected = 0
         self._lost = 0  # number of first positions that are gone, whatever the length
         self.version += 1
-        self.has_several_segments = False
         self.data: Tensor | None = None
         self.sinks: Tensor | None = None  # as data
         self.sink_positions: Tensor | None = None
-        self._segment: Tensor | None = None
 
     @property
     def first(self) -> int:
@@ -110,11 +108,11 @@ class Store:
         assert self.data is not None and self.sinks is not None and self.sink_positions is not None
         return self.data, self.sinks, self.sink_positions
 
-    def append(self, keys: Tensor, values: Tensor, segment_ids: Int[Tensor, "batch kv_len"] | None) -> None:
-        """Add (batch, kv_heads, new, head_dim) keys and values."""
+    def append(self, keys: Tensor, values: Tensor, sink_tokens: SinkTokens | None) -> None:
+        """Add (batch, kv_heads, new, head_dim) keys and values, of which sink_tokens have taken note."""
         data = self.reserve(keys.shape[2], keys)
         start, end = self.length, self.length + keys.shape[2]
-        self.move_sinks(keys, values, segment_ids)
+        self.move_sinks(keys, values, sink_tokens)
         begin = self.next_first(keys.shape[2]) if self.ring else start
         begin = max(begin, start)
         if self.ring and torch.compiler.is_compiling():
@@ -146,44 +144,29 @@ class Store:
         keys, values = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)).unbind()
         return keys, values
 
-    def move_sinks(self, keys: Tensor, values: Tensor, segment_ids: Tensor | None) -> None:
+    def move_sinks(self, keys: Tensor, values: Tensor, sink_tokens: SinkTokens | None) -> None:
         """Copy the sinks that these new positions will overwrite to `sinks`."""
         if not self.sink_tokens:
             return
-        if segment_ids is not None:
-            self._note_segments(segment_ids)
+        assert sink_tokens is not None and sink_tokens.positions is not None
         begin, end = self.first, self.next_first(keys.shape[2])
-        count = min(self.sink_tokens, end)
-        if begin == end or (segment_ids is None and begin >= count):
+        is_eager = not torch.compiler.is_compiling()  # in a graph each case would be another one
+        if is_eager and (begin == end or (sink_tokens.are_known and begin >= sink_tokens.end)):
             return
-        if segment_ids is None:  # the first positions, by slices, which compilers can follow
-            sinks, positions = self._reserve_sinks(keys, count)
-            positions[:, begin:count] = torch.arange(begin, count, device=keys.device)
-            for i, leaving in enumerate(self._leaving(begin, count, keys, values)):
-                sinks[i][:, :, begin:count] = leaving
-            return
-        rank = (segment_ids[:, :end] >= 0).cumsum(1) - 1
-        is_sink = (segment_ids[:, begin:end] >= 0) & (rank[:, begin:] < self.sink_tokens)
-        rows, columns = is_sink.nonzero(as_tuple=True)
-        if len(rows) == 0:
-            return
-        ranks = rank[rows, columns + begin]
-        sinks, positions = self._reserve_sinks(keys, count)
-        positions[rows, ranks] = columns + begin
-        for i, leaving in enumerate(self._leaving(begin, end, keys, values)):
-            sinks[i][rows, :, ranks] = leaving[rows, :, columns]
-
-    def _leaving(self, begin: int, end: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of positions begin ... end - 1, in the ring or among new ones."""
-        new = slice(max(0, begin - self.length), max(0, end - self.length))
-        if begin >= self.length:
-            return keys[:, :, new], values[:, :, new]
-        old_keys, old_values = self.view(begin, min(end, self.length))
-        if end <= self.length:
-            return old_keys, old_values
-        return torch.cat([old_keys, keys[:, :, new]], dim=2), torch.cat(
-            [old_values, values[:, :, new]], dim=2
-        )
+        self._reserve_sinks(end)
+        data, sinks, positions = self.tensors()
+        spots = sink_tokens.positions[:, : positions.shape[1]]
+        slots = (spots.clamp_min(0) % self.ring).clamp_max(data.shape[3] - 1)
+        leaving = list(gather_keys(data, slots))
+        if keys.shape[2] > 1:  # a single key never leaves as it comes
+            places = (spots - self.length).clamp(0, keys.shape[2] - 1)
+            is_held = (spots < self.length)[:, None, :, None]
+            for i, new in enumerate((keys, values)):
+                leaving[i] = torch.where(is_held, leaving[i], gather_keys(new[None], places)[0])
+        leaves = (spots >= begin) & (spots < end)
+        for i, x in enumerate(leaving):
+            sinks[i].copy_(torch.where(leaves[:, None, :, None], x, sinks[i]))
+        positions.copy_(torch.where(leaves, spots, positions))
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on, at least `least_length`."""
@@ -221,8 +204,6 @@ class Store:
         self.map(lambda x: change(x, 1).contiguous())
         if self.sink_positions is not None:
             self.sink_positions = change(self.sink_positions, 0).contiguous()
-        if self._segment is not None:
-            self._segment = change(self._segment, 0)
 
     def _capped(self, positions: int) -> int:
         return min(positions, self.ring) if self.ring else positions
@@ -255,28 +236,28 @@ class Store:
             self.sink_positions = torch.empty(batch, 0, dtype=torch.int64, device=like.device)
         self.data = data
         self.version += 1
+        if slots == self.ring:  # from now on keys leave, and shapes stay as they are
+            self._reserve_sinks(1)
 
-    def _reserve_sinks(self, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        batch, kv_heads, _, head_dim = like.shape
-        _, old, old_positions = self.tensors()
+    def _reserve_sinks(self, count: int) -> None:
+        """Allocate memory for the sinks among `count` positions."""
+        data, old, old_positions = self.tensors()
         held = old.shape[3]
-        if held < count:
-            self.version += 1
-            # zeros: their scores are hidden, but they are read
-            self.sinks = like.new_zeros((2, batch, kv_heads, count, head_dim))
-            self.sink_positions = torch.full((batch, count), -1, dtype=torch.int64, device=like.device)
-            self.sinks[:, :, :, :held], self.sink_positions[:, :held] = old, old_positions
-            return self.sinks, self.sink_positions
-        return old, old_positions
+        if held == self.sink_tokens or held >= count:
+            return
+        rows = min(self.sink_tokens, max(2 * count, self.ring))
+        batch, kv_heads, _, head_dim = data[0].shape
+        # zeros: their scores are hidden, but they are read
+        self.sinks = data.new_zeros((2, batch, kv_heads, rows, head_dim))
+        self.sink_positions = torch.full((batch, rows), -1, dtype=torch.int64, device=data.device)
+        self.sinks[:, :, :, :held], self.sink_positions[:, :held] = old, old_positions
+        self.version += 1
 
-    def _note_segments(self, segment_ids: Tensor) -> None:
-        """Note whether all tokens of a sequence, earlier ones included, are padding or in one segment."""
-        new = segment_ids[:, self.length :]
-        highest = new.amax(1)
-        lowest = torch.where(new < 0, highest[:, None], new).amin(1)
-        if self._segment is None:
-            self._segment = torch.full_like(highest, -1)
-        known = torch.where(self._segment < 0, highest, self._segment)
-        is_other = ((lowest != known) | (highest != known)) & (highest >= 0)
-        self.has_several_segments = self.has_several_segments or bool(is_other.any())
-        self._segment = known
+
+def gather_keys(
+    x: Shaped[Tensor, "parts batch kv_heads keys head_dim"], index: Int[Tensor, "batch n"]
+) -> Shaped[Tensor, "parts batch kv_heads n head_dim"]:
+    """Return the keys with these indices, others in each sequence."""
+    parts, batch, kv_heads, _, head_dim = x.shape
+    index = index[None, :, None, :, None].expand(parts, batch, kv_heads, -1, head_dim)
+    return x.gather(3, index)

@@ -26,7 +26,7 @@ _COMMANDS = {
     "watch": "Measure the attention logits of a Hugging Face decoder, by layer and head.",
     "inspect": "Find out which heads of a pretrained decoder need the distance.",
     "convert": "Write a pretrained decoder with local and global heads, and a report.",
-    "heal": "Train a converted decoder for a short time, until its loss is back.",
+    "heal": "Train a converted decoder for a short time, to regain its loss.",
     "needle": "Measure how far back a language model finds what it has read.",
     "plan": "Count what layouts of heads would cost: cache, operations, longest context.",
     "bench": "Measure the speed and memory of attention and of models on this machine.",

@@ -14,7 +14,7 @@ from rich.table import Table
 from longshort.checks import check_fields
 from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
-from longshort.reporting.files import replace_file, strict_json
+from longshort.reporting.files import replace_file, require_new_files, strict_json
 from longshort.training.audit import Split, audit_trained
 from longshort.training.config import AttentionPrecision, Seed
 from longshort.training.parallel import connect
@@ -77,8 +77,7 @@ class AuditFlags:
 
 def run(arguments: list[str]) -> int:
     flags = parse(AuditFlags, "audit", arguments)
-    if flags.json is not None and flags.json.exists():
-        raise FileExistsError(f"{flags.json} exists already; choose another name")
+    require_new_files(flags.json)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     with connect(flags.device) as ranks:

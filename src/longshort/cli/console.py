@@ -36,8 +36,9 @@ def discard_output() -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Yield a function that takes the name of a stage, the work done and the total (None: not known)."""
-    output = console()
+    """Yield a function that takes the name of a stage, the work done and the total (None: not known), and
+    shows them on stderr, so that stdout has results alone."""
+    output = Console(stderr=True, highlight=False)
     if not output.is_terminal:
         yield _PlainLines().show
         return
@@ -69,7 +70,7 @@ class _PlainLines:
         if now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             share = f"{done / total:.0%}{self._time_left(done, total, now)}" if total else f"{done:,}"
-            print(f"{stage}: {share}", flush=True)
+            print(f"{stage}: {share}", file=sys.stderr, flush=True)
 
     def _time_left(self, done: int, total: int, now: float) -> str:
         """The time left at the speed of the stage so far; nothing for less than two minutes."""

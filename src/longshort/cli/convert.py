@@ -16,11 +16,13 @@ from longshort.cli.pretrained import SearchFlags, Show, open_with_text, search_h
 from longshort.conversion.converting import ReportSizes, fit_sizes, measure_conversion
 from longshort.conversion.journal import Journal, fingerprint, hash_tokens
 from longshort.conversion.layout_file import read_layouts
-from longshort.conversion.models import Pretrained, add_model_files
+from longshort.conversion.models import add_model_files
 from longshort.conversion.reports import CONVERSION_FILE, JOURNAL_FILE, loss_rows, write_conversion
 from longshort.conversion.text import split_held_out
 from longshort.evaluation.positions import longest_input
 from longshort.huggingface import apply, remove
+from longshort.huggingface.loading import Pretrained
+from longshort.reporting.files import require_new_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,15 +43,15 @@ class ConvertFlags(SearchFlags):
     after, cache, latency, needles, samples.
 
     The weights stay as they are. The folder loads with transformers after `import longshort.huggingface`. The
-    layout comes from a file, or from an inspection, as `longshort inspect` does it. A command that was
-    interrupted goes on when it is given again.
+    layout comes from a file, or from an inspection like that of `longshort inspect`. An interrupted command
+    resumes when it is called again.
     """
 
     model: Annotated[str, tyro.conf.Positional]
     """Folder of a transformers model and its tokenizer, or its name on the Hugging Face Hub."""
 
     out: Annotated[Path, tyro.conf.Positional]
-    """Folder for the converted model; it must not exist, or be empty."""
+    """Folder for the converted model; it must be new or empty."""
 
     layout: Path | None = None
     """File with the layouts, layout.json of `longshort inspect`. None: inspect the model."""
@@ -69,7 +71,7 @@ class ConvertFlags(SearchFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layout is not None and (self.keep or self.max_rise or self.max_cache):
-            raise ValueError("--layout is a layout: it does not go with --keep, --max-rise or --max-cache")
+            raise ValueError("--layout excludes --keep, --max-rise and --max-cache, which choose a layout")
 
 
 def run(arguments: list[str]) -> int:
@@ -91,18 +93,16 @@ def run(arguments: list[str]) -> int:
 
 
 def _require_unfinished(out: Path) -> None:
-    """Raise a FileExistsError unless the folder is free, or has a conversion that was interrupted."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+    """Raise a FileExistsError unless the folder is new, or has a conversion that was interrupted."""
     is_begun = (out / JOURNAL_FILE).exists() or (out / INSPECTION).exists()
     if not is_begun or (out / CONVERSION_FILE).exists():
-        raise FileExistsError(f"{out} exists already and is not empty; choose another name")
+        require_new_folder(out)
 
 
 def _layouts(
     flags: ConvertFlags, output: Console, show: Show
 ) -> tuple[Pretrained, Int64[Tensor, " tokens"], Sequence[HeadLayout | None]]:
-    """Open the model, and read or find its layouts; the text that is returned was not used for that."""
+    """Open the model, and read or find its layouts; also return text that was not used for that."""
     if flags.layout is None:
         pretrained, held_out, found = search_heads(flags, flags.model, flags.out / INSPECTION, show)
         print_proposals(output, found, flags.cache_length)

@@ -16,7 +16,7 @@ from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
 from longshort.data import DataFolder
 from longshort.evaluation import Evaluation, evaluate_documents
-from longshort.reporting.files import replace_file, strict_json
+from longshort.reporting.files import replace_file, require_new_files, strict_json
 from longshort.training.parallel import connect
 from longshort.training.plots import plot_loss_by_position
 from longshort.training.trained import TrainedModel, open_trained
@@ -69,9 +69,7 @@ class EvaluateFlags:
 
 def run(arguments: list[str]) -> int:
     flags = parse(EvaluateFlags, "evaluate", arguments)
-    for file in (flags.json, flags.plot):
-        if file is not None and file.exists():
-            raise FileExistsError(f"{file} exists already; choose another name")
+    require_new_files(flags.json, flags.plot)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     with connect(flags.device) as ranks:

@@ -25,12 +25,12 @@ _COLUMNS = ("use", "cache", "watch", "clip")
 _INTRODUCTION = f"""\
 # Families of decoders
 
-`longshort families` wrote this page: what works for the causal language models of transformers
-{transformers.__version__}, tried on a small model of each with random weights. *use* is `apply`, *cache*
-`generate()` with a split cache, *watch* `LogitMonitor` and *clip* `QKClip`. A number stands for the reason
-below the table."""
+`longshort families` wrote this page. It shows what works for the causal language models of
+transformers {transformers.__version__}, tried on a small model of each with random weights: *use* is `apply`,
+*cache* `generate()` with a split cache, *watch* `LogitMonitor` and *clip* `QKClip`. A number refers to a
+reason below the table."""
 
-# What a reason says of one model, in words that hold for others too.
+# Replacements for what differs between models in reasons that are otherwise equal.
 _NAMES = (
     (re.compile(r"\b\w+(ForCausalLM|LMHeadModel|LMHead)\b"), "the model"),
     (re.compile(r"the attention of .* ran"), "the attention of layers ran"),
@@ -43,14 +43,14 @@ class FamiliesFlags:
     """Try what works for each family of transformers' decoders, on a small model of it with random weights.
 
     use: layouts; cache: generate() with a split cache; watch: LogitMonitor; clip: QKClip. The table has a
-    tick where it works, or a number that stands for the reason below.
+    tick where something works, else the number of a reason below the table.
     """
 
     types: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Model types, such as llama. None given: all of transformers' causal language models, for minutes."""
+    """Model types, such as llama. Without any: all causal language models, which takes minutes."""
 
     out: Path | None = None
-    """Markdown file to write, which may exist. None: print."""
+    """Markdown file to write; an existing one is replaced. None: print."""
 
 
 def run(argv: list[str]) -> int:
@@ -88,7 +88,7 @@ def run(argv: list[str]) -> int:
 
 
 def _table(found: list[FamilySupport], untried: dict[str, str]) -> str:
-    """Write the table in Markdown; equal reasons have one number."""
+    """Return the table in Markdown; equal reasons share a number."""
     reasons: dict[str, int] = {}
 
     def cell(support: FamilySupport, column: str) -> str:

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HealFlags(HealSettings):
-    """Train a converted model for a short time, until its loss on held-out text is back.
+    """Train a converted model for a short time, until it has regained its loss on held-out text.
 
-    MODEL/healing gets the state of the training and a report with the curve. When the loss is back or the
-    budget is used, the healed weights replace those of MODEL; the ones before are kept in MODEL/unhealed.
-    After Ctrl-C the same command goes on.
+    The state of the training and a report with the curve are written to MODEL/healing. When the loss is
+    regained or the budget is used up, the healed weights replace those of MODEL; the old ones are kept in
+    MODEL/unhealed. After Ctrl-C the same command resumes the training.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> int:
     output.print(table)
     page = write_healing(flags.model, healing)
     if not healing.is_complete:
-        output.print("interrupted; the same command goes on", markup=False)
+        output.print("interrupted; the same command resumes", markup=False)
         return 130
     output.print(
         f"{healing.healed.step:,} steps in {healing.healed.seconds / 60:.1f} minutes\n"

@@ -26,8 +26,8 @@ class InspectFlags(SearchFlags):
     """Find out which key/value heads of a pretrained decoder need the distance, and propose a layout.
 
     Heads are ranked on one part of the text, the layout is chosen on a second, and the rise of the loss is
-    reported on a third. OUT gets layout.json for `longshort convert`, figures and report.html. An inspection
-    that was interrupted goes on when the command is given again.
+    reported on a third. layout.json for `longshort convert`, figures and report.html are written to OUT. An
+    interrupted inspection resumes when the command is called again.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
 
 
 def print_proposals(output: Console, found: Inspection, length: int) -> None:
-    """Print the table of layouts, and what the proposed one does to the cache."""
+    """Print the table of layouts, and the size of the cache with the proposed one."""
     content = proposal_table(found)
     table = Table(box=None)
     for index, name in enumerate(content.header):

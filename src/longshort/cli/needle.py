@@ -14,10 +14,10 @@ from rich.table import Table
 from longshort.checks import check_fields
 from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
-from longshort.conversion.models import open_pretrained
+from longshort.cli.pretrained import Precision, load_for_evaluation
 from longshort.conversion.text import read_tokens
 from longshort.evaluation import measure_needle
-from longshort.reporting.files import replace_file, strict_json
+from longshort.reporting.files import replace_file, require_new_files, strict_json
 from longshort.training.config import Seed
 from longshort.training.parallel import connect
 
@@ -52,7 +52,7 @@ class NeedleFlags:
     json: Path | None = None
     """File for the numbers; it must not exist."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Precision = "auto"
     """Precision of the weights. auto: float32 on a CPU, that of the saved weights on a GPU."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -67,12 +67,11 @@ class NeedleFlags:
 
 def run(arguments: list[str]) -> int:
     flags = parse(NeedleFlags, "needle", arguments)
-    if flags.json is not None and flags.json.exists():
-        raise FileExistsError(f"{flags.json} exists already; choose another name")
+    require_new_files(flags.json)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     with connect(flags.device) as ranks:
-        pretrained = open_pretrained(flags.model, ranks.device, flags.dtype)
+        pretrained = load_for_evaluation(flags.model, ranks.device, flags.dtype)
     model, tokenizer = pretrained.model, pretrained.tokenizer
     tokens = read_tokens(flags.text, tokenizer).numpy()
     cells = []

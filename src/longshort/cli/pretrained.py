@@ -1,4 +1,4 @@
-"""What the commands on pretrained decoders share: flags of a search for heads, and the search."""
+"""Shared parts of the commands on pretrained decoders: loading, flags of a search for heads, the search."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from longshort.checks import check_fields
 from longshort.cli.units import parse_bytes
 from longshort.conversion.budget import Budget, KeepHeads, LimitCache, LimitRise, parse_share
 from longshort.conversion.inspection import Inspection
-from longshort.conversion.models import Pretrained, open_pretrained
 from longshort.conversion.reports import inspect_into
 from longshort.conversion.text import cut_parts, read_tokens, split_held_out
 from longshort.data.tokenization import first_token
+from longshort.huggingface.loading import DTYPES, Pretrained, load_decoder
 from longshort.training.parallel import connect
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Show = Callable[[str, int, int | None], None]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +34,16 @@ class SearchFlags:
     """Text to measure on: a file, a folder, or another source of `longshort data`."""
 
     keep: str | None = None
-    """Share of the key/value heads that may see everything, such as 25%. None, and no other budget: 25%."""
+    """Share of the key/value heads that may see everything. Without this and another budget: 25%."""
 
     max_rise: Annotated[float, Gt(0)] | None = None
-    """Instead: nats per token by which the loss may rise, with as few global heads as that takes."""
+    """Instead of --keep: nats per token by which the loss may rise, with as few global heads as possible."""
 
     max_cache: str | None = None
-    """Instead: size of the cache of one sequence in bf16, such as 1GiB, that must do for --cache-length
-    tokens."""
+    """Instead of --keep: the largest cache of a sequence in bf16, such as 1GiB, at --cache-length tokens."""
 
     cache_length: Annotated[int, Ge(1)] = 32768
-    """Tokens in the cache that sizes are given for."""
+    """Tokens in the cache for which its size is given."""
 
     window: Annotated[int, Ge(1)] = 128
     """Keys that a query of a local head sees, itself included."""
@@ -58,9 +58,9 @@ class SearchFlags:
     """Windows to rank on, to choose on, and to report on."""
 
     measure: Literal["gate", "loss"] = "gate"
-    """Estimate of what a head costs: gate is one pass for all heads, loss one for each, which takes long."""
+    """How the cost of a head is estimated: gate takes one pass for all heads, loss one pass for each."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Precision = "auto"
     """Precision of the weights. auto: float32 on a CPU, that of the saved weights on a GPU."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -80,7 +80,7 @@ class SearchFlags:
 
     @property
     def budget(self) -> Budget:
-        """What a layout must keep to."""
+        """The budget that a layout must keep to."""
         if self.max_rise is not None:
             return LimitRise(self.max_rise)
         if self.max_cache is not None:
@@ -88,12 +88,18 @@ class SearchFlags:
         return KeepHeads(0.25) if self.keep is None else parse_share("--keep", self.keep)
 
 
+def load_for_evaluation(name: str, device: torch.device, precision: Precision) -> Pretrained:
+    """Load a decoder; "auto" is float32 on a CPU, where others are slow, and the saved dtype elsewhere."""
+    default = torch.float32 if device.type == "cpu" else None
+    return load_decoder(name, dtype=DTYPES.get(precision, default), device=device)
+
+
 def open_with_text(flags: SearchFlags, model: str, text: str) -> tuple[Pretrained, Int64[Tensor, " tokens"]]:
     """Open a model on the device of the flags, and read the text with its tokenizer."""
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     with connect(flags.device) as ranks:
-        pretrained = open_pretrained(model, ranks.device, flags.dtype)
+        pretrained = load_for_evaluation(model, ranks.device, flags.dtype)
     return pretrained, read_tokens(text, pretrained.tokenizer)
 
 

@@ -12,28 +12,28 @@ import torch
 import tyro
 from annotated_types import Ge
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
 
 import longshort.model  # noqa: F401  # lets transformers load longshort's own models
 from longshort.checks import check_fields
 from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
+from longshort.data.tokenization import first_token
 from longshort.evaluation import measure_logits
-from longshort.huggingface.loading import load_decoder
-from longshort.reporting.files import replace_file, strict_json
+from longshort.evaluation.positions import longest_input
+from longshort.huggingface.loading import DTYPES, load_decoder
+from longshort.reporting.files import replace_file, require_new_files, strict_json
 from longshort.reporting.heat_map import draw_heat_maps
 from longshort.training.parallel import connect
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from longshort.stability import Reading
 
 _NUMBERS, _PICTURE = "logits.json", "logits.png"
 _MOST_COLUMNS = 16
 _TITLES = ("largest logit", "entropy (nats)", "largest row range")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class WatchFlags:
     """Measure the attention logits of a Hugging Face decoder on a text, by layer and head.
 
     A logit is scale·q·k, before softcap; the largest counts by its size. The entropy is the mean over all
-    rows of attention. The range of a row is its largest minus its smallest logit: softmax sees nothing else
-    of them.
+    rows of attention. The range of a row is its largest minus its smallest logit; softmax depends on
+    differences alone.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -52,7 +52,7 @@ class WatchFlags:
     """Text file, UTF-8."""
 
     out: Path | None = None
-    """Folder for logits.json and logits.png, which must not exist. None: only the table."""
+    """Folder for logits.json and logits.png, which must not exist there. None: print the table only."""
 
     context: Annotated[int, Ge(2)] | None = None
     """Tokens per window. None: 1024, or fewer if the model has no more positions."""
@@ -81,34 +81,33 @@ class WatchFlags:
 
 def run(arguments: list[str]) -> int:
     flags = parse(WatchFlags, "watch", arguments)
-    for name in (_NUMBERS, _PICTURE) if flags.out is not None else ():
-        assert flags.out is not None
-        if (flags.out / name).exists():
-            raise FileExistsError(f"{flags.out / name} exists already; choose another folder")
+    if flags.out is not None:
+        require_new_files(flags.out / _NUMBERS, flags.out / _PICTURE)
     text = _read(flags.text)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
-    disable_progress_bar()  # of the weights that are loaded
     with connect(flags.device) as ranks:
-        model, tokenizer = load_decoder(
-            flags.model, dtype=_DTYPES.get(flags.dtype), attention=flags.attention, device=ranks.device
+        model, tokenizer, _ = load_decoder(
+            flags.model, dtype=DTYPES.get(flags.dtype), attention=flags.attention, device=ranks.device
         )
-    tokens, first = _tokens(tokenizer, text, flags.text)
-    read = tokens[: flags.max_tokens]
+    ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"--text {flags.text} must hold text that the model's tokenizer knows, got none")
+    read = torch.tensor(ids[: flags.max_tokens])
     context = _context(flags.context, model)
     with progress_bar() as show:
         reading, names = measure_logits(
             model,
             read,
             context_length=context,
-            first_token=first,
+            first_token=first_token(tokenizer),
             batch_size=flags.batch_size,
             progress=lambda done, total: show("watching", done, total),
         )
     output = console()
     output.print(
         f"{type(model).__name__} with {model.config._attn_implementation} attention on {len(read):,} of "
-        f"{len(tokens):,} tokens, in windows of {context:,}",
+        f"{len(ids):,} tokens, in windows of {context:,}",
         markup=False,
     )
     _print(output, reading, names)
@@ -128,19 +127,8 @@ def _read(file: Path) -> str:
     return text
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, file: Path) -> tuple[torch.Tensor, int | None]:
-    """Return the tokens of the text, and the one that the tokenizer puts before a text, if there is one."""
-    found: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if not found:
-        raise ValueError(f"--text {file} must hold text that the model's tokenizer knows, got none")
-    start: Any = tokenizer("", verbose=False)["input_ids"]
-    first = start[0] if start and start[0] == tokenizer.bos_token_id else None
-    return torch.tensor(found), first
-
-
 def _context(wanted: int | None, model: PreTrainedModel) -> int:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    limit = limit if isinstance(limit, int) and limit > 1 else None
+    limit = longest_input(model)
     if wanted is None:
         return min(1024, limit or 1024)
     if limit is not None and wanted > limit:
@@ -174,7 +162,7 @@ def _print(output: Console, reading: Reading, names: list[str]) -> None:
 
 
 def _highest(values: list[float]) -> int:
-    """Return the place of the largest value; NaN is larger than any."""
+    """Return the index of the largest value; NaN counts as larger than any."""
     return max(range(len(values)), key=lambda at: math.inf if math.isnan(values[at]) else values[at])
 
 

@@ -75,7 +75,7 @@ class LimitCache:
             for head in heads.candidates
         )
         total, most = local, 0
-        for cost in reversed(costs):  # the dearest first, so that any choice of so many fits
+        for cost in reversed(costs):  # the most expensive first, so that any choice of this many heads fits
             total += cost
             if total > self.size:
                 break
@@ -88,10 +88,10 @@ class LimitCache:
 
 @dataclass(frozen=True)
 class LimitRise:
-    """Let the loss rise by at most so many nats per token, with as few global heads as that takes.
+    """Let the loss rise by a limited number of nats per token, with as few global heads as possible.
 
     Attributes:
-        nats: more than 0.
+        nats: the largest rise, nats per token; more than 0.
     """
 
     nats: float

@@ -17,10 +17,10 @@ from longshort.conversion.measures import (
     measure_losses,
     measure_needles,
 )
-from longshort.conversion.models import Pretrained
 from longshort.conversion.text import cut_parts
 from longshort.data.tokenization import first_token
 from longshort.huggingface import apply
+from longshort.huggingface.loading import Pretrained
 from longshort.reporting.files import replace_file
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _CACHE_LENGTHS = tuple(2**power for power in range(9, 18))
 
 @dataclass(frozen=True)
 class ReportSizes:
-    """What a report measures.
+    """The sizes of the measurements for a report.
 
     Attributes:
         lengths: tokens of the windows whose losses are compared; ascending.
@@ -43,8 +43,8 @@ class ReportSizes:
         latency_lengths: tokens in the cache when the time of a token is measured.
         latency_tokens: tokens to time at each.
         needle_lengths, needle_depths, needle_samples: see `longshort.evaluation.measure_needle`.
-        prompt_tokens, sample_tokens: of each text to continue, and of its continuation.
-        samples: how many of them.
+        prompt_tokens, sample_tokens: tokens of each text to continue, and of its continuation.
+        samples: number of texts to continue.
     """
 
     lengths: tuple[int, ...] = (256, 1024, 4096)
@@ -79,7 +79,8 @@ class Conversion:
 
 
 def fit_sizes(sizes: ReportSizes, tokens: int, limit: int | None) -> ReportSizes:
-    """Leave out lengths that a text of so many tokens, or the model's positions, cannot fill."""
+    """Leave out lengths that a text of `tokens` tokens cannot fill, or that exceed `limit`, the model's
+    positions."""
 
     def fitting(lengths: Sequence[int], windows: int, more: int = 0) -> tuple[int, ...]:
         return tuple(

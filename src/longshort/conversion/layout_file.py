@@ -40,11 +40,11 @@ def write_layouts(
 
 
 def read_layouts(path: Path) -> list[HeadLayout | None]:
-    """Read the layouts of a file that `write_layouts` wrote, or that somebody wrote by hand.
+    """Read the layouts of a file that `write_layouts` wrote, or somebody by hand.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such file; the message says where.
+        ValueError: the file is damaged or no file of layouts; the message names the layer.
     """
     try:
         content = json.loads(path.read_text())

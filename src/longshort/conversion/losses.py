@@ -1,4 +1,4 @@
-"""Losses of a decoder whose heads see everything or a window."""
+"""Losses of a decoder under different layouts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LARGEST_STORE = 2 * 2**30
 
 @contextmanager
 def attending(layouts: Sequence[HeadLayout | None]) -> Iterator[None]:
-    """Let a model that attends by layouts attend by these ones instead of its own."""
+    """Let a model that attends by layouts use these instead of its own."""
 
     def layout_of(call: Any) -> HeadLayout:
         layout = layouts[call.module.layer_idx]
@@ -104,7 +104,7 @@ class LossMeter:
         return losses
 
     def _shared_layers(self, kept: Kept) -> int:
-        """The number of layers before the first in which `kept` differs from the base."""
+        """Return the number of layers before the first in which `kept` differs from the base."""
         if self._base is None:
             return 0
         differing = kept ^ self._base

@@ -1,4 +1,4 @@
-"""Measurements of one model that a report compares before and after: losses, latency, needles, text."""
+"""Measurements that a report compares before and after a conversion: losses, latency, needles, text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from longshort.conversion.models import Pretrained
+    from longshort.huggingface.loading import Pretrained
 
 _POSITION_BINS = 16
 _PREFILL = 1024
@@ -32,8 +32,8 @@ def measure_losses(model: PreTrainedModel, windows: Int64[Tensor, "count length"
     """Measure the loss on windows, each read alone from its first token on.
 
     Returns:
-        `loss`, the mean over all tokens but the first of each window, nats per token; `tokens`, how many
-        these are; `by_position`, means over ranges of positions of the token, `first` and `last` included.
+        `loss`, the mean over all tokens but the first of each window, nats per token; `tokens`, their
+        number; `by_position`, means over ranges of positions of the token, `first` and `last` included.
     """
     losses = torch.stack([token_losses(model, window).double().cpu() for window in windows])
     by_position = losses.mean(0)
@@ -53,7 +53,7 @@ def measure_losses(model: PreTrainedModel, windows: Int64[Tensor, "count length"
 def measure_latency(
     model: PreTrainedModel, prompt: Int64[Tensor, " length"], new_tokens: int
 ) -> dict[str, float]:
-    """Measure how long a token takes after a prompt, and what the cache then holds.
+    """Measure how long a token takes after a prompt, and the size of the cache then.
 
     Returns:
         `seconds_per_token`, the median over the new tokens; `cache_bytes`, of keys and values.

@@ -1,4 +1,4 @@
-"""Passes through a decoder that skip the layers whose outputs are known from a pass before."""
+"""Passes through a decoder that skip the layers whose outputs are known from an earlier pass."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class LayerOutputs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept."""
+        """Bytes of the outputs that are kept."""
         flat = (x for output in self._outputs for x in (output if isinstance(output, tuple) else (output,)))
         return sum(x.nbytes for x in flat if isinstance(x, Tensor))
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep the outputs of the pass inside."""
+        """Keep the outputs of the pass in this context."""
         hooks = [
             layer.register_forward_hook(
                 lambda _module, _inputs, output, index=index: self._keep(index, output)
@@ -67,7 +67,7 @@ class LayerOutputs:
 
     @contextmanager
     def skipping(self, count: int) -> Iterator[None]:
-        """Let the first `count` layers give what they gave before, without computing it."""
+        """Let the first `count` layers return their kept outputs, without computing them."""
         originals = list(self._layers[:count])
         try:
             for index, layer in enumerate(originals):
@@ -82,7 +82,7 @@ class LayerOutputs:
 
 
 class _Stand(nn.Module):
-    """What stands in for a layer, and looks like it to a decoder that asks for attributes."""
+    """A stand-in for a layer, with the layer's attributes for a decoder that reads them."""
 
     def __init__(self, layer: nn.Module, output: Any) -> None:
         super().__init__()

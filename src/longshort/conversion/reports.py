@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int64
     from torch import Tensor
 
-    from longshort.conversion.models import Pretrained
+    from longshort.huggingface.loading import Pretrained
     from longshort.layout import HeadLayout
 
 LAYOUT_FILE, JOURNAL_FILE, CONVERSION_FILE = "layout.json", "journal.jsonl", "conversion.json"
@@ -49,11 +49,11 @@ def inspect_into(
 ) -> Inspection:
     """Inspect a model, see `inspect_heads`, and write OUT/layout.json, the figures and OUT/report.html.
 
-    Measurements are kept in OUT/journal.jsonl: an inspection that was interrupted goes on, and another budget
-    uses what is known.
+    Measurements are kept in OUT/journal.jsonl, from which an interrupted inspection resumes, and which an
+    inspection for another budget reuses.
 
     Args:
-        about: what the files say about model and text.
+        about: the names of model and text, for the files.
 
     Raises:
         ValueError: OUT has the measurements of another model, text, window or number of sink tokens, or as
@@ -106,9 +106,8 @@ def inspect_into(
                 figures=[
                     Figure(
                         heads,
-                        "What the distance of each key/value head is worth, from slopes at gates; the "
-                        "attention that it gives to keys outside the window, which is no guide; and the "
-                        "heads that stay global.",
+                        "The worth of each key/value head's distance, from slopes at gates; its attention "
+                        "to keys outside the window, a poor guide; and the heads that stay global.",
                     )
                 ],
             ),
@@ -202,7 +201,7 @@ def write_conversion(
         picture = draw_needles(
             conversion.needles["before"], conversion.needles["after"], folder / "needles.png"
         )
-        caption = "How much more likely a needle in the text makes what it says, in nats per token."
+        caption = "How much more likely a needle in the text makes its value, in nats per token."
         sections.append(Section("Needles", figures=[Figure(picture, caption)]))
     if conversion.samples:
         samples = [

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Unit = frozenset[KVHead]
 Estimate = Callable[[Kept, Sequence[Unit]], Sequence[float]]
-"""From a state, the change of the loss if each of the units alone is flipped, nats per token."""
+"""The change of the loss, nats per token, if each of the units alone is flipped in a state."""
 Loss = Callable[[Kept], float]
 """The loss of a state, nats per token."""
 Slopes = Callable[[Mapping[KVHead, float]], Mapping[KVHead, float]]
@@ -73,7 +73,7 @@ def descend(
         heads: whose candidates have gates.
         scores: rank the layout to start from.
         most: heads that may be global.
-        rounds: how often to rank anew.
+        rounds: number of rounds.
         slopes: measures slopes at gates.
 
     Returns:
@@ -112,12 +112,12 @@ def fewest_within(units: Sequence[Unit], highest: float, loss: Loss) -> Kept:
 def greedy_order(units: Sequence[Unit], most: int, estimate: Estimate) -> list[Unit]:
     """Sort units by making them local, the cheapest first, until at most `most` heads are global.
 
-    Each round makes local half of what is still too much, at least one unit, and ranks the rest anew.
+    Each round makes half of the excess local, at least one unit, and ranks the rest again.
 
     Args:
         units: disjoint units.
-        most: heads that may remain; those that do are sorted by the last ranking.
-        estimate: what it costs to make each unit local.
+        most: heads that may remain global; they are sorted by the last ranking.
+        estimate: estimates the cost of making each unit local.
 
     Returns:
         All units, the most important first.
@@ -145,7 +145,7 @@ def first_units(units: Sequence[Unit], most: int) -> Kept:
 
 
 def add_units(units: Sequence[Unit], kept: Kept, most: int, estimate: Estimate) -> Kept:
-    """Make units global as long as at most `most` heads are, those first that gain most."""
+    """Make units global, those that gain most first, as long as at most `most` heads are."""
     left = [unit for unit in units if not unit & kept]
     gains = estimate(kept, left) if len(kept) < most and left else []
     for _, index in sorted((gain, index) for index, gain in enumerate(gains)):
@@ -173,7 +173,7 @@ def exchange(
         kept: the heads that are global at first.
         units: disjoint units, all of one size.
         shortlist: units of each kind to measure.
-        rounds: the most rounds.
+        rounds: largest number of rounds.
         estimate: names the shortlist.
         measured: measures it.
         loss: decides.

@@ -39,7 +39,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """The settings of a training.
 
     Attributes:
         steps: optimizer steps; None: as many as fit into `seconds`.
@@ -58,7 +58,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Progressed:
-    """How far a training is.
+    """The progress of a training.
 
     Attributes:
         step: optimizer steps done.
@@ -66,7 +66,7 @@ class Progressed:
         seconds: time that they and the measurements took.
         lines: metrics by step: `step`, `loss`, `learning_rate`, `seconds`, and `held_out_loss` where it was
             measured.
-        is_done: whether the budget is used, or the goal is reached.
+        is_done: whether the budget is used up or the goal reached.
     """
 
     step: int = 0
@@ -93,7 +93,7 @@ class ShortTraining:
         held_out: token ids, (count, length), that the loss is measured on.
         recipe: how to train.
         folder: for the state.
-        teacher: a model whose logits the model's are to resemble; None without distillation.
+        teacher: a model whose logits are imitated; None: no distillation.
     """
 
     def __init__(
@@ -119,10 +119,10 @@ class ShortTraining:
         Args:
             report: called after each step.
             goal: nats per token; None: none.
-            steps: end after this step although the budget, and so the schedule, may be longer.
+            steps: end after this step, even if the budget, and so the schedule, is longer.
 
         Returns:
-            How far it is; not done if it was interrupted.
+            The progress; not done if it was interrupted.
 
         Raises:
             ValueError: the loss is not finite.
@@ -218,7 +218,7 @@ class ShortTraining:
         return self._recipe.learning_rate * (_LOWEST + (1 - _LOWEST) * left)
 
     def _plan(self, now: Progressed, seconds: float) -> int:
-        """The number of steps that fit into the budget of time, with the measurements between them."""
+        """Return the number of steps that fit into the budget of time, with the measurements between them."""
         assert self._recipe.seconds is not None
         first = now.lines[1]["seconds"]  # after the step that warms up
         per_step = (seconds - first) / (now.step)

@@ -1,4 +1,4 @@
-"""Windows of text that measurements read: parts of a corpus that share no token."""
+"""Windows of text for measurements: parts of a corpus that share no token."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from longshort.data.tokenization import Encoder
 if TYPE_CHECKING:
     from jaxtyping import Int64
     from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 _CHARACTERS_PER_BATCH = 1 << 20
 _HELD_OUT = 0.3
 
 
-def read_tokens(source: str | Path, tokenizer: PreTrainedTokenizerFast) -> Int64[Tensor, " tokens"]:
+def read_tokens(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " tokens"]:
     """Read the texts of a corpus end to end, an end-of-text token after each.
 
     Args:
@@ -59,8 +59,8 @@ def cut_parts(
 ) -> list[Int64[Tensor, "count length"]]:
     """Cut windows out of consecutive parts of a text, one part per entry of `counts`.
 
-    Each part has as many tokens for each of its windows as the others, and its windows are spread evenly over
-    it. So no two windows share a token, and those of two parts come from different stretches of the text.
+    Each part has the same number of tokens per window, and its windows are spread evenly over it. So no two
+    windows share a token, and those of two parts come from different stretches of the text.
 
     Args:
         tokens: the text.
@@ -97,6 +97,6 @@ def cut_parts(
 def split_held_out(
     tokens: Int64[Tensor, " tokens"],
 ) -> tuple[Int64[Tensor, " tokens"], Int64[Tensor, " tokens"]]:
-    """Split a text into what an inspection may read, and the end of it, which reports of conversions read."""
+    """Split a text into a part for inspections, and its end, which reports of conversions read."""
     end = round((1 - _HELD_OUT) * len(tokens))
     return tokens[:end], tokens[end:]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE_VOCABULARY = 258
@@ -92,12 +92,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of rows that an embedding needs: the largest id + 1, even if ids have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def first_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token that a tokenizer puts before every text, its bos_token; None if it puts none there."""
     added = tokenizer("").input_ids
     return added[0] if added and added[0] == tokenizer.bos_token_id else None
@@ -109,9 +109,19 @@ def tokenizer_hash(folder: str | os.PathLike[str]) -> str:
 
 
 class Encoder:
-    """An encoder of plain text to token ids: special tokens are neither added nor recognised in the text."""
+    """An encoder of plain text to token ids: special tokens are neither added nor recognised in the text.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    Raises:
+        ValueError: the tokenizer has no fast form.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        from transformers import PreTrainedTokenizerFast
+
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ValueError(
+                f"tokenizer must have a fast form (tokenizer.json), got a {type(tokenizer).__name__}"
+            )
         _disable_threads_in_forks()
         serialized = tokenizer.backend_tokenizer.to_str()
         self._is_bytes = _pipeline(serialized) == _pipeline(_byte_backend().to_str())

@@ -26,14 +26,14 @@ import torch
 from longshort.checks import require_integer
 from longshort.data import TokenFile
 from longshort.data.tokenization import Encoder, first_token, vocabulary_size
-from longshort.evaluation.positions import position_limit
+from longshort.evaluation.positions import decoder_config, position_limit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from torch import nn
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 _KEY_LETTERS, _VALUE_LETTERS, _SHOWN_LETTERS = 6, 12, 4
 _TOKENS_PER_BATCH = 8192
@@ -112,7 +112,7 @@ class _Score:
 
 def measure_needle(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     token_file: TokenFile | NDArray[np.integer],
     *,
     lengths: Sequence[int],
@@ -173,7 +173,7 @@ def measure_needle(
 
 def _check(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     token_file: TokenFile | NDArray[np.integer],
     lengths: Sequence[int],
     depths: Sequence[float],
@@ -200,15 +200,10 @@ def _check(
         raise ValueError(
             f"token_file must be a TokenFile or token ids, (tokens,), got {type(token_file).__name__}"
         )
-    held = _vocabulary(model)
+    held = decoder_config(model).vocab_size
     for name, size in {"tokenizer": vocabulary_size(tokenizer), "token_file": largest}.items():
         if size > held:
             raise ValueError(f"{name} has a vocabulary of {size}, but the model one of {held}")
-
-
-def _vocabulary(model: Any) -> int:
-    get_text_config = getattr(model.config, "get_text_config", None)
-    return (model.config if get_text_config is None else get_text_config()).vocab_size
 
 
 def _draw(

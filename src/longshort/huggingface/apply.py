@@ -1,4 +1,4 @@
-"""`apply()`: give the layers of any decoder of transformers layouts, after a trial that they work."""
+"""`apply()`: layouts for the layers of any decoder of transformers, after a trial."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def apply(
     The model keeps its weights, and its attention implementation becomes "longshort". Layouts are saved with
     the config and loaded again, once `longshort.huggingface` is imported. `generate()` uses a `SplitCache`.
     A later call replaces the layouts. Layouts combine with a layer's own sliding window: each head gets the
-    shorter window, and no sink tokens, which the layer does not see either; nor has a layer sink tokens that
-    attends in chunks.
+    shorter window, and no sink tokens, which the layer itself does not see; nor do layers that attend in
+    chunks have sink tokens.
 
     A trial on 8 tokens comes first: with all heads global the logits must be the model's own, to rounding;
-    with the layouts they must be the same with and without a cache. No random state moves.
+    with the layouts they must be the same with and without a cache. Random states stay as they are.
 
     Args:
         model: a `PreTrainedModel`, with its weights; a model that also sees or hears gets layouts in its
@@ -64,7 +64,7 @@ def apply(
     Raises:
         TypeError: model is no model of transformers, or an entry of layouts no HeadLayout.
         ValueError: an argument is not allowed, or the model attends in a way that layouts cannot replace; the
-            message names the layer and the reason, and the model is as it was.
+            message names the layer and the reason, and the model is unchanged.
     """
     model = _checked_model(model)
     config = text_config(model)
@@ -82,8 +82,8 @@ def apply(
 
 
 def remove(model: nn.Module) -> None:
-    """Take layouts away again: the model attends as before `apply`, in place; by SDPA or eager attention if
-    that implementation is not available here.
+    """Take layouts away again, in place: the model attends as before `apply`, or by SDPA or eager attention
+    if that implementation is not available here.
 
     Raises:
         TypeError: model is no model of transformers.
@@ -98,7 +98,7 @@ def remove(model: nn.Module) -> None:
 
 
 def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
-    """Return the layers of a decoder that attend, by a pass of 8 tokens that changes nothing.
+    """Return the layers of a decoder that attend, found in a pass of 8 tokens that changes nothing.
 
     Raises:
         ValueError: the model attends in a way that layouts cannot replace.
@@ -128,7 +128,7 @@ def _number_of_layers(config: Any) -> int:
 
 
 class _Wanted(NamedTuple):
-    """What the caller asks of each layer: layouts, or heads and windows."""
+    """The layouts that the caller asks for, or the heads and windows."""
 
     layouts: Sequence[HeadLayout | None] | None
     num_global: Sequence[int]
@@ -192,7 +192,7 @@ def _unchanged_on_error(model: PreTrainedModel, config: Any) -> Iterator[None]:
 def _fitted(
     layers: Sequence[AttentionLayer], count: int, wanted: _Wanted, sink_tokens: int
 ) -> list[HeadLayout | None]:
-    """The layouts of all layers, checked against what the layers are."""
+    """Return the layouts of all layers, checked against the layers' heads and windows."""
     found: list[HeadLayout | None] = [None] * count
     for layer in layers:
         if wanted.layouts is None:
@@ -214,7 +214,7 @@ def _fitted(
                     f"the layout of {layer.name} must have its (heads, kv_heads) = {needed}, got {held}"
                 )
         layout = within_sliding_window(layout, layer.sliding_window)
-        if layer.is_chunked:  # the first keys of the sequence are out of sight here too
+        if layer.is_chunked:  # its queries cannot see the first keys of the sequence
             layout = HeadLayout(layout.windows, layout.num_kv_heads)
         found[layer.index] = layout
     for index, layout in enumerate(wanted.layouts or ()):

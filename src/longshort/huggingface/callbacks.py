@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from longshort.checks import require_integer, require_positive
 from longshort.huggingface.qk_clip import QKClip
@@ -28,8 +30,8 @@ _LOGGED = ("loss", "learning_rate", "grad_norm", "epoch")
 def attach(trainer: Trainer, *callbacks: TrainerCallback) -> None:
     """Add callbacks to a Trainer before all others, in their order.
 
-    So what they add to its logs reaches TensorBoard and the other loggers, which `Trainer(callbacks=...)` and
-    `add_callback` would let run first.
+    What they add to the logs then reaches TensorBoard and the other loggers, which would run first with
+    `Trainer(callbacks=...)` and `add_callback`.
 
         attach(trainer, LogitCallback(every=10), QKClipCallback(threshold=100))
         trainer.train()
@@ -91,7 +93,7 @@ class _MonitorCallback(TrainerCallback):
 
 
 class LogitCallback(_MonitorCallback):
-    """Adds the attention logits of the model to a Trainer's logs, and by head to a file.
+    """A callback that adds the model's attention logits to a Trainer's logs, and by head to a file.
 
     The logs of the training get `max_logit`, `row_range` and their parts for local and global heads, as last
     measured. The file gets a line of JSON for each measured step, as `longshort train` writes it to
@@ -164,7 +166,7 @@ class LogitCallback(_MonitorCallback):
             self._pending |= {name: logs[name] for name in _LOGGED if name in logs}
 
     def record(self, entry: dict[str, Any], step: int) -> None:
-        """Add entries to the line of a step, which it gets if it has none."""
+        """Add entries to the line of a step; make the line if there is none."""
         if self._pending is None or self._pending["step"] != step:
             self._pending = {"step": step}
         self._pending |= entry
@@ -186,10 +188,15 @@ class LogitCallback(_MonitorCallback):
             file.write(line + "\n")
 
 
-class QKClipCallback(_MonitorCallback):
-    """Applies `QKClip` after each optimizer step of a Trainer, from the logits of that step.
+class QKClipCallback(_MonitorCallback, ExportableState):
+    """A callback that applies `QKClip` after each optimizer step of a Trainer, by the logits of that step.
 
     Each step is measured; beside a `LogitCallback` both use the same numbers.
+
+    The Trainer's checkpoints of a model with adapters hold the adapter alone. What it lacks where frozen
+    weights were scaled (see `QKClip`) is in their trainer_state.json, so that a training that resumes, or
+    goes back by a `SpikeCallback` or to its best checkpoint, has the same model as before. Save the merged
+    model in the end.
 
     Args:
         threshold: > 0; Kimi K2 has 100.
@@ -209,6 +216,11 @@ class QKClipCallback(_MonitorCallback):
         self._reading: Reading | None = None
         self.clipped = 0
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint of the Trainer keeps."""
+        factors = None if self._clip is None else self._clip.frozen_factors
+        return {"args": {"threshold": self._threshold}, "attributes": {"frozen_factors": factors}}
+
     def _is_due(self, step: int, last: int) -> bool:
         return True
 
@@ -217,6 +229,28 @@ class QKClipCallback(_MonitorCallback):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self._clip = QKClip(kwargs["model"], self._threshold)
+        states: Any = state.stateful_callbacks
+        if state.global_step:
+            self._restore(states)
+        states.setdefault(type(self).__name__, self.state())  # the Trainer needs it to save another
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None:
+            self._restore(json.loads((Path(best) / TRAINER_STATE_NAME).read_text())["stateful_callbacks"])
+
+    def _restore(self, states: dict[str, Any]) -> None:
+        """Scale the frozen weights of a model with adapters as in the checkpoint with these states."""
+        assert self._clip is not None
+        now = self._clip.frozen_factors
+        saved: Any = states.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) and saved else saved
+        factors = saved["attributes"]["frozen_factors"] if saved else [[1.0] * len(heads) for heads in now]
+        if factors != now:
+            self._clip.restore_frozen(factors)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -237,7 +271,7 @@ class QKClipCallback(_MonitorCallback):
 
 
 class ZLossCallback(TrainerCallback):
-    """Adds a z-loss to the loss that a model computes from its labels while a Trainer trains it.
+    """A callback that adds a z-loss to the loss that a model computes from its labels in training.
 
     The loss that is logged in training contains it; that of evaluations does not.
 
@@ -292,7 +326,7 @@ class ZLossCallback(TrainerCallback):
 
 
 def _continue_file(path: Path, step: int) -> int:
-    """Cut off the lines of steps that a training which resumes takes again; those that a rollback undid stay.
+    """Cut off the lines of steps that a resumed training repeats; lines that a rollback undid stay.
 
     Returns:
         The number of rollbacks so far.
@@ -320,7 +354,7 @@ def _is_rollback(record: dict[str, Any]) -> bool:
 
 
 def _finite_or_none(value: Any) -> Any:
-    """Copy with None for each number that JSON has no word for."""
+    """Copy with None for each number that is not finite, which JSON cannot express."""
     if isinstance(value, dict):
         return {name: _finite_or_none(entry) for name, entry in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Translation of attention calls, in the words of each implementation of transformers, into visible pairs."""
+"""Translation of attention calls of each implementation of transformers into visible pairs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from longshort.layout import HeadLayout
 def visibility_of(call: AttentionCall) -> Visibility:
     """Return the pairs that the implementation of a call lets see each other.
 
-    - eager and flex_attention: those that the mask shows; all without one.
+    - eager and flex_attention: those that the mask shows; without a mask, all.
     - sdpa: likewise; without a mask, if causal, key j is seen by query i where j <= i, counted from the
       first.
-    - flash attention, and implementations that transformers does not know: a 2-D mask tells padding, and
-      packed sequences are told by `cu_seq_lens_q` and `cu_seq_lens_k`, or by positions that restart in a
-      batch of 1; the last query is aligned with the last key; `sliding_window` counts. A 4-D mask is all that
-      counts, as for eager.
+    - flash attention, and implementations that transformers does not know: a 2-D mask marks padding, and
+      `cu_seq_lens_q` and `cu_seq_lens_k`, or positions that restart in a batch of 1, separate packed
+      sequences; the last query is aligned with the last key; `sliding_window` counts. Of a 4-D mask nothing
+      else counts, as for eager.
     - longshort: the same with the windows of `config.longshort`, and a mask that holds segment ids.
 
     Raises:

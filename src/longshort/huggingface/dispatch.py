@@ -1,8 +1,8 @@
 """Interception of the attention calls of Hugging Face models, whatever their attention implementation.
 
 The attention layers of transformers look up the function that computes their attention by name, in one
-registry. While somebody listens, each entry is replaced by a wrapper that reports the call and then makes it,
-unchanged. `torch.compile` sees the replacement, and compiles a graph with it and one without.
+registry. While there are listeners, each entry is replaced by a wrapper that reports the call and then makes
+it, unchanged. `torch.compile` sees the replacement, and compiles a graph with it and one without.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class AttentionCall:
 
 
 class Listener(Protocol):
-    """What `listen` takes."""
+    """The protocol of listeners to attention calls."""
 
     def hears(self, module: nn.Module) -> bool:
         """Return whether calls of this layer are of interest."""
@@ -72,7 +72,7 @@ _replaced: dict[
 
 def listen(listener: Listener) -> None:
     """Report all attention calls to a listener, beside others, until `stop_listening`, or until it is
-    gone."""
+    deleted."""
     _forget_the_dead()
     _listeners.append(weakref.ref(listener, lambda _: _forget_the_dead()))
     if not _replaced:

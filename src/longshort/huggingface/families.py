@@ -1,4 +1,4 @@
-"""What longshort can do for each family of decoders of transformers, tried on a small model of it."""
+"""A trial of layouts, caches, monitor and clip on a small model of each family of transformers' decoders."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longshort.huggingface.apply import apply, attention_layers
+from longshort.huggingface.loading import first_line
 from longshort.huggingface.qk_clip import QKClip
 from longshort.huggingface.state import stored_state, text_config
 from longshort.huggingface.watch import LogitMonitor
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-_LARGEST = 30_000_000  # parameters; what stays larger with small settings is not built
+_LARGEST = 30_000_000  # parameters; models that stay larger with small settings are not built
 
 _PROMPT, _NEW = 40, 8  # tokens, beyond all windows and chunks
 
@@ -49,10 +50,10 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 @dataclass(frozen=True)
 class FamilySupport:
-    """What works for a family; each is None where it does, else the reason why not.
+    """The results for a family: None for what works, else the reason why not.
 
     Attributes:
-        model_type: as transformers calls the family.
+        model_type: the name of the family in transformers.
         use: `apply`.
         cache: `generate()` with a `SplitCache`.
         watch: `LogitMonitor`, with the model's own attention.
@@ -87,7 +88,7 @@ def small_decoder(model_type: str) -> PreTrainedModel:
             torch.manual_seed(0)
             return AutoModelForCausalLM.from_config(config).eval()
     except Exception as error:  # whatever a family's code raises for settings that it was not made for
-        raise ValueError(f"no small model could be built: {_first_line(error)}") from error
+        raise ValueError(f"no small model could be built: {first_line(error)}") from error
 
 
 def _small_config(model_type: str) -> PreTrainedConfig:
@@ -134,7 +135,7 @@ def _error_of(attempt: Callable[[PreTrainedModel], object], model: PreTrainedMod
     try:
         attempt(model)
     except Exception as error:  # a family's own code may raise anything
-        return _first_line(error)
+        return first_line(error)
     return None
 
 
@@ -162,8 +163,3 @@ def _generate(model: Any) -> None:
         outputs.append(model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings))
     if not torch.equal(*outputs):
         raise ValueError("the text is another with the cache")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error) if isinstance(error, ValueError | RuntimeError) else repr(error)
-    return (text or type(error).__name__).strip().splitlines()[0]

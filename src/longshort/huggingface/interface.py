@@ -163,7 +163,7 @@ def segments_of_mask(
         int64, (batch, 1, 1, kv_length), -1 for padding; None where nothing is padded and nothing is packed.
 
     Raises:
-        ValueError: the mask cannot be told by segments, or the cache is longer than its tokens.
+        ValueError: the mask cannot be expressed by segments, or the cache is longer than its tokens.
     """
     if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
         raise ValueError(
@@ -181,7 +181,7 @@ def segments_of_mask(
         starts = _sequence_starts(mask_function, batch_size, kv_length, kv_offset, device)
     if starts is None:
         return None if visible is None else (visible.to(torch.int64) - 1)[:, None, None]
-    ids = starts.cumsum(-1)
+    ids = starts.cumsum(-1) - 1  # 0 for a single segment, as without starts
     if visible is not None:
         ids = ids.masked_fill(~visible, -1)
     return ids[:, None, None]

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Precisions of weights, by name."""
+
+
+class Pretrained(NamedTuple):
+    """A model and its tokenizer.
+
+    Attributes:
+        model: in the dtype to compute in.
+        tokenizer: its tokenizer.
+        saved_dtype: of the weights in files.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    saved_dtype: torch.dtype
+
 
 def load_decoder(
-    name: str,
+    name: str | Path,
     *,
     dtype: torch.dtype | None = None,
     attention: str | None = None,
     device: torch.device | str = "cpu",
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> Pretrained:
     """Load a causal language model, in eval mode, and its tokenizer. Code that comes with a model is not run.
+
+    Models of longshort itself load once `longshort.model` is imported.
 
     Args:
         name: folder of the model, or its id on the Hub.
@@ -28,34 +51,53 @@ def load_decoder(
 
     Raises:
         FileNotFoundError: there is no such folder, and no such model on the Hub, or the Hub cannot be
-        reached.
-        ValueError: it is no causal language model that transformers knows, its weights are no safetensors, or
-            it does not support the attention implementation.
+            reached.
+        ValueError: it is no causal language model that transformers knows, its weights are no safetensors, it
+            has no tokenizer, or it does not support the attention implementation.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    name = str(name)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise FileNotFoundError(f"there is no folder {name}")
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
     if attention is not None:
         options["attn_implementation"] = attention
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
-    except OSError as error:
-        if Path(name).is_dir():
-            raise ValueError(f"{name} must hold a model: {_first_line(error)}") from error
-        raise FileNotFoundError(
-            f"there is no folder {name}, and no model {name} that the Hugging Face Hub gives: "
-            f"{_first_line(error)}"
-        ) from error
-    except (ValueError, ImportError, KeyError) as error:
-        raise ValueError(
-            f"{name} cannot be loaded as a causal language model: {_first_line(error)}"
-        ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ValueError(f"{name} must have a tokenizer beside its model: {_first_line(error)}") from error
-    return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+    with without_progress_bars():
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+            saved = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
+        except OSError as error:
+            if Path(name).is_dir():
+                raise ValueError(f"{name} must hold a model: {first_line(error)}") from error
+            raise FileNotFoundError(
+                f"there is no folder {name}, and the Hugging Face Hub gave no model of that name: "
+                f"{first_line(error)}"
+            ) from error
+        except (ValueError, ImportError, KeyError) as error:
+            raise ValueError(
+                f"{name} cannot be loaded as a causal language model: {first_line(error)}"
+            ) from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise ValueError(f"{name} must have a tokenizer beside its model: {first_line(error)}") from error
+    saved_dtype = saved if isinstance(saved, torch.dtype) else model.dtype
+    return Pretrained(model.to(device).eval(), tokenizer, saved_dtype)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Turn off the progress bars of transformers, which would disturb ours."""
+    were_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_enabled:
+            logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message; with the kind of error where that says little without."""
+    says_enough = isinstance(error, ValueError | RuntimeError | OSError | ImportError) and str(error).strip()
+    return (str(error) if says_enough else repr(error)).strip().splitlines()[0]

@@ -1,8 +1,8 @@
-"""The weights that make the queries and keys of each head of a Hugging Face decoder, found by measurement.
+"""The weights that produce the queries and keys of each head of a Hugging Face decoder, by measurement.
 
 A parameter of an attention layer belongs to a head in those rows (or columns) that have a gradient from the
 head's queries or keys, if no other head has one there. So no table of model families is needed: fused and
-interleaved projections, biases, transposed weights and adapters are all found alike.
+interleaved projections, biases, transposed weights and adapters are found in the same way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ class Rows:
     """A part of a parameter.
 
     Attributes:
-        parameter: the whole of it.
-        dim: dimension that the indices count.
+        parameter: the whole parameter.
+        dim: dimension of the indices.
         indices: ascending.
     """
 
@@ -50,7 +50,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class LayerProjections:
-    """What makes the queries and keys of an attention layer.
+    """The parts of parameters that produce the queries and keys of an attention layer.
 
     Attributes:
         module, name: the layer, and its name in the decoder.
@@ -70,36 +70,34 @@ class LayerProjections:
         return len(self.queries) // len(self.keys)
 
     @torch.no_grad()
-    def scales(self, *, keys: bool) -> bool:
-        """Return whether the queries of each head, and the keys too if asked, scale as their rows do, apart
-        from those of other heads. Tries it; the weights are restored bit for bit."""
-        before = _queries_and_keys(self.module, self.inputs)
-        if not all(self.queries) or (keys and not all(self.keys)):
+    def scales(self, kind: Literal["queries", "keys"], rows_by_head: Sequence[Sequence[Rows]]) -> bool:
+        """Return whether the queries, or keys, of each head scale as these rows do, apart from those of other
+        heads and from all keys, or queries. Tries it; the weights are restored bit for bit."""
+        if not all(rows_by_head):
             return False
-        factors = [_trial_factors(len(self.queries)), _trial_factors(len(self.keys) if keys else 0)]
-        factors[1] = factors[1] or [1.0] * len(self.keys)
-        parts = [*zip(self.queries, factors[0], strict=True), *zip(self.keys, factors[1], strict=True)]
-        kept = {id(row.parameter): row.parameter for rows, _ in parts for row in rows}
+        before = _queries_and_keys(self.module, self.inputs)
+        factors = _trial_factors(len(rows_by_head))
+        kept = {id(row.parameter): row.parameter for rows in rows_by_head for row in rows}
         copies = {key: parameter.clone() for key, parameter in kept.items()}
         try:
-            for rows, factor in parts:
-                for row in rows if factor != 1.0 else []:
+            for rows, factor in zip(rows_by_head, factors, strict=True):
+                for row in rows:
                     row.scale(factor)
             after = _queries_and_keys(self.module, self.inputs)
         finally:
             for key, parameter in kept.items():
                 parameter.copy_(copies[key])
-        return all(
-            _is_close(new[:, head], old[:, head] * factor)
-            for old, new, by_head in zip(before, after, factors, strict=True)
-            for head, factor in enumerate(by_head)
+        scaled, other = (0, 1) if kind == "queries" else (1, 0)
+        return _is_close(after[other], before[other]) and all(
+            _is_close(after[scaled][:, head], before[scaled][:, head] * factor)
+            for head, factor in enumerate(factors)
         )
 
 
 def find_projections(model: nn.Module) -> list[LayerProjections]:
-    """Find what makes the queries and keys of each attention layer, in a pass over a few tokens in eval mode.
+    """Find the parameters behind the queries and keys of each attention layer, by a pass over a few tokens.
 
-    Nothing of the model is changed, and no random state is moved.
+    The model, its mode and the random states stay as they are.
 
     Args:
         model: a decoder of transformers, as for `LogitMonitor`; its parameters must be whole on one device.
@@ -198,7 +196,7 @@ def _is_close(found: Tensor, wanted: Tensor) -> bool:
 
 
 class _Recorder:
-    """A listener that keeps the queries and keys of one layer's last call, and who called."""
+    """A listener that keeps the queries and keys of one layer's last call, and the layers that called."""
 
     def __init__(self, module: nn.Module | None = None) -> None:
         self._module = module

@@ -3,21 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
+from transformers.utils import logging
 
 from longshort.checks import require_positive
-from longshort.huggingface.projections import LayerProjections, find_projections, require_whole_parameters
+from longshort.huggingface.projections import (
+    LayerProjections,
+    Rows,
+    find_projections,
+    require_whole_parameters,
+)
+
+_FACTORS = "_longshort_clip_factors"
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class _Clipped:
-    """A layer, and whether its keys are scaled beside its queries."""
+    """A layer that is clipped.
 
-    projections: LayerProjections
-    scales_keys: bool
+    Attributes:
+        name: of the layer.
+        queries: what is scaled of each query head.
+        keys: what is scaled of each KV head; None: nothing.
+    """
+
+    name: str
+    queries: list[list[Rows]]
+    keys: list[list[Rows]] | None
+
+    def scale(self, head: int, factor: float, *, only_frozen: bool = False) -> None:
+        """Scale the logits of a query head, or the part of that which is in frozen weights."""
+        parts = [self.queries]
+        if self.keys is not None:
+            factor, parts = factor**0.5, [self.queries, self.keys]
+        for part in parts:
+            for rows in part[head]:
+                if not only_frozen or not rows.parameter.requires_grad:
+                    rows.scale(factor)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for part in (self.queries, self.keys or []):
+            for by_head in part:
+                for rows in by_head:
+                    yield rows.parameter
+
+    @property
+    def needs_frozen(self) -> bool:
+        return any(not parameter.requires_grad for parameter in self.parameters())
 
 
 class QKClip:
@@ -32,8 +70,14 @@ class QKClip:
 
     Which rows these are is measured when it is made: by gradients of queries and keys, then by scaling the
     rows of each layer, on a few tokens. A layer whose heads do not scale with their rows is refused, as with
-    most kinds of QK-norm. Biases are scaled along with weights, and a frozen base weight along with its LoRA
-    adapter: the adapter alone cannot, so save the merged model.
+    most kinds of QK-norm. Biases are scaled along with weights.
+
+    Adapters of PEFT: where trained weights alone can carry the scale, as the magnitudes of DoRA do, only
+    they are scaled, and a checkpoint of the adapter holds the clip. Plain LoRA cannot: a head's weights are
+    W + B·A, and to scale them by γ is to scale both W, which is frozen, and B. The model computes the same
+    whether the adapter is merged or not, but a checkpoint of the adapter alone lacks γ·W. The first such clip
+    logs a warning; save the merged model, or `frozen_factors` beside the adapter, which `restore_frozen`
+    takes. `QKClipCallback` does the latter in the Trainer's checkpoints.
 
         clip = QKClip(model)
         with LogitMonitor(model) as monitor:
@@ -43,7 +87,8 @@ class QKClip:
                 clip.apply(monitor.reading().max_logit_by_head)
 
     Args:
-        model: a decoder of transformers, as for `LogitMonitor`. Its parameters must stay the same objects.
+        model: a decoder of transformers, as for `LogitMonitor`. Its parameters must stay the same objects,
+            frozen or not.
         threshold: τ, > 0; K2 has 100.
 
     Raises:
@@ -54,7 +99,9 @@ class QKClip:
     def __init__(self, model: nn.Module, threshold: float = 100.0) -> None:
         require_positive("threshold", threshold)
         self._model, self._threshold = model, threshold
-        self._layers = [_checked(projections) for projections in find_projections(model)]
+        self._adapted = _adapted_module(model)
+        trained_first = self._adapted is not None
+        self._layers = [_checked(layer, trained_first) for layer in find_projections(model)]
         _require_own_parameters(self._layers)
 
     def apply(self, max_logit_by_head: Sequence[Sequence[float]]) -> int:
@@ -70,47 +117,112 @@ class QKClip:
         Raises:
             ValueError: the numbers are not those of the model's heads, or parameters are sharded by now.
         """
-        wanted = [len(layer.projections.queries) for layer in self._layers]
-        found = [len(heads) for heads in max_logit_by_head]
-        if found != wanted:
-            raise ValueError(f"max_logit_by_head must have {wanted} heads by layer, got {found}")
+        self._require_heads("max_logit_by_head", max_logit_by_head)
         require_whole_parameters(self._model)
         clipped = 0
         for layer, max_logits in zip(self._layers, max_logit_by_head, strict=True):
             for head, max_logit in enumerate(max_logits):
                 if self._threshold < max_logit < math.inf:  # false for NaN too
-                    _scale(layer, head, self._threshold / max_logit)
+                    factor = self._threshold / max_logit
+                    layer.scale(head, factor)
+                    self._note_factor(layer, head, factor)
                     clipped += 1
         return clipped
 
+    @property
+    def frozen_factors(self) -> list[list[float]]:
+        """Return by layer and query head the factor of its logits in frozen weights, of all clips of the
+        model: what a checkpoint of its adapter lacks. 1 where it lacks nothing."""
+        known = {} if self._adapted is None else self._adapted.__dict__.get(_FACTORS, {})
+        return [list(known.get(layer.name, [1.0] * len(layer.queries))) for layer in self._layers]
 
-def _scale(layer: _Clipped, head: int, factor: float) -> None:
-    if layer.scales_keys:
-        factor = factor**0.5
-        for rows in layer.projections.keys[head]:
-            rows.scale(factor)
-    for rows in layer.projections.queries[head]:
-        rows.scale(factor)
+    def restore_frozen(self, factors: Sequence[Sequence[float]]) -> None:
+        """Scale frozen weights, so that `frozen_factors` are these, as after a load of the adapter that was
+        saved with them.
+
+        Raises:
+            ValueError: the factors are not those of the model's heads, or not finite and > 0; or the model
+                has no adapters.
+        """
+        self._require_heads("factors", factors)
+        if self._adapted is None:
+            raise ValueError("model must have adapters of PEFT to restore what their checkpoints lack")
+        for factor in (factor for by_head in factors for factor in by_head):
+            require_positive("factors", factor)
+        rows = zip(self._layers, factors, self.frozen_factors, strict=True)
+        for layer, wanted, now in rows:
+            for head, (goal, factor) in enumerate(zip(wanted, now, strict=True)):
+                if goal != factor:
+                    layer.scale(head, goal / factor, only_frozen=True)
+        names = [layer.name for layer in self._layers]
+        kept = {name: list(by_head) for name, by_head in zip(names, factors, strict=True)}
+        self._adapted.__dict__[_FACTORS] = kept
+
+    def _require_heads(self, name: str, by_head: Sequence[Sequence[float]]) -> None:
+        wanted = [len(layer.queries) for layer in self._layers]
+        found = [len(heads) for heads in by_head]
+        if found != wanted:
+            raise ValueError(f"{name} must have {wanted} heads by layer, got {found}")
+
+    def _note_factor(self, layer: _Clipped, head: int, factor: float) -> None:
+        if self._adapted is None or not layer.needs_frozen:
+            return
+        if _FACTORS not in self._adapted.__dict__:
+            logger.warning(
+                f"QK-clip has scaled frozen weights of {layer.name}, which a checkpoint of the adapter alone "
+                "lacks: save the merged model, as merge_and_unload() gives it; or train with use_dora=True, "
+                "whose magnitudes hold the scale"
+            )
+        known = self._adapted.__dict__.setdefault(_FACTORS, {})
+        known.setdefault(layer.name, [1.0] * len(layer.queries))[head] *= factor
 
 
-def _checked(layer: LayerProjections) -> _Clipped:
-    """Return how the heads of a layer are scaled, by trial."""
-    if layer.group_size == 1 and layer.scales(keys=True):
-        return _Clipped(layer, scales_keys=True)
-    if layer.scales(keys=False):
-        return _Clipped(layer, scales_keys=False)
-    raise ValueError(
-        f"model must have heads whose queries scale with rows of weights of their own, got {layer.name} "
-        f"({type(layer.module).__name__}), where a trial found none; QK-norm undoes such scaling"
-    )
+def _adapted_module(model: nn.Module) -> nn.Module | None:
+    """Return the module that has adapters of PEFT, which goes when they are merged; None if none has."""
+    return next((module for module in model.modules() if getattr(module, "peft_config", None)), None)
+
+
+def _checked(layer: LayerProjections, trained_first: bool) -> _Clipped:
+    """Return what scales the heads of a layer, by trial."""
+    queries = _scaling_rows(layer, "queries", trained_first)
+    if queries is None:
+        raise ValueError(
+            f"model must have heads whose queries scale with rows of weights of their own, got {layer.name} "
+            f"({type(layer.module).__name__}), where a trial found none; QK-norm undoes such scaling"
+        )
+    keys = _scaling_rows(layer, "keys", trained_first) if layer.group_size == 1 else None
+    if keys is not None and trained_first and _are_trained(queries) and not _are_trained(keys):
+        keys = None
+    return _Clipped(layer.name, queries, keys)
+
+
+def _scaling_rows(
+    layer: LayerProjections, kind: Literal["queries", "keys"], trained_first: bool
+) -> list[list[Rows]] | None:
+    """Return the rows that scale the queries or keys of each head, or None; with `trained_first` those of
+    trained parameters, if these, or one kind of them, do."""
+    everything: list[list[Rows]] = getattr(layer, kind)
+    choices = [everything]
+    if trained_first:
+        trained = _only(everything, lambda rows: rows.parameter.requires_grad)
+        kinds = dict.fromkeys(id(rows.parameter) for by_head in trained for rows in by_head)
+        single = [_only(trained, lambda rows, key=key: id(rows.parameter) == key) for key in kinds]
+        choices = [trained, *single, everything]
+    return next((rows for rows in choices if layer.scales(kind, rows)), None)
+
+
+def _only(by_head: list[list[Rows]], is_wanted: Callable[[Rows], bool]) -> list[list[Rows]]:
+    return [[rows for rows in part if is_wanted(rows)] for part in by_head]
+
+
+def _are_trained(by_head: list[list[Rows]]) -> bool:
+    return all(rows.parameter.requires_grad for part in by_head for rows in part)
 
 
 def _require_own_parameters(layers: Sequence[_Clipped]) -> None:
     owners: dict[int, str] = {}
     for layer in layers:
-        projections = layer.projections
-        parts = [*projections.queries, *(projections.keys if layer.scales_keys else [])]
-        for parameter in {id(rows.parameter): rows.parameter for part in parts for rows in part}.values():
-            owner = owners.setdefault(id(parameter), projections.name)
-            if owner != projections.name:
-                raise ValueError(f"layers must not share query weights, got {owner} and {projections.name}")
+        for parameter in {id(parameter): parameter for parameter in layer.parameters()}.values():
+            owner = owners.setdefault(id(parameter), layer.name)
+            if owner != layer.name:
+                raise ValueError(f"layers must not share query weights, got {owner} and {layer.name}")

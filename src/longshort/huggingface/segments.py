@@ -28,14 +28,14 @@ def segment_ids_from(
 ) -> Int[Tensor, "batch kv_len"] | None:
     """Return the segment ids of the keys, or None where nothing is padded and nothing is packed.
 
-    Masked keys are padding (-1). Without cached keys, a position that falls starts a new segment, which is
-    how packed sequences arrive: one that is 0, or smaller than that of the token before it. Positions that
-    jump ahead (as in position-skip training), step by 2 or repeat (but for 0) stay in their sequence, since
-    all of these are in use for tokens that see each other; transformers' own masks would cut there. Masked
-    tokens are passed over. With cached keys only the mask counts.
+    Masked keys are padding (-1). Without cached keys, a position that is 0, or smaller than that of the token
+    before it, starts a new segment, as in packed sequences. Positions that jump ahead (as in position-skip
+    training), step by 2 or repeat (other than 0) stay in their sequence, since all of these are in use for
+    tokens that see each other; transformers' own masks would cut there. Masked tokens are skipped. With
+    cached keys only the mask counts.
 
     In eager mode values are read, so that a mask of ones or ordinary positions cost attention nothing. Under
-    `torch.compile` they cannot be: whatever is given becomes segment ids.
+    `torch.compile` they cannot be read, so any mask and positions become segment ids.
 
     Args:
         attention_mask: 1 (True) for tokens, 0 (False) for padding, also for cached keys; any dtype.
@@ -114,7 +114,7 @@ def segment_ids_of_call(
 def segment_ids_between(
     bounds: Tensor, batch: int, kv_len: int, device: torch.device
 ) -> Int[Tensor, "batch kv_len"]:
-    """Return the segment ids of sequences that lie one after the other in all rows of the batch together.
+    """Return the segment ids of sequences that follow each other across all rows of the batch.
 
     Args:
         bounds: where sequences begin and end, (sequences + 1,).
@@ -143,8 +143,8 @@ _last_packed: ContextVar[_Packed | None] = ContextVar("last packed", default=Non
 
 
 def _packed_by(position_ids: Tensor, attention_mask: Tensor | None, batch: int, kv_len: int) -> Tensor | None:
-    """Segment ids of positions that restart, or None; a forward pass has the same positions and the same mask
-    for each layer, and computes them once."""
+    """Return the segment ids of positions that restart, or None. They are computed once per forward pass,
+    whose layers all have the same positions and mask."""
     given = [position_ids] if attention_mask is None else [position_ids, attention_mask]
     versions: list[int] = []
     is_new = torch.compiler.is_compiling() or any(x.is_inference() for x in given)  # without a version
@@ -166,7 +166,7 @@ def _described(value: Any) -> str:
 
 
 def _visible(attention_mask: Any, batch: int, kv_len: int, device: torch.device) -> Tensor | None:
-    """The mask as bools, None where it hides nothing."""
+    """Return the mask as bools, None where it hides nothing."""
     require_tensor("attention_mask", attention_mask)
     if tuple(attention_mask.shape) != (batch, kv_len):
         hint = (

@@ -126,9 +126,11 @@ class SpikeCallback(TrainerCallback, ExportableState):
                 "restore_callback_states_from_checkpoint must be False, got True: "
                 "SpikeCallback restores itself"
             )
-        saved = _own_state(state.stateful_callbacks) if state.global_step else None
+        states: Any = state.stateful_callbacks
+        saved = _own_state(states) if state.global_step else None
         self._detector.restore(self._fresh if saved is None else saved["seen"])
         self._left_out = [] if saved is None else [list(entry) for entry in saved["left_out"]]
+        states.setdefault(SpikeCallback.__name__, self.state())  # the Trainer needs it to save another
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -203,7 +205,7 @@ class SpikeCallback(TrainerCallback, ExportableState):
         return entry | {"to_step": to_step, "batches_skipped": self.batches_left_out}
 
     def _roll_back(self, trainer: Trainer, to_step: int) -> str:
-        """Put later checkpoints aside, and tell the one to go back to what is left out after it."""
+        """Rename later checkpoints, and add to the one to return to which batches are left out after it."""
         folder = Path(trainer.args.output_dir or ".")
         attempt = len(self._left_out)
         if trainer.args.should_save:
@@ -243,8 +245,8 @@ class SpikeCallback(TrainerCallback, ExportableState):
 
 
 class _Batches(TrainerCallback):
-    """The batches of a Trainer: after rollbacks, step s takes those that step s + n would have taken without,
-    where n are left out."""
+    """The batches of a Trainer: after rollbacks that left out n, step s takes those of step s + n without
+    rollbacks."""
 
     def __init__(self, trainer: Trainer, spikes: SpikeCallback) -> None:
         self._trainer, self._spikes = trainer, spikes

@@ -56,7 +56,7 @@ def stored_state(config: Any) -> dict[str, Any] | None:
 def layouts_of(model: nn.Module) -> list[HeadLayout | None] | None:
     """Return the layout of each layer, None for one that does not attend; None if none were applied.
 
-    It is what the config holds, also if the caller has since chosen another attention implementation.
+    These are the layouts in the config, even if the caller has since set another attention implementation.
     A layer with a sliding window of its own has windows that are at most as long, and no sink tokens.
 
     Raises:
@@ -122,11 +122,10 @@ def layout_from(data: Any) -> HeadLayout | None:
 
 
 def keep_with_config() -> None:
-    """Let configs that hold layouts save and load the attention implementation too, which transformers leaves
-    out.
+    """Let configs with layouts save and load the attention implementation too, which transformers omits.
 
-    A model that is loaded without longshort then fails, and does not attend without its windows. It is saved
-    as `SAVED_NAME`, which that error quotes.
+    Loading such a model without longshort then fails, instead of attending without its windows. The name is
+    saved as `SAVED_NAME`, which the error quotes.
     """
     to_dict, from_dict = PreTrainedConfig.to_dict, PreTrainedConfig.from_dict.__func__
 

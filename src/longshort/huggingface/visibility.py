@@ -1,5 +1,4 @@
-"""The pairs of queries and keys that an attention call lets see each other, and what it adds to their
-scores."""
+"""The visible pairs of queries and keys in an attention call, and the biases of their scores."""
 
 from __future__ import annotations
 
@@ -25,8 +24,8 @@ class HeadWindows:
     """Query heads that share a window.
 
     Attributes:
-        heads: indices of the query heads, ascending; those that share a KV head are all there.
-        window: number of keys that a query of them sees, its own included; None: no bound.
+        heads: indices of the query heads, ascending, with all that share a KV head.
+        window: number of keys that a query sees, its own included; None: no bound.
     """
 
     heads: tuple[int, ...]
@@ -96,7 +95,7 @@ class Visibility:
         return hidden
 
     def bias(self, rows: slice, keys: slice, group: HeadWindows, batch: slice) -> Tensor | None:
-        """Return what is added to the scores of a tile: (batch or 1, heads or 1, queries, keys)."""
+        """Return the biases of the scores of a tile: (batch or 1, heads or 1, queries, keys)."""
         total = None
         for mask in self.masks:
             if mask.dtype != torch.bool:
@@ -144,7 +143,7 @@ class Visibility:
 
     @cached_property
     def _is_sink(self) -> Tensor | None:
-        """The keys that are sink tokens of their segment: (batch or 1, kv_len); None if there are none."""
+        """The mask of sink tokens, (batch or 1, kv_len); None if there are none."""
         return sink_keys(self.segment_ids, self.kv_len, self.sink_tokens, self.device)
 
 

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 class LogitMonitor:
-    """Measures the attention logits of a decoder of transformers, by layer and query head, in its own passes.
+    """A monitor of a decoder's attention logits, by layer and query head, in the passes that it makes anyway.
 
-    It sees the queries and keys of each layer as its attention gets them, whatever the attention
-    implementation (eager, sdpa, flash attention, flex_attention, longshort), and the pairs that this
-    implementation lets see each other. The numbers are exact: all logits are computed a second time, in
-    tiles, so in linear memory.
+    It reads the queries and keys of each layer as they reach its attention, whatever the attention
+    implementation (eager, sdpa, flash attention, flex_attention, longshort), and the visible pairs of that
+    implementation. The numbers are exact: all logits are computed a second time, in tiles and so in linear
+    memory.
 
-    Outputs, losses and gradients of the model are bit for bit what they are without it (under
-    `torch.compile`, which then compiles another graph, up to rounding). Passes that are recomputed in the
+    Outputs, losses and gradients of the model are bit for bit the same without it (under `torch.compile`,
+    which then compiles another graph, up to rounding). Passes that are recomputed in the
     backward pass (gradient checkpointing) give the same numbers again, which changes neither the maxima nor
     the means. Nothing of the model is changed; several monitors can watch it at once.
 
@@ -54,7 +54,7 @@ class LogitMonitor:
             sees or hears, the decoder of its text is watched.
         every: measure step 1 and each step with a number that is divisible by it; `step` counts them.
         group: processes whose passes count together; None: all those of torch.distributed, if there are
-            others. A reading then holds the maxima and means over all of them, and each must ask for it.
+            others. A reading then has the maxima and means over all of them, and each must ask for it.
 
     Raises:
         TypeError: model is no nn.Module.
@@ -94,7 +94,7 @@ class LogitMonitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop watching, whatever happened; what was measured stays."""
+        """Stop watching, also after an error; the measurements stay."""
         self._is_entered = False
         self._switch()
 
@@ -216,7 +216,7 @@ class LogitMonitor:
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(self._group) > 1
 
     def _require_same_layers(self, order: list[int], missed: list[str]) -> None:
-        """Let all processes fail together, where else some would wait for the others."""
+        """Let all processes fail together; some would wait for the others otherwise."""
         device = next((x.device for module in self._modules for x in module.parameters(recurse=False)), None)
         places = {key: place for place, key in enumerate(self._names)}
         heads = torch.zeros(len(places), dtype=torch.float64, device=device)
@@ -238,7 +238,7 @@ class LogitMonitor:
 
 
 class _LayerSums:
-    """What was measured of one layer in several passes."""
+    """The measurements of one layer over several passes."""
 
     def __init__(self, windows: tuple[int | None, ...], like: HeadStatistics) -> None:
         self.windows = windows
@@ -273,7 +273,7 @@ def _call_all(functions: list[Callable[[], Any]]) -> None:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """Return the decoder of a model of transformers, or what there is of one."""
+    """Return the decoder of a model of transformers, or the model itself if it has none."""
     inner = getattr(model, "module", None)  # DDP
     model = inner if isinstance(inner, nn.Module) else model
     find = getattr(model, "get_decoder", None)

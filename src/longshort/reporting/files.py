@@ -11,7 +11,7 @@ from typing import Any
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write `path`, and makes its folder; an older file stays until the new one is complete on the disk.
+    """Write `path`, and make its folder; an older file stays until the new one is complete on the disk.
 
     Raises:
         OSError: the file cannot be written; an older file is untouched then.
@@ -31,6 +31,27 @@ def replace_file(path: Path, content: bytes) -> None:
     finally:
         if name is not None:
             Path(name).unlink(missing_ok=True)
+
+
+def require_new_files(*files: Path | None) -> None:
+    """Check before any work that nothing is lost when these files are written.
+
+    Raises:
+        FileExistsError: one of them exists.
+    """
+    for file in files:
+        if file is not None and file.exists():
+            raise FileExistsError(f"{file} exists already; choose another name")
+
+
+def require_new_folder(folder: Path) -> None:
+    """Check before any work that nothing is in a folder that results are written into.
+
+    Raises:
+        FileExistsError: it is a file, or a folder that is not empty.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already and is not empty; choose another name")
 
 
 def strict_json(content: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""The claims of studies in one table: what the paper says, what was found here, and how far it was tested.
+"""The claims of studies in one table: the paper's result, the result here, and how far it was tested.
 
-FOLDER/STUDY/findings.json holds what the table needs, so that it can be made from committed results of
-several scales without judging them again.
+FOLDER/STUDY/findings.json holds what the table needs, so that it can be made from stored results of several
+scales without judging them again.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _DIRECTIONS = {
 
 @dataclass(frozen=True)
 class ClaimRow:
-    """A claim and how it stands.
+    """A row of the table: a claim and its outcome.
 
     Attributes:
         id, statement: those of the claim.
-        paper: what the paper says, in a number or a few words; empty for questions of ours.
-        here: what was measured.
-        outcome: how it stands.
+        paper: the paper's result, in a number or a few words; empty for questions of ours.
+        here: the result that was measured here.
+        outcome: the verdict's outcome.
         tested: how far it was tested: lengths, tokens, seeds.
     """
 
