@@ -2,9 +2,9 @@
 
     python docs/render.py docs/how-to-spikes.md
 
-A block of Python that prints something is followed by a block of text with its output, which is replaced. In
-a block of the console, each line with a prompt is run, and what follows it is replaced. The code runs in a new
-temporary folder; pictures that it writes there and the page shows, under the same name, are copied.
+A block of Python that prints something is followed by a block of text with its output, which is replaced.
+In a block of the console, each line with a prompt is run, and what follows it is replaced. The code runs in a
+new temporary folder; pictures that it writes there and the page shows, under the same name, are copied.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 from longshort.cli import main
 
 _BLOCK = re.compile(r"^```(python|console)\n(.*?)^```\n(?:\n```text\n.*?^```\n)?", re.MULTILINE | re.DOTALL)
+_PROGRESS = re.compile(r"[\w ]+: \d+%(, about|$)")  # a terminal does not keep it
 _PICTURE = re.compile(r"\]\((images/[^)]+)\)")
 
 
@@ -63,7 +64,8 @@ def _run_command(command: str) -> str:
         code = main(arguments)
     if code != 0:
         raise RuntimeError(f"{command!r} ended with code {code}")
-    return "".join(line.rstrip() + "\n" for line in stdout.getvalue().splitlines())
+    lines = (line.rstrip() for line in stdout.getvalue().splitlines())
+    return "".join(line + "\n" for line in lines if not _PROGRESS.match(line))
 
 
 def render(page: Path) -> None:
