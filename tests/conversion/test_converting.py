@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from longshort.conversion import converting
 from longshort.conversion.layout_file import read_layouts
+from longshort.conversion.models import Pretrained, save_into
 from longshort.data import byte_tokenizer
 from longshort.huggingface import SplitCache, layouts_of
 
@@ -165,6 +166,25 @@ def test_weights_keep_their_dtype(text, layout, tmp_path):
         torch.equal(weights[name], weight) for name, weight in load_file(source / "model.safetensors").items()
     )
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_saving_in_another_dtype_changes_no_bit_of_the_model(is_tied, tmp_path):
+    model: Any = random_llama(tie_word_embeddings=is_tied)
+    pretrained = Pretrained(model, byte_tokenizer(), torch.bfloat16)
+    before = {name: x.clone() for name, x in (*model.named_parameters(), *model.named_buffers())}
+    assert any("inv_freq" in name for name in before)
+    dtype = model.config.dtype
+    save_into(pretrained, tmp_path)
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        assert torch.equal(x, before[name]), name
+    assert (model.dtype, model.config.dtype) == (torch.float32, dtype)
+
+    loaded = load(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) != is_tied
+    weights = dict(model.named_parameters())
+    assert all(torch.equal(x, weights[name].bfloat16()) for name, x in loaded.named_parameters())
 
 
 def test_nothing_is_overwritten(original, layout, text, converted, fails, tmp_path):
