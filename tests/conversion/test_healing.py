@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 from longshort.cli import main
 from longshort.conversion import healing, short_training
 from longshort.conversion.healing import HealSettings, heal
+from longshort.conversion.losses import mean_loss
 from longshort.conversion.short_training import ShortTraining
+from longshort.data import DataFolder, validation_windows
 from longshort.huggingface import layouts_of
 
 SMALL = {"steps": 6, "minutes": None, "sequence_length": 48, "held_out": 2, "full_budget": True}
@@ -63,20 +65,33 @@ def test_the_loss_falls_and_the_healed_weights_are_in_place(converted, data):
 def test_losses_are_those_of_the_models(original, converted, data):
     result = heal(settings(converted, data))
     folder = converted / "healing" / "data"
-    from longshort.conversion.losses import token_losses
-    from longshort.data import DataFolder, validation_windows
-
     batch = validation_windows(DataFolder.open(folder).validation, 48, 2)
     windows = torch.cat([batch.input_ids, batch.labels[:, -1:]], dim=1)
 
     def loss(path: Path) -> float:
         model = AutoModelForCausalLM.from_pretrained(path).eval()
-        with torch.no_grad():
-            return sum(token_losses(model, window).mean().item() for window in windows) / len(windows)
+        return mean_loss(model, windows)
 
     assert result.original == pytest.approx(loss(original), abs=1e-5)
     assert result.healed.lines[0]["held_out_loss"] == pytest.approx(loss(converted / "unhealed"), abs=1e-5)
     assert result.healed.last_held_out == pytest.approx(loss(converted), abs=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": 2}], ids=["all", "lora"])
+def test_the_losses_are_those_of_weights_that_are_rounded(converted, data, changes):
+    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.bfloat16)
+    model.save_pretrained(converted)
+    result = heal(settings(converted, data, reference=True, learning_rate=1e-2, **changes))
+    assert {x.dtype for x in weights(converted).values()} == {torch.bfloat16}
+
+    batch = validation_windows(DataFolder.open(converted / "healing" / "data").validation, 48, 2)
+    windows = torch.cat([batch.input_ids, batch.labels[:, -1:]], dim=1)
+    saved = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()
+    truth = mean_loss(saved, windows)
+    assert result.healed.last_held_out == pytest.approx(truth, abs=1e-6)
+    content = json.loads((converted / "healing" / "outcome.json").read_text())
+    assert content["healed_loss"] == result.healed.last_held_out == content["lines"][-1]["held_out_loss"]
+    assert result.reference is not None and len(result.reference.lines) == len(result.healed.lines)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": 2}], ids=["all", "lora"])

@@ -11,7 +11,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +20,7 @@ from annotated_types import Ge, Gt, Le
 
 from longshort.checks import check_fields
 from longshort.conversion.heads import find_heads
-from longshort.conversion.losses import attending, token_losses
+from longshort.conversion.losses import attending, mean_loss
 from longshort.conversion.models import Pretrained, open_pretrained, save_into
 from longshort.conversion.short_training import STATE_FILE, Progressed, Recipe, ShortTraining
 from longshort.data import Batches, DataFolder, load_tokenizer, prepare, validation_windows
@@ -161,12 +161,15 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
     training = ShortTraining(model, batches, held_out, settings.recipe, folder, teacher)
     goal = None if settings.full_budget else original + settings.until_rise
     healed = training.run(lambda now: say("healing", now), goal)
-    reference, is_complete = None, healed.is_done
-    if healed.is_done and settings.reference:
+    if not healed.is_done:
+        return Healing(original, healed, None, is_complete=False)
+    trained = _as_saved(model, settings, pretrained.saved_dtype)
+    healed = _measured_last(healed, trained, held_out)
+    reference = None
+    if settings.reference:
         reference = _train_original(settings, healed, batches, held_out, device, say)
-        is_complete = reference.is_done
+    is_complete = reference is None or reference.is_done
     if is_complete:
-        trained = model.merge_and_unload() if settings.lora else model
         replace_weights(settings.model, pretrained._replace(model=trained))
         replace_file(outcome, strict_json(_content(settings, original, healed, reference)).encode())
         for state in folder.rglob(STATE_FILE):
@@ -238,15 +241,14 @@ def _windows(data: DataFolder, settings: HealSettings) -> Int64[Tensor, "count l
     return torch.cat([batch.input_ids, batch.labels[:, -1:]], dim=1)
 
 
-@torch.no_grad()
 def _loss_of_original(model: PreTrainedModel, held_out: Tensor, folder: Path) -> float:
     """Measure the model with all heads global, before anything is trained."""
     file = folder / "original.json"
     if not file.exists():
         heads = find_heads(model)
         with attending(heads.layouts(heads.candidates, 1, 0)):
-            losses = [token_losses(model, window).mean().item() for window in held_out]
-        replace_file(file, strict_json({"loss": sum(losses) / len(losses)}).encode())
+            loss = mean_loss(model, held_out)
+        replace_file(file, strict_json({"loss": loss}).encode())
     return json.loads(file.read_text())["loss"]
 
 
@@ -255,12 +257,15 @@ def _train_original(
 ) -> Progressed:
     """Train the weights of before the healing, with all heads global, by the same schedule."""
     kept = settings.model / UNHEALED
-    original = open_pretrained(kept if kept.exists() else settings.model, device, "float32").model
-    remove(original)
+    original = open_pretrained(kept if kept.exists() else settings.model, device, "float32")
+    remove(original.model)
     recipe = Recipe(healed.planned or healed.step, None, settings.recipe.learning_rate, 0.0)
-    model = _trainable(original, settings)
+    model = _trainable(original.model, settings)
     training = ShortTraining(model, batches, held_out, recipe, settings.model / FOLDER / "reference")
-    return training.run(lambda now: say("reference", now), steps=healed.step)
+    trained = training.run(lambda now: say("reference", now), steps=healed.step)
+    if not trained.is_done:
+        return trained
+    return _measured_last(trained, _as_saved(model, settings, original.saved_dtype), held_out)
 
 
 def _trainable(model: PreTrainedModel, settings: HealSettings) -> Any:
@@ -276,6 +281,22 @@ def _trainable(model: PreTrainedModel, settings: HealSettings) -> Any:
     with warnings.catch_warnings():  # it asks transformers for a name that is going
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, config)
+
+
+@torch.no_grad()
+def _as_saved(model: Any, settings: HealSettings, dtype: torch.dtype) -> PreTrainedModel:
+    """Merge the factors, if there are any, and round the weights as saving in a dtype does."""
+    trained = (model.merge_and_unload() if settings.lora else model).eval()
+    for entry in trained.state_dict().values():
+        if isinstance(entry, torch.Tensor) and entry.is_floating_point():
+            entry.copy_(entry.to(dtype))
+    return trained
+
+
+def _measured_last(progressed: Progressed, trained: PreTrainedModel, held_out: Tensor) -> Progressed:
+    """Let the last loss be that of the weights in files, which differs by what was rounded."""
+    last = {**progressed.lines[-1], "held_out_loss": mean_loss(trained, held_out)}
+    return replace(progressed, lines=[*progressed.lines[:-1], last])
 
 
 def _open_teacher(name: Path, pretrained: Pretrained, device: Any) -> nn.Module:

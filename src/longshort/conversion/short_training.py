@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from longshort.conversion.losses import token_losses
+from longshort.conversion.losses import mean_loss
 from longshort.data.files import sync_tree
 from longshort.training.interrupts import Interrupts
 
@@ -150,13 +150,12 @@ class ShortTraining:
         self.progressed = now
         return now
 
-    @torch.no_grad()
     def measure(self) -> float:
         """Measure the loss on the held-out windows, nats per token."""
         self._model.eval()
-        losses = [token_losses(self._model, window).mean().item() for window in self._held_out]
+        loss = mean_loss(self._model, self._held_out)
         self._model.train()
-        return sum(losses) / len(losses)
+        return loss
 
     def _step(
         self, now: Progressed, seconds: Callable[[], float], goal: float | None, last_step: int | None
