@@ -21,6 +21,7 @@ from longshort.conversion.heads import find_heads
 from longshort.conversion.inspection import inspect_heads
 from longshort.conversion.journal import Journal
 from longshort.conversion.layout_file import read_layouts
+from longshort.conversion.reports import excess_text
 from longshort.huggingface import apply, layouts_of
 
 PARTS = [periodic_text(4, seed) for seed in range(3)]
@@ -57,6 +58,28 @@ def test_the_head_that_needs_the_distance_is_found(tmp_path, budget, measure):
     assert max(found.scores, key=lambda head: found.scores[head]) == PLANTED
     assert found.layouts[1] is not None and found.layouts[1].windows == (None, WINDOW)
     assert (layouts_of(model), model.config._attn_implementation) == (None, "sdpa")
+
+
+@pytest.mark.parametrize("nats", [0.001, 0.03, 1.0])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_limit_of_the_rise_holds_on_ranking_and_choice(tmp_path, nats, seed):
+    parts = [random_windows(count, 48, 10 * seed + count) for count in (1, 2, 3)]
+    model = random_llama()
+    with Journal(tmp_path / "journal.jsonl", {}) as journal:
+        options = {"window": 2, "sink_tokens": 0, "journal": journal}
+        found = inspect_heads(model, parts, LimitRise(nats), **options)
+    for proposal in found.proposals:
+        if proposal.name != "mass":  # is for information, with as many heads
+            assert max(proposal.rises["ranking"], proposal.rises["choice"]) <= nats + 1e-9
+    assert found.excess == max(0.0, found.best.rises["report"] - nats)
+    assert bool(excess_text(found)) == (found.excess > 0)
+
+
+def test_without_a_limit_there_is_no_excess(tmp_path):
+    found = inspect(tmp_path, KeepHeads(0.0))
+    assert found.best.rises["report"] > 1
+    assert found.excess == 0
+    assert excess_text(found) is None
 
 
 def test_mass_is_no_guide(tmp_path):

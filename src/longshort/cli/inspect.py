@@ -13,7 +13,7 @@ from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
 from longshort.cli.pretrained import SearchFlags, search_heads
 from longshort.cli.units import format_bytes
-from longshort.conversion.reports import LAYOUT_FILE, proposal_table
+from longshort.conversion.reports import LAYOUT_FILE, excess_text, proposal_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +58,8 @@ def print_proposals(output: Console, found: Inspection, length: int) -> None:
         table.add_row(*row)
     output.print("rise of the loss against all heads global, nats per token, on each part of the text")
     output.print(table)
+    if excess := excess_text(found):
+        output.print(excess, markup=False)
     heads = found.heads
     everything = heads.layouts(heads.candidates, found.window, found.sink_tokens)
     before, after = (heads.cache_bytes(layouts, length, 2) for layouts in (everything, found.layouts))

@@ -96,7 +96,8 @@ def inspect_into(
                         "The rise of the loss against all heads global, in nats per token. Layouts were "
                         "searched on the ranking part of the text; the choice part decided which is "
                         "proposed; the report part was used for nothing else."
-                    )
+                    ),
+                    *filter(None, [excess_text(found)]),
                 ],
                 table=proposal_table(found),
                 figures=[Figure(bars, "Rise on the report part, by how the heads were ranked.")],
@@ -145,6 +146,16 @@ def inspection_content(found: Inspection) -> dict[str, Any]:
             for head in found.heads.candidates
         ],
     }
+
+
+def excess_text(found: Inspection) -> str | None:
+    """Say that the loss rises too much on the report part; None if it does not."""
+    if not found.excess:
+        return None
+    return (
+        f"on the report part the loss rises by {found.best.rises['report']:.4f}, {found.excess:.4f} above "
+        "the limit; the layout keeps to it on the other two. More windows would tell better."
+    )
 
 
 def proposal_table(found: Inspection) -> Table:
