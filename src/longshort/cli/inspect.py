@@ -11,9 +11,10 @@ from rich.table import Table
 
 from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
-from longshort.cli.pretrained import SearchFlags, search_heads
+from longshort.cli.pretrained import SearchFlags, cut_windows, open_with_text, search_heads
 from longshort.cli.units import format_bytes
 from longshort.conversion.reports import LAYOUT_FILE, excess_text, proposal_table
+from longshort.conversion.text import split_held_out
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +42,9 @@ def run(arguments: list[str]) -> int:
     flags = parse(InspectFlags, "inspect", arguments)
     out = flags.out or Path("inspections") / Path(flags.model).name
     with progress_bar() as show:
-        _, _, found = search_heads(flags, flags.model, out, show)
+        pretrained, tokens = open_with_text(flags, flags.model, flags.text)
+        parts = cut_windows(flags, pretrained, split_held_out(tokens)[0])
+        found = search_heads(flags, flags.model, pretrained, parts, out, show)
     output = console()
     print_proposals(output, found, flags.cache_length)
     output.print(f"layout: {out / LAYOUT_FILE}\nreport: {out / 'report.html'}", markup=False)

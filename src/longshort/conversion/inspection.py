@@ -105,8 +105,10 @@ class Inspection:
 
     @property
     def excess(self) -> float:
-        """The nats per token by which the proposed layout exceeds a limit of the rise on the report part; 0 if
-        it keeps to it, or there is no such limit."""
+        """The nats per token by which the proposed layout exceeds a limit of the rise on the report part.
+
+        0 if it keeps to the limit, or there is none.
+        """
         if not isinstance(self.budget, LimitRise):
             return 0.0
         return max(0.0, self.best.rises["report"] - self.budget.nats)

@@ -178,18 +178,11 @@ def write_conversion(
     layouts: Sequence[HeadLayout | None],
     about: Mapping[str, Any],
 ) -> Path:
-    """Write OUT/conversion.json, OUT/layout.json, the figures and OUT/report.html; return the page.
+    """Write OUT/layout.json, the figures, OUT/report.html and at last OUT/conversion.json; return the page.
 
     Raises:
         OSError: a file could not be written.
     """
-    write_layouts(out / LAYOUT_FILE, layouts, about)
-    content = {
-        **about,
-        "loss": f"mean cross-entropy in nats of all tokens but the first of each window of {HELD_OUT_FILE}",
-        **asdict(conversion),
-    }
-    replace_file(out / CONVERSION_FILE, strict_json(_with_text_keys(content)).encode())
     folder = out / _FIGURES
     sections = [Section("Loss", table=_loss_table(conversion))]
     if conversion.losses:
@@ -227,7 +220,26 @@ def write_conversion(
         subtitle=f"Before and after, text: {about['text']}",
         sections=sections,
     )
-    return write_page(page, out)
+    written = write_page(page, out)
+    loss = f"mean cross-entropy in nats of all tokens but the first of each window of {HELD_OUT_FILE}"
+    finish_conversion(out, layouts, {**about, "loss": loss, **asdict(conversion)})
+    return written
+
+
+def finish_conversion(out: Path, layouts: Sequence[HeadLayout | None], content: Mapping[str, Any]) -> None:
+    """Write OUT/layout.json and OUT/conversion.json, which tells that a conversion is complete.
+
+    Args:
+        out: folder of the converted model.
+        layouts: of each layer.
+        content: of conversion.json.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    about = {name: content[name] for name in ("model", "text")}
+    write_layouts(out / LAYOUT_FILE, layouts, about)
+    replace_file(out / CONVERSION_FILE, strict_json(_with_text_keys(content)).encode())
 
 
 def loss_rows(conversion: Conversion) -> list[tuple[str, ...]]:

@@ -143,20 +143,7 @@ def measure_needle(
         ValueError: a value is out of range, a length exceeds the model's learned positions or is too short
             for needle, question and text, the vocabulary exceeds the model's, or the file is too short.
     """
-    _check(model, tokenizer, token_file, lengths, depths, batch_size)
-    require_integer("samples", samples, minimum=2)
-    require_integer("seed", seed, minimum=0)
-    encoder = Encoder(tokenizer)
-    tokens = token_file.tokens if isinstance(token_file, TokenFile) else token_file
-    added = first_token(tokenizer)
-    first = np.array([] if added is None else [added], dtype=np.int64)
-    drawn = {
-        length: [
-            _draw(encoder, tokens, first, length, np.random.default_rng([seed, length, index]))
-            for index in range(samples)
-        ]
-        for length in dict.fromkeys(lengths)
-    }
+    drawn = _draw_all(model, tokenizer, token_file, lengths, depths, samples, seed, batch_size)
     was_training = model.training
     model.eval()
     try:
@@ -169,6 +156,51 @@ def measure_needle(
         )
     finally:
         model.train(was_training)
+
+
+def check_needle(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    token_file: TokenFile | NDArray[np.integer],
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    seed: int = 0,
+) -> None:
+    """Raise the errors that `measure_needle` would raise of these arguments, without a pass of the model.
+
+    Raises:
+        ValueError: as for `measure_needle`.
+    """
+    _draw_all(model, tokenizer, token_file, lengths, depths, samples, seed, None)
+
+
+def _draw_all(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    token_file: TokenFile | NDArray[np.integer],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    seed: int,
+    batch_size: int | None,
+) -> dict[int, list[_Sample]]:
+    """Check the arguments of `measure_needle`, and draw its samples by length."""
+    _check(model, tokenizer, token_file, lengths, depths, batch_size)
+    require_integer("samples", samples, minimum=2)
+    require_integer("seed", seed, minimum=0)
+    encoder = Encoder(tokenizer)
+    tokens = token_file.tokens if isinstance(token_file, TokenFile) else token_file
+    added = first_token(tokenizer)
+    first = np.array([] if added is None else [added], dtype=np.int64)
+    return {
+        length: [
+            _draw(encoder, tokens, first, length, np.random.default_rng([seed, length, index]))
+            for index in range(samples)
+        ]
+        for length in dict.fromkeys(lengths)
+    }
 
 
 def _check(
