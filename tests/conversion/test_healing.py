@@ -94,8 +94,24 @@ def test_the_losses_are_those_of_weights_that_are_rounded(converted, data, chang
     assert result.reference is not None and len(result.reference.lines) == len(result.healed.lines)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": 2}], ids=["all", "lora"])
-def test_an_interruption_changes_no_bit(converted, data, tmp_path, monkeypatch, changes):
+@pytest.mark.parametrize(
+    ("changes", "has_dropout"),
+    [({}, False), ({"lora": 2}, False), ({}, True)],
+    ids=["all", "lora", "dropout"],
+)
+def test_an_interruption_changes_no_bit(converted, data, tmp_path, monkeypatch, changes, has_dropout):
+    if has_dropout:
+        token_logits = ShortTraining._loss
+
+        def dropped(self, batch, row):
+            embeddings = self._model.get_input_embeddings()
+            hook = embeddings.register_forward_hook(lambda _m, _i, out: torch.dropout(out, 0.5, train=True))
+            try:
+                return token_logits(self, batch, row)
+            finally:
+                hook.remove()
+
+        monkeypatch.setattr(ShortTraining, "_loss", dropped)
     whole = shutil.copytree(converted, tmp_path / "whole")
     heal(settings(whole, data, **changes))
 
@@ -115,7 +131,8 @@ def test_an_interruption_changes_no_bit(converted, data, tmp_path, monkeypatch, 
     assert not result.is_complete
     assert result.healed.step == 3
     assert same(weights(converted), before)
-    monkeypatch.undo()
+    monkeypatch.setattr(ShortTraining, "_step", step)
+    torch.manual_seed(7)  # another process would have another state
     assert heal(settings(converted, data, **changes)).is_complete
     assert same(weights(converted), weights(whole))
 
@@ -157,8 +174,11 @@ def test_it_stops_when_the_loss_is_back(converted, data):
 def test_a_budget_of_time_becomes_steps(converted, data, monkeypatch):
     clock = iter(float(second) for second in range(10**6))  # each look at the clock takes a second
     monkeypatch.setattr(short_training.time, "perf_counter", lambda: next(clock))
-    result = heal(settings(converted, data, steps=None, minutes=2.0))
+    result = heal(settings(converted, data, steps=None, minutes=2.0, reference=True))
     assert result.is_complete
+    assert result.reference is not None
+    lines = (result.healed.lines, result.reference.lines)
+    assert len({tuple(line.get("learning_rate") for line in each) for each in lines}) == 1
     planned = result.healed.planned
     assert planned is not None
     assert result.healed.step == planned
@@ -257,6 +277,28 @@ def test_the_command(converted, data, capsys):
         assert name in shown
     assert "4 steps" in shown
     assert (converted / "healing" / "report.html").read_text().count("data:image/png") == 1
+
+
+def test_a_report_that_was_not_written_is_made_of_the_outcome(converted, data, monkeypatch, capsys, fails):
+    options = ["--steps", "3", "--sequence-length", "32", "--held-out", "2", "--reference", "--full-budget"]
+    arguments = ["heal", str(converted), "--data", str(data), *options]
+
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("longshort.cli.heal.write_healing", interrupted)
+        assert main(arguments) == 130
+    healed = weights(converted)
+    report = converted / "healing" / "report.html"
+    assert not report.exists()
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "original, trained as long" in shown
+    assert "3 steps" in shown
+    assert report.exists()
+    assert same(weights(converted), healed)
+    assert "is healed already" in fails(1, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 FOLDER, UNHEALED = "healing", "unhealed"
+OUTCOME_FILE, REPORT_FILE = "outcome.json", "report.html"
 _WEIGHTS = "model*.safetensors*"
 _SETTINGS = "settings.json"
 _MINUTES = 20.0
@@ -102,7 +103,7 @@ class HealSettings:
         minutes = _MINUTES if self.minutes is None and self.steps is None else self.minutes
         seconds = None if minutes is None else 60 * minutes
         weight = 0.0 if self.distill is None else self.distill_weight
-        return Recipe(self.steps, seconds, rate, weight)
+        return Recipe(self.steps, seconds, rate, weight, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
         OSError: a file could not be written.
     """
     folder = settings.model / FOLDER
-    outcome = folder / "outcome.json"
+    outcome = folder / OUTCOME_FILE
     if outcome.exists():
         raise FileExistsError(f"{settings.model} is healed already; {folder} has the report")
     is_begun = _compare_settings(settings, folder)
@@ -171,10 +172,34 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
     is_complete = reference is None or reference.is_done
     if is_complete:
         replace_weights(settings.model, pretrained._replace(model=trained))
+        (folder / REPORT_FILE).unlink(missing_ok=True)  # of an interruption
         replace_file(outcome, strict_json(_content(settings, original, healed, reference)).encode())
         for state in folder.rglob(STATE_FILE):
             state.unlink()
     return Healing(original, healed, reference, is_complete)
+
+
+def read_healing(model: Path) -> Healing | None:
+    """Read how a healing that is complete went from MODEL/healing/outcome.json; None if there is none.
+
+    Raises:
+        OSError: the file could not be read.
+    """
+    file = model / FOLDER / OUTCOME_FILE
+    if not file.exists():
+        return None
+    content = json.loads(file.read_text())
+
+    def progressed(lines: list[dict[str, float]]) -> Progressed:
+        return Progressed(content["steps"], None, lines[-1]["seconds"], lines, is_done=True)
+
+    reference = content["reference_lines"]
+    return Healing(
+        content["original_loss"],
+        progressed(content["lines"]),
+        None if reference is None else progressed(reference),
+        is_complete=True,
+    )
 
 
 def replace_weights(folder: Path, pretrained: Pretrained) -> None:
@@ -255,11 +280,14 @@ def _loss_of_original(model: PreTrainedModel, held_out: Tensor, folder: Path) ->
 def _train_original(
     settings: HealSettings, healed: Progressed, batches: Batches, held_out: Tensor, device: Any, say: Report
 ) -> Progressed:
-    """Train the weights of before the healing, with all heads global, by the same schedule."""
+    """Train the weights of before the healing, with all heads global, at the same learning rates."""
     kept = settings.model / UNHEALED
     original = open_pretrained(kept if kept.exists() else settings.model, device, "float32")
     remove(original.model)
-    recipe = Recipe(healed.planned or healed.step, None, settings.recipe.learning_rate, 0.0)
+    rates = tuple(line["learning_rate"] for line in healed.lines[1:])
+    recipe = replace(
+        settings.recipe, steps=healed.planned or healed.step, seconds=None, distill_weight=0.0, rates=rates
+    )
     model = _trainable(original.model, settings)
     training = ShortTraining(model, batches, held_out, recipe, settings.model / FOLDER / "reference")
     trained = training.run(lambda now: say("reference", now), steps=healed.step)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longshort.conversion.budget import Budget
 from longshort.conversion.converting import HELD_OUT_FILE, Conversion
-from longshort.conversion.healing import FOLDER, Healing
+from longshort.conversion.healing import FOLDER, REPORT_FILE, Healing, read_healing
 from longshort.conversion.inspection import Inspection, Measure, inspect_heads
 from longshort.conversion.journal import Journal, fingerprint, hash_tokens
 from longshort.conversion.layout_file import write_layouts
@@ -196,10 +196,13 @@ def write_conversion(
         state: [(float(length), size[state] / 2**20) for length, size in conversion.cache.items()]
         for state in ("before", "after")
     }
+    caption = "Keys and values by length; the cache may reserve up to a quarter more."
     picture = draw_lines(cache, "Cache of one sequence", "tokens", "MiB", folder / "cache.png")
     sections.append(
         Section(
-            "Cache and latency", table=_cost_table(conversion), figures=[Figure(picture, "Cache by length.")]
+            "Cache and latency",
+            table=_cost_table(conversion),
+            figures=[Figure(picture, caption)],
         )
     )
     if conversion.needles["before"]:
@@ -278,6 +281,11 @@ def write_healing(model: Path, healing: Healing) -> Path:
         ],
     )
     return write_page(page, out)
+
+
+def unreported_healing(model: Path) -> Healing | None:
+    """Return the healing of a model that is complete, but has no report, since that was interrupted."""
+    return None if (model / FOLDER / REPORT_FILE).exists() else read_healing(model)
 
 
 def healing_rows(healing: Healing) -> list[tuple[str, str, str]]:
