@@ -64,8 +64,7 @@ def print_proposals(output: Console, found: Inspection, length: int) -> None:
     if excess := excess_text(found):
         output.print(excess, markup=False)
     heads = found.heads
-    everything = heads.layouts(heads.candidates, found.window, found.sink_tokens)
-    before, after = (heads.cache_bytes(layouts, length, 2) for layouts in (everything, found.layouts))
+    before, after = heads.original_cache_bytes(length, 2), heads.cache_bytes(found.layouts, length, 2)
     output.print(
         f"cache of {length:,} tokens in bf16: {format_bytes(after)}, was {format_bytes(before)} "
         f"({after / before:.1%})",

@@ -77,7 +77,8 @@ class Conversion:
 
     Attributes:
         losses: by length, what `measure_losses` returns, `before` and `after`.
-        cache: bytes of the cache of one sequence by length, in the model's dtype, counted.
+        cache: bytes of the keys and values of one sequence by length, in the model's dtype, counted; the
+            cache may reserve more.
         latency: by length, what `measure_latency` returns.
         needles: what `measure_needles` returns.
         samples: `prompt`, `before` and `after` of each text.
@@ -192,7 +193,6 @@ def measure_conversion(
     model = pretrained.model
     heads = find_heads(model)
     itemsize = model.dtype.itemsize
-    everything = heads.layouts(heads.candidates, 1, 0)
     measured: dict[str, dict[str, Any]] = {"before": {}, "after": {}}
     total = 2 * (len(sizes.lengths) + len(sizes.latency_lengths) + len(sizes.needle_lengths) + sizes.samples)
     done = 0
@@ -248,7 +248,7 @@ def measure_conversion(
         losses={length: both(f"loss {length}") for length in sizes.lengths},
         cache={
             length: {
-                "before": heads.cache_bytes(everything, length, itemsize),
+                "before": heads.original_cache_bytes(length, itemsize),
                 "after": heads.cache_bytes(layouts, length, itemsize),
             }
             for length in _CACHE_LENGTHS
