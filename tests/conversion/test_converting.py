@@ -352,4 +352,22 @@ def test_a_layout_of_another_model_is_refused_before_anything_is_written(origina
     message = fails(1, "convert", original, tmp_path / "out", "--layout", layout, "--text", text)
     assert "layouts must have one entry for each of the 3 layers, got 1" in message
     assert not (tmp_path / "out").exists()
-    assert "--layout is a layout" in fails(2, "convert", "a", "b", "--layout", layout, "--keep", "25%")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--keep", "25%"),
+        ("--max-rise", 0.1),
+        ("--window", 64),
+        ("--sink-tokens", 0),
+        ("--length", 512),
+        ("--windows", 1, 1, 1),
+        ("--measure", "loss"),
+        ("--cache-length", 100),
+    ],
+    ids=lambda options: options[0],
+)
+def test_flags_of_an_inspection_do_not_go_with_a_layout(fails, options):
+    message = fails(2, "convert", "a", "b", "--layout", "layout.json", *options)
+    assert f"--layout is a layout: it does not go with {options[0]}, of an inspection" in message

@@ -13,6 +13,7 @@ from tests.conversion.models import (
     random_windows,
     save_llama,
 )
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from longshort.cli import main
 from longshort.conversion import inspection
@@ -22,6 +23,7 @@ from longshort.conversion.inspection import inspect_heads
 from longshort.conversion.journal import Journal
 from longshort.conversion.layout_file import read_layouts
 from longshort.conversion.reports import excess_text
+from longshort.data import byte_tokenizer
 from longshort.huggingface import apply, layouts_of
 
 PARTS = [periodic_text(4, seed) for seed in range(3)]
@@ -148,6 +150,10 @@ def test_progress_ends_at_the_whole(tmp_path):
         ({"sink_tokens": -1}, "sink_tokens must be"),
         ({"measure": "mass"}, "measure must be 'gate' or 'loss', got 'mass'"),
         ({"window": 47}, r"parts must hold windows longer than window \+ sink_tokens = 48, got 48 tokens"),
+        (
+            {"parts": [torch.zeros(1, 49, dtype=torch.long)] * 3},
+            "parts must hold windows of at most 48 tokens, the model's learned positions, got 49",
+        ),
         ({"parts": PARTS[:2]}, "parts must be windows for ranking, choice, report, got 2 parts"),
     ],
 )
@@ -201,11 +207,27 @@ def test_the_command_writes_a_layout_and_a_report(tmp_path, capsys):
         (["--keep", "25%", "--max-rise", "0.1"], "exclude each other"),
         (["--max-cache", "1GG"], "--max-cache must be a size"),
         (["--max-rise", "0"], "--max-rise must be"),
+        (["--length", "40", "--window", "37"], "--length must be more than --window + --sink-tokens = 41"),
         (["--windows", "1", "0", "1"], "--windows must be at least 1 each"),
     ],
 )
 def test_bad_flags_are_usage_errors(fails, options, message):
     assert message in fails(2, "inspect", "model", *options)
+
+
+def test_flags_that_do_not_fit_the_model_are_named(tmp_path, fails):
+    model, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(TEXT)
+    config = GPT2Config(
+        vocab_size=257, n_positions=48, n_embd=16, n_layer=1, n_head=2, bos_token_id=256, eos_token_id=256
+    )
+    GPT2LMHeadModel(config).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    options = ["inspect", model, "--text", text, "--out", out, "--window", 8, "--windows", 1, 1, 1]
+    message = fails(1, *options, "--length", 49)
+    assert "--length must be at most 48, the model's learned positions, got 49" in message
+    message = fails(1, *options, "--length", 48, "--max-cache", "1kB")
+    assert "--max-cache must be at least" in message
 
 
 def test_missing_things_are_named(tmp_path, fails):

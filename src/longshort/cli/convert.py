@@ -10,6 +10,7 @@ import tyro
 from annotated_types import Ge
 from rich.table import Table
 
+from longshort.checks import flag
 from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
 from longshort.cli.inspect import print_proposals
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 
 INSPECTION = "inspection"
 """Folder in OUT with the inspection."""
+
+_SEARCH = (
+    "keep", "max_rise", "max_cache", "cache_length", "window", "sink_tokens", "length", "windows", "measure"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +81,10 @@ class ConvertFlags(SearchFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layout is not None and (self.keep or self.max_rise or self.max_cache):
-            raise ValueError("--layout is a layout: it does not go with --keep, --max-rise or --max-cache")
+        given = [name for name in _SEARCH if getattr(self, name) != getattr(type(self), name)]
+        if self.layout is not None and given:
+            flags = ", ".join(map(flag, given))
+            raise ValueError(f"--layout is a layout: it does not go with {flags}, of an inspection")
 
 
 def run(arguments: list[str]) -> int:

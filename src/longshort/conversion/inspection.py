@@ -44,6 +44,7 @@ from longshort.conversion.search import (
     layer_units,
     score_path,
 )
+from longshort.evaluation.positions import position_limit
 from longshort.huggingface import apply, layouts_of, remove
 from longshort.layout import HeadLayout
 
@@ -152,7 +153,13 @@ def inspect_heads(
         raise ValueError(f"measure must be 'gate' or 'loss', got {measure!r}")
     if len(parts) != len(PARTS):
         raise ValueError(f"parts must be windows for {', '.join(PARTS)}, got {len(parts)} parts")
+    limit = position_limit(model)
     for part in parts:
+        if limit is not None and part.shape[1] > limit:
+            raise ValueError(
+                f"parts must hold windows of at most {limit} tokens, the model's learned positions, got "
+                f"{part.shape[1]}"
+            )
         if part.shape[1] <= window + sink_tokens:
             raise ValueError(
                 f"parts must hold windows longer than window + sink_tokens = {window + sink_tokens}, got "
