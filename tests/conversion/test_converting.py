@@ -245,7 +245,14 @@ def test_bad_sizes_are_refused_before_anything_is_written(
 def test_a_report_fits_a_model_of_few_positions_and_a_short_text(text, tmp_path):
     model, out, short = tmp_path / "model", tmp_path / "out", tmp_path / "short.txt"
     config = GPT2Config(
-        vocab_size=257, n_positions=48, n_embd=16, n_layer=1, n_head=2, bos_token_id=256, eos_token_id=256
+        vocab_size=257,
+        n_positions=48,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        attn_pdrop=0.0,
+        bos_token_id=256,
+        eos_token_id=256,
     )
     GPT2LMHeadModel(config).save_pretrained(model)
     byte_tokenizer().save_pretrained(model)

@@ -219,7 +219,14 @@ def test_flags_that_do_not_fit_the_model_are_named(tmp_path, fails):
     model, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out"
     text.write_text(TEXT)
     config = GPT2Config(
-        vocab_size=257, n_positions=48, n_embd=16, n_layer=1, n_head=2, bos_token_id=256, eos_token_id=256
+        vocab_size=257,
+        n_positions=48,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        attn_pdrop=0.0,
+        bos_token_id=256,
+        eos_token_id=256,
     )
     GPT2LMHeadModel(config).save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
