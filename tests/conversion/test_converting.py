@@ -259,7 +259,7 @@ def test_a_report_fits_a_model_of_few_positions_and_a_short_text(text, tmp_path)
     short.write_text(text.read_text()[:500])
     layout = tmp_path / "layout.json"
     write_layouts(layout, [HeadLayout((4, None))])
-    assert convert(model, out, "--layout", layout, "--text", short) == 0
+    assert convert(model, out, "--layout", layout, "--text", short, "--needle-lengths") == 0
     content = json.loads((out / "conversion.json").read_text())
     assert len(content["samples"]) == 2
     assert content["losses"] == content["latency"] == {}

@@ -150,7 +150,9 @@ def _fit_sizes(
                 samples=sizes.needle_samples,
             )
         except ValueError as error:
-            raise ValueError(f"--needle-lengths (none leaves needles out): {error}") from error
+            raise ValueError(
+                f"--needle-lengths (without a value no needles are measured): {error}"
+            ) from error
     return sizes
 
 

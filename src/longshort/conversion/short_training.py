@@ -187,7 +187,7 @@ class ShortTraining:
         total = 0.0
         device = next(iter(self._trained.values())).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed((self._recipe.seed << 32) + index)
+            torch.manual_seed(((self._recipe.seed << 32) + index) % 2**63)
             for row in range(len(batch.input_ids)):
                 loss = self._loss(batch, row) / len(batch.input_ids)
                 loss.backward()
