@@ -164,6 +164,21 @@ def test_several_passes_give_the_maxima_and_the_means() -> None:
             assert entropy == pytest.approx(sum(parts_of_it) / 3, rel=1e-12)
 
 
+def test_the_entropy_is_the_mean_over_all_rows() -> None:
+    model = make_llama()
+    parts = [tokens(batch, length) for batch, length in ((1, 20), (3, 5), (1, 1))]
+    with torch.no_grad(), LogitMonitor(model) as monitor:
+        for part in parts:
+            model(part, use_cache=False)
+    together, alone = monitor.reading(), [read(model, part) for part in parts]
+    rows = [part.numel() for part in parts]
+    for layer, heads in enumerate(together.entropy_by_head):
+        for head, entropy in enumerate(heads):
+            each = [reading.entropy_by_head[layer][head] for reading in alone]
+            weighted = sum(mean * count for mean, count in zip(each, rows, strict=True)) / sum(rows)
+            assert entropy == pytest.approx(weighted, rel=1e-6)
+
+
 def test_decoding_with_a_cache_sees_all_its_keys() -> None:
     model, ids = make_decoder("mistral").eval(), tokens(length=12)
     model.set_attn_implementation("eager")

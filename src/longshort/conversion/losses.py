@@ -48,6 +48,13 @@ def token_losses(model: Any, window: Int64[Tensor, " length"]) -> Float[Tensor, 
     return torch.cat([F.cross_entropy(part.float(), labels, reduction="none") for part, labels in parts])
 
 
+@torch.no_grad()
+def mean_loss(model: Any, windows: Int64[Tensor, "count length"]) -> float:
+    """Measure the mean loss of windows, nats per token, with a model in the mode that it is in."""
+    losses = [token_losses(model, window).mean().item() for window in windows]
+    return sum(losses) / len(losses)
+
+
 class LossMeter:
     """Measures mean losses of layouts on fixed windows.
 
