@@ -193,7 +193,8 @@ def test_the_command_writes_a_layout_and_a_report(tmp_path, capsys):
 
     size = (tmp_path / "out" / "journal.jsonl").stat().st_size
     assert main(["inspect", str(model), "--keep", "34%", *options]) == 0
-    assert capsys.readouterr().out == shown
+    table = shown[shown.index("rise of the loss") :]  # a slow machine shows its progress before
+    assert capsys.readouterr().out.endswith(table)
     assert (tmp_path / "out" / "journal.jsonl").stat().st_size == size
     options[options.index("8")] = "9"
     assert main(["inspect", str(model), *options]) == 1
@@ -233,7 +234,7 @@ def test_flags_that_do_not_fit_the_model_are_named(tmp_path, fails):
     options = ["inspect", model, "--text", text, "--out", out, "--window", 8, "--windows", 1, 1, 1]
     message = fails(1, *options, "--length", 49)
     assert "--length must be at most 48, the model's learned positions, got 49" in message
-    message = fails(1, *options, "--length", 48, "--max-cache", "1kB")
+    message = fails(1, *options, "--length", 48, "--max-cache", "512B")
     assert "--max-cache must be at least" in message
 
 
