@@ -1,5 +1,7 @@
 """Heads that may become local, layouts of them, and the size of the cache."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -66,7 +68,8 @@ def test_the_cache_of_the_original_is_as_large_as_counted(make, length):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(random_windows(1, length), past_key_values=cache)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    layers: list[Any] = cache.layers
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     assert find_heads(model).original_cache_bytes(length, 4) == held
 
 

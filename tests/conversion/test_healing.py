@@ -215,7 +215,7 @@ def test_distillation_alone_approaches_the_teacher(original, converted, data):
     before = divergence()
     heal(
         settings(
-            converted, data, steps=40, batch_size=2, distill=original, distill_weight=1.0, learning_rate=3e-3
+            converted, data, steps=80, batch_size=4, distill=original, distill_weight=1.0, learning_rate=3e-3
         )
     )
     assert divergence() < 0.8 * before

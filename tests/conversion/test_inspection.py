@@ -236,7 +236,7 @@ def test_flags_that_do_not_fit_the_model_are_named(text, tmp_path, fails):
     options = ["inspect", model, "--text", text, "--out", out, "--window", 8, "--windows", 1, 1, 1]
     message = fails(1, *options, "--length", 49)
     assert "--length must be at most 48, the model's learned positions, got 49" in message
-    message = fails(1, *options, "--length", 48, "--max-cache", "1kB")
+    message = fails(1, *options, "--length", 48, "--max-cache", "512B")
     assert "--max-cache must be at least" in message
 
 
