@@ -341,6 +341,19 @@ def test_clipped_queries_are_not_called_normalised() -> None:
         QKClip(make("Olmo", clip_qkv=0.5))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft
+def test_parameters_must_stay_the_same_objects() -> None:
+    replaced, model = make_llama(), adapted()
+    clips = [QKClip(replaced, 1.0), QKClip(model, 1.0)]
+    replaced.load_state_dict(weights(replaced), assign=True)
+    model.merge_and_unload()
+    for clip in clips:
+        with pytest.raises(ValueError, match=r"got others in layers\.0\.self_attn.*make another QKClip"):
+            clip.apply([[2.0] * 4] * 2)
+    with pytest.raises(ValueError, match="make another QKClip"):
+        clips[1].restore_frozen([[0.5] * 4] * 2)
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="threshold must be a finite number > 0, got 0"):
         QKClip(make_llama(), 0)

@@ -167,6 +167,14 @@ class QKClip:
 
     def _require_parameters(self) -> None:
         require_whole_parameters(self._model)
+        held = {id(parameter) for parameter in self._model.parameters()}
+        for layer in self._layers:
+            if any(id(parameter) not in held for parameter in layer.parameters()):
+                raise ValueError(
+                    f"model must have the parameters that it had when QKClip was made, got others in "
+                    f"{layer.name}, as load_state_dict(assign=True) or a merge of adapters puts there; make "
+                    "another QKClip"
+                )
 
     def _note_factor(self, layer: _Clipped, head: int, factor: float) -> None:
         if self._adapted is None or not layer.needs_frozen:
