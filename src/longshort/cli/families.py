@@ -25,10 +25,10 @@ _COLUMNS = ("use", "cache", "watch", "clip")
 _INTRODUCTION = f"""\
 # Families of decoders
 
-`longshort families` wrote this page: what works for the causal language models of transformers
-{transformers.__version__}, tried on a small model of each with random weights, and on one with sliding layers
-where the default config has none. *use* is `apply`, *cache* `generate()` with a split cache, *watch*
-`LogitMonitor` and *clip* `QKClip`. A number stands for the reason below the table."""
+`longshort families` wrote this page: what works for the causal language models of
+transformers {transformers.__version__}, tried on a small model of each with random weights, and on one with
+sliding layers where the default config has none. *use* is `apply`, *cache* `generate()` with a split cache,
+*watch* `LogitMonitor` and *clip* `QKClip`. A number stands for the reason below the table."""
 
 # What a reason says of one model, in words that hold for others too.
 _NAMES = (
