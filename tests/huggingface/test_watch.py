@@ -19,7 +19,7 @@ from tests.huggingface.watched_decoders import (
 )
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from longshort import HeadLayout
 from longshort.huggingface import LogitMonitor
@@ -255,6 +255,30 @@ def test_functions_of_others_survive() -> None:
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_ATTENTION_FUNCTIONS["mine"]
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not mine
+
+
+def test_a_function_that_is_registered_meanwhile_is_called_at_once_and_later() -> None:
+    model, calls = make_llama(), []
+    before, plain = dict(ALL_ATTENTION_FUNCTIONS), ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return plain(*args, **kwargs)
+
+    try:
+        with LogitMonitor(model) as monitor:
+            model(tokens())
+            AttentionInterface.register("sdpa", mine)
+            model(tokens(seed=1))
+        assert len(calls) == 2  # layers
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is mine
+        model(tokens())
+        assert len(calls) == 4
+        both = monitor.reading().max_logit
+        assert both == max(read(model, tokens(seed=seed)).max_logit for seed in (0, 1))
+    finally:
+        AttentionInterface.register("sdpa", plain)
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
 
 
 def test_other_models_are_not_measured() -> None:
