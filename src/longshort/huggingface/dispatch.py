@@ -1,8 +1,8 @@
 """Interception of the attention calls of Hugging Face models, whatever their attention implementation.
 
 The attention layers of transformers look up the function that computes their attention by name, in one
-registry. While there are listeners, each entry is overridden by a wrapper that reports the call and then makes
-it, unchanged, to the function that is registered at that time. `torch.compile` sees the override, and
+registry. While there are listeners, each entry is overridden by a wrapper that reports the call and then
+makes it, unchanged, to the function that is registered at that time. `torch.compile` sees the override, and
 compiles a graph with it and one without.
 """
 
