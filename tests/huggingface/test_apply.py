@@ -43,33 +43,38 @@ def inputs_of(kind):
         segments[:, 15:] = 2
         positions = torch.cat([torch.arange(7), torch.arange(8), torch.arange(LENGTH - 15)])
         return {"input_ids": ids, "position_ids": positions.expand(2, -1)}, segments
-    if kind == "left":
+    if kind == "padded":
         segments[0, :5] = -1
-    if kind == "right":
-        segments[0, -5:] = -1
+        segments[1, -5:] = -1
     inputs = {"input_ids": ids}
     if kind == "packed and padded":
         segments[:, 7:] = 1
         segments[:, 20:] = -1
         inputs["position_ids"] = torch.cat([torch.arange(7), torch.arange(LENGTH - 7)]).expand(2, -1)
-    if kind in ("left", "right", "packed and padded"):
+    if kind in ("padded", "packed and padded"):
         inputs["attention_mask"] = (segments >= 0).long()
     return inputs, segments
 
 
-@pytest.mark.parametrize("kind", ["whole", "left", "right", "packed", "packed and padded"])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_logits_and_gradients_are_those_of_eager_attention_under_explicit_masks(family, kind):
-    if family == "lfm2" and kind != "whole":
+@pytest.fixture(scope="module", params=CONFIGS)
+def both(request):
+    """A family, its model with layouts, these layouts, and another such model to attend by masks."""
+    return request.param, *applied(request.param), make_decoder(request.param)
+
+
+@pytest.mark.parametrize("kind", ["whole", "padded", "packed", "packed and padded"])
+def test_logits_and_gradients_are_those_of_eager_attention_under_explicit_masks(both, kind):
+    name, model, layouts, other = both
+    if name == "lfm2" and kind != "whole":
         pytest.skip("its convolution crosses the bounds of sequences")
-    if family == "llama4" and kind != "whole":
+    if name == "llama4" and kind != "whole":
         pytest.skip("its chunks begin elsewhere")
-    model, layouts = applied(family)
     inputs, segments = inputs_of(kind)
-    truth = attend_by_masks(make_decoder(family), layouts, segments)
+    truth = attend_by_masks(other, layouts, segments)
     counts = (segments >= 0)[..., None]
     results = []
     for found in (model, truth):
+        found.zero_grad()
         logits = found(**inputs, use_cache=False).logits * counts
         logits.square().mean().backward()
         results.append((logits, {name: p.grad for name, p in found.named_parameters() if p.grad is not None}))
@@ -245,11 +250,18 @@ def seeing_model() -> Any:
     return hf.Gemma3ForConditionalGeneration(config).eval()
 
 
+def test_saved_layouts_name_an_implementation_that_says_what_to_import(tmp_path):
+    applied("llama")[0].save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["attn_implementation"]
+    assert "import longshort.huggingface" in saved
+
+
+@pytest.mark.slow
 def test_loading_without_longshort_fails_and_says_what_to_import(tmp_path):
     model, _ = applied("llama")
     model.save_pretrained(tmp_path)
     code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500)
     assert run.returncode != 0 and "import longshort.huggingface" in run.stderr.splitlines()[-1]
 
 

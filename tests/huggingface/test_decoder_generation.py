@@ -44,10 +44,14 @@ def generate(model, ids, cache=True, mask=None, given=None, **options) -> Any:
     return model.generate(ids, attention_mask=mask, generation_config=settings, **inputs)
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return make_model(request.param)
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_modes_give_what_they_give_without_a_cache(family, mode):
-    model, ids, options = make_model(family), tokens(), MODES[mode]
+def test_all_modes_give_what_they_give_without_a_cache(model, mode):
+    ids, options = tokens(), MODES[mode]
     found = generate(model, ids, **options)
     if mode in ("prompt lookup", "prefill in chunks", "fixed length"):  # these need a cache
         options = MODES["greedy"]
@@ -58,9 +62,8 @@ def test_all_modes_give_what_they_give_without_a_cache(family, mode):
     assert [layer.cache.layout] == (layouts_of(model) or [])[:1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_padded_batches_give_what_their_sequences_give(family):
-    model, ids = make_model(family), tokens(batch=2)
+def test_padded_batches_give_what_their_sequences_give(model):
+    ids = tokens(batch=2)
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     found = generate(model, ids, mask=mask, do_sample=False).sequences[:, 20:]
@@ -151,7 +154,7 @@ def test_layers_that_attend_in_chunks_have_no_sink_tokens():
     assert torch.equal(found.sequences, generate(model, ids, cache=False, do_sample=False).sequences)
 
 
-def test_a_returned_cache_goes_on():
+def test_a_returned_cache_can_be_continued():
     model, ids = make_model("llama"), tokens()
     first = generate(model, ids, do_sample=False)
     more = torch.cat([first.sequences, tokens(length=3)], dim=1)
