@@ -1,20 +1,21 @@
 """Runs a page of this documentation from top to bottom, and puts what it prints into it.
 
     python docs/render.py docs/how-to-spikes.md
+    python docs/render.py --in . docs/how-to-shrink.md
 
 A block of Python that prints something is followed by a block of text with its output, which is replaced.
 In a block of the console, each line with a prompt is run, and what follows it is replaced. The code runs in a
-new temporary folder; pictures that it writes there and the page shows, under the same name, are copied.
+new temporary folder, or in the one that --in names; pictures that it writes there and the page shows, under the same name, are copied.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from typing import Any
 from longshort.cli import main
 
 _BLOCK = re.compile(r"^```(python|console)\n(.*?)^```\n(?:\n```text\n.*?^```\n)?", re.MULTILINE | re.DOTALL)
-_PROGRESS = re.compile(r"[\w ]+: \d+%(, about|$)")  # a terminal does not keep it
 _PICTURE = re.compile(r"\]\((images/[^)]+)\)")
 
 
@@ -65,13 +65,13 @@ def _run_command(command: str) -> str:
     if code != 0:
         raise RuntimeError(f"{command!r} ended with code {code}")
     lines = (line.rstrip() for line in stdout.getvalue().splitlines())
-    return "".join(line + "\n" for line in lines if not _PROGRESS.match(line))
+    return "".join(line + "\n" for line in lines)
 
 
-def render(page: Path) -> None:
-    """Run a page, and replace it by itself with its output and its pictures."""
+def render(page: Path, folder: Path) -> None:
+    """Run a page in a folder, and replace it by itself with its output and its pictures."""
     text = page.read_text()
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with contextlib.chdir(folder):
         text = run_page(text, str(page))
         for link in _PICTURE.findall(text):
             if Path(link).exists():
@@ -81,5 +81,10 @@ def render(page: Path) -> None:
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        render(Path(argument).resolve())
+    parser = argparse.ArgumentParser(description="Run pages, and put what they print into them.")
+    parser.add_argument("--in", dest="folder", type=Path, help="where to run; the default is a new folder")
+    parser.add_argument("pages", nargs="+", type=Path)
+    arguments = parser.parse_args()
+    for page in arguments.pages:
+        with tempfile.TemporaryDirectory() as new:
+            render(page.resolve(), arguments.folder or Path(new))
