@@ -5,7 +5,8 @@
 
 A block of Python that prints something is followed by a block of text with its output, which is replaced.
 In a block of the console, each line with a prompt is run, and what follows it is replaced. The code runs in a
-new temporary folder, or in the one that --in names; pictures that it writes there and the page shows, under the same name, are copied.
+new temporary folder, or in the one that --in names; pictures that it writes there and the page shows, under
+the same name, are copied.
 """
 
 from __future__ import annotations
