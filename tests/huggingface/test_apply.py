@@ -257,12 +257,39 @@ def test_saved_layouts_name_an_implementation_that_says_what_to_import(tmp_path)
 
 
 @pytest.mark.slow
-def test_loading_without_longshort_fails_and_says_what_to_import(tmp_path):
-    model, _ = applied("llama")
+@pytest.mark.parametrize("options", ["", ", attn_implementation='sdpa'"], ids=["as saved", "with sdpa"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "seeing"])
+def test_loading_without_longshort_fails_and_says_what_to_import(family, options, tmp_path):
+    model = seeing_model_with_layouts() if family == "seeing" else applied(family)[0]
     model.save_pretrained(tmp_path)
-    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500)
-    assert run.returncode != 0 and "import longshort.huggingface" in run.stderr.splitlines()[-1]
+    kind = type(model).__name__
+    code = f"import transformers; transformers.{kind}.from_pretrained({str(tmp_path)!r}{options})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode != 0 and "import longshort.huggingface" in run.stderr
+
+
+def seeing_model_with_layouts():
+    model = seeing_model()
+    apply(model, num_global_heads=2, window=4)
+    return model
+
+
+def test_loading_with_another_implementation_fails(tmp_path):
+    model, layouts = applied("gemma3")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"attn_implementation must be 'longshort'.*got 'eager', which has no"
+    ):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longshort")
+    assert layouts_of(loaded) == layouts and loaded.config.layer_types == model.config.layer_types
+    seeing_model_with_layouts().save_pretrained(tmp_path / "seeing")
+    for name in ("sdpa", {"text_config": "sdpa"}):
+        with pytest.raises(ValueError, match="attn_implementation must be 'longshort'"):
+            hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "seeing", attn_implementation=name)
+    names = {"vision_config": "eager"}
+    seeing = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "seeing", attn_implementation=names)
+    assert seeing.config.text_config._attn_implementation == "longshort"
 
 
 def test_a_config_from_its_own_data_takes_layouts():
@@ -388,8 +415,18 @@ def test_what_would_be_wrong_later_is_refused_at_once(case):
     assert model.config.to_dict() == before and model.config._attn_implementation == implementation
 
 
-def test_a_model_whose_attention_is_another_is_refused():
-    model = make_decoder("llama")
+IN_HALF_PRECISION = r"model.layers.1.self_attn \(LlamaAttention\) cannot attend by a layout: "
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        (torch.float32, "with all heads global its logits differ"),
+        (torch.bfloat16, IN_HALF_PRECISION + "with all heads global its outputs differ"),
+    ],
+)
+def test_a_model_whose_attention_is_another_is_refused(dtype, reason):
+    model = make_decoder("llama").to(dtype)
     attention = model.model.layers[1].self_attn
     own_forward = attention.forward
 
@@ -399,9 +436,55 @@ def test_a_model_whose_attention_is_another_is_refused():
         return own_forward(hidden_states, **options)
 
     attention.forward = forward
-    with pytest.raises(ValueError, match="with all heads global its logits differ"):
+    with pytest.raises(ValueError, match=reason):
         apply(model, num_global_heads=2, window=4)
     assert layouts_of(model) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        (torch.float32, "with a DynamicCache its logits differ"),
+        (torch.float16, IN_HALF_PRECISION + "with a DynamicCache its outputs differ"),
+    ],
+)
+def test_a_model_that_forgets_its_positions_with_a_cache_is_refused(dtype, reason):
+    model = make_decoder("llama").to(dtype)
+    attention = model.model.layers[1].self_attn
+    own_forward = attention.forward
+
+    def forward(hidden_states, position_embeddings, **options):
+        if hidden_states.shape[1] == 1:  # as at position 0
+            cos, sin = position_embeddings
+            position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
+        return own_forward(hidden_states, position_embeddings=position_embeddings, **options)
+
+    attention.forward = forward
+    with pytest.raises(ValueError, match=reason):
+        apply(model, num_global_heads=2, window=4)
+
+
+def test_a_model_that_hands_on_other_inputs_with_a_cache_is_refused_in_half_precision():
+    model = make_decoder("gpt2").to(torch.bfloat16)
+    table = model.transformer.wpe
+    own_forward = table.forward
+    table.forward = lambda positions: own_forward(positions if positions.shape[1] > 1 else 0 * positions)
+    with pytest.raises(ValueError, match=r"h.0.attn .*: with a DynamicCache its inputs differ"):
+        apply(model, num_global_heads=2, window=4)
+
+
+@pytest.mark.parametrize("seed", [1, 8])  # a token of these goes to another expert by rounding
+def test_a_mixture_of_experts_in_half_precision_is_not_refused_for_its_rounding(seed):
+    config = hf.MixtralConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8.0 if parameter.ndim >= 2 else 1.0)
+    assert len(apply(model.to(torch.bfloat16), num_global_heads=2, window=3, sink_tokens=1)) == 6
 
 
 @pytest.mark.parametrize(
