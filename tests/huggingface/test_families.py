@@ -34,3 +34,9 @@ def test_sliding_layers_are_tried_where_the_default_config_has_none(name: str) -
     assert support.use is not None and support.use.startswith("with sliding layers: ")
     assert "sliding window is 6, which it does not pass to the attention" in support.use
     assert support.watch is None
+
+
+def test_a_hybrid_is_given_no_sliding_layers() -> None:
+    assert not families._may_slide(small_decoder("minimax").config)
+    assert families._may_slide(small_decoder("phimoe").config)
+    assert family_support("gpt-sw3").model_type == "gpt-sw3"  # its models call themselves gpt2

@@ -136,7 +136,8 @@ def _small_config(model_type: str, is_sliding: bool) -> PreTrainedConfig:
 
 def _may_slide(config: PreTrainedConfig) -> bool:
     """Return whether a family has sliding layers that its default config has not."""
-    return hasattr(config, "sliding_window") and not config.sliding_window
+    is_full = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+    return is_full and hasattr(config, "sliding_window") and not config.sliding_window
 
 
 def family_support(model_type: str) -> FamilySupport:
@@ -146,11 +147,11 @@ def family_support(model_type: str) -> FamilySupport:
         ValueError: no small model can be built.
     """
     model = small_decoder(model_type)
-    support = _support_of(model)
+    support = _support_of(model_type, model)
     if not _may_slide(model.config):
         return support
     try:
-        sliding = _support_of(small_decoder(model_type, is_sliding=True))
+        sliding = _support_of(model_type, small_decoder(model_type, is_sliding=True))
     except ValueError:  # the config has the setting and refuses it
         return support
     columns = {
@@ -163,11 +164,11 @@ def family_support(model_type: str) -> FamilySupport:
     return FamilySupport(model_type, **columns)
 
 
-def _support_of(model: PreTrainedModel) -> FamilySupport:
+def _support_of(model_type: str, model: PreTrainedModel) -> FamilySupport:
     watch, clip = _error_of(_watch, model), _error_of(QKClip, model)
     use = _error_of(_give_layouts, model)
     cache = "it has no layouts" if use is not None else _error_of(_generate, model)
-    return FamilySupport(model.config.model_type, use, cache, watch, clip)
+    return FamilySupport(model_type, use, cache, watch, clip)
 
 
 def _error_of(attempt: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> str | None:
