@@ -39,8 +39,8 @@ def test_text_is_generated_with_token_type_ids():
     found = []
     for options in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
         settings = GenerationConfig(
-            max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True,
-            **options,
+            max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None, **options,
+            return_dict_in_generate=True,
         )  # fmt: skip
         found.append(model.generate(**batch([0] * 24), generation_config=settings))
     assert isinstance(found[1].past_key_values, SplitCache)
