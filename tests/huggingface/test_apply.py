@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tests.huggingface.decoders import CONFIGS, VOCAB, attend_by_masks, make_decoder
+from tests.huggingface.decoders import CONFIGS, VOCAB, attend_by_masks, make_decoder, make_seeing_decoder
 
 from longshort import HeadLayout
 from longshort.huggingface import SplitCache, apply, attention_layers, layouts_of, remove, split_cache
@@ -226,7 +226,7 @@ def test_layouts_survive_saving_twice(family, tmp_path):
 
 
 def test_layouts_of_a_model_that_also_sees_are_saved(tmp_path):
-    model = seeing_model()
+    model = make_seeing_decoder()
     apply(model, num_global_heads=2, window=4)
     ids = tokens()
     truth = model(input_ids=ids).logits
@@ -239,6 +239,7 @@ def test_layouts_of_a_model_that_also_sees_are_saved(tmp_path):
         assert torch.equal(model(input_ids=ids).logits, truth)
 
 
+<<<<<<< HEAD
 def seeing_model() -> Any:
     text = CONFIGS["gemma3"]()
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -257,21 +258,18 @@ def test_saved_layouts_name_an_implementation_that_says_what_to_import(tmp_path)
 
 
 @pytest.mark.slow
+=======
+>>>>>>> faults
 @pytest.mark.parametrize("options", ["", ", attn_implementation='sdpa'"], ids=["as saved", "with sdpa"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "seeing"])
 def test_loading_without_longshort_fails_and_says_what_to_import(family, options, tmp_path):
-    model = seeing_model_with_layouts() if family == "seeing" else applied(family)[0]
+    model = make_seeing_decoder() if family == "seeing" else make_decoder(family)
+    apply(model, num_global_heads=2, window=4)
     model.save_pretrained(tmp_path)
     kind = type(model).__name__
     code = f"import transformers; transformers.{kind}.from_pretrained({str(tmp_path)!r}{options})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode != 0 and "import longshort.huggingface" in run.stderr
-
-
-def seeing_model_with_layouts():
-    model = seeing_model()
-    apply(model, num_global_heads=2, window=4)
-    return model
 
 
 def test_loading_with_another_implementation_fails(tmp_path):
@@ -283,7 +281,9 @@ def test_loading_with_another_implementation_fails(tmp_path):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longshort")
     assert layouts_of(loaded) == layouts and loaded.config.layer_types == model.config.layer_types
-    seeing_model_with_layouts().save_pretrained(tmp_path / "seeing")
+    seeing = make_seeing_decoder()
+    apply(seeing, num_global_heads=2, window=4)
+    seeing.save_pretrained(tmp_path / "seeing")
     for name in ("sdpa", {"text_config": "sdpa"}):
         with pytest.raises(ValueError, match="attn_implementation must be 'longshort'"):
             hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "seeing", attn_implementation=name)
@@ -534,7 +534,7 @@ def test_bad_calls_are_refused():
     static = hf.StaticCache(config=model.config, max_cache_len=40)
     with pytest.raises(ValueError, match="must hold as many keys as tokens"):
         model(ids, past_key_values=static)
-    seeing = seeing_model()
+    seeing = make_seeing_decoder()
     apply(seeing, num_global_heads=2, window=4)
     with pytest.raises(ValueError, match="as token_type_ids give one"):
         seeing(input_ids=ids, token_type_ids=torch.zeros_like(ids))

@@ -42,6 +42,20 @@ def test_a_clipped_head_has_the_threshold_and_others_keep_theirs(family: str) ->
     assert clip.apply([[threshold] * 4, [0.0] * len(before[1])]) == 0
 
 
+@pytest.mark.parametrize("family", ["olmo2", "gpt-neox", "deepseek-v3"])
+def test_each_head_alone_is_clipped_to_the_threshold_and_the_rest_keeps_every_bit(family: str) -> None:
+    model = make_decoder(family)
+    before, state = logits(model), weights(model)
+    for head, logit in enumerate(before[0]):
+        QKClip(model, 0.5 * logit).apply(
+            [[0.0] * head + [logit] + [0.0] * (3 - head), [0.0] * len(before[1])]
+        )
+        after = logits(model)[0]
+        assert after.pop(head) == pytest.approx(0.5 * logit, rel=1e-6)
+        assert after == before[0][:head] + before[0][head + 1 :]
+        model.load_state_dict(state)
+
+
 @pytest.mark.parametrize("family", CLIPPED)
 def test_finding_and_trying_change_nothing(family: str) -> None:
     model = make_decoder(family)
@@ -88,6 +102,7 @@ def test_rows_of_each_kind_of_projection() -> None:
         ("query_key_value.bias", 0, interleaved),
     ]
     assert rows("phi3", 1) == [("qkv_proj.weight", 0, eight)]
+    assert rows("olmo2", 1) == [("q_norm.weight", 0, eight)]  # normalises all heads together
     assert rows("deepseek-v3", 1) == [("q_b_proj.weight", 0, list(range(12, 24)))]
 
 
