@@ -239,18 +239,6 @@ def test_layouts_of_a_model_that_also_sees_are_saved(tmp_path):
         assert torch.equal(model(input_ids=ids).logits, truth)
 
 
-<<<<<<< HEAD
-def seeing_model() -> Any:
-    text = CONFIGS["gemma3"]()
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 28, "patch_size": 14}  # fmt: skip
-    config = hf.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=60
-    )
-    torch.manual_seed(0)
-    return hf.Gemma3ForConditionalGeneration(config).eval()
-
-
 def test_saved_layouts_name_an_implementation_that_says_what_to_import(tmp_path):
     applied("llama")[0].save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["attn_implementation"]
@@ -258,8 +246,6 @@ def test_saved_layouts_name_an_implementation_that_says_what_to_import(tmp_path)
 
 
 @pytest.mark.slow
-=======
->>>>>>> faults
 @pytest.mark.parametrize("options", ["", ", attn_implementation='sdpa'"], ids=["as saved", "with sdpa"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "seeing"])
 def test_loading_without_longshort_fails_and_says_what_to_import(family, options, tmp_path):

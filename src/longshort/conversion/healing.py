@@ -53,8 +53,8 @@ class HealSettings:
     """Folder of the converted model."""
 
     data: Path
-    """Folder that `longshort data` wrote with the model's tokenizer, or a source of text as that command takes
-    it: a file, a folder, stdlib."""
+    """Folder that `longshort data` wrote with the model's tokenizer, or a source of text as that command
+    takes it: a file, a folder, stdlib."""
 
     minutes: Annotated[float, Gt(0)] | None = None
     """Time to train, measurements included. None: 20, or with --steps no limit."""
