@@ -520,10 +520,6 @@ def test_bad_calls_are_refused():
     static = hf.StaticCache(config=model.config, max_cache_len=40)
     with pytest.raises(ValueError, match="must hold as many keys as tokens"):
         model(ids, past_key_values=static)
-    seeing = make_seeing_decoder()
-    apply(seeing, num_global_heads=2, window=4)
-    with pytest.raises(ValueError, match="as token_type_ids give one"):
-        seeing(input_ids=ids, token_type_ids=torch.zeros_like(ids))
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
