@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from longshort.cli import main
+from longshort.reporting.files import replace_file
 
 _BLOCK = re.compile(r"^```(python|console)\n(.*?)^```\n(?:\n```text\n.*?^```\n)?", re.MULTILINE | re.DOTALL)
 _PICTURE = re.compile(r"\]\((images/[^)]+)\)")
@@ -65,8 +66,7 @@ def _run_command(command: str) -> str:
         code = main(arguments)
     if code != 0:
         raise RuntimeError(f"{command!r} ended with code {code}")
-    lines = (line.rstrip() for line in stdout.getvalue().splitlines())
-    return "".join(line + "\n" for line in lines)
+    return "".join(line.rstrip() + "\n" for line in stdout.getvalue().splitlines())
 
 
 def render(page: Path, folder: Path) -> None:
@@ -78,7 +78,7 @@ def render(page: Path, folder: Path) -> None:
             if Path(link).exists():
                 (page.parent / link).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(link, page.parent / link)
-    page.write_text(text)
+    replace_file(page, text.encode())
 
 
 if __name__ == "__main__":

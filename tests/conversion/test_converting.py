@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conversion.conftest import CONVERT, WINDOW
-from tests.conversion.models import random_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2Config, GPT2LMHeadModel
+from tests.conversion.models import random_llama, save_short_gpt2
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from longshort.conversion import converting
 from longshort.conversion.converting import ReportSizes, fit_sizes, measure_conversion
@@ -245,18 +245,7 @@ def test_bad_sizes_are_refused_before_anything_is_written(
 
 def test_a_report_fits_a_model_of_few_positions_and_a_short_text(text, tmp_path):
     model, out, short = tmp_path / "model", tmp_path / "out", tmp_path / "short.txt"
-    config = GPT2Config(
-        vocab_size=257,
-        n_positions=48,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        attn_pdrop=0.0,
-        bos_token_id=256,
-        eos_token_id=256,
-    )
-    GPT2LMHeadModel(config).save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
+    save_short_gpt2(model)
     short.write_text(text.read_text()[:500])
     layout = tmp_path / "layout.json"
     write_layouts(layout, [HeadLayout((4, None))])

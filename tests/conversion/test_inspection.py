@@ -11,8 +11,8 @@ from tests.conversion.models import (
     planted_model,
     random_llama,
     random_windows,
+    save_short_gpt2,
 )
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from longshort.cli import main
 from longshort.conversion import inspection
@@ -22,7 +22,6 @@ from longshort.conversion.inspection import inspect_heads
 from longshort.conversion.journal import Journal
 from longshort.conversion.layout_file import read_layouts
 from longshort.conversion.reports import excess_text
-from longshort.data import byte_tokenizer
 from longshort.huggingface import apply, layouts_of
 
 PARTS = [periodic_text(4, seed) for seed in range(3)]
@@ -221,18 +220,7 @@ def test_bad_flags_are_usage_errors(fails, options, message):
 
 def test_flags_that_do_not_fit_the_model_are_named(text, tmp_path, fails):
     model, out = tmp_path / "model", tmp_path / "out"
-    config = GPT2Config(
-        vocab_size=257,
-        n_positions=48,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        attn_pdrop=0.0,
-        bos_token_id=256,
-        eos_token_id=256,
-    )
-    GPT2LMHeadModel(config).save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
+    save_short_gpt2(model)
     options = ["inspect", model, "--text", text, "--out", out, "--window", 8, "--windows", 1, 1, 1]
     message = fails(1, *options, "--length", 49)
     assert "--length must be at most 48, the model's learned positions, got 49" in message

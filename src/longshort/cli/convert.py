@@ -132,7 +132,7 @@ def _fit_sizes(
     """Return what the report measures.
 
     Raises:
-        ValueError: there is no room for needles of a length.
+        ValueError: a needle length leaves no room for a needle, the question and text.
     """
     wanted = ReportSizes(
         lengths=flags.lengths, needle_lengths=flags.needle_lengths, latency_lengths=flags.latency_lengths

@@ -148,9 +148,7 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
     if outcome.exists():
         raise FileExistsError(f"{settings.model} is healed already; {folder} has the report")
     is_begun = _compare_settings(settings, folder)
-    kept = settings.model / UNHEALED  # is there if the end of a healing was interrupted
-    held = kept if kept.exists() else settings.model
-    pretrained = load_decoder(held, dtype=torch.float32, device=device)
+    pretrained = _load_unhealed(settings, device)
     if layouts_of(pretrained.model) is None:
         raise ValueError(f"{settings.model} must be a converted model, got one without layouts")
     teacher = None if settings.distill is None else _open_teacher(settings.distill, pretrained, device)
@@ -227,6 +225,11 @@ def replace_weights(folder: Path, pretrained: Pretrained) -> None:
     shutil.rmtree(partial)
 
 
+def _load_unhealed(settings: HealSettings, device: torch.device | str) -> Pretrained:
+    kept = settings.model / UNHEALED  # exists if the end of a healing was interrupted
+    return load_decoder(kept if kept.exists() else settings.model, dtype=torch.float32, device=device)
+
+
 def _compare_settings(settings: HealSettings, folder: Path) -> bool:
     """Return whether a healing was begun; raise a ValueError if that was with other settings."""
     if not (folder / _SETTINGS).exists():
@@ -284,8 +287,7 @@ def _train_original(
     settings: HealSettings, healed: Progressed, batches: Batches, held_out: Tensor, device: Any, say: Report
 ) -> Progressed:
     """Train the unhealed weights, with all heads global, at the same learning rates."""
-    kept = settings.model / UNHEALED
-    original = load_decoder(kept if kept.exists() else settings.model, dtype=torch.float32, device=device)
+    original = _load_unhealed(settings, device)
     remove(original.model)
     rates = tuple(line["learning_rate"] for line in healed.lines[1:])
     recipe = replace(

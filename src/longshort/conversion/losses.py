@@ -26,7 +26,7 @@ _LARGEST_STORE = 2 * 2**30
 
 @contextmanager
 def attending(layouts: Sequence[HeadLayout | None]) -> Iterator[None]:
-    """Let a model that attends by layouts use these instead of its own."""
+    """Replace the layouts of a model that attends by layouts, inside the context."""
 
     def layout_of(call: Any) -> HeadLayout:
         layout = layouts[call.module.layer_idx]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longshort.data.files import sync_folder, sync_tree
-from longshort.huggingface.loading import Pretrained, without_progress_bars
+from longshort.huggingface.loading import Pretrained
+from longshort.huggingface.progress_bars import without_progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

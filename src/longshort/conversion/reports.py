@@ -153,7 +153,7 @@ def excess_text(found: Inspection) -> str | None:
         return None
     return (
         f"on the report part the loss rises by {found.best.rises['report']:.4f}, {found.excess:.4f} above "
-        "the limit; the layout keeps to it on the other two. More windows would tell better."
+        "the limit; the layout keeps to it on the other two. More windows would give a better estimate."
     )
 
 
@@ -229,7 +229,7 @@ def write_conversion(
 
 
 def finish_conversion(out: Path, layouts: Sequence[HeadLayout | None], content: Mapping[str, Any]) -> None:
-    """Write OUT/layout.json and OUT/conversion.json, which tells that a conversion is complete.
+    """Write OUT/layout.json and OUT/conversion.json, which marks a conversion as complete.
 
     Args:
         out: folder of the converted model.

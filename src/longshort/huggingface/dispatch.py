@@ -66,12 +66,10 @@ class Listener(Protocol):
 
 
 _listeners: list[weakref.ref[Listener]] = []
-_registered = (
-    AttentionInterface()
-)  # what is registered for all, without the overrides of the models' instance
-_replaced: dict[
-    str, tuple[Callable[..., Any], Callable[..., Any] | None]
-] = {}  # the wrapper, and the override that it stands for, by name
+# what is registered for all, without the overrides of the models' instance
+_registered = AttentionInterface()
+# the wrapper, and the override that it stands for, by name
+_replaced: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
 
 
 def listen(listener: Listener) -> None:

@@ -156,7 +156,7 @@ def segments_of_mask(
         mask_function: of indices of batch, head, query and key.
         attention_mask: (batch, tokens), True for tokens, False for padding.
         device: of the ids.
-        use_vmap: whether the model adds a mask function of its own, or of transformers.
+        use_vmap: whether the mask function is more than causal: the model, or transformers, added to it.
         unused: what other mask functions take.
 
     Returns:

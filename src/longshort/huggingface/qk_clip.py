@@ -223,7 +223,7 @@ def _choices(by_head: list[list[Rows]]) -> Iterator[list[list[Rows]]]:
     """Yield what may scale the heads: one parameter, such as the gains of a norm; all; all but one, such as
     the first factor of LoRA in a layer with one head.
 
-    Parameters of one shape go together, since each head may have one of its own.
+    Parameters of the same shape are tried together, since each head may have its own parameter.
     """
     shapes = list(dict.fromkeys(rows.parameter.shape for part in by_head for rows in part))
     for shape in shapes:
