@@ -32,7 +32,8 @@ def segment_ids_from(
     how packed sequences arrive: one that is 0, or smaller than that of the token before it. Positions that
     jump ahead (as in position-skip training), step by 2 or repeat (but for 0) stay in their sequence, since
     all of these are in use for tokens that see each other; transformers' own masks would cut there. Masked
-    tokens are passed over. With cached keys only the mask counts.
+    tokens are passed over, but a position that goes on from that of padding starts nothing: `generate()`
+    counts so after padding on the right. With cached keys only the mask counts.
 
     In eager mode values are read, so that a mask of ones or ordinary positions cost attention nothing. Under
     `torch.compile` they cannot be: whatever is given becomes segment ids.
@@ -195,14 +196,16 @@ def _other_value(attention_mask: Tensor) -> float:
 
 
 def _segment_starts(position_ids: Tensor, visible: Tensor | None) -> Tensor | None:
-    """Mark the tokens whose position is lower than that of the visible token before; None if none is."""
-    before = position_ids[:, :-1]
+    """Mark the tokens whose position is 0, or lower than those of the token before and of the visible token
+    before; None if none is."""
+    last = before = position_ids[:, :-1]
     if visible is not None:
         slots = torch.arange(visible.shape[1], device=visible.device)
         last_visible = torch.where(visible, slots, 0).cummax(-1).values[:, :-1]
         position_ids = position_ids.expand(visible.shape)
         before = position_ids.gather(1, last_visible)
-    falls = (position_ids[:, 1:] < before) | (position_ids[:, 1:] == 0)
+    positions = position_ids[:, 1:]
+    falls = ((positions < before) & (positions < last)) | (positions == 0)
     if visible is not None:
         follows_a_visible_one = visible.cumsum(-1)[:, :-1] > 0
         falls = falls & visible[:, 1:] & follows_a_visible_one
