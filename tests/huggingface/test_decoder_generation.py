@@ -72,6 +72,16 @@ def test_padded_batches_give_what_their_sequences_give(model):
     assert torch.equal(found, torch.cat([short, whole]))
 
 
+@pytest.mark.parametrize("mode", ["greedy", "beams", "fixed length"])
+def test_padding_on_the_right_gives_what_it_gives_without_a_cache(mode):
+    model, ids, options = make_model("llama"), tokens(batch=2), MODES[mode]
+    mask = torch.ones_like(ids)
+    mask[0, -6:] = 0
+    found = generate(model, ids, mask=mask, **options).sequences
+    options = {name: value for name, value in options.items() if name != "cache_implementation"}
+    assert torch.equal(found, generate(model, ids, mask=mask, cache=False, **options).sequences)
+
+
 def test_an_assistant_drafts():
     model, assistant, ids = make_model("llama"), make_model("llama", window=3), tokens(length=40)
     torch.manual_seed(0)
@@ -160,6 +170,18 @@ def test_a_returned_cache_can_be_continued():
     more = torch.cat([first.sequences, tokens(length=3)], dim=1)
     found = generate(model, more, do_sample=False, given=first.past_key_values)
     assert torch.equal(found.sequences, generate(model, more, cache=False, do_sample=False).sequences)
+
+
+@pytest.mark.parametrize("modes", [("greedy", "prompt lookup"), ("prompt lookup", "prompt lookup"),
+                                   ("prompt lookup", "greedy"), ("greedy", "prefill in chunks")])  # fmt: skip
+def test_a_returned_cache_goes_on_in_another_mode(modes):
+    model, ids = make_model("llama"), tokens()
+    first = generate(model, ids, **MODES[modes[0]])
+    more = torch.cat([first.sequences, tokens(length=3)], dim=1)
+    found = generate(model, more, given=first.past_key_values, **MODES[modes[1]])
+    assert torch.equal(found.sequences, generate(model, more, cache=False, do_sample=False).sequences)
+    assert found.past_key_values is first.past_key_values
+    assert found.past_key_values.get_seq_length() == found.sequences.shape[1] - 1
 
 
 def test_embeddings_in_place_of_tokens():

@@ -100,6 +100,10 @@ def test_nothing_is_read_twice_for_masks_that_hide_nothing():
     [
         ({"q_offset": 2}, "as many keys as tokens"),
         ({"q_offset": torch.tensor(0)}, "as many keys as tokens"),
+        (
+            {"attention_mask": torch.ones(2, 4)},
+            "an entry for each of the 5 keys, cached ones included, got 4",
+        ),
         ({"use_vmap": True, "mask_function": lambda batch, head, query, key: key <= query}, "of its own"),
         (
             {"use_vmap": True, "mask_function": or_masks(causal_mask_function, lambda *at: False)},

@@ -177,7 +177,9 @@ def test_bad_input(tmp_path: Path) -> None:
         SpikeCallback(rollback_steps=0)
     with pytest.raises(ValueError, match=r"logits must be a LogitCallback for .*'entropy', got None"):
         SpikeCallback(detector=SpikeDetector(alarm="entropy"))
-    with pytest.raises(ValueError, match="that a LogitCallback measures, got 'update'"):
+    with pytest.raises(
+        ValueError, match=r"LogitCallback\(update_entropy=True\) for .*'update', got one with"
+    ):
         SpikeCallback(detector=SpikeDetector(alarm="update"), logits=LogitCallback())
     spikes = SpikeCallback("rollback")
     trainer, taken = make_trainer(tmp_path, spikes)

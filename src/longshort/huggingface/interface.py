@@ -269,6 +269,11 @@ def _visible_tokens(attention_mask: Tensor | None, kv_length: int) -> Tensor | N
     """The mask of the keys' tokens; None where it hides nothing."""
     if attention_mask is None:
         return None
+    if attention_mask.shape[1] < kv_length:
+        raise ValueError(
+            f"attention_mask must have an entry for each of the {kv_length} keys, cached ones included, got "
+            f"{attention_mask.shape[1]}"
+        )
     visible = attention_mask[:, -kv_length:].to(torch.bool)
     return None if not torch.compiler.is_compiling() and bool(visible.all()) else visible
 
