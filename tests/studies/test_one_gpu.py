@@ -98,6 +98,7 @@ def test_weights_are_those_of_the_run_rounded(whole):
             assert torch.equal(theirs.to(torch.bfloat16), ours)
 
 
+@pytest.mark.slow
 def test_calls_of_minutes_come_to_the_same_results(whole, texts, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
