@@ -28,9 +28,8 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def fails(capsys, monkeypatch):
+def fails(capsys):
     """Calls a command that must fail in good manners, and gives its message."""
-    monkeypatch.setattr("longshort.cli.console.SECONDS_BETWEEN_LINES", float("inf"))
 
     def call(code, *arguments):
         capsys.readouterr()

@@ -32,5 +32,4 @@ def test_import_works_without_any_optional_package() -> None:
 def test_import_takes_less_than_a_second_beyond_torch() -> None:
     code = "import torch, time; start = time.perf_counter(); import longshort; "
     code += "print(time.perf_counter() - start)"
-    seconds = min(float(run(code)) for _ in range(3))
-    assert seconds < 1
+    assert any(float(run(code)) < 1 for _ in range(3))  # a busy machine has three tries

@@ -1,4 +1,4 @@
-"""Where the sinks of cached sequences stand, and the refusal of sequences of several segments."""
+"""`SinkTokens` finds the sinks of cached sequences, and refuses sequences of several segments."""
 
 import pytest
 import torch

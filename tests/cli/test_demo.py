@@ -46,7 +46,8 @@ def test_a_terminal_shows_both_models_as_bars():
     assert "largest logit 16.0" in shown
 
 
-def test_elsewhere_there_are_lines_now_and_then():
+def test_elsewhere_there_are_lines_now_and_then(monkeypatch):
+    monkeypatch.setattr(demo, "SECONDS_BETWEEN_LINES", 5.0)
     output = io.StringIO()
     show_training(Console(file=output, width=140))
     assert output.getvalue().splitlines() == [

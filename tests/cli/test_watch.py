@@ -101,7 +101,7 @@ def test_nothing_is_overwritten(fails, llama: Path, text: Path, tmp_path: Path) 
     assert not (tmp_path / "logits.json").exists()
 
 
-def test_failures_are_told_in_one_line(fails, llama: Path, text: Path, tmp_path: Path) -> None:
+def test_failures_are_reported_in_one_line(fails, llama: Path, text: Path, tmp_path: Path) -> None:
     assert "nowhere: No such file" in fails(1, "watch", llama, "--text", tmp_path / "nowhere")
     empty, binary = tmp_path / "empty", tmp_path / "binary"
     empty.write_text(" \n")

@@ -90,5 +90,16 @@ def save_llama(folder: Path) -> Path:
     return folder
 
 
+def save_short_gpt2(folder: Path) -> Path:
+    """Save a GPT-2 of 48 learned positions and a tokenizer of bytes."""
+    config = GPT2Config(
+        vocab_size=257, n_positions=48, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0.0, bos_token_id=256,
+        eos_token_id=256,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def random_windows(count: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed))

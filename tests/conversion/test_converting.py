@@ -3,19 +3,27 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conversion.conftest import CONVERT, WINDOW
-from tests.conversion.models import random_llama
+from tests.conversion.models import random_llama, save_short_gpt2
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from longshort.conversion import converting
-from longshort.conversion.layout_file import read_layouts
+from longshort.conversion.converting import ReportSizes, fit_sizes, measure_conversion
+from longshort.conversion.heads import find_heads
+from longshort.conversion.journal import Journal
+from longshort.conversion.layout_file import read_layouts, write_layouts
+from longshort.conversion.models import save_into
+from longshort.conversion.text import read_tokens
 from longshort.data import byte_tokenizer
-from longshort.huggingface import SplitCache, layouts_of
+from longshort.huggingface import SplitCache, layouts_of, remove
+from longshort.huggingface.loading import Pretrained, load_decoder
+from longshort.layout import HeadLayout
 
 
 def load(folder) -> Any:
@@ -125,10 +133,7 @@ def test_an_interrupted_conversion_resumes(
     out = tmp_path / "out"
     arguments = (original, out, "--layout", layout, "--text", text, *CONVERT)
 
-    def interrupted(*_args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(converting, "measure_needles", interrupted)
+    interrupt(monkeypatch, "measure_needles")
     assert convert(*arguments) == 130
     assert (out / "journal.jsonl").exists()
     assert not (out / "conversion.json").exists()
@@ -142,6 +147,147 @@ def test_an_interrupted_conversion_resumes(
         json.loads((folder / "conversion.json").read_text())["losses"] for folder in (out, converted_once)
     )
     assert losses == truth
+
+
+def layouts_in(folder):
+    return json.loads((folder / "config.json").read_text())["longshort"]["layouts"]
+
+
+def test_a_conversion_without_report_is_complete(original, layout, text, tmp_path, fails):
+    out = tmp_path / "out"
+    arguments = (original, out, "--layout", layout, "--text", text, "--no-report")
+    assert convert(*arguments) == 0
+    held = layouts_in(out)
+    other = write_other_layout(tmp_path)
+    for options in (("--no-report",), ()):
+        message = fails(1, "convert", original, out, "--layout", other, "--text", text, *options)
+        assert "exists already and is not empty" in message
+    assert layouts_in(out) == held
+    assert read_layouts(out / "layout.json") == read_layouts(layout)
+
+
+def test_other_layouts_do_not_go_on(original, layout, text, tmp_path, monkeypatch, fails):
+    out = tmp_path / "out"
+    interrupt(monkeypatch, "measure_needles")
+    arguments = ("--text", text, *CONVERT)
+    assert convert(original, out, "--layout", layout, *arguments) == 130
+    monkeypatch.undo()
+    held = layouts_in(out)
+    other = write_other_layout(tmp_path)
+    message = fails(1, "convert", original, out, "--layout", other, *arguments)
+    assert "holds a model with other layouts" in message
+    model = tmp_path / "model"
+    random_llama(rms_norm_eps=1e-3).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    message = fails(1, "convert", model, out, "--layout", layout, *arguments)
+    assert "holds measurements with another model" in message
+    assert layouts_in(out) == held
+
+
+def test_other_sizes_go_on(original, layout, text, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    interrupt(monkeypatch, "continue_greedily")
+    arguments = (original, out, "--layout", layout, "--text", text, "--latency-lengths", 200)
+    assert convert(*arguments, "--lengths", 32, 64, "--needle-lengths", 128) == 130
+    monkeypatch.undo()
+    measured = []
+    measure = converting.measure_losses
+    monkeypatch.setattr(
+        converting, "measure_losses", lambda *args: measured.append(args[1].shape[1]) or measure(*args)
+    )
+    assert convert(*arguments, "--lengths", 64, 96, "--needle-lengths", 100) == 0
+    assert measured == [96, 64, 96]  # 64 before was known
+    content = json.loads((out / "conversion.json").read_text())
+    assert list(content["losses"]) == ["64", "96"]
+    assert {cell["length"] for cell in content["needles"]["after"]} == {100}
+
+
+def test_what_a_measurement_depends_on_is_measured_again(original, text, tmp_path):
+    """Another layout, and other windows of the same length, are not taken for those of before."""
+    pretrained = load_decoder(original, dtype=torch.float32)
+    tokens = read_tokens(text, pretrained.tokenizer)
+    heads = find_heads(pretrained.model)
+    sizes = ReportSizes(
+        lengths=(64,), tokens=128, latency_lengths=(), needle_lengths=(), prompt_tokens=16, sample_tokens=2
+    )
+    found = []
+    for kept, tokens_of in ((0, 128), (1, 128), (1, 256)):
+        layouts = heads.layouts(heads.candidates[:kept], WINDOW, 0)
+        wanted = replace(sizes, tokens=tokens_of)
+        with Journal(tmp_path / "journal.jsonl", {}) as journal:
+            conversion = measure_conversion(pretrained, layouts, tokens, wanted, journal, tmp_path)
+        remove(pretrained.model)
+        found.append(conversion.losses[64])
+    assert found[0]["before"] == found[1]["before"]
+    assert found[0]["after"]["loss"] != found[1]["after"]["loss"]
+    assert found[2]["before"]["tokens"] == 4 * 63
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--lengths", 0), 2, "--lengths must be an integer >= 2, got 0"),
+        (("--lengths", 64, 1), 2, "--lengths must be an integer >= 2, got 1"),
+        (("--latency-lengths", 0), 2, "--latency-lengths must be an integer >= 1, got 0"),
+        (("--needle-lengths", 10), 1, "--needle-lengths"),
+        (("--length", 9999), 1, "text must have at least"),
+        (("--length", 16, "--window", 12), 2, "--length must be more than"),
+    ],
+    ids=str,
+)
+def test_bad_sizes_are_refused_before_anything_is_written(
+    original, text, tmp_path, fails, options, code, message
+):
+    out = tmp_path / "out"
+    assert message in fails(code, "convert", original, out, "--text", text, *options)
+    assert not out.exists()
+
+
+def test_a_report_fits_a_model_of_few_positions_and_a_short_text(text, tmp_path):
+    model, out, short = tmp_path / "model", tmp_path / "out", tmp_path / "short.txt"
+    save_short_gpt2(model)
+    short.write_text(text.read_text()[:500])
+    layout = tmp_path / "layout.json"
+    write_layouts(layout, [HeadLayout((4, None))])
+    assert convert(model, out, "--layout", layout, "--text", short, "--needle-lengths") == 0
+    content = json.loads((out / "conversion.json").read_text())
+    assert len(content["samples"]) == 2
+    assert content["losses"] == content["latency"] == {}
+
+
+@pytest.mark.parametrize("limit", [None, 2, 3, 100, 4096])
+@pytest.mark.parametrize("tokens", [0, 3, 4, 300, 10**6])
+def test_sizes_fit(tokens, limit):
+    fitted = fit_sizes(ReportSizes(), tokens, limit)
+    assert fitted.samples in (0, 2)
+    if fitted.samples:
+        assert 2 * fitted.prompt_tokens <= tokens
+        assert limit is None or fitted.prompt_tokens + fitted.sample_tokens <= limit
+    is_roomy = tokens >= 512 and (limit is None or limit >= 320)
+    assert (fitted.prompt_tokens, fitted.sample_tokens) == (256, 64) or not is_roomy
+    assert all(2 * length <= tokens for length in fitted.lengths)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"lengths": (1,)}, {"needle_depths": (1.5,)}, {"needle_samples": 1}, {"samples": -1}], ids=str
+)
+def test_sizes_out_of_range_are_named(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+        ReportSizes(**bad)
+
+
+def write_other_layout(folder):
+    file = folder / "other.json"
+    heads = find_heads(random_llama())
+    write_layouts(file, heads.layouts(heads.candidates, WINDOW, 2))
+    return file
+
+
+def interrupt(monkeypatch, name):
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(converting, name, interrupted)
 
 
 def test_with_a_budget_the_model_is_inspected_first(original, text, tmp_path, capsys):
@@ -167,6 +313,25 @@ def test_weights_keep_their_dtype(text, layout, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_saving_in_another_dtype_changes_no_bit_of_the_model(is_tied, tmp_path):
+    model: Any = random_llama(tie_word_embeddings=is_tied)
+    pretrained = Pretrained(model, byte_tokenizer(), torch.bfloat16)
+    before = {name: x.clone() for name, x in (*model.named_parameters(), *model.named_buffers())}
+    assert any("inv_freq" in name for name in before)
+    dtype = model.config.dtype
+    save_into(pretrained, tmp_path)
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        assert torch.equal(x, before[name]), name
+    assert (model.dtype, model.config.dtype) == (torch.float32, dtype)
+
+    loaded = load(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) != is_tied
+    weights = dict(model.named_parameters())
+    assert all(torch.equal(x, weights[name].bfloat16()) for name, x in loaded.named_parameters())
+
+
 def test_nothing_is_overwritten(original, layout, text, converted, fails, tmp_path):
     message = fails(1, "convert", original, converted, "--layout", layout, "--text", text)
     assert "exists already and is not empty" in message
@@ -184,5 +349,22 @@ def test_a_layout_of_another_model_is_refused_before_anything_is_written(origina
     message = fails(1, "convert", original, tmp_path / "out", "--layout", layout, "--text", text)
     assert "layouts must have one entry for each of the 3 layers, got 1" in message
     assert not (tmp_path / "out").exists()
-    message = fails(2, "convert", "a", "b", "--layout", layout, "--keep", "25%")
-    assert "--layout excludes --keep, --max-rise and --max-cache" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--keep", "25%"),
+        ("--max-rise", 0.1),
+        ("--window", 64),
+        ("--sink-tokens", 0),
+        ("--length", 512),
+        ("--windows", 1, 1, 1),
+        ("--measure", "loss"),
+        ("--cache-length", 100),
+    ],
+    ids=lambda options: options[0],
+)
+def test_flags_of_an_inspection_do_not_go_with_a_layout(fails, options):
+    message = fails(2, "convert", "a", "b", "--layout", "layout.json", *options)
+    assert f"--layout is a layout: it does not go with {options[0]}, of an inspection" in message

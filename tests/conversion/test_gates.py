@@ -1,6 +1,7 @@
 """Slopes at gates and distant mass, against an attention that is written out, in float64."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from longshort.conversion.gates import measure_mass, measure_slopes
 from longshort.conversion.heads import KVHead, find_heads
-from longshort.huggingface import apply
+from longshort.huggingface import LogitMonitor, apply
 
 WINDOW, SINKS = 5, 2
 WINDOWS = random_windows(2, 24)
@@ -101,3 +102,12 @@ def test_mass_is_what_distant_keys_get(model):
         assert outside == pytest.approx(mass[head.layer][head.head].item(), rel=1e-6)
         assert nothing == pytest.approx(0, abs=1e-12)
         assert 0.1 < outside < 1
+
+
+def test_slopes_are_the_same_while_the_logits_are_watched(model):
+    heads = find_heads(model)
+    plain, watched = [], []
+    for slopes, context in ((plain, nullcontext()), (watched, LogitMonitor(model))):
+        with context:
+            slopes.append(measure_slopes(model, heads, GATES, WINDOWS, WINDOW, SINKS))
+    assert watched == plain

@@ -1,11 +1,13 @@
 """Heads that may become local, layouts of them, and the size of the cache."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.conversion.models import random_llama, random_windows
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 from longshort.conversion.heads import KVHead, find_heads
 from longshort.huggingface import apply, split_cache
@@ -57,6 +59,18 @@ def test_the_cache_is_as_large_as_counted(make, length):
         if tensor is not None
     )
     assert heads.cache_bytes(layouts, length, 4) == cache.nbytes_used + held
+
+
+@pytest.mark.parametrize("make", [random_llama, gemma])
+@pytest.mark.parametrize("length", [3, 11, 12, 13, 40])
+def test_the_cache_of_the_original_is_as_large_as_counted(make, length):
+    model = make()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(random_windows(1, length), past_key_values=cache)
+    layers: list[Any] = cache.layers
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    assert find_heads(model).original_cache_bytes(length, 4) == held
 
 
 def test_a_model_without_full_attention_has_nothing_to_make_local():

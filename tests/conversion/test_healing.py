@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 from longshort.cli import main
 from longshort.conversion import healing, short_training
 from longshort.conversion.healing import HealSettings, heal
+from longshort.conversion.losses import mean_loss
 from longshort.conversion.short_training import ShortTraining
+from longshort.data import DataFolder, validation_windows
 from longshort.huggingface import layouts_of
 
 SMALL = {"steps": 6, "minutes": None, "sequence_length": 48, "held_out": 2, "full_budget": True}
@@ -63,16 +65,12 @@ def test_the_loss_falls_and_the_healed_weights_are_in_place(converted, data):
 def test_losses_are_those_of_the_models(original, converted, data):
     result = heal(settings(converted, data))
     folder = converted / "healing" / "data"
-    from longshort.conversion.losses import token_losses
-    from longshort.data import DataFolder, validation_windows
-
     batch = validation_windows(DataFolder.open(folder).validation, 48, 2)
     windows = torch.cat([batch.input_ids, batch.labels[:, -1:]], dim=1)
 
     def loss(path: Path) -> float:
         model = AutoModelForCausalLM.from_pretrained(path).eval()
-        with torch.no_grad():
-            return sum(token_losses(model, window).mean().item() for window in windows) / len(windows)
+        return mean_loss(model, windows)
 
     assert result.original == pytest.approx(loss(original), abs=1e-5)
     assert result.healed.lines[0]["held_out_loss"] == pytest.approx(loss(converted / "unhealed"), abs=1e-5)
@@ -80,7 +78,40 @@ def test_losses_are_those_of_the_models(original, converted, data):
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": 2}], ids=["all", "lora"])
-def test_an_interruption_changes_no_bit(converted, data, tmp_path, monkeypatch, changes):
+def test_the_losses_are_those_of_weights_that_are_rounded(converted, data, changes):
+    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.bfloat16)
+    model.save_pretrained(converted)
+    result = heal(settings(converted, data, reference=True, learning_rate=1e-2, **changes))
+    assert {x.dtype for x in weights(converted).values()} == {torch.bfloat16}
+
+    batch = validation_windows(DataFolder.open(converted / "healing" / "data").validation, 48, 2)
+    windows = torch.cat([batch.input_ids, batch.labels[:, -1:]], dim=1)
+    saved = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()
+    truth = mean_loss(saved, windows)
+    assert result.healed.last_held_out == pytest.approx(truth, abs=1e-6)
+    content = json.loads((converted / "healing" / "outcome.json").read_text())
+    assert content["healed_loss"] == result.healed.last_held_out == content["lines"][-1]["held_out_loss"]
+    assert result.reference is not None and len(result.reference.lines) == len(result.healed.lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_dropout"),
+    [({}, False), ({"lora": 2}, False), ({}, True)],
+    ids=["all", "lora", "dropout"],
+)
+def test_an_interruption_changes_no_bit(converted, data, tmp_path, monkeypatch, changes, has_dropout):
+    if has_dropout:
+        token_logits = ShortTraining._loss
+
+        def dropped(self, batch, row):
+            embeddings = self._model.get_input_embeddings()
+            hook = embeddings.register_forward_hook(lambda _m, _i, out: torch.dropout(out, 0.5, train=True))
+            try:
+                return token_logits(self, batch, row)
+            finally:
+                hook.remove()
+
+        monkeypatch.setattr(ShortTraining, "_loss", dropped)
     whole = shutil.copytree(converted, tmp_path / "whole")
     heal(settings(whole, data, **changes))
 
@@ -100,7 +131,8 @@ def test_an_interruption_changes_no_bit(converted, data, tmp_path, monkeypatch, 
     assert not result.is_complete
     assert result.healed.step == 3
     assert same(weights(converted), before)
-    monkeypatch.undo()
+    monkeypatch.setattr(ShortTraining, "_step", step)
+    torch.manual_seed(7)  # another process would have another state
     assert heal(settings(converted, data, **changes)).is_complete
     assert same(weights(converted), weights(whole))
 
@@ -142,8 +174,11 @@ def test_it_stops_when_the_loss_is_back(converted, data):
 def test_a_budget_of_time_becomes_steps(converted, data, monkeypatch):
     clock = iter(float(second) for second in range(10**6))  # each look at the clock takes a second
     monkeypatch.setattr(short_training.time, "perf_counter", lambda: next(clock))
-    result = heal(settings(converted, data, steps=None, minutes=2.0))
+    result = heal(settings(converted, data, steps=None, minutes=2.0, reference=True))
     assert result.is_complete
+    assert result.reference is not None
+    lines = (result.healed.lines, result.reference.lines)
+    assert len({tuple(line.get("learning_rate") for line in each) for each in lines}) == 1
     planned = result.healed.planned
     assert planned is not None
     assert result.healed.step == planned
@@ -180,7 +215,7 @@ def test_distillation_alone_approaches_the_teacher(original, converted, data):
     before = divergence()
     heal(
         settings(
-            converted, data, steps=40, batch_size=2, distill=original, distill_weight=1.0, learning_rate=3e-3
+            converted, data, steps=80, batch_size=4, distill=original, distill_weight=1.0, learning_rate=3e-3
         )
     )
     assert divergence() < 0.8 * before
@@ -242,6 +277,28 @@ def test_the_command(converted, data, capsys):
         assert name in shown
     assert "4 steps" in shown
     assert (converted / "healing" / "report.html").read_text().count("data:image/png") == 1
+
+
+def test_a_report_that_was_not_written_is_made_of_the_outcome(converted, data, monkeypatch, capsys, fails):
+    options = ["--steps", "3", "--sequence-length", "32", "--held-out", "2", "--reference", "--full-budget"]
+    arguments = ["heal", str(converted), "--data", str(data), *options]
+
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("longshort.cli.heal.write_healing", interrupted)
+        assert main(arguments) == 130
+    healed = weights(converted)
+    report = converted / "healing" / "report.html"
+    assert not report.exists()
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "original, trained as long" in shown
+    assert "3 steps" in shown
+    assert report.exists()
+    assert same(weights(converted), healed)
+    assert "is healed already" in fails(1, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tests.conversion.models import (
     planted_model,
     random_llama,
     random_windows,
+    save_short_gpt2,
 )
 
 from longshort.cli import main
@@ -20,6 +21,7 @@ from longshort.conversion.heads import find_heads
 from longshort.conversion.inspection import inspect_heads
 from longshort.conversion.journal import Journal
 from longshort.conversion.layout_file import read_layouts
+from longshort.conversion.reports import excess_text
 from longshort.huggingface import apply, layouts_of
 
 PARTS = [periodic_text(4, seed) for seed in range(3)]
@@ -68,6 +70,28 @@ def test_the_head_that_needs_the_distance_is_found(tmp_path, budget, measure):
     assert max(found.scores, key=lambda head: found.scores[head]) == PLANTED
     assert found.layouts[1] is not None and found.layouts[1].windows == (None, WINDOW)
     assert (layouts_of(model), model.config._attn_implementation) == (None, "sdpa")
+
+
+@pytest.mark.parametrize("nats", [0.001, 0.03, 1.0])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_limit_of_the_rise_holds_on_ranking_and_choice(tmp_path, nats, seed):
+    parts = [random_windows(count, 48, 10 * seed + count) for count in (1, 2, 3)]
+    model = random_llama()
+    with Journal(tmp_path / "journal.jsonl", {}) as journal:
+        options = {"window": 2, "sink_tokens": 0, "journal": journal}
+        found = inspect_heads(model, parts, LimitRise(nats), **options)
+    for proposal in found.proposals:
+        if proposal.name != "mass":  # is for information, with as many heads
+            assert max(proposal.rises["ranking"], proposal.rises["choice"]) <= nats + 1e-9
+    assert found.excess == max(0.0, found.best.rises["report"] - nats)
+    assert bool(excess_text(found)) == (found.excess > 0)
+
+
+def test_without_a_limit_there_is_no_excess(tmp_path):
+    found = inspect(tmp_path, KeepHeads(0.0))
+    assert found.best.rises["report"] > 1
+    assert found.excess == 0
+    assert excess_text(found) is None
 
 
 def test_mass_is_no_guide(quarter):
@@ -135,6 +159,10 @@ def test_progress_ends_at_the_whole(quarter):
         ({"sink_tokens": -1}, "sink_tokens must be"),
         ({"measure": "mass"}, "measure must be 'gate' or 'loss', got 'mass'"),
         ({"window": 47}, r"parts must hold windows longer than window \+ sink_tokens = 48, got 48 tokens"),
+        (
+            {"parts": [torch.zeros(1, 49, dtype=torch.long)] * 3},
+            "parts must hold windows of at most 48 tokens, the model's learned positions, got 49",
+        ),
         ({"parts": PARTS[:2]}, "parts must be windows for ranking, choice, report, got 2 parts"),
     ],
 )
@@ -182,11 +210,22 @@ def test_the_command_writes_a_layout_and_a_report(original, text, tmp_path, caps
         (["--keep", "25%", "--max-rise", "0.1"], "exclude each other"),
         (["--max-cache", "1GG"], "--max-cache must be a size"),
         (["--max-rise", "0"], "--max-rise must be"),
+        (["--length", "40", "--window", "37"], "--length must be more than --window + --sink-tokens = 41"),
         (["--windows", "1", "0", "1"], "--windows must be at least 1 each"),
     ],
 )
 def test_bad_flags_are_usage_errors(fails, options, message):
     assert message in fails(2, "inspect", "model", *options)
+
+
+def test_flags_that_do_not_fit_the_model_are_named(text, tmp_path, fails):
+    model, out = tmp_path / "model", tmp_path / "out"
+    save_short_gpt2(model)
+    options = ["inspect", model, "--text", text, "--out", out, "--window", 8, "--windows", 1, 1, 1]
+    message = fails(1, *options, "--length", 49)
+    assert "--length must be at most 48, the model's learned positions, got 49" in message
+    message = fails(1, *options, "--length", 48, "--max-cache", "512B")
+    assert "--max-cache must be at least" in message
 
 
 def test_missing_things_are_named(original, tmp_path, fails):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.conversion.models import random_llama
+from transformers import AutoModelForCausalLM
 
 from longshort.conversion.journal import Journal, fingerprint
 
@@ -66,6 +67,26 @@ def test_any_change_of_the_weights_changes_the_fingerprint():
         parameter.data.mul_(1.001)
         seen.add(fingerprint(model))
     assert len(seen) == 1 + len(list(model.parameters()))
+
+
+def test_any_change_of_what_is_computed_changes_the_fingerprint(tmp_path):
+    model = random_llama()
+    first = fingerprint(model)
+    rope = {"rope_type": "default", "rope_theta": 50.0}
+    assert fingerprint(random_llama(rope_parameters=rope)) != first  # a buffer, and the config
+    assert fingerprint(random_llama(rms_norm_eps=1e-3)) != first  # the config alone
+    model.config._name_or_path = "elsewhere"
+    assert fingerprint(model) == first
+    model.model.rotary_emb.inv_freq[-1] *= 1.001
+    assert fingerprint(model) != first
+
+
+def test_a_saved_model_keeps_its_fingerprint(tmp_path):
+    random_llama().save_pretrained(tmp_path / "one")
+    loaded = [AutoModelForCausalLM.from_pretrained(tmp_path / "one")]
+    loaded[0].save_pretrained(tmp_path / "two")
+    loaded.append(AutoModelForCausalLM.from_pretrained(tmp_path / "two"))
+    assert fingerprint(loaded[0]) == fingerprint(loaded[1])
 
 
 def test_large_weights_have_a_fingerprint():

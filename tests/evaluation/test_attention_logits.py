@@ -27,6 +27,8 @@ def test_windows_follow_each_other(first_token: int | None, batch_size: int) -> 
     wanted = monitor.reading()
     for found, expected in zip(reading.max_logit_by_head, wanted.max_logit_by_head, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
+    for found, expected in zip(reading.entropy_by_head, wanted.entropy_by_head, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)  # of rows, however they come in passes
 
 
 def test_a_text_shorter_than_a_window() -> None:

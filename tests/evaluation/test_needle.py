@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from longshort.data import TokenFile, TokenFileWriter, byte_tokenizer, train_bpe
 from longshort.evaluation import NeedleCell, measure_needle
+from longshort.evaluation.needle import check_needle
 from longshort.model import LongShortForCausalLM, preset
 
 TOKENIZER = byte_tokenizer()
@@ -225,3 +228,24 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path, token_file: Token
         ValueError, match="token_file must hold at least 81 tokens for windows of 128, got 66"
     ):
         measure(Copier(300), write(tmp_path / "short", TEXT))
+
+
+def test_a_tokenizer_that_does_not_tell_letters_apart_is_refused(tmp_path: Path) -> None:
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "word": 1, "[END]": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[END]")
+    model, text = Copier(reach=300, vocab_size=3), np.ones(200, dtype=np.int64)
+    options: dict[str, Any] = {"lengths": [64], "depths": [0.5], "samples": 2}
+    for call in (measure_needle, check_needle):
+        with pytest.raises(ValueError, match="tokenizer must encode random letters as tokens that tell them"):
+            call(model, tokenizer, text, **options)
+    assert not model.calls
+
+
+def test_a_check_refuses_what_a_measurement_refuses(token_file: TokenFile) -> None:
+    options: dict[str, Any] = {"depths": [0.5], "samples": 2}
+    model = Copier(reach=300)
+    check_needle(model, TOKENIZER, token_file, lengths=[128], **options)
+    with pytest.raises(ValueError, match="lengths must be at least"):
+        check_needle(model, TOKENIZER, token_file, lengths=[128, 10], **options)
+    assert not model.calls

@@ -75,6 +75,18 @@ def make_decoder(family, **changes) -> Any:
     return model
 
 
+def make_seeing_decoder() -> Any:
+    """Return a small model that also sees, in eval mode."""
+    text = CONFIGS["gemma3"]()
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = hf.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=60
+    )
+    torch.manual_seed(0)
+    return hf.Gemma3ForConditionalGeneration(config).eval()
+
+
 def visible(layout: HeadLayout, segment_ids):
     """(batch, heads, n, n): what each head of a layout sees, by the definition."""
     length = segment_ids.shape[1]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tests.huggingface.decoders import CONFIGS, VOCAB, attend_by_masks, make_decoder
+from tests.huggingface.decoders import CONFIGS, VOCAB, attend_by_masks, make_decoder, make_seeing_decoder
 
 from longshort import HeadLayout
 from longshort.huggingface import SplitCache, apply, attention_layers, layouts_of, remove, split_cache
@@ -43,33 +43,38 @@ def inputs_of(kind):
         segments[:, 15:] = 2
         positions = torch.cat([torch.arange(7), torch.arange(8), torch.arange(LENGTH - 15)])
         return {"input_ids": ids, "position_ids": positions.expand(2, -1)}, segments
-    if kind == "left":
+    if kind == "padded":
         segments[0, :5] = -1
-    if kind == "right":
-        segments[0, -5:] = -1
+        segments[1, -5:] = -1
     inputs = {"input_ids": ids}
     if kind == "packed and padded":
         segments[:, 7:] = 1
         segments[:, 20:] = -1
         inputs["position_ids"] = torch.cat([torch.arange(7), torch.arange(LENGTH - 7)]).expand(2, -1)
-    if kind in ("left", "right", "packed and padded"):
+    if kind in ("padded", "packed and padded"):
         inputs["attention_mask"] = (segments >= 0).long()
     return inputs, segments
 
 
-@pytest.mark.parametrize("kind", ["whole", "left", "right", "packed", "packed and padded"])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_logits_and_gradients_are_those_of_eager_attention_under_explicit_masks(family, kind):
-    if family == "lfm2" and kind != "whole":
+@pytest.fixture(scope="module", params=CONFIGS)
+def both(request):
+    """A family, its model with layouts, these layouts, and another such model to attend by masks."""
+    return request.param, *applied(request.param), make_decoder(request.param)
+
+
+@pytest.mark.parametrize("kind", ["whole", "padded", "packed", "packed and padded"])
+def test_logits_and_gradients_are_those_of_eager_attention_under_explicit_masks(both, kind):
+    name, model, layouts, other = both
+    if name == "lfm2" and kind != "whole":
         pytest.skip("its convolution crosses the bounds of sequences")
-    if family == "llama4" and kind != "whole":
+    if name == "llama4" and kind != "whole":
         pytest.skip("its chunks begin elsewhere")
-    model, layouts = applied(family)
     inputs, segments = inputs_of(kind)
-    truth = attend_by_masks(make_decoder(family), layouts, segments)
+    truth = attend_by_masks(other, layouts, segments)
     counts = (segments >= 0)[..., None]
     results = []
     for found in (model, truth):
+        found.zero_grad()
         logits = found(**inputs, use_cache=False).logits * counts
         logits.square().mean().backward()
         results.append((logits, {name: p.grad for name, p in found.named_parameters() if p.grad is not None}))
@@ -221,7 +226,7 @@ def test_layouts_survive_saving_twice(family, tmp_path):
 
 
 def test_layouts_of_a_model_that_also_sees_are_saved(tmp_path):
-    model = seeing_model()
+    model = make_seeing_decoder()
     apply(model, num_global_heads=2, window=4)
     ids = tokens()
     truth = model(input_ids=ids).logits
@@ -234,23 +239,49 @@ def test_layouts_of_a_model_that_also_sees_are_saved(tmp_path):
         assert torch.equal(model(input_ids=ids).logits, truth)
 
 
-def seeing_model() -> Any:
-    text = CONFIGS["gemma3"]()
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 28, "patch_size": 14}  # fmt: skip
-    config = hf.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=60
-    )
-    torch.manual_seed(0)
-    return hf.Gemma3ForConditionalGeneration(config).eval()
+LOAD = """
+import sys, transformers
+for kind, folder in (argument.split("=") for argument in sys.argv[1:]):
+    for options in ({}, {"attn_implementation": "sdpa"}):
+        try:
+            getattr(transformers, kind).from_pretrained(folder, **options)
+            print("loaded")
+        except Exception as error:
+            print(" ".join(str(error).split()))
+"""
 
 
 def test_loading_without_longshort_fails_and_says_what_to_import(tmp_path):
-    model, _ = applied("llama")
+    arguments = []
+    for family in ("llama", "gemma3", "seeing"):
+        model = make_seeing_decoder() if family == "seeing" else make_decoder(family)
+        apply(model, num_global_heads=2, window=4)
+        model.save_pretrained(tmp_path / family)
+        arguments.append(f"{type(model).__name__}={tmp_path / family}")
+    command = [sys.executable, "-c", LOAD, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    lines = run.stdout.splitlines()
+    assert len(lines) == 6 and all("import longshort.huggingface" in line for line in lines)
+
+
+def test_loading_with_another_implementation_fails(tmp_path):
+    model, layouts = applied("gemma3")
     model.save_pretrained(tmp_path)
-    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert run.returncode != 0 and "import longshort.huggingface" in run.stderr.splitlines()[-1]
+    with pytest.raises(
+        ValueError, match=r"attn_implementation must be 'longshort'.*got 'eager', which has no"
+    ):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longshort")
+    assert layouts_of(loaded) == layouts and loaded.config.layer_types == model.config.layer_types
+    seeing = make_seeing_decoder()
+    apply(seeing, num_global_heads=2, window=4)
+    seeing.save_pretrained(tmp_path / "seeing")
+    for name in ("sdpa", {"text_config": "sdpa"}):
+        with pytest.raises(ValueError, match="attn_implementation must be 'longshort'"):
+            hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "seeing", attn_implementation=name)
+    names = {"vision_config": "eager"}
+    seeing = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "seeing", attn_implementation=names)
+    assert seeing.config.text_config._attn_implementation == "longshort"
 
 
 def test_a_config_from_its_own_data_takes_layouts():
@@ -376,8 +407,18 @@ def test_what_would_be_wrong_later_is_refused_at_once(case):
     assert model.config.to_dict() == before and model.config._attn_implementation == implementation
 
 
-def test_a_model_whose_attention_is_another_is_refused():
-    model = make_decoder("llama")
+IN_HALF_PRECISION = r"model.layers.1.self_attn \(LlamaAttention\) cannot attend by a layout: "
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        (torch.float32, "with all heads global its logits differ"),
+        (torch.bfloat16, IN_HALF_PRECISION + "with all heads global its outputs differ"),
+    ],
+)
+def test_a_model_whose_attention_is_another_is_refused(dtype, reason):
+    model = make_decoder("llama").to(dtype)
     attention = model.model.layers[1].self_attn
     own_forward = attention.forward
 
@@ -387,9 +428,55 @@ def test_a_model_whose_attention_is_another_is_refused():
         return own_forward(hidden_states, **options)
 
     attention.forward = forward
-    with pytest.raises(ValueError, match="with all heads global its logits differ"):
+    with pytest.raises(ValueError, match=reason):
         apply(model, num_global_heads=2, window=4)
     assert layouts_of(model) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        (torch.float32, "with a DynamicCache its logits differ"),
+        (torch.float16, IN_HALF_PRECISION + "with a DynamicCache its outputs differ"),
+    ],
+)
+def test_a_model_that_forgets_its_positions_with_a_cache_is_refused(dtype, reason):
+    model = make_decoder("llama").to(dtype)
+    attention = model.model.layers[1].self_attn
+    own_forward = attention.forward
+
+    def forward(hidden_states, position_embeddings, **options):
+        if hidden_states.shape[1] == 1:  # as at position 0
+            cos, sin = position_embeddings
+            position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
+        return own_forward(hidden_states, position_embeddings=position_embeddings, **options)
+
+    attention.forward = forward
+    with pytest.raises(ValueError, match=reason):
+        apply(model, num_global_heads=2, window=4)
+
+
+def test_a_model_that_hands_on_other_inputs_with_a_cache_is_refused_in_half_precision():
+    model = make_decoder("gpt2").to(torch.bfloat16)
+    table = model.transformer.wpe
+    own_forward = table.forward
+    table.forward = lambda positions: own_forward(positions if positions.shape[1] > 1 else 0 * positions)
+    with pytest.raises(ValueError, match=r"h.0.attn .*: with a DynamicCache its inputs differ"):
+        apply(model, num_global_heads=2, window=4)
+
+
+@pytest.mark.parametrize("seed", [1, 8])  # a token of these goes to another expert by rounding
+def test_a_mixture_of_experts_in_half_precision_is_not_refused_for_its_rounding(seed):
+    config = hf.MixtralConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8.0 if parameter.ndim >= 2 else 1.0)
+    assert len(apply(model.to(torch.bfloat16), num_global_heads=2, window=3, sink_tokens=1)) == 6
 
 
 @pytest.mark.parametrize(
@@ -439,10 +526,6 @@ def test_bad_calls_are_refused():
     static = hf.StaticCache(config=model.config, max_cache_len=40)
     with pytest.raises(ValueError, match="must hold as many keys as tokens"):
         model(ids, past_key_values=static)
-    seeing = seeing_model()
-    apply(seeing, num_global_heads=2, window=4)
-    with pytest.raises(ValueError, match="as token_type_ids give one"):
-        seeing(input_ids=ids, token_type_ids=torch.zeros_like(ids))
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5

@@ -39,7 +39,7 @@ def decode(model, step, prompt, mask, max_length) -> tuple[list[torch.Tensor], i
     [
         ("llama", 8, 12, 40),  # the ring turns, and loses its first sink, on the way
         pytest.param("llama", 20, 5, 40, marks=pytest.mark.slow),
-        pytest.param("llama", 90, 12, None, marks=pytest.mark.slow),  # room for a quarter more
+        pytest.param("llama", 90, 12, None, marks=pytest.mark.slow),  # memory for a quarter more tokens
         pytest.param("gemma3", 20, 5, 40, marks=pytest.mark.slow),
     ],
 )

@@ -44,10 +44,14 @@ def generate(model, ids, cache=True, mask=None, given=None, **options) -> Any:
     return model.generate(ids, attention_mask=mask, generation_config=settings, **inputs)
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return make_model(request.param)
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_modes_give_what_they_give_without_a_cache(family, mode):
-    model, ids, options = make_model(family), tokens(), MODES[mode]
+def test_all_modes_give_what_they_give_without_a_cache(model, mode):
+    ids, options = tokens(), MODES[mode]
     found = generate(model, ids, **options)
     if mode in ("prompt lookup", "prefill in chunks", "fixed length"):  # these need a cache
         options = MODES["greedy"]
@@ -58,15 +62,24 @@ def test_all_modes_give_what_they_give_without_a_cache(family, mode):
     assert [layer.cache.layout] == (layouts_of(model) or [])[:1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_padded_batches_give_what_their_sequences_give(family):
-    model, ids = make_model(family), tokens(batch=2)
+def test_padded_batches_give_what_their_sequences_give(model):
+    ids = tokens(batch=2)
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     found = generate(model, ids, mask=mask, do_sample=False).sequences[:, 20:]
     short = generate(model, ids[:1, 6:], do_sample=False).sequences[:, 14:]
     whole = generate(model, ids[1:], do_sample=False).sequences[:, 20:]
     assert torch.equal(found, torch.cat([short, whole]))
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams", "fixed length"])
+def test_padding_on_the_right_gives_what_it_gives_without_a_cache(mode):
+    model, ids, options = make_model("llama"), tokens(batch=2), MODES[mode]
+    mask = torch.ones_like(ids)
+    mask[0, -6:] = 0
+    found = generate(model, ids, mask=mask, **options).sequences
+    options = {name: value for name, value in options.items() if name != "cache_implementation"}
+    assert torch.equal(found, generate(model, ids, mask=mask, cache=False, **options).sequences)
 
 
 def test_an_assistant_drafts():
@@ -151,12 +164,24 @@ def test_layers_that_attend_in_chunks_have_no_sink_tokens():
     assert torch.equal(found.sequences, generate(model, ids, cache=False, do_sample=False).sequences)
 
 
-def test_a_returned_cache_goes_on():
+def test_a_returned_cache_can_be_continued():
     model, ids = make_model("llama"), tokens()
     first = generate(model, ids, do_sample=False)
     more = torch.cat([first.sequences, tokens(length=3)], dim=1)
     found = generate(model, more, do_sample=False, given=first.past_key_values)
     assert torch.equal(found.sequences, generate(model, more, cache=False, do_sample=False).sequences)
+
+
+@pytest.mark.parametrize("modes", [("greedy", "prompt lookup"), ("prompt lookup", "prompt lookup"),
+                                   ("prompt lookup", "greedy"), ("greedy", "prefill in chunks")])  # fmt: skip
+def test_a_returned_cache_goes_on_in_another_mode(modes):
+    model, ids = make_model("llama"), tokens()
+    first = generate(model, ids, **MODES[modes[0]])
+    more = torch.cat([first.sequences, tokens(length=3)], dim=1)
+    found = generate(model, more, given=first.past_key_values, **MODES[modes[1]])
+    assert torch.equal(found.sequences, generate(model, more, cache=False, do_sample=False).sequences)
+    assert found.past_key_values is first.past_key_values
+    assert found.past_key_values.get_seq_length() == found.sequences.shape[1] - 1
 
 
 def test_embeddings_in_place_of_tokens():

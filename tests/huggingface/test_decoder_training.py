@@ -14,8 +14,8 @@ def tokens():
     return torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(2))
 
 
-def make_model(family="llama"):
-    model = make_decoder(family)
+def make_model(family="llama", **changes):
+    model = make_decoder(family, **changes)
     heads = 6 if family == "gpt2" else 3
     apply(model, num_global_heads=6 // heads, window=5, sink_tokens=2)
     return model.train()
@@ -44,15 +44,15 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
 
 
 def test_a_compiled_model_has_no_graph_breaks_and_the_same_losses():
-    truth = losses(make_model())
-    model = make_model()
+    truth = losses(make_model(num_hidden_layers=1))
+    model = make_model(num_hidden_layers=1)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert losses(compiled) == pytest.approx(truth, rel=1e-5)
 
 
 def test_a_compiled_model_follows_new_layouts():
-    model = make_model().eval()
+    model = make_model(num_hidden_layers=1).eval()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_a_compiled_model_follows_new_layouts():
 
 
 def test_a_model_that_was_never_called_compiles(tmp_path):
-    model = make_model().eval()
+    model = make_model(num_hidden_layers=1).eval()
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     torch._dynamo.reset()

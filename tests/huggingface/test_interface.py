@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from tests.huggingface.decoders import visible
 from torch import nn
 from transformers import LlamaConfig
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    or_masks,
+)
 
 from longshort import HeadLayout
 from longshort.huggingface.interface import (
@@ -95,7 +100,15 @@ def test_nothing_is_read_twice_for_masks_that_hide_nothing():
     [
         ({"q_offset": 2}, "as many keys as tokens"),
         ({"q_offset": torch.tensor(0)}, "as many keys as tokens"),
-        ({"use_vmap": True}, "a mask function of its own"),
+        (
+            {"attention_mask": torch.ones(2, 4)},
+            "an entry for each of the 5 keys, cached ones included, got 4",
+        ),
+        ({"use_vmap": True, "mask_function": lambda batch, head, query, key: key <= query}, "of its own"),
+        (
+            {"use_vmap": True, "mask_function": or_masks(causal_mask_function, lambda *at: False)},
+            "of its own",
+        ),
         ({"mask_function": lambda batch, head, query, key: query >= 0}, "shows later keys"),
     ],
 )

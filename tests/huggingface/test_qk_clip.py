@@ -42,12 +42,18 @@ def test_a_clipped_head_has_the_threshold_and_others_keep_theirs(family: str) ->
     assert clip.apply([[threshold] * 4, [0.0] * len(before[1])]) == 0
 
 
-@pytest.mark.parametrize("family", CLIPPED)
-def test_keys_are_scaled_only_where_a_head_has_them_for_itself(family: str) -> None:
+@pytest.mark.parametrize("family", ["olmo2", "gpt-neox", "deepseek-v3"])
+def test_each_head_alone_is_clipped_to_the_threshold_and_the_rest_keeps_every_bit(family: str) -> None:
     model = make_decoder(family)
-    clip = QKClip(model, 1.0)
-    kinds = {layer.keys is not None for layer in clip._layers}
-    assert kinds == {family in OWN_KEYS}
+    before, state = logits(model), weights(model)
+    for head, logit in enumerate(before[0]):
+        QKClip(model, 0.5 * logit).apply(
+            [[0.0] * head + [logit] + [0.0] * (3 - head), [0.0] * len(before[1])]
+        )
+        after = logits(model)[0]
+        assert after.pop(head) == pytest.approx(0.5 * logit, rel=1e-6)
+        assert after == before[0][:head] + before[0][head + 1 :]
+        model.load_state_dict(state)
 
 
 @pytest.mark.parametrize("family", CLIPPED)
@@ -58,8 +64,9 @@ def test_finding_and_trying_change_nothing(family: str) -> None:
     before, random_state = weights(model), torch.random.get_rng_state()
     modes = [module.training for module in model.modules()]
     frozen = [parameter.requires_grad for parameter in model.parameters()]
-    QKClip(model)
+    clip = QKClip(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {layer.keys is not None for layer in clip._layers} == {family in OWN_KEYS}
     assert modes == [module.training for module in model.modules()]
     assert frozen == [parameter.requires_grad for parameter in model.parameters()]
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -95,6 +102,7 @@ def test_rows_of_each_kind_of_projection() -> None:
         ("query_key_value.bias", 0, interleaved),
     ]
     assert rows("phi3", 1) == [("qkv_proj.weight", 0, eight)]
+    assert rows("olmo2", 1) == [("q_norm.weight", 0, eight)]  # normalises all heads together
     assert rows("deepseek-v3", 1) == [("q_b_proj.weight", 0, list(range(12, 24)))]
 
 
@@ -103,7 +111,7 @@ def test_qk_norm_is_refused_by_measurement(family: str) -> None:
     model = make_decoder(family)
     before = weights(model)
     with pytest.raises(
-        ValueError, match=r"layers\.\d\.self_attn \(Qwen3\w*Attention\), where a trial found none"
+        ValueError, match=r"layers\.\d\.self_attn \(Qwen3\w*Attention\): its .* QK-norm undoes such scaling"
     ):
         QKClip(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -207,10 +215,6 @@ def test_what_cannot_be_clipped_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"must look up its attention in .* got FalconForCausalLM"):
         QKClip(falcon)
-    shared = make_llama()
-    shared.model.layers[1].self_attn.q_proj = shared.model.layers[0].self_attn.q_proj
-    with pytest.raises(ValueError, match=r"must not share query weights, got layers\.0.* and layers\.1"):
-        QKClip(shared)
 
     class Elsewhere(nn.Module):
         """Queries that are no function of the layer's own weights."""
@@ -220,12 +224,142 @@ def test_what_cannot_be_clipped_is_refused() -> None:
 
     foreign = make_llama()
     foreign.model.layers[0].self_attn.q_proj = Elsewhere()
-    with pytest.raises(ValueError, match=r"got layers\.0\.self_attn"):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn .* not made by weights of one head alone"):
         QKClip(foreign)
     sharded = make_llama()
     sharded.model.norm.weight.ds_id = 1
     with pytest.raises(ValueError, match=r"model\.norm\.weight sharded"):
         QKClip(sharded)
+
+
+def assert_clips(model: Any) -> None:
+    """Assert that clips of the first layer's heads give the threshold, with others unchanged."""
+    before = logits(model)
+    threshold = sum(before[0]) / len(before[0]) if len(before[0]) > 1 else before[0][0] / 2
+    QKClip(model, threshold).apply([before[0], [0.0] * len(before[1])])
+    assert logits(model)[0] == pytest.approx([min(logit, threshold) for logit in before[0]], rel=1e-4)
+
+
+def make(name: str, **settings: Any) -> Any:
+    """A decoder with keys of each head, and weights that are far from a new model's."""
+    shape: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**shape, **settings})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6.0).add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def test_queries_of_zeros_are_tried_too() -> None:
+    normed, plain, partly = make("Qwen3", head_dim=8), make_llama(), make_llama()
+    wanted = plain.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    with torch.no_grad():
+        for layer in normed.model.layers:
+            layer.self_attn.q_proj.weight.zero_()
+        for parameter in plain.model.layers[0].self_attn.q_proj.parameters():
+            parameter.zero_()
+        partly.model.layers[0].self_attn.q_proj.weight[:8] = 0.0
+    zero = normed.model.layers[1].self_attn.q_proj.weight
+    with pytest.raises(ValueError, match="QK-norm undoes such scaling"):
+        QKClip(normed)
+    assert not zero.any()
+    QKClip(partly)
+    clip = QKClip(plain, 1.0)
+    weight = plain.model.layers[0].self_attn.q_proj.weight
+    assert not weight.any()
+    with torch.no_grad():
+        weight.copy_(wanted)
+    clip.apply([[4.0, 0.0, 0.0, 0.0], [0.0] * 4])
+    torch.testing.assert_close(weight[:8], wanted[:8] / 4)
+
+
+def test_keys_that_have_other_uses_are_left_alone() -> None:
+    as_values, of_layers = make("Llama"), make("Llama")
+    attention = as_values.model.layers[0].self_attn
+    attention.v_proj.weight = attention.k_proj.weight
+    first, second = (layer.self_attn for layer in of_layers.model.layers)
+    second.k_proj = first.k_proj
+    for model, has_keys in ((as_values, [False, True]), (of_layers, [False, False])):
+        assert [layer.keys is not None for layer in QKClip(model)._layers] == has_keys
+        assert_clips(model)
+
+
+def test_queries_that_have_other_uses_are_refused_by_name() -> None:
+    in_mlp, of_layers, as_keys, as_output = (make("Llama") for _ in range(4))
+    in_mlp.model.layers[0].mlp.up_proj = in_mlp.model.layers[0].self_attn.q_proj
+    of_layers.model.layers[1].self_attn.q_proj = of_layers.model.layers[0].self_attn.q_proj
+    as_keys.model.layers[0].self_attn.k_proj.weight = as_keys.model.layers[0].self_attn.q_proj.weight
+    as_output.model.layers[0].self_attn.o_proj.weight = as_output.model.layers[0].self_attn.q_proj.weight
+    for model in (in_mlp, of_layers, as_keys, as_output):
+        before = weights(model)
+        with pytest.raises(
+            ValueError, match=r"got layers\.0\.self_attn \(L\w+\): its q_proj\.weight has other uses"
+        ):
+            QKClip(model)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_values_must_stay_as_they_are() -> None:
+    """A layer whose values come from its keys, by no weight of their own."""
+    model = make("Llama")
+    attention = model.model.layers[0].self_attn
+
+    class KeysOfLastCall(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return attention.k_proj(x)
+
+    attention.v_proj = KeysOfLastCall()
+    assert [layer.keys is not None for layer in QKClip(model)._layers] == [False, True]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft
+def test_layers_of_one_head() -> None:
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=1, n_positions=64)
+    transposed = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in transposed.parameters():
+            parameter.mul_(6.0).add_(0.1 * torch.randn_like(parameter))
+    assert find_projections(transposed)[0].queries[0][0].indices.tolist() == list(range(32))
+    assert_clips(transposed)
+    lora = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    assert_clips(peft.get_peft_model(make_llama(num_attention_heads=1, num_key_value_heads=1), lora))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("Cohere", {"use_qk_norm": True}), ("StableLm", {"qk_layernorm": True})]
+)
+def test_gains_of_each_head_are_scaled_where_a_norm_undoes_all_else(
+    name: str, settings: dict[str, Any]
+) -> None:
+    model = make(name, **settings)
+    before = weights(model)
+    assert_clips(model)
+    changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed and all("norm" in key for key in changed)
+
+
+def test_clipped_queries_are_not_called_normalised() -> None:
+    with pytest.raises(ValueError, match="queries do not scale with their weights, as if they were clipped"):
+        QKClip(make("Olmo", clip_qkv=0.5))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft
+def test_parameters_must_stay_the_same_objects() -> None:
+    replaced, model = make_llama(), adapted()
+    clips = [QKClip(replaced, 1.0), QKClip(model, 1.0)]
+    replaced.load_state_dict(weights(replaced), assign=True)
+    model.merge_and_unload()
+    for clip in clips:
+        with pytest.raises(ValueError, match=r"got others in layers\.0\.self_attn.*make another QKClip"):
+            clip.apply([[2.0] * 4] * 2)
+    with pytest.raises(ValueError, match="make another QKClip"):
+        clips[1].restore_frozen([[0.5] * 4] * 2)
 
 
 def test_bad_input() -> None:

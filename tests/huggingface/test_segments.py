@@ -75,14 +75,13 @@ def test_a_document_begins_where_a_visible_position_falls(data: st.DataObject) -
     length = data.draw(st.integers(1, 9))
     positions = data.draw(st.lists(st.integers(-2, 5), min_size=length, max_size=length))
     mask = data.draw(st.none() | st.lists(st.integers(0, 1), min_size=length, max_size=length))
-    expected, document, before = [], 0, None
+    expected, document, before, last = [], 0, None, 0
     for position, is_visible in zip(positions, mask or [1] * length, strict=True):
-        if not is_visible:
-            expected.append(-1)
-            continue
-        document += before is not None and (position < before or position == 0)
-        before = position
-        expected.append(document)
+        if is_visible:
+            document += before is not None and (position < min(before, last) or position == 0)
+            before = position
+        expected.append(document if is_visible else -1)
+        last = position
     found = segments(None if mask is None else [mask], [positions])
     assert (found or [[0] * length]) == [expected]
 
@@ -99,6 +98,14 @@ def test_positions_as_generate_makes_them_are_not_packed(fill: int) -> None:
     positions = (torch.tensor(mask).cumsum(-1) - 1).masked_fill(torch.tensor(mask) == 0, fill)
     expected = [[-1, -1, -1, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, -1, 0, 0, -1]]
     assert segments(mask, positions.tolist()) == expected
+
+
+def test_generation_continues_after_padding_on_the_right() -> None:
+    mask = [[1, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]]
+    positions = [[0, 1, 2, 0, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6]]
+    assert segments(mask, positions) == [[0, 0, 0, -1, -1, 0, 0], [0] * 7]
+    # a new sequence
+    assert segments(mask[:1], [[0, 1, 2, 0, 0, 0, 1]]) == [[0, 0, 0, -1, -1, 1, 1]]
 
 
 def test_positions_that_count_padding_too_are_not_packed() -> None:

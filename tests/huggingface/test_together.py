@@ -140,12 +140,16 @@ def visible_pairs(is_token: Tensor) -> Tensor:
 
 
 def truth_of_step(calls: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> Truth:
-    """The maxima and the mean over the passes of a step."""
+    """The maxima and the mean over the rows of all passes of a step."""
     found = [
         truth(q.to(dtype), k.to(dtype), visible_pairs(ids[:, 0, 0] >= 0), q.shape[3] ** -0.5)
         for q, k, ids in calls
     ]
-    entropies = [sum(values) / len(found) for values in zip(*(part.entropy for part in found), strict=True)]
+    rows = [int((ids[:, 0, 0] >= 0).sum()) for _, _, ids in calls]
+    entropies = [
+        sum(value * count for value, count in zip(values, rows, strict=True)) / sum(rows)
+        for values in zip(*(part.entropy for part in found), strict=True)
+    ]
     maxima, ranges = (
         [max(values) for values in zip(*(getattr(part, name) for part in found), strict=True)]
         for name in ("max_logit", "row_range")

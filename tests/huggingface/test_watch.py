@@ -19,7 +19,7 @@ from tests.huggingface.watched_decoders import (
 )
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from longshort import HeadLayout
 from longshort.huggingface import LogitMonitor
@@ -164,6 +164,21 @@ def test_several_passes_give_the_maxima_and_the_means() -> None:
             assert entropy == pytest.approx(sum(parts_of_it) / 3, rel=1e-12)
 
 
+def test_the_entropy_is_the_mean_over_all_rows() -> None:
+    model = make_llama()
+    parts = [tokens(batch, length) for batch, length in ((1, 20), (3, 5), (1, 1))]
+    with torch.no_grad(), LogitMonitor(model) as monitor:
+        for part in parts:
+            model(part, use_cache=False)
+    together, alone = monitor.reading(), [read(model, part) for part in parts]
+    rows = [part.numel() for part in parts]
+    for layer, heads in enumerate(together.entropy_by_head):
+        for head, entropy in enumerate(heads):
+            each = [reading.entropy_by_head[layer][head] for reading in alone]
+            weighted = sum(mean * count for mean, count in zip(each, rows, strict=True)) / sum(rows)
+            assert entropy == pytest.approx(weighted, rel=1e-6)
+
+
 def test_decoding_with_a_cache_sees_all_its_keys() -> None:
     model, ids = make_decoder("mistral").eval(), tokens(length=12)
     model.set_attn_implementation("eager")
@@ -240,6 +255,30 @@ def test_functions_of_others_survive() -> None:
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_ATTENTION_FUNCTIONS["mine"]
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not mine
+
+
+def test_a_function_that_is_registered_meanwhile_is_called_at_once_and_later() -> None:
+    model, calls = make_llama(), []
+    before, plain = dict(ALL_ATTENTION_FUNCTIONS), ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return plain(*args, **kwargs)
+
+    try:
+        with LogitMonitor(model) as monitor:
+            model(tokens())
+            AttentionInterface.register("sdpa", mine)
+            model(tokens(seed=1))
+        assert len(calls) == 2  # layers
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is mine
+        model(tokens())
+        assert len(calls) == 4
+        both = monitor.reading().max_logit
+        assert both == max(read(model, tokens(seed=seed)).max_logit for seed in (0, 1))
+    finally:
+        AttentionInterface.register("sdpa", plain)
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
 
 
 def test_other_models_are_not_measured() -> None:

@@ -217,7 +217,7 @@ def test_drafts_from_the_prompt_are_taken_back() -> None:
     assert torch.equal(out, greedy_by_hand(model, ids, steps=40))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_long_drafts_of_an_assistant_are_taken_back(seed: int) -> None:
     model, assistant = make_model(max_position_embeddings=400), make_model(seed, max_position_embeddings=400)
     assistant.generation_config.num_assistant_tokens = 180

@@ -6,8 +6,10 @@ import json
 from itertools import combinations, pairwise
 
 import pytest
+from tests.studies.in_process import run_here
 from tests.studies.planted import fill, judge, noise, outcomes
 
+from longshort.studies import catalogue
 from longshort.studies.allocation import (
     GREEDY,
     ONE_AT_A_TIME,
@@ -226,7 +228,9 @@ def smoke(tmp_path_factory):
     settings = StudySettings(
         "allocation", scale="smoke", source=str(folder / "texts"), out=folder / "out", jobs=1
     )
-    run_studies(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "run_trials", run_here)
+        run_studies(settings)
     return settings
 
 

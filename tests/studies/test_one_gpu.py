@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.studies.in_process import run_here
 from tests.studies.planted import fill, noise
 
 from longshort.cli import main
@@ -60,7 +61,9 @@ def settings(texts, out, **changes):
 @pytest.fixture(scope="module")
 def whole(texts, tmp_path_factory):
     chosen = settings(texts, tmp_path_factory.mktemp("whole") / "out")
-    return chosen, run_studies(chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "run_trials", run_here)
+        return chosen, run_studies(chosen)
 
 
 def test_four_trainings_end_with_models_in_bf16(whole):
@@ -95,6 +98,7 @@ def test_weights_are_those_of_the_run_rounded(whole):
             assert torch.equal(theirs.to(torch.bfloat16), ours)
 
 
+@pytest.mark.slow
 def test_calls_of_minutes_come_to_the_same_results(whole, texts, tmp_path, monkeypatch):
     out = tmp_path / "out"
 

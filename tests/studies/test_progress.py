@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.studies.planted import fill, judge, outcomes
+from tests.studies.planted import fill, findings_of, judge, outcomes
 from tests.studies.planted_progress import planted
 
 from longshort.studies.language.alarms import WARNING
@@ -92,7 +92,9 @@ def test_logits_that_are_smaller_at_each_length(tmp_path, factors, outcome):
     result_of = planted(logit=logit)
     by_length = STUDY.scales["overnight"].length_arms.values()
     trials = [arm.trial(3e-3, seed) for arms in by_length for arm in arms.values() for seed in range(3)]
-    found = STUDY.findings("overnight", range(3), {trial.key: result_of(trial) for trial in trials}, tmp_path)
+    found = findings_of(
+        STUDY, "overnight", range(3), {trial.key: result_of(trial) for trial in trials}, tmp_path
+    )
     assert outcomes(found)[MITIGATION.id] == outcome
 
 
@@ -113,7 +115,7 @@ def judge_mechanism(result_of, folder) -> str:
     arms = STUDY.scales["overnight"].mechanism_arms
     trials = [arm.trial(arm.ladder.rates[0], seed) for arm in arms for seed in range(3)]
     results = {trial.key: result_of(trial) for trial in trials}
-    return outcomes(STUDY.findings("overnight", range(3), results, folder))[MECHANISM.id]
+    return outcomes(findings_of(STUDY, "overnight", range(3), results, folder))[MECHANISM.id]
 
 
 @pytest.mark.parametrize(
@@ -204,14 +206,14 @@ def test_half_of_the_results_are_drawn_and_judged_as_far_as_they_go(tmp_path):
     whole = fill(STUDY, "overnight", range(3), planted())
     for count in (0, 1, 5, len(whole) // 2):
         part = dict(list(whole.items())[:count])
-        found = STUDY.findings("overnight", range(3), part, tmp_path)
+        found = findings_of(STUDY, "overnight", range(3), part, tmp_path)
         is_measured = [outcome != NOT_MEASURED for outcome in outcomes(found).values()]
         assert any(is_measured) == (count > 5)
 
 
 def test_other_seeds_are_predicted_at_the_end_and_at_equal_losses(tmp_path):
     results = fill(STUDY, "laptop", range(3), planted())
-    found = STUDY.findings("laptop", range(3), results, tmp_path).predictions
+    found = findings_of(STUDY, "laptop", range(3), results, tmp_path).predictions
     assert list(found) == ["MHSA", "LS", "LS, no global head"]
     assert {"constant_loss", "validation_loss", "max_logit at 2.0", "row_range at 1.3"} <= set(found["LS"])
     interval = found["LS"]["max_logit at 2.0"]

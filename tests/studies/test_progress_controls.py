@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.studies.planted import fill, noise
+from tests.studies.planted import fill, findings_of, noise
 from tests.studies.planted_progress import audit, planted
 
 from longshort.studies.framework.comparison import measure_arms
@@ -61,7 +61,7 @@ def section(found, heading):
 
 
 def findings(result_of, folder):
-    return STUDY.findings("overnight", range(3), fill(STUDY, "overnight", range(3), result_of), folder)
+    return findings_of(STUDY, "overnight", range(3), fill(STUDY, "overnight", range(3), result_of), folder)
 
 
 def growing(power):

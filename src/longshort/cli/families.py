@@ -26,9 +26,9 @@ _INTRODUCTION = f"""\
 # Families of decoders
 
 `longshort families` wrote this page. It shows what works for the causal language models of
-transformers {transformers.__version__}, tried on a small model of each with random weights: *use* is `apply`,
-*cache* `generate()` with a split cache, *watch* `LogitMonitor` and *clip* `QKClip`. A number refers to a
-reason below the table."""
+transformers {transformers.__version__}, tried on a small model of each with random weights, and on one with
+sliding layers where the default config has none: *use* is `apply`, *cache* `generate()` with a split cache,
+*watch* `LogitMonitor` and *clip* `QKClip`. A number refers to a reason below the table."""
 
 # Replacements for what differs between models in reasons that are otherwise equal.
 _NAMES = (

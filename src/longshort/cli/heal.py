@@ -13,8 +13,8 @@ from rich.table import Table
 
 from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
-from longshort.conversion.healing import HealSettings, heal
-from longshort.conversion.reports import healing_rows, write_healing
+from longshort.conversion.healing import Healing, HealSettings, heal
+from longshort.conversion.reports import healing_rows, unreported_healing, write_healing
 from longshort.training.parallel import connect
 
 if TYPE_CHECKING:
@@ -42,17 +42,7 @@ class HealFlags(HealSettings):
 
 def run(arguments: list[str]) -> int:
     flags = parse(HealFlags, "heal", arguments)
-    if flags.threads is not None:
-        torch.set_num_threads(flags.threads)
-    with connect(flags.device) as ranks, progress_bar() as show:
-
-        def report(name: str, now: Progressed) -> None:
-            if now.planned is None:
-                show(name, now.step, None)
-            else:
-                show(f"{name}, loss {now.last_held_out:.3f}" if now.lines else name, now.step, now.planned)
-
-        healing = heal(flags, ranks.device, report)
+    healing = unreported_healing(flags.model) or _heal(flags)
     output = console()
     table = Table(box=None)
     for index, name in enumerate(("held-out loss", "nats per token", "above the original")):
@@ -70,3 +60,17 @@ def run(arguments: list[str]) -> int:
         markup=False,
     )
     return 0
+
+
+def _heal(flags: HealFlags) -> Healing:
+    if flags.threads is not None:
+        torch.set_num_threads(flags.threads)
+    with connect(flags.device) as ranks, progress_bar() as show:
+
+        def report(name: str, now: Progressed) -> None:
+            if now.planned is None:
+                show(name, now.step, None)
+            else:
+                show(f"{name}, loss {now.last_held_out:.3f}" if now.lines else name, now.step, now.planned)
+
+        return heal(flags, ranks.device, report)

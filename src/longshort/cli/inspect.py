@@ -11,9 +11,10 @@ from rich.table import Table
 
 from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
-from longshort.cli.pretrained import SearchFlags, search_heads
+from longshort.cli.pretrained import SearchFlags, cut_windows, open_with_text, search_heads
 from longshort.cli.units import format_bytes
-from longshort.conversion.reports import LAYOUT_FILE, proposal_table
+from longshort.conversion.reports import LAYOUT_FILE, excess_text, proposal_table
+from longshort.conversion.text import split_held_out
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +42,9 @@ def run(arguments: list[str]) -> int:
     flags = parse(InspectFlags, "inspect", arguments)
     out = flags.out or Path("inspections") / Path(flags.model).name
     with progress_bar() as show:
-        _, _, found = search_heads(flags, flags.model, out, show)
+        pretrained, tokens = open_with_text(flags, flags.model, flags.text)
+        parts = cut_windows(flags, pretrained, split_held_out(tokens)[0])
+        found = search_heads(flags, flags.model, pretrained, parts, out, show)
     output = console()
     print_proposals(output, found, flags.cache_length)
     output.print(f"layout: {out / LAYOUT_FILE}\nreport: {out / 'report.html'}", markup=False)
@@ -58,9 +61,10 @@ def print_proposals(output: Console, found: Inspection, length: int) -> None:
         table.add_row(*row)
     output.print("rise of the loss against all heads global, nats per token, on each part of the text")
     output.print(table)
+    if excess := excess_text(found):
+        output.print(excess, markup=False)
     heads = found.heads
-    everything = heads.layouts(heads.candidates, found.window, found.sink_tokens)
-    before, after = (heads.cache_bytes(layouts, length, 2) for layouts in (everything, found.layouts))
+    before, after = heads.original_cache_bytes(length, 2), heads.cache_bytes(found.layouts, length, 2)
     output.print(
         f"cache of {length:,} tokens in bf16: {format_bytes(after)}, was {format_bytes(before)} "
         f"({after / before:.1%})",

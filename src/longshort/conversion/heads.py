@@ -80,7 +80,9 @@ class DecoderHeads:
         return frozenset(kept)
 
     def cache_bytes(self, layouts: Sequence[HeadLayout | None], length: int, itemsize: int) -> int:
-        """Count the bytes of keys and values kept after `length` tokens of one sequence.
+        """Count the bytes of keys and values that a `SplitCache` keeps after `length` tokens of one sequence.
+
+        It may reserve up to a quarter more for global heads, so that it grows less often.
 
         Args:
             layouts: of all layers, None where one does not attend.
@@ -100,6 +102,23 @@ class DecoderHeads:
                     reaches.append(layer.sliding_window)
                 total += min(reaches) * (layer.head_dim + layer.value_dim) * itemsize
         return total
+
+    def original_cache_bytes(self, length: int, itemsize: int) -> int:
+        """Count the bytes of keys and values that the cache of transformers keeps, without layouts.
+
+        A sliding window counts the query's own token, which the next query does not need: it keeps one less.
+
+        Args:
+            length: tokens of one sequence.
+            itemsize: bytes of one number.
+        """
+        return sum(
+            (length if layer.sliding_window is None else min(length, layer.sliding_window - 1))
+            * layer.num_kv_heads
+            * (layer.head_dim + layer.value_dim)
+            * itemsize
+            for layer in self.layers
+        )
 
 
 def find_heads(model: PreTrainedModel) -> DecoderHeads:

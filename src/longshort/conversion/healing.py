@@ -11,7 +11,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +20,7 @@ from annotated_types import Ge, Gt, Le
 
 from longshort.checks import check_fields
 from longshort.conversion.heads import find_heads
-from longshort.conversion.losses import attending, token_losses
+from longshort.conversion.losses import attending, mean_loss
 from longshort.conversion.models import save_into
 from longshort.conversion.short_training import STATE_FILE, Progressed, Recipe, ShortTraining
 from longshort.data import Batches, DataFolder, load_tokenizer, prepare, validation_windows
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLDER, UNHEALED = "healing", "unhealed"
+OUTCOME_FILE, REPORT_FILE = "outcome.json", "report.html"
 _WEIGHTS = "model*.safetensors*"
 _SETTINGS = "settings.json"
 _MINUTES = 20.0
@@ -52,7 +53,8 @@ class HealSettings:
     """Folder of the converted model."""
 
     data: Path
-    """Folder that `longshort data` wrote with the model's tokenizer, or a folder or file of text."""
+    """Folder that `longshort data` wrote with the model's tokenizer, or a source of text as that command
+    takes it: a file, a folder, stdlib."""
 
     minutes: Annotated[float, Gt(0)] | None = None
     """Time to train, measurements included. None: 20, or with --steps no limit."""
@@ -103,7 +105,7 @@ class HealSettings:
         minutes = _MINUTES if self.minutes is None and self.steps is None else self.minutes
         seconds = None if minutes is None else 60 * minutes
         weight = 0.0 if self.distill is None else self.distill_weight
-        return Recipe(self.steps, seconds, rate, weight)
+        return Recipe(self.steps, seconds, rate, weight, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,11 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
         OSError: a file could not be written.
     """
     folder = settings.model / FOLDER
-    outcome = folder / "outcome.json"
+    outcome = folder / OUTCOME_FILE
     if outcome.exists():
         raise FileExistsError(f"{settings.model} is healed already; {folder} has the report")
     is_begun = _compare_settings(settings, folder)
-    kept = settings.model / UNHEALED  # is there if the end of a healing was interrupted
-    held = kept if kept.exists() else settings.model
-    pretrained = load_decoder(held, dtype=torch.float32, device=device)
+    pretrained = _load_unhealed(settings, device)
     if layouts_of(pretrained.model) is None:
         raise ValueError(f"{settings.model} must be a converted model, got one without layouts")
     teacher = None if settings.distill is None else _open_teacher(settings.distill, pretrained, device)
@@ -163,17 +163,44 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
     training = ShortTraining(model, batches, held_out, settings.recipe, folder, teacher)
     goal = None if settings.full_budget else original + settings.until_rise
     healed = training.run(lambda now: say("healing", now), goal)
-    reference, is_complete = None, healed.is_done
-    if healed.is_done and settings.reference:
+    if not healed.is_done:
+        return Healing(original, healed, None, is_complete=False)
+    trained = _as_saved(model, settings, pretrained.saved_dtype)
+    healed = _measured_last(healed, trained, held_out)
+    reference = None
+    if settings.reference:
         reference = _train_original(settings, healed, batches, held_out, device, say)
-        is_complete = reference.is_done
+    is_complete = reference is None or reference.is_done
     if is_complete:
-        trained = model.merge_and_unload() if settings.lora else model
         replace_weights(settings.model, pretrained._replace(model=trained))
+        (folder / REPORT_FILE).unlink(missing_ok=True)  # of an interruption
         replace_file(outcome, strict_json(_content(settings, original, healed, reference)).encode())
         for state in folder.rglob(STATE_FILE):
             state.unlink()
     return Healing(original, healed, reference, is_complete)
+
+
+def read_healing(model: Path) -> Healing | None:
+    """Read how a healing that is complete went from MODEL/healing/outcome.json; None if there is none.
+
+    Raises:
+        OSError: the file could not be read.
+    """
+    file = model / FOLDER / OUTCOME_FILE
+    if not file.exists():
+        return None
+    content = json.loads(file.read_text())
+
+    def progressed(lines: list[dict[str, float]]) -> Progressed:
+        return Progressed(content["steps"], None, lines[-1]["seconds"], lines, is_done=True)
+
+    reference = content["reference_lines"]
+    return Healing(
+        content["original_loss"],
+        progressed(content["lines"]),
+        None if reference is None else progressed(reference),
+        is_complete=True,
+    )
 
 
 def replace_weights(folder: Path, pretrained: Pretrained) -> None:
@@ -196,6 +223,11 @@ def replace_weights(folder: Path, pretrained: Pretrained) -> None:
     for file in sorted(partial.glob(_WEIGHTS)):
         file.replace(folder / file.name)
     shutil.rmtree(partial)
+
+
+def _load_unhealed(settings: HealSettings, device: torch.device | str) -> Pretrained:
+    kept = settings.model / UNHEALED  # exists if the end of a healing was interrupted
+    return load_decoder(kept if kept.exists() else settings.model, dtype=torch.float32, device=device)
 
 
 def _compare_settings(settings: HealSettings, folder: Path) -> bool:
@@ -240,30 +272,33 @@ def _windows(data: DataFolder, settings: HealSettings) -> Int64[Tensor, "count l
     return torch.cat([batch.input_ids, batch.labels[:, -1:]], dim=1)
 
 
-@torch.no_grad()
 def _loss_of_original(model: PreTrainedModel, held_out: Tensor, folder: Path) -> float:
     """Measure the model with all heads global, before anything is trained."""
     file = folder / "original.json"
     if not file.exists():
         heads = find_heads(model)
         with attending(heads.layouts(heads.candidates, 1, 0)):
-            losses = [token_losses(model, window).mean().item() for window in held_out]
-        replace_file(file, strict_json({"loss": sum(losses) / len(losses)}).encode())
+            loss = mean_loss(model, held_out)
+        replace_file(file, strict_json({"loss": loss}).encode())
     return json.loads(file.read_text())["loss"]
 
 
 def _train_original(
     settings: HealSettings, healed: Progressed, batches: Batches, held_out: Tensor, device: Any, say: Report
 ) -> Progressed:
-    """Train the unhealed weights, with all heads global, by the same schedule."""
-    kept = settings.model / UNHEALED
-    held = kept if kept.exists() else settings.model
-    original = load_decoder(held, dtype=torch.float32, device=device).model
-    remove(original)
-    recipe = Recipe(healed.planned or healed.step, None, settings.recipe.learning_rate, 0.0)
-    model = _trainable(original, settings)
+    """Train the unhealed weights, with all heads global, at the same learning rates."""
+    original = _load_unhealed(settings, device)
+    remove(original.model)
+    rates = tuple(line["learning_rate"] for line in healed.lines[1:])
+    recipe = replace(
+        settings.recipe, steps=healed.planned or healed.step, seconds=None, distill_weight=0.0, rates=rates
+    )
+    model = _trainable(original.model, settings)
     training = ShortTraining(model, batches, held_out, recipe, settings.model / FOLDER / "reference")
-    return training.run(lambda now: say("reference", now), steps=healed.step)
+    trained = training.run(lambda now: say("reference", now), steps=healed.step)
+    if not trained.is_done:
+        return trained
+    return _measured_last(trained, _as_saved(model, settings, original.saved_dtype), held_out)
 
 
 def _trainable(model: PreTrainedModel, settings: HealSettings) -> Any:
@@ -279,6 +314,22 @@ def _trainable(model: PreTrainedModel, settings: HealSettings) -> Any:
     with warnings.catch_warnings():  # peft asks transformers for a deprecated name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, config)
+
+
+@torch.no_grad()
+def _as_saved(model: Any, settings: HealSettings, dtype: torch.dtype) -> PreTrainedModel:
+    """Merge the factors, if there are any, and round the weights as saving in a dtype does."""
+    trained = (model.merge_and_unload() if settings.lora else model).eval()
+    for entry in trained.state_dict().values():
+        if isinstance(entry, torch.Tensor) and entry.is_floating_point():
+            entry.copy_(entry.to(dtype))
+    return trained
+
+
+def _measured_last(progressed: Progressed, trained: PreTrainedModel, held_out: Tensor) -> Progressed:
+    """Let the last loss be that of the weights in files, which differs by what was rounded."""
+    last = {**progressed.lines[-1], "held_out_loss": mean_loss(trained, held_out)}
+    return replace(progressed, lines=[*progressed.lines[:-1], last])
 
 
 def _open_teacher(name: Path, pretrained: Pretrained, device: Any) -> nn.Module:

@@ -1,7 +1,8 @@
 """The search for the key/value heads of a decoder that need the distance, and a layout within a budget.
 
 The text is cut into three parts that share nothing. On the first, heads are ranked and layouts searched; the
-second decides which of the layouts is proposed; on the third their losses are reported.
+second decides which of the layouts is proposed; on the third their losses are reported. A limit of the rise
+holds on the first and on the second.
 
 The layouts are
 
@@ -19,6 +20,7 @@ would cost, in a pass for each.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -42,6 +44,7 @@ from longshort.conversion.search import (
     layer_units,
     score_path,
 )
+from longshort.evaluation.positions import position_limit
 from longshort.huggingface import apply, layouts_of, remove
 from longshort.layout import HeadLayout
 
@@ -102,6 +105,16 @@ class Inspection:
         return self.proposals[0]
 
     @property
+    def excess(self) -> float:
+        """The nats per token by which the proposed layout exceeds a limit of the rise on the report part.
+
+        0 if it keeps to the limit, or there is none.
+        """
+        if not isinstance(self.budget, LimitRise):
+            return 0.0
+        return max(0.0, self.best.rises["report"] - self.budget.nats)
+
+    @property
     def layouts(self) -> list[HeadLayout | None]:
         """The proposed layout of each layer."""
         return self.heads.layouts(self.best.kept, self.window, self.sink_tokens)
@@ -140,7 +153,13 @@ def inspect_heads(
         raise ValueError(f"measure must be 'gate' or 'loss', got {measure!r}")
     if len(parts) != len(PARTS):
         raise ValueError(f"parts must be windows for {', '.join(PARTS)}, got {len(parts)} parts")
+    limit = position_limit(model)
     for part in parts:
+        if limit is not None and part.shape[1] > limit:
+            raise ValueError(
+                f"parts must hold windows of at most {limit} tokens, the model's learned positions, got "
+                f"{part.shape[1]}"
+            )
         if part.shape[1] <= window + sink_tokens:
             raise ValueError(
                 f"parts must hold windows longer than window + sink_tokens = {window + sink_tokens}, got "
@@ -221,7 +240,7 @@ class _Search:
     def _cut(self, order: list[Unit], most: int | None) -> Kept:
         """Keep as many of the first units as the budget allows, or as few as it needs."""
         if most is None:
-            return fewest_within(order, self._highest(), self._rank_loss)
+            return fewest_within(order, self._highest, self._rise)
         return first_units(order, most)
 
     def _mix(self, found: dict[str, Kept], most: int | None) -> Kept:
@@ -234,20 +253,31 @@ class _Search:
         kept = exchange(
             start, units, _SHORTLIST, _EXCHANGES, self._changes, self._measured_changes, self._rank_loss
         )
-        if most is None:  # a lower loss may allow fewer heads
+        if most is None:  # a lower loss may allow fewer heads, unless only the ranking part gained
+            kept = kept if self._rise(kept) <= self._highest else start
             kept = self._cut(by_score(self._scores, [unit for unit in units if unit <= kept]), most)
         return kept
 
     def _preference(self, proposal: Proposal) -> tuple[float, float]:
         """Return a key that sorts proposals by their rises on the choice part, the best first."""
         rise, count = proposal.rises["choice"], float(len(proposal.kept))
-        if not isinstance(self._budget, LimitRise):
-            return rise, count
-        return (float("inf"), rise) if rise > self._budget.nats else (count, rise)
+        return (count, rise) if isinstance(self._budget, LimitRise) else (rise, count)
 
+    @property
     def _highest(self) -> float:
+        """The rise that is allowed."""
         assert isinstance(self._budget, LimitRise)
-        return self._rank_loss(frozenset(self._heads.candidates)) + self._budget.nats
+        return self._budget.nats
+
+    def _rise(self, kept: Kept) -> float:
+        """Measure the rise of the loss on ranking and choice: the larger, or the first that is too large."""
+        everything = frozenset(self._heads.candidates)
+        largest = -math.inf
+        for part in ("ranking", "choice"):
+            largest = max(largest, self._loss(kept, part) - self._loss(everything, part))
+            if largest > self._highest:
+                break
+        return largest
 
     def _changes(self, kept: Kept, units: Sequence[Unit]) -> list[float]:
         """Estimate to first order how the loss changes if each of the units alone is flipped."""
@@ -329,7 +359,8 @@ class _Search:
         elif most is not None:
             slopes += _DESCENTS
         if most is None:
-            losses += 3 * heads.bit_length()
+            choice = self._parts["choice"].numel() / self._parts["ranking"].numel()
+            losses += 3 * heads.bit_length() * (1 + choice)
         proposals = 5 * sum(part.numel() for part in self._parts.values()) / self._parts["ranking"].numel()
         return slopes * _SLOPE_COST + losses + proposals + 1.5
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _SAMPLES = 64
+_UNRELATED = ("_name_or_path", "transformers_version")  # entries of a config
 FORMAT = "longshort journal 1"
 
 
@@ -90,14 +91,19 @@ class Journal:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of a model's weights, made of evenly spaced numbers of every tensor and of its shape."""
+    """Return a hash of a model: of evenly spaced numbers of each parameter and buffer, their shapes, and the
+    config, without the place and the version of transformers that it came from."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        places = torch.arange(_SAMPLES, device=flat.device) * (len(flat) - 1) // (_SAMPLES - 1)
-        chosen = flat[places]
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(chosen.double().cpu().numpy().tobytes())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        flat = tensor.detach().reshape(-1)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if len(flat):
+            places = torch.arange(_SAMPLES, device=flat.device) * (len(flat) - 1) // (_SAMPLES - 1)
+            digest.update(flat[places].double().cpu().numpy().tobytes())
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        content = {name: value for name, value in config.to_dict().items() if name not in _UNRELATED}
+        digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ _LARGEST_STORE = 2 * 2**30
 
 @contextmanager
 def attending(layouts: Sequence[HeadLayout | None]) -> Iterator[None]:
-    """Let a model that attends by layouts use these instead of its own."""
+    """Replace the layouts of a model that attends by layouts, inside the context."""
 
     def layout_of(call: Any) -> HeadLayout:
         layout = layouts[call.module.layer_idx]
@@ -46,6 +46,13 @@ def token_losses(model: Any, window: Int64[Tensor, " length"]) -> Float[Tensor, 
     logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
     parts = zip(logits.split(_ROWS), ids[1:].split(_ROWS), strict=True)
     return torch.cat([F.cross_entropy(part.float(), labels, reduction="none") for part, labels in parts])
+
+
+@torch.no_grad()
+def mean_loss(model: Any, windows: Int64[Tensor, "count length"]) -> float:
+    """Measure the mean loss of windows, nats per token, with a model in the mode that it is in."""
+    losses = [token_losses(model, window).mean().item() for window in windows]
+    return sum(losses) / len(losses)
 
 
 class LossMeter:

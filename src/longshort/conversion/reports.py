@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longshort.conversion.budget import Budget
 from longshort.conversion.converting import HELD_OUT_FILE, Conversion
-from longshort.conversion.healing import FOLDER, Healing
+from longshort.conversion.healing import FOLDER, REPORT_FILE, Healing, read_healing
 from longshort.conversion.inspection import Inspection, Measure, inspect_heads
 from longshort.conversion.journal import Journal, fingerprint, hash_tokens
 from longshort.conversion.layout_file import write_layouts
@@ -96,7 +96,8 @@ def inspect_into(
                         "The rise of the loss against all heads global, in nats per token. Layouts were "
                         "searched on the ranking part of the text; the choice part decided which is "
                         "proposed; the report part was used for nothing else."
-                    )
+                    ),
+                    *filter(None, [excess_text(found)]),
                 ],
                 table=proposal_table(found),
                 figures=[Figure(bars, "Rise on the report part, by how the heads were ranked.")],
@@ -146,6 +147,16 @@ def inspection_content(found: Inspection) -> dict[str, Any]:
     }
 
 
+def excess_text(found: Inspection) -> str | None:
+    """Say that the loss rises too much on the report part; None if it does not."""
+    if not found.excess:
+        return None
+    return (
+        f"on the report part the loss rises by {found.best.rises['report']:.4f}, {found.excess:.4f} above "
+        "the limit; the layout keeps to it on the other two. More windows would give a better estimate."
+    )
+
+
 def proposal_table(found: Inspection) -> Table:
     """Return the layouts with their global heads, the layers without one, and rises of the loss by part."""
     rows = []
@@ -166,18 +177,11 @@ def write_conversion(
     layouts: Sequence[HeadLayout | None],
     about: Mapping[str, Any],
 ) -> Path:
-    """Write OUT/conversion.json, OUT/layout.json, the figures and OUT/report.html; return the page.
+    """Write OUT/layout.json, the figures, OUT/report.html and at last OUT/conversion.json; return the page.
 
     Raises:
         OSError: a file could not be written.
     """
-    write_layouts(out / LAYOUT_FILE, layouts, about)
-    content = {
-        **about,
-        "loss": f"mean cross-entropy in nats of all tokens but the first of each window of {HELD_OUT_FILE}",
-        **asdict(conversion),
-    }
-    replace_file(out / CONVERSION_FILE, strict_json(_with_text_keys(content)).encode())
     folder = out / _FIGURES
     sections = [Section("Loss", table=_loss_table(conversion))]
     if conversion.losses:
@@ -191,10 +195,13 @@ def write_conversion(
         state: [(float(length), size[state] / 2**20) for length, size in conversion.cache.items()]
         for state in ("before", "after")
     }
+    caption = "Keys and values by length; the cache may reserve up to a quarter more."
     picture = draw_lines(cache, "Cache of one sequence", "tokens", "MiB", folder / "cache.png")
     sections.append(
         Section(
-            "Cache and latency", table=_cost_table(conversion), figures=[Figure(picture, "Cache by length.")]
+            "Cache and latency",
+            table=_cost_table(conversion),
+            figures=[Figure(picture, caption)],
         )
     )
     if conversion.needles["before"]:
@@ -215,7 +222,26 @@ def write_conversion(
         subtitle=f"Before and after, text: {about['text']}",
         sections=sections,
     )
-    return write_page(page, out)
+    written = write_page(page, out)
+    loss = f"mean cross-entropy in nats of all tokens but the first of each window of {HELD_OUT_FILE}"
+    finish_conversion(out, layouts, {**about, "loss": loss, **asdict(conversion)})
+    return written
+
+
+def finish_conversion(out: Path, layouts: Sequence[HeadLayout | None], content: Mapping[str, Any]) -> None:
+    """Write OUT/layout.json and OUT/conversion.json, which marks a conversion as complete.
+
+    Args:
+        out: folder of the converted model.
+        layouts: of each layer.
+        content: of conversion.json.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    about = {name: content[name] for name in ("model", "text")}
+    write_layouts(out / LAYOUT_FILE, layouts, about)
+    replace_file(out / CONVERSION_FILE, strict_json(_with_text_keys(content)).encode())
 
 
 def loss_rows(conversion: Conversion) -> list[tuple[str, ...]]:
@@ -254,6 +280,11 @@ def write_healing(model: Path, healing: Healing) -> Path:
         ],
     )
     return write_page(page, out)
+
+
+def unreported_healing(model: Path) -> Healing | None:
+    """Return the healing of a model that is complete, but has no report, since that was interrupted."""
+    return None if (model / FOLDER / REPORT_FILE).exists() else read_healing(model)
 
 
 def healing_rows(healing: Healing) -> list[tuple[str, str, str]]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from longshort.conversion.losses import token_losses
+from longshort.conversion.losses import mean_loss
 from longshort.data.files import sync_tree
 from longshort.training.interrupts import Interrupts
 
@@ -47,6 +47,8 @@ class Recipe:
         learning_rate: the largest, after the warm-up.
         distill_weight: 0 … 1, share of the divergence from the teacher in the loss.
         measurements: how often the loss on held-out windows is measured, after the first time.
+        seed: of what is random in a step, such as dropout: the same in a step whenever it is made.
+        rates: learning rates of the first steps, instead of those of the schedule; None: of none.
     """
 
     steps: int | None
@@ -54,6 +56,8 @@ class Recipe:
     learning_rate: float
     distill_weight: float = 0.0
     measurements: int = 8
+    seed: int = 0
+    rates: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,13 +154,12 @@ class ShortTraining:
         self.progressed = now
         return now
 
-    @torch.no_grad()
     def measure(self) -> float:
         """Measure the loss on the held-out windows, nats per token."""
         self._model.eval()
-        losses = [token_losses(self._model, window).mean().item() for window in self._held_out]
+        loss = mean_loss(self._model, self._held_out)
         self._model.train()
-        return sum(losses) / len(losses)
+        return loss
 
     def _step(
         self, now: Progressed, seconds: Callable[[], float], goal: float | None, last_step: int | None
@@ -182,10 +185,13 @@ class ShortTraining:
         self._model.train()
         batch = self._batches.batch(index)
         total = 0.0
-        for row in range(len(batch.input_ids)):
-            loss = self._loss(batch, row) / len(batch.input_ids)
-            loss.backward()
-            total += loss.item()
+        device = next(iter(self._trained.values())).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(((self._recipe.seed << 32) + index) % 2**63)
+            for row in range(len(batch.input_ids)):
+                loss = self._loss(batch, row) / len(batch.input_ids)
+                loss.backward()
+                total += loss.item()
         if not math.isfinite(total):
             raise ValueError(f"the loss of step {index + 1} is {total}: try a smaller learning_rate")
         torch.nn.utils.clip_grad_norm_(self._trained.values(), 1.0)
@@ -209,6 +215,8 @@ class ShortTraining:
         return (1 - weight) * loss + weight * divergence
 
     def _rate(self, done: int, planned: int | None) -> float:
+        if self._recipe.rates is not None and done < len(self._recipe.rates):
+            return self._recipe.rates[done]
         if planned is None:  # as if the warm-up were not over
             return self._recipe.learning_rate * (done + 1) / (2 * _TIMED_STEPS)
         warm_up = max(1, round(_WARM_UP * planned))

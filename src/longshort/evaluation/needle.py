@@ -10,6 +10,9 @@ Those letters are scored a second time in a window that differs only in the need
 helps is in both windows, so the gain from one to the other is what the model retrieves. A model that has
 learnt to continue a text as it continued before (induction) can do this without having seen the task, as far
 back as it sees.
+
+The pieces of a line are encoded one by one. A tokenizer that begins each text with a space, as many do, puts
+one before each piece, and so within the value, too.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 _KEY_LETTERS, _VALUE_LETTERS, _SHOWN_LETTERS = 6, 12, 4
 _TOKENS_PER_BATCH = 8192
+_MOST_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -141,22 +145,10 @@ def measure_needle(
 
     Raises:
         ValueError: a value is out of range, a length exceeds the model's learned positions or is too short
-            for needle, question and text, the vocabulary exceeds the model's, or the file is too short.
+            for needle, question and text, the vocabulary exceeds the model's, the file is too short, or the
+            tokenizer does not tell letters apart.
     """
-    _check(model, tokenizer, token_file, lengths, depths, batch_size)
-    require_integer("samples", samples, minimum=2)
-    require_integer("seed", seed, minimum=0)
-    encoder = Encoder(tokenizer)
-    tokens = token_file.tokens if isinstance(token_file, TokenFile) else token_file
-    added = first_token(tokenizer)
-    first = np.array([] if added is None else [added], dtype=np.int64)
-    drawn = {
-        length: [
-            _draw(encoder, tokens, first, length, np.random.default_rng([seed, length, index]))
-            for index in range(samples)
-        ]
-        for length in dict.fromkeys(lengths)
-    }
+    drawn = _draw_all(model, tokenizer, token_file, lengths, depths, samples, seed, batch_size)
     was_training = model.training
     model.eval()
     try:
@@ -169,6 +161,51 @@ def measure_needle(
         )
     finally:
         model.train(was_training)
+
+
+def check_needle(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    token_file: TokenFile | NDArray[np.integer],
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    seed: int = 0,
+) -> None:
+    """Raise the errors that `measure_needle` would raise of these arguments, without a pass of the model.
+
+    Raises:
+        ValueError: as for `measure_needle`.
+    """
+    _draw_all(model, tokenizer, token_file, lengths, depths, samples, seed, None)
+
+
+def _draw_all(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    token_file: TokenFile | NDArray[np.integer],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    seed: int,
+    batch_size: int | None,
+) -> dict[int, list[_Sample]]:
+    """Check the arguments of `measure_needle`, and draw its samples by length."""
+    _check(model, tokenizer, token_file, lengths, depths, batch_size)
+    require_integer("samples", samples, minimum=2)
+    require_integer("seed", seed, minimum=0)
+    encoder = Encoder(tokenizer)
+    tokens = token_file.tokens if isinstance(token_file, TokenFile) else token_file
+    added = first_token(tokenizer)
+    first = np.array([] if added is None else [added], dtype=np.int64)
+    return {
+        length: [
+            _draw(encoder, tokens, first, length, np.random.default_rng([seed, length, index]))
+            for index in range(samples)
+        ]
+        for length in dict.fromkeys(lengths)
+    }
 
 
 def _check(
@@ -225,9 +262,17 @@ def _draw(
 
     opening, closing = encode(f'\n{letters(ascii_uppercase, _KEY_LETTERS)} = "', '"\n')
     shown, scored = encode_value()
-    other_value = np.concatenate(encode_value())
-    while len(other_value) != len(shown) + len(scored):
-        other_value = np.concatenate(encode_value())
+    for _ in range(_MOST_DRAWS):
+        other_shown, other_scored = encode_value()
+        other_value = np.concatenate([other_shown, other_scored])
+        is_as_long = len(other_value) == len(shown) + len(scored)
+        if is_as_long and not np.array_equal(other_value[len(shown) :], scored):
+            break
+    else:
+        raise ValueError(
+            "tokenizer must encode random letters as tokens that tell them apart, got one that gives "
+            f"{scored.tolist()} for many"
+        )
     taken = len(first) + 2 * (len(opening) + len(shown) + len(scored)) + len(closing)
     size = length + 1 - taken
     if size < 1:

@@ -6,17 +6,21 @@ import json
 import math
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from longshort.checks import require_integer, require_positive
 from longshort.huggingface.qk_clip import QKClip
+from longshort.huggingface.update_entropy import update_entropy_of
 from longshort.huggingface.watch import LogitMonitor
-from longshort.stability import MAX_LOGITS, ROW_RANGES, Reading, z_loss
+from longshort.stability import MAX_LOGITS, ROW_RANGES, Reading, UpdateEntropy, z_loss
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 _IGNORED = -100
+_WEIGHTS = "alarms.safetensors"
 _LOGGED = ("loss", "learning_rate", "grad_norm", "epoch")
 
 
@@ -107,19 +112,34 @@ class LogitCallback(_MonitorCallback):
         every: measure step 1, each step that is divisible by it, and the last.
         file: the JSONL file, written by the main process; None: none. A training that begins refuses a file
             that exists; one that resumes from a checkpoint continues it, without the lines of later steps.
+        update_entropy: also measure `update_entropy_by_head`, the spectral entropy of what has changed in
+            each head's product of query and key weights since the last measurement. It keeps a copy of these
+            weights, in checkpoints too, as alarms.safetensors. Training that resumes from a checkpoint of
+            `output_dir` compares with the weights kept there; from another checkpoint, with its own.
 
     Attributes:
         reading: the last one.
         reading_step: its step; 0 if there is none.
 
     Raises:
-        ValueError: every is not an integer >= 1.
+        ValueError: every is not an integer >= 1, or update_entropy is not a bool. When the training begins,
+            also what `update_entropy_of` refuses.
     """
 
-    def __init__(self, every: int = 10, file: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        every: int = 10,
+        file: str | os.PathLike[str] | None = None,
+        *,
+        update_entropy: bool = False,
+    ) -> None:
         super().__init__()
         require_integer("every", every, minimum=1)
+        if not isinstance(update_entropy, bool):
+            raise ValueError(f"update_entropy must be True or False, got {update_entropy!r}")
         self._every = every
+        self._measures_updates = update_entropy
+        self._update_entropy: UpdateEntropy | None = None
         self._file = None if file is None else Path(file)
         self._pending: dict[str, Any] | None = None
         self._attempt = 0
@@ -135,6 +155,11 @@ class LogitCallback(_MonitorCallback):
         if self._file is not None and state.is_world_process_zero:
             self._attempt = _continue_file(self._file, state.global_step)
         self._pending, self.reading, self.reading_step = None, None, 0
+        if self._measures_updates:
+            self._update_entropy = update_entropy_of(kwargs["model"])
+            weights = _checkpoint(args, state) / _WEIGHTS
+            if state.global_step and weights.exists():
+                self._update_entropy.restore(load_file(weights))
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_begin(
@@ -148,8 +173,21 @@ class LogitCallback(_MonitorCallback):
     ) -> None:
         reading = self._read()
         if reading is not None:
+            if self._update_entropy is not None:
+                reading = replace(reading, update_entropy_by_head=self._update_entropy.measure())
             self.reading, self.reading_step = reading, state.global_step + 1
             self._pending = {"step": self.reading_step} | reading.as_metrics()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        folder = _checkpoint(args, state)
+        if self._update_entropy is None or not args.should_save or not folder.is_dir():
+            return
+        weights = {name: x.cpu() for name, x in self._update_entropy.state().items()}
+        partial = folder / f".{_WEIGHTS}.partial"
+        save_file(weights, partial)
+        os.replace(partial, folder / _WEIGHTS)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -164,6 +202,11 @@ class LogitCallback(_MonitorCallback):
         state.log_history[-1] |= numbers
         if self._pending is not None and self._pending["step"] == state.global_step:
             self._pending |= {name: logs[name] for name in _LOGGED if name in logs}
+
+    @property
+    def measures_updates(self) -> bool:
+        """Whether it measures `update_entropy_by_head`."""
+        return self._measures_updates
 
     def record(self, entry: dict[str, Any], step: int) -> None:
         """Add entries to the line of a step; make the line if there is none."""
@@ -323,6 +366,11 @@ class ZLossCallback(TrainerCallback):
             term = term * (shifted != _IGNORED).sum().to(term.device) / count
         output.loss = loss + self._weight * term
         return output
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return the folder of the Trainer's checkpoint of this step."""
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _continue_file(path: Path, step: int) -> int:

@@ -1,8 +1,9 @@
 """Interception of the attention calls of Hugging Face models, whatever their attention implementation.
 
 The attention layers of transformers look up the function that computes their attention by name, in one
-registry. While there are listeners, each entry is replaced by a wrapper that reports the call and then makes
-it, unchanged. `torch.compile` sees the replacement, and compiles a graph with it and one without.
+registry. While there are listeners, each entry is overridden by a wrapper that reports the call and then
+makes it, unchanged, to the function that is registered at that time. `torch.compile` sees the override, and
+compiles a graph with it and one without.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -65,9 +66,10 @@ class Listener(Protocol):
 
 
 _listeners: list[weakref.ref[Listener]] = []
-_replaced: dict[
-    str, tuple[Callable[..., Any], Callable[..., Any] | None]
-] = {}  # wrapper and original, by name
+# what is registered for all, without the overrides of the models' instance
+_registered = AttentionInterface()
+# the wrapper, and the override that it stands for, by name
+_replaced: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
 
 
 def listen(listener: Listener) -> None:
@@ -101,43 +103,56 @@ def _forget_the_dead() -> None:
 
 def _replace_functions() -> None:
     for name in {*ALL_ATTENTION_FUNCTIONS, EAGER}:
-        original = ALL_ATTENTION_FUNCTIONS.get(name)
-        _replaced[name] = _wrapper(name, original), original
+        override = _taken_override(name)
+        _replaced[name] = _wrapper(name, override), override
     ALL_ATTENTION_FUNCTIONS.update({name: wrapper for name, (wrapper, _) in _replaced.items()})
 
 
 def _restore_functions() -> None:
-    for name, (wrapper, original) in _replaced.items():
-        if ALL_ATTENTION_FUNCTIONS.get(name) is not wrapper:  # somebody has put another function there since
+    for name, (wrapper, override) in _replaced.items():
+        if ALL_ATTENTION_FUNCTIONS.get(name) is not wrapper:  # somebody has put another override there since
             continue
         del ALL_ATTENTION_FUNCTIONS[name]
-        if ALL_ATTENTION_FUNCTIONS.get(name) is not original:
-            ALL_ATTENTION_FUNCTIONS[name] = original
+        if override is not None:
+            ALL_ATTENTION_FUNCTIONS[name] = override
     _replaced.clear()
+
+
+def _taken_override(name: str) -> Callable[..., Any] | None:
+    """Remove what overrides a registered function, and return it; None if nothing does."""
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    try:
+        del ALL_ATTENTION_FUNCTIONS[name]
+    except KeyError:
+        return None
+    return function
 
 
 _eager_functions: dict[type[nn.Module], Callable[..., Any]] = {}
 _wrappers: dict[tuple[str, Callable[..., Any] | None], Callable[..., Any]] = {}
 
 
-def _wrapper(name: str, original: Callable[..., Any] | None) -> Callable[..., Any]:
+def _wrapper(name: str, override: Callable[..., Any] | None) -> Callable[..., Any]:
     """Return the wrapper of a function, always the same one, so that compilers know it again.
 
     Args:
         name: of the implementation.
-        original: its function; None: that of each class of layers.
+        override: its function; None: what is registered when it is called, or else that of each class of
+            layers.
     """
 
     report: Any = torch.compiler.disable(_report_call)
 
     def reported(module: nn.Module, *args: Any, **options: Any) -> Any:
-        if original is None and type(module) not in _eager_functions:
-            _find_eager_attention(type(module))
-        function = _eager_functions[type(module)] if original is None else original
+        function = _registered.get(name) if override is None else override
+        if function is None:
+            if type(module) not in _eager_functions:
+                _find_eager_attention(type(module))
+            function = _eager_functions[type(module)]
         report(name, module, args, options)
         return function(module, *args, **options)
 
-    return _wrappers.setdefault((name, original), reported)
+    return _wrappers.setdefault((name, override), reported)
 
 
 @torch.compiler.disable

@@ -15,6 +15,7 @@ from longshort.huggingface.loading import first_line
 from longshort.huggingface.qk_clip import QKClip
 from longshort.huggingface.state import stored_state, text_config
 from longshort.huggingface.watch import LogitMonitor
+from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 _LARGEST = 30_000_000  # parameters; models that stay larger with small settings are not built
 
 _PROMPT, _NEW = 40, 8  # tokens, beyond all windows and chunks
+
+_WINDOW, _SINK_TOKENS = 3, 2
+_ROUNDING = 1e-5
+"""Differences of logits that are none, relative to the largest; windows change them by far more."""
 
 _LAYERS, _HEADS, _HEAD_DIM, _WIDTH = 4, 4, 16, 64
 
@@ -72,14 +77,18 @@ def family_names() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def small_decoder(model_type: str) -> PreTrainedModel:
+def small_decoder(model_type: str, *, is_sliding: bool = False) -> PreTrainedModel:
     """Build a small model of a family with random weights, the same each time.
+
+    Args:
+        model_type: as transformers calls the family.
+        is_sliding: give it sliding layers, which its default config has not.
 
     Raises:
         ValueError: no small model can be built by general settings.
     """
     try:
-        config = _small_config(model_type)
+        config = _small_config(model_type, is_sliding)
         with torch.device("meta"):
             size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
         if size > _LARGEST:
@@ -91,7 +100,7 @@ def small_decoder(model_type: str) -> PreTrainedModel:
         raise ValueError(f"no small model could be built: {first_line(error)}") from error
 
 
-def _small_config(model_type: str) -> PreTrainedConfig:
+def _small_config(model_type: str, is_sliding: bool) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[model_type]
     config = kind()
     if config.get_text_config(decoder=True) is not config:
@@ -115,7 +124,20 @@ def _small_config(model_type: str) -> PreTrainedConfig:
     computed = (getattr(kind, name, None) for name in ("layer_types", "layers_block_type"))
     if kinds and not any(isinstance(attribute, property) for attribute in computed):
         settings["layer_types"] = (list(dict.fromkeys(kinds)) * _LAYERS)[:_LAYERS]
+    if is_sliding:
+        sliding = {
+            "use_sliding_window": True,
+            "sliding_window": _SMALL["sliding_window"],
+            "layer_types": ["sliding_attention", "full_attention"] * (_LAYERS // 2),
+        }
+        settings |= {name: value for name, value in sliding.items() if hasattr(config, name)}
     return kind(**settings)
+
+
+def _may_slide(config: PreTrainedConfig) -> bool:
+    """Return whether a family has sliding layers that its default config has not."""
+    is_full = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+    return is_full and hasattr(config, "sliding_window") and not config.sliding_window
 
 
 def family_support(model_type: str) -> FamilySupport:
@@ -125,6 +147,24 @@ def family_support(model_type: str) -> FamilySupport:
         ValueError: no small model can be built.
     """
     model = small_decoder(model_type)
+    support = _support_of(model_type, model)
+    if not _may_slide(model.config):
+        return support
+    try:
+        sliding = _support_of(model_type, small_decoder(model_type, is_sliding=True))
+    except ValueError:  # the config has the setting and refuses it
+        return support
+    columns = {
+        name: own if own is not None or theirs is None else f"with sliding layers: {theirs}"
+        for name, own, theirs in (
+            (name, getattr(support, name), getattr(sliding, name))
+            for name in ("use", "cache", "watch", "clip")
+        )
+    }
+    return FamilySupport(model_type, **columns)
+
+
+def _support_of(model_type: str, model: PreTrainedModel) -> FamilySupport:
     watch, clip = _error_of(_watch, model), _error_of(QKClip, model)
     use = _error_of(_give_layouts, model)
     cache = "it has no layouts" if use is not None else _error_of(_generate, model)
@@ -145,9 +185,23 @@ def _watch(model: PreTrainedModel) -> None:
     monitor.reading()
 
 
+@torch.no_grad()
 def _give_layouts(model: PreTrainedModel) -> None:
-    layer = attention_layers(model)[0]
-    apply(model, num_global_heads=layer.num_heads // layer.num_kv_heads, window=3, sink_tokens=2)
+    """Let all heads of the first layer be local, and one KV head of others global; the logits must differ."""
+    ids = torch.arange(3, 3 + _PROMPT)[None]
+    layers = attention_layers(model)
+    layouts: list[HeadLayout | None] = [None] * text_config(model).num_hidden_layers
+    for layer in layers:
+        size = layer.num_heads // layer.num_kv_heads
+        num_global = 0 if layer is layers[0] else size
+        layouts[layer.index] = HeadLayout.split(
+            layer.num_heads, num_global, _WINDOW, layer.num_kv_heads, _SINK_TOKENS
+        )
+    own = model(input_ids=ids, use_cache=False).logits
+    apply(model, layouts)
+    given = model(input_ids=ids, use_cache=False).logits
+    if (given - own).abs().max() <= _ROUNDING * own.abs().max():
+        raise ValueError("its logits are the same with windows as without")
 
 
 def _generate(model: Any) -> None:

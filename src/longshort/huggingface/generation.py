@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 
 from longshort.huggingface.cache import SplitCache
 from longshort.huggingface.state import NAMES, layouts_of, stored_state, text_config
@@ -61,13 +61,16 @@ def use_split_caches() -> None:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
+        given = model_kwargs.get("past_key_values")
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and isinstance(given, SplitCache):
+            given.reset()  # transformers passes all tokens in its first step, cached ones too
         kind = generation_config.cache_implementation
         if kind in _OTHER_STATIC and _can_split(self):
             raise ValueError(
                 "cache_implementation must be None, 'static' or 'dynamic' for a model with layouts, got "
                 f"{kind!r}"
             )
-        is_free = generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None
+        is_free = generation_config.use_cache is not False and given is None
         if not is_free or kind not in (None, "static") or not _can_split(self):
             return prepare(
                 self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

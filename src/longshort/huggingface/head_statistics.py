@@ -30,11 +30,13 @@ class HeadStatistics:
         max_logit: the largest |scale·q·k| over visible pairs, 0 if there are none; NaN if a logit is NaN.
         entropy: mean over the rows that see something, nats, before sink logits; 0 if none does.
         row_range: the largest range of a row.
+        rows: number of the rows that see something, float64.
     """
 
     max_logit: Float[Tensor, " heads"]
     entropy: Float[Tensor, " heads"]
     row_range: Float[Tensor, " heads"]
+    rows: Float[Tensor, " heads"]
 
 
 @torch.no_grad()
@@ -76,7 +78,7 @@ def measure(
                     [entropies.sum((0, 2), dtype=sums.dtype), seen.sum((0, 2)).to(sums.dtype)]
                 )
                 sums[:, heads] += totals
-    return HeadStatistics(extremes[0], (sums[0] / sums[1].clamp_min(1)).to(dtype), extremes[1])
+    return HeadStatistics(extremes[0], (sums[0] / sums[1].clamp_min(1)).to(dtype), extremes[1], sums[1])
 
 
 def _row_tiles(

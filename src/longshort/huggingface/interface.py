@@ -156,7 +156,7 @@ def segments_of_mask(
         mask_function: of indices of batch, head, query and key.
         attention_mask: (batch, tokens), True for tokens, False for padding.
         device: of the ids.
-        use_vmap: whether the mask is one of the model's own.
+        use_vmap: whether the mask function is more than causal: the model, or transformers, added to it.
         unused: what other mask functions take.
 
     Returns:
@@ -170,10 +170,10 @@ def segments_of_mask(
             "past_key_values must hold as many keys as tokens, as SplitCache and DynamicCache do; got a "
             f"cache of fixed length: {kv_length} keys for {q_length} new tokens"
         )
-    if use_vmap:
+    if use_vmap and not torch.compiler.is_compiling() and not _is_of_transformers(mask_function):
         raise ValueError(
             "the model must use a causal mask, with padding, packing or sliding windows; got a mask function "
-            "of its own, as token_type_ids give one, which a layout cannot express"
+            "of its own, which a layout cannot express"
         )
     visible = _visible_tokens(attention_mask, kv_length)
     starts = None
@@ -253,10 +253,27 @@ def _remember_layout(module: nn.Module, sliding_window: int | None) -> bool:
 _remember_while_tracing = torch.compiler.assume_constant_result(_remember_layout)
 
 
+def _is_of_transformers(mask_function: Callable[..., Any]) -> bool:
+    """Return whether a mask function is made of those alone that transformers has, which take indices of any
+    shape and hide what neighbours tell."""
+    if getattr(mask_function, "__module__", None) != causal_mask_function.__module__:
+        return False
+    contents = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    parts = [
+        part for x in contents for part in (x if isinstance(x, tuple | list) else (x,)) if callable(part)
+    ]
+    return all(isinstance(part, Tensor) or _is_of_transformers(part) for part in parts)
+
+
 def _visible_tokens(attention_mask: Tensor | None, kv_length: int) -> Tensor | None:
     """The mask of the keys' tokens; None where it hides nothing."""
     if attention_mask is None:
         return None
+    if attention_mask.shape[1] < kv_length:
+        raise ValueError(
+            f"attention_mask must have an entry for each of the {kv_length} keys, cached ones included, got "
+            f"{attention_mask.shape[1]}"
+        )
     visible = attention_mask[:, -kv_length:].to(torch.bool)
     return None if not torch.compiler.is_compiling() and bool(visible.all()) else visible
 
@@ -279,7 +296,8 @@ def _sequence_starts(
         all_one, looks_ahead = torch.stack([sees_last.all(), sees_next.any()]).tolist()
         if looks_ahead:
             raise ValueError(
-                "the model must be causal to attend by a layout, got a mask that shows later keys"
+                "the model must be causal to attend by a layout, got a mask that shows later keys, as the "
+                "tokens of an image may have (token_type_ids)"
             )
         if all_one:
             return None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+
+from longshort.huggingface.progress_bars import without_progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,18 +82,6 @@ def load_decoder(
             raise ValueError(f"{name} must have a tokenizer beside its model: {first_line(error)}") from error
     saved_dtype = saved if isinstance(saved, torch.dtype) else model.dtype
     return Pretrained(model.to(device).eval(), tokenizer, saved_dtype)
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Turn off the progress bars of transformers, which would disturb ours."""
-    were_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_enabled:
-            logging.enable_progress_bar()
 
 
 def first_line(error: Exception) -> str:

@@ -2,11 +2,13 @@
 
 A parameter of an attention layer belongs to a head in those rows (or columns) that have a gradient from the
 head's queries or keys, if no other head has one there. So no table of model families is needed: fused and
-interleaved projections, biases, transposed weights and adapters are found in the same way.
+interleaved projections, biases, transposed weights and adapters are found in the same way. A trial shows
+whether the heads scale with what was found.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 _TOKENS = 8
 _TOLERANCE = 1e-3
 """Relative; the factors of a trial are powers of 2, by which linear functions scale exactly."""
+_NORM_TOLERANCE = 0.05
+"""Relative; a norm undoes the factors of a trial up to its epsilon."""
+_NOISE = 0.02
+"""Standard deviation of the noise of a trial where weights are 0: that of most new weights."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,14 @@ class LayerProjections:
         module, name: the layer, and its name in the decoder.
         queries: for each query head.
         keys: for each KV head.
+        shared: names of the layer's parameters that make its queries, or keys, but have other uses too.
     """
 
     module: nn.Module
     name: str
     queries: list[list[Rows]]
     keys: list[list[Rows]]
+    shared: dict[Literal["queries", "keys"], list[str]]
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
 
     @property
@@ -69,29 +77,37 @@ class LayerProjections:
         """Query heads that share a KV head."""
         return len(self.queries) // len(self.keys)
 
-    @torch.no_grad()
-    def scales(self, kind: Literal["queries", "keys"], rows_by_head: Sequence[Sequence[Rows]]) -> bool:
-        """Return whether the queries, or keys, of each head scale as these rows do, apart from those of other
-        heads and from all keys, or queries. Tries it; the weights are restored bit for bit."""
+    def fault_of(
+        self, kind: Literal["queries", "keys"], rows_by_head: Sequence[Sequence[Rows]]
+    ) -> str | None:
+        """Return why the queries, or keys, of each head do not scale as these rows do, without a change of
+        other heads, of the keys, or queries, and of the values; None if they do.
+
+        It is tried, with noise on all that was found: weights of 0 would show nothing. The weights are
+        restored bit for bit.
+        """
+        if self.shared[kind]:
+            return f"its {', '.join(self.shared[kind])} has other uses in the model"
         if not all(rows_by_head):
-            return False
-        before = _queries_and_keys(self.module, self.inputs)
-        factors = _trial_factors(len(rows_by_head))
-        kept = {id(row.parameter): row.parameter for rows in rows_by_head for row in rows}
-        copies = {key: parameter.clone() for key, parameter in kept.items()}
-        try:
+            return f"its {kind} are not made by weights of one head alone"
+        factors = [0.5 ** (1 + head % 2) for head in range(len(rows_by_head))]
+        parts = (part for by_head in (self.queries, self.keys) for part in by_head)
+        with torch.no_grad(), _restored([rows.parameter for part in parts for rows in part]) as parameters:
+            _add_noise(parameters)
+            before = _attention_tensors(self.module, self.inputs)
             for rows, factor in zip(rows_by_head, factors, strict=True):
                 for row in rows:
                     row.scale(factor)
-            after = _queries_and_keys(self.module, self.inputs)
-        finally:
-            for key, parameter in kept.items():
-                parameter.copy_(copies[key])
-        scaled, other = (0, 1) if kind == "queries" else (1, 0)
-        return _is_close(after[other], before[other]) and all(
-            _is_close(after[scaled][:, head], before[scaled][:, head] * factor)
-            for head, factor in enumerate(factors)
-        )
+            after = _attention_tensors(self.module, self.inputs)
+        for name, found in after.items():
+            if name != kind and not _is_close(found, before[name]):
+                return f"its {kind} have weights in common with its {name}"
+        heads = [(after[kind][:, head], before[kind][:, head], factor) for head, factor in enumerate(factors)]
+        if all(_is_close(found, held * factor) for found, held, factor in heads):
+            return None
+        if all(_is_close(found, held, _NORM_TOLERANCE) for found, held, _ in heads):
+            return f"its {kind} stay as they are when their weights are scaled; QK-norm undoes such scaling"
+        return f"its {kind} do not scale with their weights, as if they were clipped, or normalised"
 
 
 def find_projections(model: nn.Module) -> list[LayerProjections]:
@@ -117,11 +133,9 @@ def find_projections(model: nn.Module) -> list[LayerProjections]:
                 f"model must look up its attention in transformers' AttentionInterface, got "
                 f"{type(model).__name__}, which does not"
             )
-        return [
-            _find(module, name, inputs[id(module)])
-            for name, module in decoder.named_modules()
-            if id(module) in inputs
-        ]
+        layers = {name: module for name, module in decoder.named_modules() if id(module) in inputs}
+        shared = _shared_parameters(model, list(layers.values()))
+        return [_find(module, name, inputs[id(module)], shared) for name, module in layers.items()]
 
 
 def require_whole_parameters(model: nn.Module) -> None:
@@ -135,12 +149,39 @@ def require_whole_parameters(model: nn.Module) -> None:
             )
 
 
-def _find(module: nn.Module, name: str, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> LayerProjections:
+def _shared_parameters(model: nn.Module, layers: Sequence[nn.Module]) -> set[int]:
+    """Return the identities of parameters that have several uses in one of the layers, or uses in others or
+    outside of them."""
+    uses = Counter(id(p) for layer in layers for _, p in layer.named_parameters(remove_duplicate=False))
+    seen = {id(layer) for layer in layers}
+    outside: set[int] = set()
+    left = [model]
+    while left:
+        module = left.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            outside.update(id(parameter) for parameter in module.parameters(recurse=False))
+            left.extend(module.children())
+    uses.update(outside)
+    return {key for key, count in uses.items() if count > 1}
+
+
+def _find(
+    module: nn.Module, name: str, inputs: tuple[tuple[Any, ...], dict[str, Any]], shared: set[int]
+) -> LayerProjections:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
     parameters = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
     with torch.enable_grad():
-        q, k = _queries_and_keys(module, inputs)
-        found = [_rows_by_head(x, parameters) for x in (q, k)]
-    return LayerProjections(module, name, found[0], found[1], inputs)
+        tensors = _attention_tensors(module, inputs)
+        queries, keys = (_rows_by_head(tensors[kind], parameters) for kind in ("queries", "keys"))
+
+    def shared_of(by_head: list[list[Rows]]) -> list[str]:
+        found = dict.fromkeys(id(rows.parameter) for part in by_head for rows in part)
+        return [names[key] for key in found if key in shared]
+
+    return LayerProjections(
+        module, name, queries, keys, {"queries": shared_of(queries), "keys": shared_of(keys)}, inputs
+    )
 
 
 def _rows_by_head(x: Tensor, parameters: Sequence[nn.Parameter]) -> list[list[Rows]]:
@@ -160,7 +201,8 @@ def _rows_by_head(x: Tensor, parameters: Sequence[nn.Parameter]) -> list[list[Ro
         dim = _dimension_of_heads(by_head, parameter.shape)
         if dim is not None:
             for head, indices in enumerate(by_head):
-                rows[head].append(Rows(parameter, dim, indices[dim]))
+                if len(indices[dim]):
+                    rows[head].append(Rows(parameter, dim, indices[dim]))
     return rows
 
 
@@ -176,39 +218,60 @@ def _touched_indices(is_touched: Tensor) -> list[Tensor]:
 
 
 def _dimension_of_heads(by_head: list[list[Tensor]], shape: torch.Size) -> int | None:
-    """Return the dimension along which every head touches something that no other head does, or None."""
+    """Return the dimension along which no two heads touch the same indices, or None; where there are several,
+    as with one head, that with most indices untouched."""
+    untouched: dict[int, float] = {}
     for dim, size in enumerate(shape):
         counts = torch.zeros(size, dtype=torch.int64)
         for indices in by_head:
             counts[indices[dim].cpu()] += 1
-        if counts.max() == 1 and all(len(indices[dim]) for indices in by_head):
-            return dim
-    return None
+        if counts.max() == 1:
+            untouched[dim] = (counts == 0).double().mean().item()
+    return max(untouched, key=lambda dim: untouched[dim], default=None)
 
 
-def _trial_factors(heads: int) -> list[float]:
-    return [0.5 ** (1 + head % 2) for head in range(heads)]
+@contextmanager
+def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Give each of the parameters once, and what it held back afterwards."""
+    unique = list({id(parameter): parameter for parameter in parameters}.values())
+    copies = [parameter.detach().clone() for parameter in unique]
+    try:
+        yield unique
+    finally:
+        for parameter, copy in zip(unique, copies, strict=True):
+            parameter.copy_(copy)
 
 
-def _is_close(found: Tensor, wanted: Tensor) -> bool:
+def _add_noise(parameters: Sequence[nn.Parameter]) -> None:
+    """Add normal noise as large as what each parameter holds."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        size = parameter.float().square().mean().sqrt().item() or _NOISE
+        noise = torch.randn(parameter.shape, generator=generator) * size
+        parameter.add_(noise.to(parameter.device, parameter.dtype))
+
+
+def _is_close(found: Tensor, wanted: Tensor, tolerance: float = _TOLERANCE) -> bool:
     error = (found.float() - wanted.float()).abs().amax()
-    return bool(error <= _TOLERANCE * wanted.float().abs().amax())
+    return bool(error <= tolerance * wanted.float().abs().amax())
 
 
 class _Recorder:
-    """A listener that keeps the queries and keys of one layer's last call, and the layers that called."""
+    """A listener that keeps the tensors of one layer's last call, and the layers that called."""
 
     def __init__(self, module: nn.Module | None = None) -> None:
         self._module = module
         self.modules: dict[int, nn.Module] = {}
-        self.tensors: tuple[Tensor, Tensor] | None = None
+        self.tensors: dict[str, Tensor] = {}
 
     def hears(self, module: nn.Module) -> bool:
         return self._module is None or module is self._module
 
     def on_call(self, call: AttentionCall) -> None:
         self.modules[id(call.module)] = call.module
-        self.tensors = call.q, call.k
+        self.tensors = {"queries": call.q, "keys": call.k}
+        if isinstance(value := call.options.get("value"), Tensor):
+            self.tensors["values"] = value
 
 
 @contextmanager
@@ -220,14 +283,14 @@ def _recording(recorder: _Recorder) -> Iterator[_Recorder]:
         stop_listening(recorder)
 
 
-def _queries_and_keys(
+def _attention_tensors(
     module: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]
-) -> tuple[Tensor, Tensor]:
-    """Run an attention layer alone; return its queries and keys, (1, heads, tokens, head_dim)."""
+) -> dict[str, Tensor]:
+    """Run an attention layer alone; return its queries, keys and values, (1, heads, tokens, head_dim)."""
     args, options = inputs
     with _recording(_Recorder(module)) as recorder:
         module(*args, **options)
-    assert recorder.tensors is not None
+    assert recorder.tensors
     return recorder.tensors
 
 

@@ -66,11 +66,11 @@ class QKClip:
     It acts as `longshort.stability.QKClip`: if a query head shares its KV head with no other, the rows of its
     queries and keys are scaled by sqrt(τ/m) each; else only those of its queries, by τ/m, so that the other
     heads stay as they are. So do heads whose keys have a part that all heads share, as in MLA (DeepSeek-V2
-    and -V3).
+    and -V3), or have weights that make something else too.
 
     Which rows these are is measured when it is made: by gradients of queries and keys, then by scaling the
     rows of each layer, on a few tokens. A layer whose heads do not scale with their rows is refused, as with
-    most kinds of QK-norm. Biases are scaled along with weights.
+    QK-norm whose gains all heads share; gains of each head are scaled. Biases are scaled along with weights.
 
     Adapters of PEFT: where trained weights alone can carry the scale, as the magnitudes of DoRA do, only
     they are scaled, and a checkpoint of the adapter holds the clip. Plain LoRA cannot: a head's weights are
@@ -92,8 +92,8 @@ class QKClip:
         threshold: τ, > 0; K2 has 100.
 
     Raises:
-        ValueError: threshold is not finite and > 0; parameters are sharded or shared by layers; or a layer's
-            heads do not scale with their rows, or its attention is not found.
+        ValueError: threshold is not finite and > 0; parameters are sharded; or a layer's heads do not scale
+            with rows of their own, as when other layers use them, or its attention is not found.
     """
 
     def __init__(self, model: nn.Module, threshold: float = 100.0) -> None:
@@ -102,7 +102,6 @@ class QKClip:
         self._adapted = _adapted_module(model)
         trained_first = self._adapted is not None
         self._layers = [_checked(layer, trained_first) for layer in find_projections(model)]
-        _require_own_parameters(self._layers)
 
     def apply(self, max_logit_by_head: Sequence[Sequence[float]]) -> int:
         """Scale the weights in place.
@@ -115,10 +114,11 @@ class QKClip:
             The number of query heads that were scaled.
 
         Raises:
-            ValueError: the numbers are not those of the model's heads, or parameters are sharded by now.
+            ValueError: the numbers are not those of the model's heads; or parameters are sharded by now, or
+                others than before.
         """
         self._require_heads("max_logit_by_head", max_logit_by_head)
-        require_whole_parameters(self._model)
+        self._require_parameters()
         clipped = 0
         for layer, max_logits in zip(self._layers, max_logit_by_head, strict=True):
             for head, max_logit in enumerate(max_logits):
@@ -141,14 +141,15 @@ class QKClip:
         saved with them.
 
         Raises:
-            ValueError: the factors are not those of the model's heads, or not finite and > 0; or the model
-                has no adapters.
+            ValueError: the factors are not those of the model's heads, or not finite and > 0; the model has
+                no adapters; or parameters are sharded by now, or others than before.
         """
         self._require_heads("factors", factors)
         if self._adapted is None:
             raise ValueError("model must have adapters of PEFT to restore what their checkpoints lack")
         for factor in (factor for by_head in factors for factor in by_head):
             require_positive("factors", factor)
+        self._require_parameters()
         rows = zip(self._layers, factors, self.frozen_factors, strict=True)
         for layer, wanted, now in rows:
             for head, (goal, factor) in enumerate(zip(wanted, now, strict=True)):
@@ -163,6 +164,17 @@ class QKClip:
         found = [len(heads) for heads in by_head]
         if found != wanted:
             raise ValueError(f"{name} must have {wanted} heads by layer, got {found}")
+
+    def _require_parameters(self) -> None:
+        require_whole_parameters(self._model)
+        held = {id(parameter) for parameter in self._model.parameters()}
+        for layer in self._layers:
+            if any(id(parameter) not in held for parameter in layer.parameters()):
+                raise ValueError(
+                    f"model must have the parameters that it had when QKClip was made, got others in "
+                    f"{layer.name}, as load_state_dict(assign=True) or a merge of adapters puts there; make "
+                    "another QKClip"
+                )
 
     def _note_factor(self, layer: _Clipped, head: int, factor: float) -> None:
         if self._adapted is None or not layer.needs_frozen:
@@ -187,8 +199,8 @@ def _checked(layer: LayerProjections, trained_first: bool) -> _Clipped:
     queries = _scaling_rows(layer, "queries", trained_first)
     if queries is None:
         raise ValueError(
-            f"model must have heads whose queries scale with rows of weights of their own, got {layer.name} "
-            f"({type(layer.module).__name__}), where a trial found none; QK-norm undoes such scaling"
+            f"model must have heads whose queries scale with weights of their own, got {layer.name} "
+            f"({type(layer.module).__name__}): {layer.fault_of('queries', layer.queries)}"
         )
     keys = _scaling_rows(layer, "keys", trained_first) if layer.group_size == 1 else None
     if keys is not None and trained_first and _are_trained(queries) and not _are_trained(keys):
@@ -200,15 +212,26 @@ def _scaling_rows(
     layer: LayerProjections, kind: Literal["queries", "keys"], trained_first: bool
 ) -> list[list[Rows]] | None:
     """Return the rows that scale the queries or keys of each head, or None; with `trained_first` those of
-    trained parameters, if these, or one kind of them, do."""
+    trained parameters, if these do."""
     everything: list[list[Rows]] = getattr(layer, kind)
-    choices = [everything]
-    if trained_first:
-        trained = _only(everything, lambda rows: rows.parameter.requires_grad)
-        kinds = dict.fromkeys(id(rows.parameter) for by_head in trained for rows in by_head)
-        single = [_only(trained, lambda rows, key=key: id(rows.parameter) == key) for key in kinds]
-        choices = [trained, *single, everything]
-    return next((rows for rows in choices if layer.scales(kind, rows)), None)
+    trained = _only(everything, lambda rows: rows.parameter.requires_grad)
+    choices = [*(_choices(trained) if trained_first else ()), *_choices(everything)]
+    return next((rows for rows in choices if layer.fault_of(kind, rows) is None), None)
+
+
+def _choices(by_head: list[list[Rows]]) -> Iterator[list[list[Rows]]]:
+    """Yield what may scale the heads: one parameter, such as the gains of a norm; all; all but one, such as
+    the first factor of LoRA in a layer with one head.
+
+    Parameters of the same shape are tried together, since each head may have its own parameter.
+    """
+    shapes = list(dict.fromkeys(rows.parameter.shape for part in by_head for rows in part))
+    for shape in shapes:
+        yield _only(by_head, lambda rows, shape=shape: rows.parameter.shape == shape)
+    if len(shapes) > 1:
+        yield by_head
+    for shape in shapes if len(shapes) > 2 else ():
+        yield _only(by_head, lambda rows, shape=shape: rows.parameter.shape != shape)
 
 
 def _only(by_head: list[list[Rows]], is_wanted: Callable[[Rows], bool]) -> list[list[Rows]]:
@@ -217,12 +240,3 @@ def _only(by_head: list[list[Rows]], is_wanted: Callable[[Rows], bool]) -> list[
 
 def _are_trained(by_head: list[list[Rows]]) -> bool:
     return all(rows.parameter.requires_grad for part in by_head for rows in part)
-
-
-def _require_own_parameters(layers: Sequence[_Clipped]) -> None:
-    owners: dict[int, str] = {}
-    for layer in layers:
-        for parameter in {id(parameter): parameter for parameter in layer.parameters()}.values():
-            owner = owners.setdefault(id(parameter), layer.name)
-            if owner != layer.name:
-                raise ValueError(f"layers must not share query weights, got {owner} and {layer.name}")

@@ -31,8 +31,9 @@ def segment_ids_from(
     Masked keys are padding (-1). Without cached keys, a position that is 0, or smaller than that of the token
     before it, starts a new segment, as in packed sequences. Positions that jump ahead (as in position-skip
     training), step by 2 or repeat (other than 0) stay in their sequence, since all of these are in use for
-    tokens that see each other; transformers' own masks would cut there. Masked tokens are skipped. With
-    cached keys only the mask counts.
+    tokens that see each other; transformers' own masks would cut there. Masked tokens are skipped, and
+    a position that continues those of padding starts nothing: `generate()` counts so after padding on the
+    right. With cached keys only the mask counts.
 
     In eager mode values are read, so that a mask of ones or ordinary positions cost attention nothing. Under
     `torch.compile` they cannot be read, so any mask and positions become segment ids.
@@ -195,14 +196,16 @@ def _other_value(attention_mask: Tensor) -> float:
 
 
 def _segment_starts(position_ids: Tensor, visible: Tensor | None) -> Tensor | None:
-    """Mark the tokens whose position is lower than that of the visible token before; None if none is."""
-    before = position_ids[:, :-1]
+    """Mark the tokens whose position is 0, or lower than those of the token before and of the visible token
+    before; None if none is."""
+    last = before = position_ids[:, :-1]
     if visible is not None:
         slots = torch.arange(visible.shape[1], device=visible.device)
         last_visible = torch.where(visible, slots, 0).cummax(-1).values[:, :-1]
         position_ids = position_ids.expand(visible.shape)
         before = position_ids.gather(1, last_visible)
-    falls = (position_ids[:, 1:] < before) | (position_ids[:, 1:] == 0)
+    positions = position_ids[:, 1:]
+    falls = ((positions < before) & (positions < last)) | (positions == 0)
     if visible is not None:
         follows_a_visible_one = visible.cumsum(-1)[:, :-1] > 0
         falls = falls & visible[:, 1:] & follows_a_visible_one

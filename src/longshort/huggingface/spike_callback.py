@@ -73,8 +73,8 @@ class SpikeCallback(TrainerCallback, ExportableState):
             and `batches_skipped`.
 
     Raises:
-        ValueError: an argument is out of its range; the detector's alarm needs `logits`, or a measurement
-            that a `LogitCallback` does not make.
+        ValueError: an argument is out of its range; or the detector's alarm needs `logits`, for "update" with
+            `update_entropy=True`.
     """
 
     def __init__(
@@ -94,11 +94,14 @@ class SpikeCallback(TrainerCallback, ExportableState):
         require_integer("max_rollbacks", max_rollbacks, minimum=0)
         self._detector = detector or SpikeDetector()
         alarm = self._detector.alarm
-        if alarm == "update":
-            raise ValueError("detector must have an alarm that a LogitCallback measures, got 'update'")
         if alarm is not None and logits is None:
             raise ValueError(
                 f"logits must be a LogitCallback for a detector with the alarm {alarm!r}, got None"
+            )
+        if alarm == "update" and logits is not None and not logits.measures_updates:
+            raise ValueError(
+                "logits must be a LogitCallback(update_entropy=True) for a detector with the alarm 'update', "
+                "got one with False"
             )
         self._on_spike: OnSpike = on_spike
         self._logits = logits

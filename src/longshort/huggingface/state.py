@@ -7,6 +7,7 @@ None or the reason why a `SplitCache` cannot serve the model.
 
 from __future__ import annotations
 
+import json
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedConfig
 from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -27,6 +28,9 @@ SAVED_NAME = "longshort (import longshort.huggingface)"
 
 NAMES = (NAME, SAVED_NAME)
 """What a model with layouts may call its attention implementation."""
+
+
+_KINDS = "layer_types"
 
 
 def text_config(model: nn.Module) -> PreTrainedConfig:
@@ -124,10 +128,13 @@ def layout_from(data: Any) -> HeadLayout | None:
 def keep_with_config() -> None:
     """Let configs with layouts save and load the attention implementation too, which transformers omits.
 
-    Loading such a model without longshort then fails, instead of attending without its windows. The name is
-    saved as `SAVED_NAME`, which the error quotes.
+    It is saved as `SAVED_NAME`, and so are the kinds of layers. So a model that is loaded without longshort,
+    by whatever attention implementation, fails with an error of transformers that quotes this name, and does
+    not attend without its windows. Nor does one that is loaded with longshort, but with another attention
+    implementation.
     """
-    to_dict, from_dict = PreTrainedConfig.to_dict, PreTrainedConfig.from_dict.__func__
+    to_dict, to_json_string = PreTrainedConfig.to_dict, PreTrainedConfig.to_json_string
+    from_dict = PreTrainedConfig.from_dict.__func__
 
     @wraps(to_dict)
     def to_dict_with_name(self: PreTrainedConfig) -> dict[str, Any]:
@@ -139,19 +146,65 @@ def keep_with_config() -> None:
             data["attn_implementation"] = dict.fromkeys(holders, SAVED_NAME)
         return data
 
+    @wraps(to_json_string)
+    def to_json_string_with_name(self: PreTrainedConfig, *args: Any, **options: Any) -> str:
+        text = to_json_string(self, *args, **options)
+        data = json.loads(text)
+        sealed = _mapped(data, _sealed)
+        return text if sealed == data else json.dumps(sealed, indent=2, sort_keys=True) + "\n"
+
     @wraps(from_dict)
     def from_dict_with_name(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **options: Any) -> Any:
+        _require_layouts_in_use(config_dict, options.get("attn_implementation"))
+        config_dict = _mapped(config_dict, _unsealed)
         saved = config_dict.get("attn_implementation")
-        if saved == SAVED_NAME:
-            config_dict = {**config_dict, "attn_implementation": NAME}
-        elif isinstance(saved, dict) and SAVED_NAME in saved.values():
+        if isinstance(saved, dict) and SAVED_NAME in saved.values():
             names = {key: NAME if name == SAVED_NAME else name for key, name in saved.items()}
             config_dict = {**config_dict, "attn_implementation": names}
         return from_dict(cls, config_dict, **options)
 
     PreTrainedConfig.to_dict = to_dict_with_name
+    PreTrainedConfig.to_json_string = to_json_string_with_name
     PreTrainedConfig.from_dict = classmethod(from_dict_with_name)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _holds_layouts(data: Any) -> bool:
     return isinstance(data, dict) and isinstance(data.get(NAME), dict) and "layouts" in data[NAME]
+
+
+def _mapped(data: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Copy the data of a config, with those parts changed that hold layouts."""
+    if not isinstance(data, dict):
+        return data
+    data = {key: _mapped(value, change) for key, value in data.items()}
+    return change(data) if _holds_layouts(data) else data
+
+
+def _sealed(data: dict[str, Any]) -> dict[str, Any]:
+    """Put the kinds of layers among the layouts, and in their place one that transformers refuses."""
+    return {**data, _KINDS: [SAVED_NAME], NAME: {**data[NAME], _KINDS: data.get(_KINDS)}}
+
+
+def _unsealed(data: dict[str, Any]) -> dict[str, Any]:
+    if data.get("attn_implementation") == SAVED_NAME:
+        data = {**data, "attn_implementation": NAME}
+    if data.get(_KINDS) != [SAVED_NAME]:
+        return data
+    state = dict(data[NAME])
+    kinds = state.pop(_KINDS, None)
+    rest = {key: value for key, value in data.items() if key != _KINDS}
+    return {**rest, NAME: state} | ({} if kinds is None else {_KINDS: kinds})
+
+
+def _require_layouts_in_use(data: dict[str, Any], implementation: Any) -> None:
+    """Refuse an attention implementation, for all or by the name of a part, that would ignore layouts."""
+    holders = [key for key, part in [("", data), *data.items()] if _holds_layouts(part)]
+    names = implementation if isinstance(implementation, dict) else dict.fromkeys(holders, implementation)
+    for holder in holders:
+        name = names.get(holder)
+        if name not in (None, *NAMES):
+            raise ValueError(
+                f"attn_implementation must be {NAME!r} or left out for a model that was saved with layouts, "
+                f"got {name!r}, which has no windows; load it without, then call "
+                "longshort.huggingface.remove(model) or model.set_attn_implementation"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +16,17 @@ from transformers.utils import logging
 from longshort.huggingface.cache import SplitCache
 from longshort.huggingface.generation import split_cache
 from longshort.huggingface.interface import Call, recording, within_sliding_window
+from longshort.huggingface.mixers import LayerError, MixerTrial, described, noting_cache_users
 from longshort.huggingface.state import NAME, NAMES, stored_state, text_config
 from longshort.layout import HeadLayout
 
 _logger = logging.get_logger(__name__)
 
 _TOKENS = 8
-_BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
-"""Differences of logits that pass for rounding, relative to the largest, by dtype."""
+_ROUNDING = 1e-4
+"""The largest difference of logits that passes for rounding, relative to the largest logit."""
+_HALF_ROUNDING = {dtype: 12 * torch.finfo(dtype).eps for dtype in (torch.float16, torch.bfloat16)}
+"""The same for the outputs of a layer on equal inputs, in half precision; about eps is usual."""
 
 
 class AttentionLayer(NamedTuple):
@@ -129,7 +132,8 @@ def _trial_tokens(model: PreTrainedModel, config: Any) -> Tensor:
 
 
 def try_all_global(model: PreTrainedModel, config: Any) -> list[AttentionLayer]:
-    """Attend with all heads global; find the layers, and refuse a model whose logits are others then."""
+    """Attend with all heads global; find the layers, and refuse a model whose logits are others then, or in
+    half precision one that has a layer whose outputs are."""
     ids = _trial_tokens(model, config)
     implementation = config._attn_implementation
     state = stored_state(config)
@@ -138,11 +142,22 @@ def try_all_global(model: PreTrainedModel, config: Any) -> list[AttentionLayer]:
             restore_implementation(model, config)
         config.__dict__.pop(NAME, None)
         model.eval()
+        own = config._attn_implementation
         truth = _logits(model, ids, use_cache=False)
         set_implementation(model, config, NAME)
         calls, logits = _recorded(model, ids)
         layers = _checked_layers(model, config, calls)
-        _require_alike("with all heads global", logits, truth)
+        how, bound = "with all heads global", _half_rounding(model)
+        if bound is None:
+            _require_alike(how, logits, truth)
+        else:
+            trial = MixerTrial({call.module: _path(model, call.module) for call in calls}, bound)
+            set_implementation(model, config, own)
+            with trial.recording():
+                _logits(model, ids, use_cache=False)
+            set_implementation(model, config, NAME)
+            with trial.comparing(how):
+                _recorded(model, ids)
         model.train()
         for call in _recorded(model, ids)[0]:
             if call.dropout:
@@ -180,7 +195,7 @@ def _recorded(model: PreTrainedModel, ids: Tensor) -> tuple[list[Call], Tensor]:
 
 def _path(model: nn.Module, module: nn.Module) -> str:
     names = {id(found): name for name, found in model.named_modules()}
-    return f"{names[id(module)]} ({type(module).__name__})"
+    return described(names[id(module)], module)
 
 
 def _checked_layers(model: PreTrainedModel, config: Any, calls: Sequence[Call]) -> list[AttentionLayer]:
@@ -224,7 +239,8 @@ def cache_refusal(layers: Sequence[AttentionLayer]) -> str | None:
 
 
 def try_with_caches(model: PreTrainedModel) -> str | None:
-    """Refuse a model whose logits depend on whether keys are cached, and how.
+    """Refuse a model whose logits, or in half precision the outputs of whose layers, depend on whether keys
+    are cached, and how.
 
     Returns:
         Why a `SplitCache` cannot serve the model; None if it can.
@@ -232,7 +248,14 @@ def try_with_caches(model: PreTrainedModel) -> str | None:
     config = text_config(model)
     ids = _trial_tokens(model, config)
     model.eval()
-    truth = _logits(model, ids, use_cache=False)
+    trial = None
+    bound = _half_rounding(model)
+    if bound is not None:
+        with suppress(ValueError), noting_cache_users(model) as users:  # the error will come again
+            _logits(model, ids, past_key_values=DynamicCache(config=config), use_cache=True)
+        trial = MixerTrial(users, bound)
+    with nullcontext() if trial is None else trial.recording():
+        truth = _logits(model, ids, use_cache=False)
     caches: dict[str, Cache] = {"with a DynamicCache": DynamicCache(config=config)}
     state = stored_state(config)
     assert state is not None
@@ -241,18 +264,28 @@ def try_with_caches(model: PreTrainedModel) -> str | None:
         caches["with a SplitCache"] = split_cache(model)
     for how, cache in caches.items():
         parts = ids.split([_TOKENS - 3, 1, 2], dim=1)
-        try:
-            logits = [_logits(model, part, past_key_values=cache, use_cache=True) for part in parts]
-        except ValueError as error:
-            if isinstance(error.__cause__, TypeError) and isinstance(cache, SplitCache):
-                return f"{type(model).__name__} works on keys that come out of the cache"
-            raise ValueError(f"{type(model).__name__} cannot attend by layouts {how}: {error}") from error
-        _require_alike(how, torch.cat(logits, dim=1), truth)
+        with nullcontext() if trial is None else trial.comparing(how):
+            try:
+                logits = [_logits(model, part, past_key_values=cache, use_cache=True) for part in parts]
+            except LayerError:
+                raise
+            except ValueError as error:
+                if isinstance(error.__cause__, TypeError) and isinstance(cache, SplitCache):
+                    return f"{type(model).__name__} works on keys that come out of the cache"
+                raise ValueError(f"{type(model).__name__} cannot attend by layouts {how}: {error}") from error
+        if trial is None:
+            _require_alike(how, torch.cat(logits, dim=1), truth)
     return refusal
 
 
+def _half_rounding(model: PreTrainedModel) -> float | None:
+    """Return the bound of rounding in a model that computes in half precision; None for other models."""
+    bounds = [_HALF_ROUNDING[p.dtype] for p in model.parameters() if p.dtype in _HALF_ROUNDING]
+    return max(bounds, default=None)
+
+
 def _require_alike(how: str, logits: Tensor, truth: Tensor) -> None:
-    bound = _BOUNDS.get(truth.dtype, 1e-4) * truth.abs().max().item()
+    bound = _ROUNDING * truth.abs().max().item()
     error = (logits - truth).abs().max().item()
     if not error <= bound:
         raise ValueError(

@@ -243,14 +243,14 @@ class _LayerSums:
     def __init__(self, windows: tuple[int | None, ...], like: HeadStatistics) -> None:
         self.windows = windows
         self.maxima = torch.zeros_like(torch.stack([like.max_logit, like.row_range]), dtype=torch.float64)
-        self.entropies = torch.zeros_like(like.entropy, dtype=torch.float64)
-        self.passes = 0
+        self.entropies = torch.zeros_like(like.rows)  # summed over rows
+        self.rows = torch.zeros_like(like.rows)
 
     def add(self, found: HeadStatistics) -> None:
         new = torch.stack([found.max_logit, found.row_range]).double()
         self.maxima = torch.maximum(self.maxima, new)
-        self.entropies = self.entropies + found.entropy
-        self.passes += 1
+        self.entropies = self.entropies + found.entropy * found.rows
+        self.rows = self.rows + found.rows
 
 
 def _note_run(ran: set[int], module: nn.Module, _: Any) -> None:
@@ -323,11 +323,11 @@ def _assemble(layers: list[_LayerSums], group: dist.ProcessGroup | bool | None) 
     device = layers[0].maxima.device
     maxima = torch.cat([layer.maxima.to(device) for layer in layers], dim=1)
     sums = torch.cat([layer.entropies.to(device) for layer in layers])
-    passes = torch.cat([torch.full_like(layer.entropies, layer.passes).to(device) for layer in layers])
-    means = torch.stack([sums, passes])
+    rows = torch.cat([layer.rows.to(device) for layer in layers])
+    totals = torch.stack([sums, rows])
     if not isinstance(group, bool):
-        maxima, means = max_over_ranks(maxima, group), sum_over_ranks(means, group)
-    (logits, ranges), entropies = maxima.cpu(), (means[0] / means[1]).cpu()
+        maxima, totals = max_over_ranks(maxima, group), sum_over_ranks(totals, group)
+    (logits, ranges), entropies = maxima.cpu(), (totals[0] / totals[1].clamp_min(1)).cpu()
     is_local = torch.tensor([window is not None for layer in layers for window in layer.windows])
     heads = [len(layer.windows) for layer in layers]
 

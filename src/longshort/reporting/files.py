@@ -50,7 +50,7 @@ def require_new_folder(folder: Path) -> None:
     Raises:
         FileExistsError: it is a file, or a folder that is not empty.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists already and is not empty; choose another name")
 
 

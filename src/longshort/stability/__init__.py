@@ -1,6 +1,6 @@
 """Monitoring of attention while a model trains, and remedies if its logits explode."""
 
-from longshort.stability.alarms import ALARMS, Alarm, UpdateEntropy
+from longshort.stability.alarms import ALARMS, Alarm, QueryKeyWeights, UpdateEntropy
 from longshort.stability.monitor import MAX_LOGITS, ROW_RANGES, AttentionMonitor, Reading
 from longshort.stability.probe import AttentionProbe, ProbeReading
 from longshort.stability.remedies import QKClip, scale_qk_learning_rate, z_loss
@@ -17,6 +17,7 @@ __all__ = [
     "GradientError",
     "ProbeReading",
     "QKClip",
+    "QueryKeyWeights",
     "Reading",
     "Spike",
     "SpikeDetector",

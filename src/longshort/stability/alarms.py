@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -119,6 +120,19 @@ def alarm_score(alarm: Alarm) -> RowRangeSlope | EntropyFall:
     return RowRangeSlope() if alarm == "row-range" else EntropyFall()
 
 
+@dataclass(frozen=True)
+class QueryKeyWeights:
+    """The weights of the queries and keys of a layer.
+
+    Attributes:
+        num_heads: of queries.
+        read: returns a copy of them, (heads + kv_heads, head_dim, embed_dim), those of queries first.
+    """
+
+    num_heads: int
+    read: Callable[[], Tensor]
+
+
 class UpdateEntropy:
     """Measures the spectral entropy of what training does to each head's product of query and key weights.
 
@@ -144,18 +158,27 @@ class UpdateEntropy:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = [module for module in model.modules() if isinstance(module, LongShortAttention)]
-        if not self._layers:
+        layers = [module for module in model.modules() if isinstance(module, LongShortAttention)]
+        if not layers:
             raise ValueError(f"model must have LongShortAttention layers, got {type(model).__name__} without")
-        self._before = [_query_key_weights(layer) for layer in self._layers]
+        self._layers = [_weights_of(layer) for layer in layers]
+        self._before = [layer.read() for layer in self._layers]
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[QueryKeyWeights]) -> UpdateEntropy:
+        """Measure the weights of layers of another kind."""
+        made = cls.__new__(cls)
+        made._layers = list(layers)
+        made._before = [layer.read() for layer in layers]
+        return made
 
     @torch.no_grad()
     def measure(self) -> list[list[float]]:
         """Return the entropies of the updates since the last measurement: for each layer one number per head,
         NaN where nothing changed or a weight is not finite."""
-        after = [_query_key_weights(layer) for layer in self._layers]
+        after = [layer.read() for layer in self._layers]
         found = [
-            _update_entropies(layer, old, new)
+            _update_entropies(layer.num_heads, old, new)
             for layer, old, new in zip(self._layers, self._before, after, strict=True)
         ]
         self._before = after
@@ -171,17 +194,21 @@ class UpdateEntropy:
             weights.copy_(state[str(index)])
 
 
-def _query_key_weights(layer: LongShortAttention) -> Tensor:
-    """Copy the rows of qkv_proj of queries and keys: (heads + kv_heads, head_dim, embed_dim)."""
-    rows = layer.qkv_proj.weight.detach().unflatten(0, (-1, layer.head_dim))
-    return rows[: layer.layout.num_heads + layer.layout.num_kv_heads].clone()
+def _weights_of(layer: LongShortAttention) -> QueryKeyWeights:
+    heads, kv_heads = layer.layout.num_heads, layer.layout.num_kv_heads
+
+    def read() -> Tensor:
+        rows = layer.qkv_proj.weight.detach().unflatten(0, (-1, layer.head_dim))
+        return rows[: heads + kv_heads].clone()
+
+    return QueryKeyWeights(heads, read)
 
 
-def _update_entropies(layer: LongShortAttention, before: Tensor, after: Tensor) -> Tensor:
-    heads, group_size = layer.layout.num_heads, layer.layout.group_size
-    old_q, new_q = before[:heads].double(), after[:heads].double()
+def _update_entropies(num_heads: int, before: Tensor, after: Tensor) -> Tensor:
+    group_size = num_heads // (len(before) - num_heads)
+    old_q, new_q = before[:num_heads].double(), after[:num_heads].double()
     old_k, new_k = (
-        weights[heads:].double().repeat_interleave(group_size, dim=0) for weights in (before, after)
+        weights[num_heads:].double().repeat_interleave(group_size, dim=0) for weights in (before, after)
     )
     # The differences first: they are small, and would drown in the rounding of the two products.
     factors = torch.cat([new_q - old_q, old_q], 1), torch.cat([new_k, new_k - old_k], 1)

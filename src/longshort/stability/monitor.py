@@ -42,7 +42,8 @@ class Reading:
 
     Attributes:
         max_logit_by_head: for each attention layer one number per query head.
-        entropy_by_head: likewise, mean entropy of the rows in nats, averaged over the passes.
+        entropy_by_head: likewise, mean entropy of the rows in nats. Of several passes, `AttentionMonitor`
+            averages the means; `longshort.huggingface.LogitMonitor` takes the mean of all their rows.
         max_logit: the largest of all.
         max_logit_local: the largest of the local heads; None if there are none.
         max_logit_global: the largest of the global heads; None if there are none.

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from longshort.data.files import sync_folder, sync_tree
+from longshort.huggingface.progress_bars import without_progress_bars
 from longshort.reporting.files import replace_file
 from longshort.stability import UpdateEntropy
 
@@ -208,18 +207,6 @@ def remove_partial_checkpoints(run: Path) -> None:
     """Remove what a killed process left half-written."""
     for path in (run / FOLDER).glob(".step-*.partial"):
         shutil.rmtree(path)
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Turn off the progress bars of transformers, which would disturb our own."""
-    were_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

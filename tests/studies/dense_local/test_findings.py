@@ -4,6 +4,7 @@ import math
 
 import pytest
 from tests.studies.dense_local.planted_fits import STUDY, make, run_all
+from tests.studies.planted import findings_of
 
 from longshort.reporting.intervals import Interval
 from longshort.reporting.page import Report, render_report
@@ -14,7 +15,7 @@ from longshort.studies.framework.sweep import sweep
 
 
 def find(results, folder, seeds=3):
-    return STUDY.findings("smoke", range(seeds), results, folder)
+    return findings_of(STUDY, "smoke", range(seeds), results, folder)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def planted():
 @pytest.fixture(scope="module")
 def found(planted, tmp_path_factory):
     """The findings of planted results, judged and drawn once."""
-    return find(planted, tmp_path_factory.mktemp("planted"))
+    return STUDY.findings("smoke", range(3), planted, tmp_path_factory.mktemp("planted"))
 
 
 def section(findings, heading):
@@ -70,7 +71,7 @@ def test_what_is_not_run_is_left_out(planted, tmp_path):
     """Half of the results, and none at all."""
     half = dict(list(planted.items())[: len(planted) // 2])
     for results in (half, {}):
-        findings = find(results, tmp_path)
+        findings = STUDY.findings("smoke", range(3), results, tmp_path)
         render_report(Report("title", "subtitle", findings.sections))
 
 
@@ -83,7 +84,7 @@ def test_fits_that_diverged_are_drawn_as_far_as_they_went(tmp_path):
             made["max_logit_in_band"] = [[window, None] for window, _ in made["max_logit_in_band"]]
         return made
 
-    findings = find(run_all(run), tmp_path)
+    findings = STUDY.findings("smoke", range(3), run_all(run), tmp_path)
     losses = section(findings, "Training loss")
     assert losses.table is not None and "not finite" in losses.table.rows[0][1]
 

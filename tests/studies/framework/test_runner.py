@@ -37,9 +37,18 @@ class Watch(StudyProgress):
         self.finished.append(trial.arm)
 
 
-def test_trials_that_follow_from_others_are_run_too(tmp_path):
-    watch = Watch()
-    results = run(tmp_path, progress=watch).results
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a study that is done, and what was reported."""
+    folder, watch = tmp_path_factory.mktemp("whole"), Watch()
+    run(folder, progress=watch)
+    assert not multiprocessing.active_children()
+    return folder, watch
+
+
+def test_trials_that_follow_from_others_are_run_too(whole):
+    folder, watch = whole
+    results = ResultsFile(folder / "toy").results
     assert sorted(result["double"] for result in results.values()) == [0, 2, 4, 8]
     assert watch.finished[-1] == "again"
     last = watch.states[-1]
@@ -47,31 +56,27 @@ def test_trials_that_follow_from_others_are_run_too(tmp_path):
     assert last.seconds_left == 0
 
 
-def test_workers_are_processes_with_one_thread_each(tmp_path):
-    results = run(tmp_path).results.values()
+def test_workers_are_processes_with_one_thread_each(whole):
+    results = ResultsFile(whole[0] / "toy").results.values()
     assert {result["threads"] for result in results} == {"1"}
     pids = {result["timing"]["pid"] for result in results}
     assert os.getpid() not in pids
-    assert not multiprocessing.active_children()
 
 
-def test_what_is_finished_is_not_run_again(tmp_path):
-    run(tmp_path)
-    before = (tmp_path / "toy" / RESULTS_FILE).read_bytes()
-    watch = Watch()
-    run(tmp_path, Toy(fails=1), progress=watch)
+def test_what_is_finished_is_not_run_again(whole):
+    folder, watch = whole[0], Watch()
+    before = (folder / "toy" / RESULTS_FILE).read_bytes()
+    run(folder, Toy(fails=1), progress=watch)
     assert watch.finished == []
-    assert (tmp_path / "toy" / RESULTS_FILE).read_bytes() == before
+    assert (folder / "toy" / RESULTS_FILE).read_bytes() == before
 
 
-def test_a_failure_names_the_trial_and_keeps_what_is_finished(tmp_path):
+def test_a_failure_names_the_trial_and_keeps_what_is_finished(whole, tmp_path):
     with pytest.raises(ChildProcessError, match=r"toy, double, seed 2 failed:[\s\S]*this seed fails"):
         run(tmp_path, Toy(fails=2), jobs=1)
     assert len(ResultsFile(tmp_path / "toy").results) == 2
-    whole = run(tmp_path / "whole")
-    assert len(run(tmp_path).results) == 4
-    assert whole.results.keys() == ResultsFile(tmp_path / "toy").results.keys()
-    ours, theirs = ((folder / "toy" / RESULTS_FILE).read_bytes() for folder in (tmp_path, tmp_path / "whole"))
+    assert len(run(tmp_path, jobs=1).results) == 4
+    ours, theirs = ((folder / "toy" / RESULTS_FILE).read_bytes() for folder in (tmp_path, whole[0]))
     assert ours == theirs
 
 
@@ -104,7 +109,7 @@ def test_the_end_of_the_time_ends_the_workers_and_keeps_what_is_finished(tmp_pat
     assert not run_until(10.0, tmp_path, Toy(sleeps=1), jobs=1, progress=watch)
     assert watch.finished == ["double"]
     assert not multiprocessing.active_children()
-    assert len(run(tmp_path).results) == 4
+    assert len(run(tmp_path, jobs=1).results) == 4
 
 
 def test_trials_that_end_with_the_time_are_all_done(tmp_path, monkeypatch):
@@ -114,5 +119,5 @@ def test_trials_that_end_with_the_time_are_all_done(tmp_path, monkeypatch):
                 monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 10.0))
 
     monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 9.0))
-    assert run_until(10.0, tmp_path, progress=AllDone())
+    assert run_until(10.0, tmp_path, jobs=1, progress=AllDone())
     assert run_until(0.0, tmp_path)  # nothing is left to do

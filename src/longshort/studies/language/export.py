@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from longshort.data.files import sync_folder, sync_tree
-from longshort.training.checkpoints import latest_checkpoint, without_progress_bars
+from longshort.huggingface.progress_bars import without_progress_bars
+from longshort.training.checkpoints import latest_checkpoint
 from longshort.training.metrics import METRICS_FILE
 from longshort.training.trained import open_trained
 
