@@ -5,6 +5,7 @@ The truth is written from the definition, row by row, and shares no code with th
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 
 from longshort import HeadLayout, attention
+from longshort.attention import BACKENDS
+
+RUNNABLE = [name for name in BACKENDS if name != "triton" or os.environ.get("TRITON_INTERPRET") == "1"]
+"""The backends whose kernels run on a CPU: those of Triton in its interpreter."""
 
 
 @dataclass

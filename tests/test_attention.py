@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.attention_cases import RUNNABLE
 
 from longshort import HeadLayout, attention, explain
 from longshort.attention import BACKENDS
@@ -116,7 +117,7 @@ def test_a_sink_logit_is_one_more_key_without_value():
     torch.testing.assert_close(stats_with_sinks.entropy, stats.entropy)
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *RUNNABLE])
 def test_autocast_casts_like_sdpa(backend: str):
     q, k, v = inputs(requires_grad=True)
     sinks = torch.randn(4)

@@ -4,10 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attention_cases import Case, assert_as_good_as_plain, computed, plain, random_case, visibility
+from tests.attention_cases import (
+    RUNNABLE,
+    Case,
+    assert_as_good_as_plain,
+    computed,
+    plain,
+    random_case,
+    visibility,
+)
 
 from longshort import HeadLayout, attention
-from longshort.attention import BACKENDS
 
 HALVES = [torch.bfloat16, torch.float16]
 # those that compute everything; cpu refuses float64, float16 and round_probabilities
@@ -22,7 +29,7 @@ def test_random_calls_in_float64(backend: str, block: int):
         assert_as_good_as_plain(random_case(seed, max_length=70), torch.float64, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("block", range(5))
 def test_random_calls_in_float32(backend: str, block: int):
     for seed in range(1000 + 10 * block, 1010 + 10 * block):
@@ -36,13 +43,13 @@ def test_random_calls_in_half_precision(backend: str, dtype: torch.dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_many_long_random_calls(backend: str):
     for seed in range(3000, 3150):
         assert_as_good_as_plain(random_case(seed, max_length=300), torch.float32, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_logits_of_thousands(backend: str):
     for seed in range(4000, 4020):
         case = random_case(seed, max_length=70, logit_scale=2000.0)
@@ -52,7 +59,7 @@ def test_logits_of_thousands(backend: str):
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        *((name, torch.float32) for name in BACKENDS),
+        *((name, torch.float32) for name in RUNNABLE),
         *((name, torch.float64) for name in COMPLETE),
         *HALVES_OF_BACKENDS,
     ],
@@ -68,7 +75,7 @@ def test_equal_and_single_keys_are_exact(backend: str, dtype: torch.dtype):
     assert stats.max_logit.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 def test_scales_of_any_sign(backend: str, scale: float):
     """Without any other option, the call that SDPA would serve."""
@@ -78,7 +85,7 @@ def test_scales_of_any_sign(backend: str, scale: float):
         assert_as_good_as_plain(case, torch.float32, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("sink", [-12.0, -4.0, 0.0, 12.0])
 def test_sink_gradients_do_not_cancel(backend: str, sink: float):
     q, k, v = torch.randn(3, 1, 2, 300, 16).unbind()
@@ -110,7 +117,7 @@ def test_gradcheck(backend: str):
     assert torch.autograd.gradcheck(call, (q, k, v, sinks))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_gradients_of_gradients_are_right_or_an_error(backend: str):
     q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
     out = attention(
@@ -124,7 +131,7 @@ def test_gradients_of_gradients_are_right_or_an_error(backend: str):
         torch.autograd.grad(gradient.sum(), k)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("seed", range(40))
 def test_statistics_change_no_bit(backend: str, seed: int):
     case = random_case(seed, max_length=130).cast(torch.float32)
@@ -141,7 +148,7 @@ def test_statistics_change_no_bit(backend: str, seed: int):
         assert torch.equal(with_stats, without)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, 5, 5), (2, 0, 5), (2, 0, 0), (0, 0, 0)])
 def test_empty_calls(backend: str, batch: int, q_len: int, kv_len: int):
     q = torch.randn(batch, 2, q_len, 4, requires_grad=True)
@@ -157,7 +164,7 @@ def test_empty_calls(backend: str, batch: int, q_len: int, kv_len: int):
     assert all(not gradient.any() for gradient in gradients)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_nothing_visible_gives_zeros(backend: str):
     q, k, v = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
     ids = torch.full((1, 6), -1)
@@ -169,7 +176,7 @@ def test_nothing_visible_gives_zeros(backend: str):
     assert all(not gradient.any() for gradient in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_gradients_of_lse_stop_at_rows_that_see_nothing(backend: str):
     """A loss on lse may be infinite there, and its gradient NaN."""
     q, k, v = (torch.randn(1, 2, 30, 4, requires_grad=True) for _ in range(3))
@@ -180,7 +187,7 @@ def test_gradients_of_lse_stop_at_rows_that_see_nothing(backend: str):
     assert all(x.isfinite().all() for x in torch.autograd.grad(loss, (q, k), allow_unused=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("bits", [0x7FC00001, 0x7FFFFFFF, -1])
 def test_nan_of_any_bits(backend: str, bits: int):
     q, k, v = torch.randn(3, 1, 2, 40, 8).unbind()
@@ -190,7 +197,7 @@ def test_nan_of_any_bits(backend: str, bits: int):
         assert out[0, :, -1].isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradients_reach_what_is_visible_and_nothing_else(backend: str, causal: bool):
     layout = HeadLayout((1, 5, 5, None), sink_tokens=2)
@@ -203,7 +210,7 @@ def test_gradients_reach_what_is_visible_and_nothing_else(backend: str, causal: 
         assert not grad_k[~visible[:, :, row]].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("place", ["q", "k", "v"])
 def test_nan_shows_in_every_row_that_sees_it(backend: str, place: str):
     layout = HeadLayout((4, None))
@@ -216,7 +223,7 @@ def test_nan_shows_in_every_row_that_sees_it(backend: str, place: str):
     assert stats.max_logit.isnan().all() == (place != "v")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_infinities_do_not_hang_or_crash(backend: str):
     for place in "qkv":
         for value in (torch.inf, -torch.inf):

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.attention_cases import Case, random_case, visibility
+from tests.attention_cases import RUNNABLE, Case, random_case, visibility
 from torch import Tensor
 
 from longshort import HeadLayout, attention
-from longshort.attention import BACKENDS
 
 NONFINITE = [torch.nan, torch.inf, -torch.inf]
 PLACES = ["q", "k", "v", "grad_out", "grad_lse"]
 RUNS = [
-    *(pytest.param(name, torch.float32, id=f"{name}-fp32") for name in BACKENDS),
+    *(pytest.param(name, torch.float32, id=f"{name}-fp32") for name in RUNNABLE),
     *(pytest.param(name, torch.float64, id=f"{name}-fp64") for name in ("blockwise", "reference")),
 ]
 
@@ -248,7 +247,7 @@ def test_infinities_follow_arithmetic_over_visible_pairs(
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_a_softcap_bounds_infinite_scores_too(backend: str):
     q, k, v = torch.randn(3, 1, 1, 6, 4).unbind()
     k[0, 0, 2] = torch.inf
@@ -259,7 +258,7 @@ def test_a_softcap_bounds_infinite_scores_too(backend: str):
     ("place", "value"),
     [*((place, value) for place in ("q", "k", "v", "grad_out") for value in NONFINITE), ("q", 3e38)],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_views_of_a_fused_projection(backend: str, place: str, value: float):
     """Long enough for several blocks of any kernel; with 3e38 a score overflows."""
     qkv = torch.randn(1, 530, 12, 8, generator=torch.Generator().manual_seed(1))
@@ -282,7 +281,7 @@ def test_views_of_a_fused_projection(backend: str, place: str, value: float):
 
 
 @pytest.mark.parametrize("value", NONFINITE)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_compiled_calls_hide_them_too(backend: str, value: float):
     """Forward and backward, without graph breaks."""
     layout = HeadLayout((4, None), sink_tokens=1)

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attention_cases import Case, random_case
+from tests.attention_cases import RUNNABLE, Case, random_case
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from longshort import HeadLayout, attention, explain
-from longshort.attention import BACKENDS
 
 LAYOUT = HeadLayout((3, 3, None, None), num_kv_heads=2, sink_tokens=1)
 NO_TANGENTS = "forward-mode differentiation is on, and this backend computes no tangents; 'reference' does"
@@ -127,7 +126,7 @@ def test_operators_refuse_tangents_themselves(name: str):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_tangents_of_a_backward_pass(backend: str, options: dict):
     """The forward pass comes before forward mode is on, so that any backend may have served it."""
     primals = inputs(dtype_of(backend))
@@ -141,7 +140,7 @@ def test_tangents_of_a_backward_pass(backend: str, options: dict):
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"round_probabilities": True}])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_vmap_is_a_loop(backend: str, options: dict):
     if backend == "cpu" and "round_probabilities" in options:
         return
@@ -164,7 +163,7 @@ def test_vmap_is_a_loop(backend: str, options: dict):
         torch.testing.assert_close([x[:, i] for x in of_sum], expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_vmap_over_segments_keys_and_slopes_alone(backend: str):
     q, k, v = inputs(dtype_of(backend))
     ids, slopes = torch.randint(-1, 2, (3, 1, 7)), torch.rand(3, 4)
@@ -178,7 +177,7 @@ def test_vmap_over_segments_keys_and_slopes_alone(backend: str):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_jacobians(backend: str, options: dict):
     q, k, v = inputs(dtype_of(backend))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.attention_cases import RUNNABLE
 from torch import Tensor
 
 from longshort import HeadLayout
-from longshort.attention import BACKENDS
 from longshort.cache import LayerCache
 
 HEAD_DIM = 8
@@ -43,7 +43,7 @@ def attend_in_steps(
 @pytest.mark.parametrize("value", NONFINITE)
 @pytest.mark.parametrize("steps", STEPS, ids=str)
 @pytest.mark.parametrize("layout", [LAYOUT, WITH_SINKS], ids=["plain", "sinks"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_a_key_that_left_its_window(backend: str, layout: HeadLayout, steps: list[int], value: float):
     """Key 4 of one sequence: of a local head it is gone after its window."""
     length = sum(steps)
@@ -63,7 +63,7 @@ def test_a_key_that_left_its_window(backend: str, layout: HeadLayout, steps: lis
 @pytest.mark.parametrize("value", NONFINITE)
 @pytest.mark.parametrize("steps", STEPS, ids=str)
 @pytest.mark.parametrize("layout", [LAYOUT, WITH_SINKS], ids=["plain", "sinks"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_padding_may_hold_anything(backend: str, layout: HeadLayout, steps: list[int], value: float):
     length = sum(steps)
     generator = torch.Generator().manual_seed(1)
@@ -78,7 +78,7 @@ def test_padding_may_hold_anything(backend: str, layout: HeadLayout, steps: list
 
 @pytest.mark.parametrize("value", NONFINITE)
 @pytest.mark.parametrize("steps", STEPS, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_other_segments_may_hold_anything(backend: str, steps: list[int], value: float):
     length = sum(steps)
     ids = (torch.arange(length) % 3 == 1).long().expand(2, -1)
@@ -88,7 +88,7 @@ def test_other_segments_may_hold_anything(backend: str, steps: list[int], value:
     assert torch.equal(ours[:, :, ids[0] == 0], expected[:, :, ids[0] == 0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("steps", STEPS, ids=str)
 @pytest.mark.parametrize("layout", [LAYOUT, WITH_SINKS], ids=["plain", "sinks"])
 def test_unused_memory_and_what_was_taken_back(backend: str, layout: HeadLayout, steps: list[int]):

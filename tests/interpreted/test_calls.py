@@ -1,12 +1,10 @@
-"""The Triton kernels, interpreted, against the truth in float64, over random calls with all options together."""
-
+"""Interpreted Triton kernels against the truth in float64, over random calls with all options together."""
 
 import pytest
 import torch
 from tests.attention_cases import assert_as_good_as_plain, computed, random_case
 
 from longshort import attention
-
 
 
 @pytest.mark.parametrize("seed", range(24))

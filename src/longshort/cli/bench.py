@@ -12,6 +12,7 @@ from longshort.cli.flags import parse
 _BENCHMARKS = {
     "attention": "Time attention: backends of this library against PyTorch's and others'.",
     "kernel": "Time the attention of one query against long caches.",
+    "kernels": "Compile the kernels for GPUs and show their registers, or search the fastest tiles.",
     "prefill": "Time whole models that read a prompt, with the bound by Amdahl's law.",
     "decode": "Time each token after a long context.",
     "memory": "Measure how much a prompt adds to the peak of memory.",
@@ -45,6 +46,13 @@ def run(arguments: list[str]) -> int:
     from longshort.bench.sweep import measure
 
     kind = getattr(import_module(f"longshort.bench.{name}"), f"{name.capitalize()}Benchmark")
-    output = console()
-    measure(parse(kind, f"bench {name}", rest), lambda text: output.print(text, markup=False))
+    flags, output = parse(kind, f"bench {name}", rest), console()
+
+    def show(text: str) -> None:
+        output.print(text, markup=False)
+
+    if name == "kernels":  # compares no providers
+        flags.run(show)
+    else:
+        measure(flags, show)
     return 0

@@ -1,8 +1,8 @@
 """Attention on GPUs with Triton: all heads in one launch, O(n·w) for local heads, forward and backward.
 
-Windows come from a tensor and bound the loops over keys, so that one kernel serves heads of all windows; tiles
-outside the band or of other segments are not visited. Nothing of n×n exists, nothing is read back to the host,
-and results are the same bits on each run.
+Windows come from a tensor and bound the loops over keys, so that one kernel serves heads of all windows;
+tiles outside the band or of other segments are not visited. Nothing of n×n exists, nothing is read back to
+the host, and results are the same bits on each run.
 
 Triton is imported on the first call that can use it.
 """

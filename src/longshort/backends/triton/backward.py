@@ -1,7 +1,7 @@
 """The backward kernels: delta of each row, the gradient of q by rows, those of k and v by keys.
 
-Scores are computed again, and probabilities come from the saved row maximum and log of the row sum. Each program
-owns what it writes, and sums in a fixed order, so that results are the same bits on each run.
+Scores are computed again, and probabilities come from the saved row maximum and log of the row sum. Each
+program owns what it writes, and sums in a fixed order, so that results are the same bits on each run.
 """
 
 import triton
@@ -18,7 +18,7 @@ def delta_kernel(
     stride_lb, stride_lh, stride_ls, S, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_OUT: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """delta = Σ grad_out·out - grad_lse: what a row's probabilities have in common in the gradient of its scores."""
+    """Compute delta = Σ grad_out·out - grad_lse, which the gradients of a row's scores have in common."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1) // heads
     h = tl.program_id(1) % heads
@@ -38,7 +38,8 @@ def delta_kernel(
         delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     if HAS_LSE:
         grad_lse = tl.load(
-            GRAD_LSE + b.to(tl.int64) * stride_lb + h.to(tl.int64) * stride_lh + rows.to(tl.int64) * stride_ls,
+            GRAD_LSE + b.to(tl.int64) * stride_lb + h.to(tl.int64) * stride_lh
+            + rows.to(tl.int64) * stride_ls,
             mask=is_row, other=0.0,
         )  # fmt: skip
         delta = delta - grad_lse
@@ -100,7 +101,9 @@ def grad_q_kernel(
         tokens = b.to(tl.int64) * stride_tokens
         ids_at = IDS + tokens
         query_id = tl.load(ids_at + query, mask=is_row, other=-1)
-        begin = tl.maximum(begin, tl.min(tl.load(FIRST + tokens + query, mask=is_row, other=T)) // KEYS * KEYS)
+        begin = tl.maximum(
+            begin, tl.min(tl.load(FIRST + tokens + query, mask=is_row, other=T)) // KEYS * KEYS
+        )
         end = tl.minimum(end, tl.max(tl.load(LAST + tokens + query, mask=is_row, other=-1)) + 1)
         if SINKS:
             sinks_begin = tl.min(tl.load(SINKS_BEGIN + tokens + query, mask=is_row, other=T))
@@ -152,7 +155,8 @@ def add_gradient_of_rows(
     stride_ks, stride_kd, stride_vs, stride_vd, T, window, scale, softcap, slope,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, MASKED: tl.constexpr, HAS_OUT: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, MASKED: tl.constexpr, HAS_OUT: tl.constexpr, CAREFUL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys from `begin` to `end` give to the gradient of the rows of q, without its scale."""
     channel = tl.arange(0, BLOCK_D)
@@ -184,7 +188,7 @@ def add_gradient_of_rows(
                 v_at + key[:, None].to(tl.int64) * stride_vs + channel[None, :] * stride_vd,
                 mask=mask, other=0.0,
             )  # fmt: skip
-        p, grad_scores = gradient_of_scores(
+        _, grad_scores = gradient_of_scores(
             logits, visible, query[:, None], key[None, :], row_max[:, None], log_sum[:, None], delta[:, None],
             grad_out, tl.trans(v), softcap, slope, SOFTCAP, ALIBI, MASKED, HAS_OUT, PRECISION,
         )  # fmt: skip
@@ -203,7 +207,8 @@ def gradient_of_scores(
 ):  # fmt: skip
     """Return the probabilities of a tile and the gradients of its logits; both are 0 on hidden pairs.
 
-    The gradient of the probabilities is first @ second: grad_out·vᵀ, or v·grad_outᵀ for a tile of keys × rows.
+    The gradient of the probabilities is first @ second: grad_out·vᵀ, or v·grad_outᵀ for a tile of
+    keys × rows.
     """
     scores = scores_of(logits, query, key, softcap, slope, SOFTCAP, ALIBI)
     p = exp(scores - row_max - log_sum)
@@ -230,7 +235,8 @@ def grad_kv_kernel(
     S, T, sinks, scale, softcap, batch, heads, blocks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
-    HAS_SINKS: tl.constexpr, SINKS: tl.constexpr, HAS_OUT: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SINKS: tl.constexpr, SINKS: tl.constexpr, HAS_OUT: tl.constexpr, CAREFUL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a block of keys and values.
 
@@ -322,13 +328,15 @@ def grad_kv_kernel(
                     grad_k, grad_v, inner_begin, inner_end, k, v, key, key_id, is_key, q_at, g_at,
                     ROW_MAX + row_at, LOG_SUM + row_at, DELTA + row_at, ids_at,
                     stride_qs, stride_qd, stride_gs, stride_gd, S, T, window, scale, softcap, slope,
-                    D, BLOCK_D, ROWS, CAUSAL, SOFTCAP, ALIBI, SEGMENTS, SINKS, False, HAS_OUT, CAREFUL, PRECISION,
+                    D, BLOCK_D, ROWS, CAUSAL, SOFTCAP, ALIBI, SEGMENTS, SINKS, False, HAS_OUT, CAREFUL,
+                    PRECISION,
                 )  # fmt: skip
                 grad_k, grad_v = add_gradients_of_keys(
                     grad_k, grad_v, inner_end, end, k, v, key, key_id, is_key, q_at, g_at,
                     ROW_MAX + row_at, LOG_SUM + row_at, DELTA + row_at, ids_at,
                     stride_qs, stride_qd, stride_gs, stride_gd, S, T, window, scale, softcap, slope,
-                    D, BLOCK_D, ROWS, CAUSAL, SOFTCAP, ALIBI, SEGMENTS, SINKS, True, HAS_OUT, CAREFUL, PRECISION,
+                    D, BLOCK_D, ROWS, CAUSAL, SOFTCAP, ALIBI, SEGMENTS, SINKS, True, HAS_OUT, CAREFUL,
+                    PRECISION,
                 )  # fmt: skip
     grad_k = grad_k * scale
 
@@ -360,9 +368,10 @@ def add_gradients_of_keys(
     stride_qs, stride_qd, stride_gs, stride_gd, S, T, window, scale, softcap, slope,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, MASKED: tl.constexpr, HAS_OUT: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, MASKED: tl.constexpr, HAS_OUT: tl.constexpr, CAREFUL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the rows from `begin` to `end` give to the gradients of a block of keys, k's without its scale."""
+    """Add what the rows from `begin` to `end` give to the gradients of a block of keys, without k's scale."""
     channel = tl.arange(0, BLOCK_D)
     for start in range(begin, end, ROWS):
         rows = start + tl.arange(0, ROWS)

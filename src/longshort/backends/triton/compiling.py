@@ -1,7 +1,7 @@
 """Compiles the kernels for GPUs that need not be there, and reads what their machine code takes of registers.
 
-A kernel whose numbers do not fit into the registers of its threads spills them to memory, which is slow and does
-not show anywhere else.
+A kernel whose numbers do not fit into the registers of its threads spills them to memory, which is slow and
+does not show anywhere else.
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ def forward_kernel(
         ids_at = IDS + tokens
         query_id = tl.load(ids_at + query, mask=is_row, other=-1)
         # the first block is aligned as without segments, so that sums have the same order
-        begin = tl.maximum(begin, tl.min(tl.load(FIRST + tokens + query, mask=is_row, other=T)) // KEYS * KEYS)
+        begin = tl.maximum(
+            begin, tl.min(tl.load(FIRST + tokens + query, mask=is_row, other=T)) // KEYS * KEYS
+        )
         end = tl.minimum(end, tl.max(tl.load(LAST + tokens + query, mask=is_row, other=-1)) + 1)
         if SINKS:
             sinks_begin = tl.min(tl.load(SINKS_BEGIN + tokens + query, mask=is_row, other=T))
@@ -141,7 +143,8 @@ def add_keys(
     stride_ks, stride_kd, stride_vs, stride_vd, T, window, scale, softcap, slope,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
-    SINKS: tl.constexpr, MASKED: tl.constexpr, STATS: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, MASKED: tl.constexpr, STATS: tl.constexpr, CAREFUL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the keys from `begin` to `end`, or with SINKS the sinks in these slots, to the sums of the rows."""
     channel = tl.arange(0, BLOCK_D)

@@ -1,7 +1,8 @@
 """The operator behind the backend `triton`: launches the kernels, forward and backward.
 
-Each kernel is launched twice. The second launch looks at a sum, on the device: if it is finite, which is as good
-as always, it returns at once; else it computes all again, such that NaN and inf do not reach rows that hide them.
+Each kernel is launched twice. The second launch reads a sum, on the device: if it is finite, as it almost
+always is, the launch returns at once; else it computes all again, such that NaN and inf do not reach rows
+that hide them.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def _forward(
         )  # fmt: skip
     if not with_stats:
         return out, row_max, log_sum, partials.new_empty(0), partials.new_empty(0)
-    rows = q_len * batch if segment_ids is None else (segment_ids[:, kv_len - q_len :] >= 0).sum().clamp(min=1)
+    rows = (
+        q_len * batch if segment_ids is None else (segment_ids[:, kv_len - q_len :] >= 0).sum().clamp(min=1)
+    )
     return out, row_max, log_sum, partials[0].amax(1), partials[1].sum(1) / rows
 
 
@@ -179,8 +182,8 @@ class _Call:
         self._unused = q.new_empty(1, dtype=torch.int32)
         group = q.shape[1] // k.shape[1]
         longest_first = sorted(range(len(windows)), key=lambda head: -windows[head])
-        of_heads = [list(windows), longest_first, [head for head in longest_first if head % group == 0]]
-        table = torch.tensor(sum(of_heads, []), dtype=torch.int32)
+        first_of_groups = [head for head in longest_first if head % group == 0]
+        table = torch.tensor([*windows, *longest_first, *first_of_groups], dtype=torch.int32)
         if q.is_cuda:
             table = table.pin_memory().to(q.device, non_blocking=True)
         heads = q.shape[1]

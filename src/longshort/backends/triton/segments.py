@@ -1,4 +1,4 @@
-"""Where the tokens of each segment lie, as the kernels read it: computed on the device, nothing is read back."""
+"""The places of each segment's tokens and sinks, as the kernels read them; computed on the device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 class Segments:
     """The segments of a call, and its sink tokens.
 
-    All tensors are int32. A sink has a slot, in the order of segments and then of positions, so that the sinks
-    of neighbouring segments have neighbouring slots.
+    All tensors are int32. A sink has a slot, in the order of segments and then of positions, so that the
+    sinks of neighbouring segments have neighbouring slots.
 
     Attributes:
         ids: (batch, T), in the order of the segment ids, -1 for padding; None: one segment.

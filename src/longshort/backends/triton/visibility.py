@@ -1,14 +1,14 @@
 """What every kernel knows of a tile: which of its pairs are visible, and their scores.
 
-Row i of the queries is at position i + T - S. A window is a number of keys, `GLOBAL` for a global head, so that no
-kernel tells global heads from local ones. With segments each token has a `first` and a `last`: the smallest and
-the largest position that has its segment id, which bound the loops; padding has none.
+Row i of the queries is at position i + T - S. A window is a number of keys, more than there are for a global
+head, so that no kernel treats global heads in another way. With segments each token has a `first` and a
+`last`, the smallest and the largest position that has its segment id, which bound the loops; padding has
+none.
 """
 
 import triton
 import triton.language as tl
 
-GLOBAL = 1 << 30
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -72,12 +72,11 @@ def is_bad(total):
 
 
 @triton.jit
-def dot_of_visible(
-    weights, x, visible, KEYS: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr
-):
+def dot_of_visible(weights, x, visible, KEYS: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
     """Compute weights @ x, where weights (rows, KEYS) are 0 on hidden pairs and x is (KEYS, dim).
 
-    0·NaN is NaN: CAREFUL leaves hidden pairs out of the sums. It is slow, and gives the same bits where x is finite.
+    0·NaN is NaN: CAREFUL leaves hidden pairs out of the sums. It is slow, and gives the same bits where x is
+    finite.
     """
     if CAREFUL:
         finite = (x == x) & (tl.abs(x) < float("inf"))

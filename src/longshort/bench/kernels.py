@@ -1,0 +1,138 @@
+"""The Triton kernels by their tiles: registers of the machine code, and on a GPU the fastest tiles."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+from annotated_types import Ge, Le
+
+from longshort import HeadLayout, attention
+
+if TYPE_CHECKING:
+    from longshort.backends.triton.tiles import Tiles
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_ROUNDS = 5
+_HEADS, _WINDOW = 12, 128
+
+
+@dataclass(frozen=True)
+class KernelsBenchmark:
+    """Time the Triton kernels on this GPU with tiles of many sizes, or compile them for any GPU.
+
+    The times are of all heads of one layer (12 heads, one of them global, the others of window 128), for the
+    table in longshort/backends/triton/tiles.py. A thread that needs more registers than there are keeps
+    numbers in memory: it spills, which is slow.
+    """
+
+    compile_only: bool = False
+    """Show registers and spilled bytes of the tiles in use; nothing runs, so no GPU is needed."""
+
+    targets: tuple[Literal["sm80", "sm90", "sm100", "gfx942"], ...] = ("sm80", "sm90", "sm100", "gfx942")
+    """GPUs to compile for: A100, H100 and H200, B200, MI300."""
+
+    kernels: tuple[Literal["forward", "grad_q", "grad_kv"], ...] = ("forward", "grad_q", "grad_kv")
+    """The forward pass, the gradient of q, and those of k and v."""
+
+    dtypes: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16", "float32")
+    """Precisions of q, k and v."""
+
+    head_dims: tuple[Annotated[int, Ge(1), Le(256)], ...] = (64, 128, 256)
+    """Entries of a query."""
+
+    length: Annotated[int, Ge(1)] = 8192
+    """Tokens of the sequence that is timed."""
+
+    def run(self, show: Callable[[str], None]) -> None:
+        """Show a line for each kernel.
+
+        Raises:
+            ValueError: triton is not installed, or there is no GPU to time on.
+        """
+        from longshort.backends import triton as backend
+
+        reason = backend.missing()
+        if reason is not None:
+            raise ValueError(f"{reason}; pip install triton")
+        if self.compile_only:
+            self._show_registers(show)
+            return
+        if not torch.cuda.is_available():
+            raise ValueError("there is no GPU here to time on; --compile-only needs none")
+        self._search(show)
+
+    def _cases(self) -> Iterator[tuple[str, str, int]]:
+        for kernel in self.kernels:
+            for dtype in self.dtypes:
+                for head_dim in self.head_dims:
+                    yield kernel, dtype, head_dim
+
+    def _show_registers(self, show: Callable[[str], None]) -> None:
+        from longshort.backends.triton.compiling import compile_kernel
+        from longshort.backends.triton.tiles import tiles_of
+
+        of_kernel = f"{'kernel':<8} {'dtype':<9} {'head_dim':>8} {'rows×keys, warps':<18}"
+        show(f"{of_kernel} {'target':<7} registers spilled")
+        for kernel, dtype, head_dim in self._cases():
+            tiles = tiles_of(kernel, head_dim, _DTYPES[dtype])
+            for target in self.targets:
+                found = compile_kernel(kernel, target, _DTYPES[dtype], head_dim)
+                show(
+                    f"{kernel:<8} {dtype:<9} {head_dim:>8} {_text(tiles):<18} {target:<7} "
+                    f"{found.registers:>9} {found.spilled:>7}"
+                )
+
+    def _search(self, show: Callable[[str], None]) -> None:
+        show(f"{'kernel':<8} {'dtype':<9} {'head_dim':>8} {'rows×keys, warps, stages':<26} ms")
+        for kernel, dtype, head_dim in self._cases():
+            times = _times(kernel, _DTYPES[dtype], head_dim, self.length)
+            for tiles, milliseconds in sorted(times.items(), key=lambda item: item[1])[:3]:
+                text = f"{_text(tiles)}, {tiles.stages}"
+                show(f"{kernel:<8} {dtype:<9} {head_dim:>8} {text:<26} {milliseconds:.3f}")
+
+
+def _text(tiles: Tiles) -> str:
+    return f"{tiles.rows}×{tiles.keys}, {tiles.warps}"
+
+
+def _times(kernel: str, dtype: torch.dtype, head_dim: int, length: int) -> dict[Tiles, float]:
+    """Time a call with each size of tiles that fits: medians in milliseconds, the sizes in turns."""
+    from triton.runtime.errors import OutOfResources
+
+    from longshort.backends.triton.tiles import candidates, using
+
+    layout = HeadLayout.split(_HEADS, 1, _WINDOW)
+    shape = (1, _HEADS, length, head_dim)
+    q, k, v = (torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True) for _ in range(3))
+
+    def run() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if kernel == "forward":
+            begin.record()
+            attention(q, k, v, layout, backend="triton")
+        else:
+            out = attention(q, k, v, layout, backend="triton")
+            grad = torch.ones_like(out)
+            begin.record()
+            torch.autograd.grad(out, (q, k, v), grad)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    found: dict[Tiles, list[float]] = {}
+    for tiles in candidates():
+        with using(kernel, tiles):
+            try:
+                run()  # compiles
+            except OutOfResources:
+                continue
+        found[tiles] = []
+    for _ in range(_ROUNDS):
+        for tiles, times in found.items():
+            with using(kernel, tiles):
+                times.append(run())
+    return {tiles: statistics.median(times) for tiles, times in found.items()}
