@@ -70,12 +70,15 @@ def test_explain_names_the_backend_and_why_not_the_others():
     explanation = explain(Q.double(), K.double(), V.double(), LAYOUT)
     assert explanation.backend == "blockwise"
     refused = "q is torch.float64; the kernels compute float32 and bfloat16"
-    assert explanation.reasons == {"cpu": refused, "reference": "slower than blockwise"}
-    shown = f"blockwise: used\ncpu: not used, {refused}\nreference: not used, slower than blockwise"
-    assert str(explanation) == shown
+    no_gpu = "the tensors are on cpu, not on a GPU"
+    reasons = {"cpu": refused, "triton": no_gpu, "reference": "slower than blockwise"}
+    assert explanation.reasons == reasons
+    others = [f"{name}: not used, {reason}" for name, reason in reasons.items()]
+    assert str(explanation) == "\n".join(["blockwise: used", *others])
     asked = explain(Q, K, V, LAYOUT, backend="reference", softcap=3.0, return_stats=True)
     assert asked.backend == "reference"
-    assert asked.reasons == dict.fromkeys(["cpu", "blockwise"], "backend='reference' was asked for")
+    not_asked = dict.fromkeys(["cpu", "blockwise"], "backend='reference' was asked for")
+    assert asked.reasons == {**not_asked, "triton": no_gpu}
 
 
 def test_explain_knows_the_options_of_attention():

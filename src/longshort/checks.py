@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from numbers import Integral
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -42,9 +43,14 @@ def check_fields(settings: Any, named: Callable[[str], str] = flag) -> None:
     Raises:
         ValueError: a value does not fit.
     """
-    hints = get_type_hints(type(settings), include_extras=True)
+    hints = _hints(type(settings))
     for field in type(settings).__dataclass_fields__:
         _check(named(field), getattr(settings, field), hints[field], [])
+
+
+@cache  # it takes most of a millisecond, and studies make tens of thousands of settings
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 _COMPARISONS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {

@@ -6,7 +6,7 @@ from longshort.bench import machine, memory
 from longshort.cli import main
 
 TINY = ["--lengths", "32", "64", "--heads", "4", "--window", "9", "--head-dim", "8", "--repeats", "1"]
-BENCHMARKS = ("attention", "kernel", "prefill", "decode", "memory", "monitor", "projection")
+BENCHMARKS = ("attention", "kernel", "kernels", "prefill", "decode", "memory", "monitor", "projection")
 
 
 @pytest.fixture(autouse=True)

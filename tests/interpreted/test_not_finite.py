@@ -24,7 +24,7 @@ def small_case(number: int) -> Case:
     return Case(case.q[:1], case.k[:1], case.v[:1], case.layout, options)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("place", PLACES)
 def test_no_bit_changes_that_does_not_see_it(place: str, value: float):
     case = small_case(PLACES.index(place))

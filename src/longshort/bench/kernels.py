@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from annotated_types import Ge, Le
 
-from longshort import HeadLayout, attention
+from longshort.attention import attention
+from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
     from longshort.backends.triton.tiles import Tiles
@@ -35,8 +36,10 @@ class KernelsBenchmark:
     targets: tuple[Literal["sm80", "sm90", "sm100", "gfx942"], ...] = ("sm80", "sm90", "sm100", "gfx942")
     """GPUs to compile for: A100, H100 and H200, B200, MI300."""
 
-    kernels: tuple[Literal["forward", "grad_q", "grad_kv"], ...] = ("forward", "grad_q", "grad_kv")
-    """The forward pass, the gradient of q, and those of k and v."""
+    kernels: tuple[Literal["forward", "grad_q", "grad_kv", "decode"], ...] = (
+        "forward", "grad_q", "grad_kv", "decode",
+    )  # fmt: skip
+    """The forward pass, the gradient of q, those of k and v, and decoding (which is compiled alone)."""
 
     dtypes: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16", "float32")
     """Precisions of q, k and v."""
@@ -72,14 +75,14 @@ class KernelsBenchmark:
                     yield kernel, dtype, head_dim
 
     def _show_registers(self, show: Callable[[str], None]) -> None:
-        from longshort.backends.triton.compiling import compile_kernel
+        from longshort.backends.triton.compiling import TARGETS, compile_kernel
         from longshort.backends.triton.tiles import tiles_of
 
         of_kernel = f"{'kernel':<8} {'dtype':<9} {'head_dim':>8} {'rows×keys, warps':<18}"
         show(f"{of_kernel} {'target':<7} registers spilled")
         for kernel, dtype, head_dim in self._cases():
-            tiles = tiles_of(kernel, head_dim, _DTYPES[dtype])
             for target in self.targets:
+                tiles = tiles_of(kernel, head_dim, _DTYPES[dtype], TARGETS[target].backend == "hip")
                 found = compile_kernel(kernel, target, _DTYPES[dtype], head_dim)
                 show(
                     f"{kernel:<8} {dtype:<9} {head_dim:>8} {_text(tiles):<18} {target:<7} "
@@ -89,6 +92,8 @@ class KernelsBenchmark:
     def _search(self, show: Callable[[str], None]) -> None:
         show(f"{'kernel':<8} {'dtype':<9} {'head_dim':>8} {'rows×keys, warps, stages':<26} ms")
         for kernel, dtype, head_dim in self._cases():
+            if kernel == "decode":
+                continue
             times = _times(kernel, _DTYPES[dtype], head_dim, self.length)
             for tiles, milliseconds in sorted(times.items(), key=lambda item: item[1])[:3]:
                 text = f"{_text(tiles)}, {tiles.stages}"

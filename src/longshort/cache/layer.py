@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from longshort.attention import attention, cast_as_autocast, check_call, require_tensor, with_sink_logits
-from longshort.backends import cpu, operators
+from longshort.backends import operators
 from longshort.cache.groups import Group, attend_to_store
+from longshort.cache.kernels import CacheKernel, CPUKernel, TritonKernel
 from longshort.cache.sinks import SinkTokens
 from longshort.cache.store import Store
 from longshort.checks import require_integer
@@ -60,16 +60,8 @@ class LayerCache(KeyValueCache):
         has_sinks = any(store.sink_tokens for store in self.stores)
         self._sink_tokens = SinkTokens(layout.sink_tokens) if has_sinks else None
         self._accepted: list[Any] | None = None
-        self._versions: list[int] | None = None
-        self._descriptions: list[tuple[int, ...]] = []
         self._groups = [Group(group, layout) for group in layout.groups]
-        self._windows = cpu.windows_of_kv_heads(layout)
-        group_of = {head: i for i, group in enumerate(layout.groups) for head in group.kv_heads}
-        self._group_of = [group_of[head] for head in range(layout.num_kv_heads)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state without addresses, since a copy has its own tensors."""
-        return {**self.__dict__, "_versions": None, "_descriptions": []}
+        self._kernels = CPUKernel(layout), TritonKernel(layout)
 
     @property
     def length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -140,8 +132,9 @@ class LayerCache(KeyValueCache):
             self._append(k, v, segment_ids)
             return out
         self._note(segment_ids, k)
-        if self._has_kernel(q, backend, round_probabilities):
-            return self._attend_by_kernel(q, k, v, options)
+        kernel = self._kernel(q, backend, round_probabilities)
+        if kernel is not None:
+            return self._attend_by_kernel(kernel, q, k, v, options)
         return self._attend_by_group(q, k, v, options)
 
     def append(
@@ -328,50 +321,31 @@ class LayerCache(KeyValueCache):
             for store in self.stores:
                 store.set_rollback(self.rollback)
 
-    def _has_kernel(self, q: Tensor, backend: str, round_probabilities: bool) -> bool:
-        new = q.shape[2]
-        return (
-            backend in ("auto", "cpu")
-            and not round_probabilities
-            and cpu.supports_cached(q, self.length + new)
-            and (new == 1 or not any(store.loses_needed(new) for store in self.stores))
-        )
+    def _kernel(self, q: Tensor, backend: str, round_probabilities: bool) -> CacheKernel | None:
+        """Return the kernel for new tokens, or None if there is none for them."""
+        if round_probabilities:
+            return None
+        asked = (kernel for kernel in self._kernels if backend in ("auto", kernel.backend))
+        return next((kernel for kernel in asked if kernel.supports(q, self.stores)), None)
 
-    def _attend_by_kernel(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    def _attend_by_kernel(
+        self, kernel: CacheKernel, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> Tensor:
         """All groups in one call, which appends too."""
-        new, stores, scale, sink_tokens = q.shape[2], self.stores, options["scale"], self.layout.sink_tokens
-        slopes, sink_logits, ids = options["alibi_slopes"], options["sink_logits"], options["segment_ids"]
-        if sink_tokens:
-            for store, group in zip(stores, self._groups, strict=True):
+        new, sink_logits = q.shape[2], options["sink_logits"]
+        if self.layout.sink_tokens:
+            for store, group in zip(self.stores, self._groups, strict=True):
                 store.move_sinks(group.of_kv_heads(k), group.of_kv_heads(v), self._sink_tokens)
-        rest = (
-            [store.next_first(new) for store in stores], self._group_of, self._windows, sink_tokens,
-            self.length, 1 / math.sqrt(q.shape[3]) if scale is None else scale, options["softcap"],
-            None if slopes is None else slopes.float(), None if ids is None else ids.to(torch.int64),
-            sink_logits is not None,
-        )  # fmt: skip
-        for store in stores:
+        for store in self.stores:
             store.reserve(new)
-        if torch.compiler.is_compiling():
-            data, sinks, positions = map(list, zip(*(store.tensors() for store in stores), strict=True))
-            rings = [store.ring for store in stores]
-            out, lse = torch.ops.longshort.cpu_attend_cached(q, k, v, data, sinks, positions, rings, *rest)
-        else:
-            out, lse = cpu.attend_cached(q, k, v, self._described(), *rest)
-        for store in stores:
+        sink_positions = None if self._sink_tokens is None else self._sink_tokens.positions
+        out, lse = kernel.attend(q, k, v, self.stores, sink_positions, options)
+        for store in self.stores:
             store.advance(new)
         if sink_logits is None:
             return out
         assert lse is not None
         return with_sink_logits(out, lse, sink_logits.float()).to(q.dtype)
-
-    def _described(self) -> list[tuple[int, ...]]:
-        """The stores as the kernel takes them, found anew when a tensor has moved."""
-        versions = [store.version for store in self.stores]
-        if versions != self._versions:
-            self._versions = versions
-            self._descriptions = [cpu.describe_store(*store.tensors(), store.ring) for store in self.stores]
-        return self._descriptions
 
     def _attend_by_group(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         """One call of attention for each window."""

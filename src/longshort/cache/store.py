@@ -29,12 +29,13 @@ class Store:
         window: window of the heads; None is global.
         ring: positions that are kept, window + rollback; 0 keeps all.
         length: positions seen so far.
+        lost: the number of first positions that are gone, whatever the length.
         expected: positions that have been announced, so that memory for them is allocated at once.
         data: (2, batch, kv_heads, slots, head_dim), keys and values; None before the first append, as all
             tensors.
         sinks: (2, batch, kv_heads, n, head_dim), those of the first `sink_tokens` keys that left the ring.
         sink_positions: (batch, n) of int64, where they stood; -1 for none.
-        version: counts the changes of the three tensors.
+        version: counts the changes of the three tensors, of `ring` and of `lost`.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Store:
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
         self.length = self.expected = 0
-        self._lost = 0  # number of first positions that are gone, whatever the length
+        self.lost = 0
         self.version += 1
         self.data: Tensor | None = None
         self.sinks: Tensor | None = None  # as data
@@ -63,7 +64,7 @@ class Store:
 
     def next_first(self, new: int) -> int:
         """`first` after `new` more positions."""
-        return max(self._lost, self.length + new - self.ring) if self.ring else 0
+        return max(self.lost, self.length + new - self.ring) if self.ring else 0
 
     def loses_needed(self, new: int) -> bool:
         """Whether `new` positions overwrite some that the first of them sees."""
@@ -170,8 +171,9 @@ class Store:
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on, at least `least_length`."""
-        self._lost = self.first
+        self.lost = self.first
         self.length = length
+        self.version += 1
 
     def least_length(self) -> int:
         """The least length to crop to: a shorter sequence would see what the ring has lost."""
@@ -185,7 +187,7 @@ class Store:
         if self.data is None or self.length <= self.ring:
             self.ring = self.window + rollback  # nothing has been overwritten yet
             return
-        self._lost = first = self.first
+        self.lost = first = self.first
         kept = torch.stack(self.view(first, self.length))
         self.ring = self.window + rollback
         self._allocate(kept[0], self._capped(self.length))

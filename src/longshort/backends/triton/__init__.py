@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from longshort.backends import operators
 from longshort.backends.call import AttentionCall, Output
+from longshort.layout import HeadLayout
 
 _LARGEST_HEAD_DIM = 256
 _GLOBAL = 1 << 30  # as a window; positions are 32-bit numbers
 _OLDEST = (8, 0)  # compute capability
+_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def supports(call: AttentionCall) -> str | None:
@@ -37,30 +40,47 @@ def supports(call: AttentionCall) -> str | None:
         return "the kernels round probabilities in a way of their own"
     if operators.forward_mode_is_on():
         return operators.NO_TANGENTS
-    return missing(call.q.device.index if call.q.is_cuda else None)
+    return missing(call.q.device)
 
 
-@cache
-def missing(device: int | None = None) -> str | None:
-    """Return why the kernels cannot run on a GPU, or None if they can.
-
-    Args:
-        device: number of the GPU; None: the interpreter's CPU, or any.
-    """
-    if importlib.util.find_spec("triton") is None:
+def missing(device: torch.device | None = None) -> str | None:
+    """Return why the kernels cannot run on a device, or None if they can; without a device, why they can run
+    nowhere."""
+    if not _IS_INSTALLED:
         return "triton is not installed"
-    if device is not None and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _OLDEST:
-            return f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 is needed"
+    if device is not None and device.type == "cuda" and torch.version.hip is None:
+        found = torch.cuda.get_device_properties(device)
+        if (found.major, found.minor) < _OLDEST:
+            return f"the GPU has compute capability {found.major}.{found.minor}; 8.0 is needed"
     return None
+
+
+def supports_cached(q: Tensor, length: int) -> bool:
+    """Return whether the decoding kernels can serve queries like q over `length` tokens, the new one
+    included."""
+    return (
+        (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+        and q.dtype != torch.float64
+        and q.shape[3] <= _LARGEST_HEAD_DIM
+        and length < _GLOBAL
+        and missing(q.device) is None
+    )
+
+
+def windows_of_kv_heads(layout: HeadLayout) -> list[int]:
+    """Return the window of each key/value head as the kernels expect it."""
+    return _numbers(layout.windows[:: layout.group_size])
+
+
+def _numbers(windows: Sequence[int | None]) -> list[int]:
+    return [_GLOBAL if w is None else min(w, _GLOBAL) for w in windows]
 
 
 def attend(call: AttentionCall) -> Output:
     """Compute the attention of all heads in one launch."""
     from longshort.backends.triton import operator as _  # noqa: F401  (registers the operator)
 
-    windows = [_GLOBAL if w is None else min(w, _GLOBAL) for w in call.layout.windows]
+    windows = _numbers(call.layout.windows)
     out, row_max, log_sum, max_logit, entropy = operators.call(
         "triton_attention", call.q, call.k, call.v, call.alibi_slopes, call.segment_ids, windows,
         min(call.layout.sink_tokens, _GLOBAL), call.causal, call.scale, call.softcap, call.out_dtype,

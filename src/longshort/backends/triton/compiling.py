@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from longshort.backends.triton import backward, forward
+from longshort.backends.triton import backward, decode, forward
 from longshort.backends.triton.tiles import Tiles, tiles_of
 
 TARGETS = {
@@ -34,6 +33,7 @@ KERNELS = {
     "forward": forward.forward_kernel,
     "grad_q": backward.grad_q_kernel,
     "grad_kv": backward.grad_kv_kernel,
+    "decode": decode.decode_kernel,
 }
 
 _DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -45,6 +45,7 @@ _OPTIONS = {
     "CAUSAL": True, "SOFTCAP": False, "ALIBI": False, "SEGMENTS": False, "SINKS": False, "HAS_SINKS": False,
     "STATS": False, "HAS_OUT": True, "CAREFUL": False, "GROUP": 1, "PRECISION": "ieee",
 }  # fmt: skip
+_LONG = {"TABLE", "KEY_IDS", "ALL_SINKS"}
 _ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -82,7 +83,7 @@ def compile_kernel(
         **options: the kernel's constants, such as CAUSAL or STATS; without them a plain causal call.
     """
     function = KERNELS[kernel]
-    tiles = tiles or tiles_of(kernel, head_dim, dtype)
+    tiles = tiles or tiles_of(kernel, head_dim, dtype, TARGETS[target].backend == "hip")
     constants = {
         **_OPTIONS, "D": head_dim, "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()), "ROWS": tiles.rows,
         "KEYS": tiles.keys, **options,
@@ -113,6 +114,8 @@ def _kind_of(name: str, dtype: torch.dtype) -> str:
         return _DTYPES[dtype]
     if name in _INTEGERS:
         return "*i32"
+    if name in _LONG:
+        return "*i64"
     if name.isupper() and len(name) > 1:
         return "*fp32"
     return "fp32" if name in ("scale", "softcap") else "i32"
@@ -134,12 +137,3 @@ def _read(asm: dict[str, Any]) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found is not None
     return int(found[1]), int(found[2])
-
-
-def plain_calls(head_dims: tuple[int, ...] = (64, 128, 256)) -> Iterator[tuple[str, str, torch.dtype, int]]:
-    """Yield the kernel, target, dtype and head_dim of what calls without options need."""
-    for kernel in KERNELS:
-        for target in TARGETS:
-            for dtype in (torch.bfloat16, torch.float32):
-                for head_dim in head_dims:
-                    yield kernel, target, dtype, head_dim

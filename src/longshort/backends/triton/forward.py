@@ -1,5 +1,7 @@
 """The forward kernel: one program per block of rows of one head, the heads with the longest rows first."""
 
+# Triton's language has no types:
+# pyright: reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 

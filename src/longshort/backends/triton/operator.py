@@ -7,7 +7,6 @@ that hide them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence  # torch reads the annotations of operators
 
 import torch
@@ -15,26 +14,15 @@ from torch import Tensor
 
 from longshort.backends import operators
 from longshort.backends.triton import backward, forward
+from longshort.backends.triton.launching import interpreted, launch, padded, precision, to_device
 from longshort.backends.triton.segments import Segments, find_segments
 from longshort.backends.triton.tiles import Tiles, tiles_of
 
 _INTERPRETED = Tiles(16, 16, 1, 1)
 
 
-def interpreted() -> bool:
-    """Return whether Triton's interpreter runs the kernels, on the CPU: TRITON_INTERPRET is 1."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _tiles(kernel: str, q: Tensor) -> Tiles:
     return _INTERPRETED if interpreted() else tiles_of(kernel, q.shape[3], q.dtype)
-
-
-def _precision(q: Tensor) -> str:
-    """How tensor cores multiply fp32: in three parts of TF32, where torch may use TF32, or not at all."""
-    if q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32x3"
-    return "ieee"
 
 
 def _forward(
@@ -60,21 +48,21 @@ def _forward(
     tiles = _tiles("forward", q)
     blocks = -(-q_len // tiles.rows)
     out = q.new_empty(q.shape, dtype=out_dtype)
-    row_max, log_sum = q.new_empty((2, batch, heads, q_len), dtype=torch.float32).unbind()
+    row_max, log_sum = (q.new_empty((batch, heads, q_len), dtype=torch.float32) for _ in range(2))
     partials = q.new_empty((2, heads if with_stats else 0, batch * blocks), dtype=torch.float32)
     call = _Call(q, k, alibi_slopes, segment_ids, windows, sink_tokens)
     total = _total(v)
     for careful in (False, True):
-        forward.forward_kernel[(blocks * batch * heads,)](
+        launch(
+            forward.forward_kernel, (blocks * batch * heads,), tiles,
             q, k, v, out, row_max, log_sum, partials[0], partials[1], total,
             call.order, call.windows, call.slopes, *call.segments_of_rows(),
             *q.stride(), *k.stride(), *v.stride(), *out.stride(), *call.strides(),
             q_len, kv_len, call.sinks, scale, softcap or 0.0, batch, heads, blocks,
-            D=head_dim, BLOCK_D=_padded(head_dim), ROWS=tiles.rows, KEYS=tiles.keys,
+            D=head_dim, BLOCK_D=padded(head_dim), ROWS=tiles.rows, KEYS=tiles.keys,
             GROUP=heads // k.shape[1], CAUSAL=causal, SOFTCAP=softcap is not None,
             ALIBI=alibi_slopes is not None, SEGMENTS=segment_ids is not None, SINKS=call.sinks > 0,
-            STATS=with_stats, CAREFUL=careful, PRECISION=_precision(q),
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            STATS=with_stats, CAREFUL=careful, PRECISION=precision(q),
         )  # fmt: skip
     if not with_stats:
         return out, row_max, log_sum, partials.new_empty(0), partials.new_empty(0)
@@ -118,31 +106,32 @@ def _backward(
     grad_out = out if grad_out is None else grad_out.to(q.dtype)
     call = _Call(q, k, alibi_slopes, segment_ids, windows, sink_tokens)
     constants = {
-        "D": head_dim, "BLOCK_D": _padded(head_dim), "GROUP": heads // kv_heads, "CAUSAL": causal,
+        "D": head_dim, "BLOCK_D": padded(head_dim), "GROUP": heads // kv_heads, "CAUSAL": causal,
         "SOFTCAP": softcap is not None, "ALIBI": alibi_slopes is not None,
-        "SEGMENTS": segment_ids is not None, "HAS_OUT": has_out, "PRECISION": _precision(q),
+        "SEGMENTS": segment_ids is not None, "HAS_OUT": has_out, "PRECISION": precision(q),
     }  # fmt: skip
     sizes = (q_len, kv_len, call.sinks, scale, softcap or 0.0, batch, heads)
 
     delta = torch.empty_like(row_max)
+    of_lse = row_max if grad_lse is None else grad_lse  # unused if it is None
     rows = 16 if interpreted() else 64
-    backward.delta_kernel[(-(-q_len // rows), batch * heads)](
-        out, grad_out, row_max if grad_lse is None else grad_lse, delta, *out.stride(), *grad_out.stride(),
-        *(row_max if grad_lse is None else grad_lse).stride(), q_len, heads,
-        D=head_dim, BLOCK_D=_padded(head_dim), ROWS=rows, HAS_OUT=has_out, HAS_LSE=grad_lse is not None,
-        num_warps=4,
+    launch(
+        backward.delta_kernel, (-(-q_len // rows), batch * heads), Tiles(rows, 0, 4, 1),
+        out, grad_out, of_lse, delta, *out.stride(), *grad_out.stride(), *of_lse.stride(), q_len, heads,
+        D=head_dim, BLOCK_D=padded(head_dim), ROWS=rows, HAS_OUT=has_out, HAS_LSE=grad_lse is not None,
     )  # fmt: skip
 
     tiles = _tiles("grad_q", q)
     blocks = -(-q_len // tiles.rows)
     total = _total(k)
     for careful in (False, True):
-        backward.grad_q_kernel[(blocks * batch * heads,)](
+        launch(
+            backward.grad_q_kernel, (blocks * batch * heads,), tiles,
             q, k, v, grad_out, grad_q, row_max, log_sum, delta, total,
             call.order, call.windows, call.slopes, *call.segments_of_rows(),
             *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *grad_q.stride(), *call.strides(),
             *sizes, blocks, ROWS=tiles.rows, KEYS=tiles.keys, SINKS=call.sinks > 0, CAREFUL=careful,
-            **constants, num_warps=tiles.warps, num_stages=tiles.stages,
+            **constants,
         )  # fmt: skip
 
     tiles = _tiles("grad_kv", q)
@@ -151,13 +140,13 @@ def _backward(
     for careful in (False, True):
         for of_sink_blocks in (True, False) if call.sinks else (False,):
             blocks = -(-(call.sinks if of_sink_blocks else kv_len) // tiles.keys)
-            backward.grad_kv_kernel[(blocks * batch * kv_heads,)](
+            launch(
+                backward.grad_kv_kernel, (blocks * batch * kv_heads,), tiles,
                 q, k, v, grad_out, grad_k, grad_v, of_sinks[0], of_sinks[1], row_max, log_sum, delta, total,
                 call.kv_order, call.windows, call.slopes, *call.segments_of_keys(),
                 *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *call.strides_of_keys(),
                 *sizes, blocks, ROWS=tiles.rows, KEYS=tiles.keys, HAS_SINKS=call.sinks > 0,
                 SINKS=of_sink_blocks, CAREFUL=careful, **constants,
-                num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
     return grad_q, grad_k, grad_v
 
@@ -184,8 +173,7 @@ class _Call:
         longest_first = sorted(range(len(windows)), key=lambda head: -windows[head])
         first_of_groups = [head for head in longest_first if head % group == 0]
         table = torch.tensor([*windows, *longest_first, *first_of_groups], dtype=torch.int32)
-        if q.is_cuda:
-            table = table.pin_memory().to(q.device, non_blocking=True)
+        table = to_device(table, q.device)
         heads = q.shape[1]
         self.windows, self.order, self.kv_order = table[:heads], table[heads : 2 * heads], table[2 * heads :]
         self.slopes = self._unused if alibi_slopes is None else alibi_slopes.contiguous()
@@ -219,10 +207,6 @@ class _Call:
 def _total(x: Tensor) -> Tensor:
     """The sum of all entries: not finite if one is not. A sum that overflows costs time, and nothing else."""
     return x.sum(dtype=torch.float32)
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

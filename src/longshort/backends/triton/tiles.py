@@ -1,4 +1,4 @@
-"""Sizes of the kernels' tiles: what does not spill registers, by `longshort bench kernels --compile-only`."""
+"""Sizes of the kernels' tiles: `longshort bench kernels --compile-only` shows which spill registers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,22 @@ class Tiles(NamedTuple):
 _chosen: dict[str, Tiles] = {}
 
 
-def tiles_of(kernel: str, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """Return the sizes for a kernel: "forward", "grad_q" or "grad_kv"."""
+def tiles_of(
+    kernel: str, head_dim: int, dtype: torch.dtype, is_amd: bool = torch.version.hip is not None
+) -> Tiles:
+    """Return the sizes for a kernel.
+
+    Args:
+        kernel: "forward", "grad_q", "grad_kv" or "decode", whose rows are the heads of a group, padded.
+        head_dim: entries of a query.
+        dtype: of q.
+        is_amd: the GPU is one of AMD, not of NVIDIA.
+    """
     if kernel in _chosen:
         return _chosen[kernel]
-    wide = 2 if dtype == torch.float32 else 1  # numbers of twice the bytes fill registers twice as fast
-    size = max(16, 1 << (head_dim - 1).bit_length()) * wide
-    table = _TABLE[kernel]
-    return next(tiles for limit, tiles in table if size <= limit)
+    table = _FP32[kernel] if dtype == torch.float32 else _HALF[kernel]
+    limit = next(limit for limit in table if head_dim <= limit)
+    return _AMD.get((kernel, limit), table[limit]) if is_amd and table is _HALF[kernel] else table[limit]
 
 
 @contextmanager
@@ -49,29 +57,23 @@ def using(kernel: str, tiles: Tiles) -> Iterator[None]:
 
 
 def candidates() -> Iterator[Tiles]:
-    """Yield the sizes among which those of the table were searched, or are to be."""
+    """Yield sizes that may be fast, for a search."""
     for rows, keys, warps, stages in itertools.product((16, 32, 64, 128), (16, 32, 64), (4, 8), (1, 2, 3)):
         if rows * keys >= 64 * warps:  # each thread has two scores or more
             yield Tiles(rows, keys, warps, stages)
 
 
-_TABLE = {
-    "forward": (
-        (64, Tiles(64, 64, 4, 3)),
-        (128, Tiles(128, 64, 8, 3)),
-        (256, Tiles(64, 32, 8, 2)),
-        (512, Tiles(32, 32, 8, 1)),
-    ),
-    "grad_q": (
-        (64, Tiles(64, 64, 4, 2)),
-        (128, Tiles(64, 64, 4, 2)),
-        (256, Tiles(32, 32, 8, 1)),
-        (512, Tiles(16, 32, 8, 1)),
-    ),
-    "grad_kv": (
-        (64, Tiles(64, 64, 4, 2)),
-        (128, Tiles(32, 64, 4, 2)),
-        (256, Tiles(32, 32, 8, 1)),
-        (512, Tiles(32, 16, 8, 1)),
-    ),
+# By kernel, and the largest head_dim.
+_HALF = {
+    "forward": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 2)},
+    "grad_q": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 32, 8, 1)},
+    "grad_kv": {64: Tiles(32, 64, 4, 2), 128: Tiles(32, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
+    "decode": {256: Tiles(16, 32, 4, 2)},
+}
+_AMD = {("forward", 128): Tiles(128, 64, 8, 2), ("grad_kv", 128): Tiles(16, 64, 4, 2)}
+_FP32 = {
+    "forward": {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)},
+    "grad_q": {64: Tiles(32, 32, 8, 2), 128: Tiles(16, 16, 4, 2), 256: Tiles(16, 16, 8, 2)},
+    "grad_kv": {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 16, 4, 2), 256: Tiles(16, 16, 8, 2)},
+    "decode": {128: Tiles(16, 32, 8, 2), 256: Tiles(16, 16, 4, 1)},
 }

@@ -121,7 +121,7 @@ def tiny(length: int, batch: int, steps: int, rates: Sequence[float] = Setting.r
             "batch_size": batch,
             "steps": steps,
             "warmup_steps": min(100, steps // 4),
-            "validation_windows": max(1, min(32, steps // 3) * 512 // length),
+            "validation_windows": max(1, min(32, steps // 12) * 512 // length),
         },
         f"Models of 2 layers, width 64 and 4 heads of 16, on bytes: {steps:,} steps of {batch} sequences of "
         f"{length} bytes, a constant learning rate after the warm-up, attention in bf16; LS has one global "
@@ -152,7 +152,7 @@ def steady(length: int, tokens: int, steps: int, rates: Sequence[float] = (3e-3,
             "warmup_steps": min(200, steps // 4),
             "schedule": "wsd",
             "decay_steps": max(1, steps // 10),
-            "validation_windows": 32,
+            "validation_windows": max(1, min(32, steps // 5)),
             "evaluate_every": every,
             "monitor_every": every,
             "checkpoint_every": min(steps, 1000),

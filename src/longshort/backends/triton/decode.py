@@ -1,0 +1,189 @@
+"""The decoding kernels: one query per sequence against the stores of a cache, split over their keys.
+
+One launch serves the heads of all stores: each finds its keys by addresses in a table on the device. The
+first split appends the new key, and attends to it and to the sinks that have left the ring; each of the
+others has a range of slots. A second kernel merges the splits in their order.
+"""
+
+# Triton's language has no types:
+# pyright: reportGeneralTypeIssues=false
+import triton
+import triton.language as tl
+
+from longshort.backends.triton.visibility import exp, scores_of
+
+COLUMNS = tl.constexpr(11)
+"""The columns of the table: addresses of k and v, stride of the batch, slots, ring, number of lost positions;
+addresses of the sinks' k and v, their stride of the batch and number, address of their positions."""
+
+
+@triton.jit(do_not_specialize=["length"])
+def decode_kernel(
+    Q, K, V, TABLE, OUT, ROW_MAX, ROW_SUM, WINDOWS, SLOPES, KEY_IDS, ALL_SINKS,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kd, stride_vb, stride_vh, stride_vd,
+    stride_ids, stride_all_sinks, length, sinks, split_slots, scale, softcap, heads, kv_heads, batch,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute a split's share: the unscaled sums, the row maximum and the row sum of each query head.
+
+    OUT is (splits, batch, heads, D), ROW_MAX and ROW_SUM are (splits, batch, heads).
+    """
+    split = tl.program_id(0)
+    b = tl.program_id(1) // kv_heads
+    kv = tl.program_id(1) % kv_heads
+    window = tl.load(WINDOWS + kv)
+    entry = TABLE + kv * COLUMNS
+    store_stride = tl.load(entry + 2)
+    k_store = tl.load(entry).to(tl.pointer_type(K.dtype.element_ty)) + b * store_stride
+    v_store = tl.load(entry + 1).to(tl.pointer_type(V.dtype.element_ty)) + b * store_stride
+    slots = tl.load(entry + 3)
+    ring = tl.load(entry + 4)
+    first = tl.load(entry + 5)
+    if ring > 0:
+        first = tl.maximum(first, length + 1 - ring)
+
+    row = tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK_D)
+    is_row = row < GROUP
+    is_channel = channel < D
+    h = kv * GROUP + row
+    q = tl.load(
+        Q + b.to(tl.int64) * stride_qb + h[:, None].to(tl.int64) * stride_qh + channel[None, :] * stride_qd,
+        mask=is_row[:, None] & is_channel[None, :], other=0.0,
+    )  # fmt: skip
+    slope = tl.zeros([ROWS], tl.float32)
+    if ALIBI:
+        slope = tl.load(SLOPES + h, mask=is_row, other=0.0)
+    query_id = tl.zeros([], tl.int64)
+    ids_at = KEY_IDS + b.to(tl.int64) * stride_ids
+    if SEGMENTS:
+        query_id = tl.load(ids_at + length)
+
+    row_max = tl.full([ROWS], -float("inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    index = tl.arange(0, KEYS)
+    if split == 0:
+        new_k = tl.load(
+            K + b.to(tl.int64) * stride_kb + kv.to(tl.int64) * stride_kh + channel * stride_kd,
+            mask=is_channel, other=0.0,
+        )  # fmt: skip
+        new_v = tl.load(
+            V + b.to(tl.int64) * stride_vb + kv.to(tl.int64) * stride_vh + channel * stride_vd,
+            mask=is_channel, other=0.0,
+        )  # fmt: skip
+        slot = tl.where(ring > 0, length % tl.maximum(ring, 1), length)
+        tl.store(k_store + slot.to(tl.int64) * D + channel, new_k, mask=is_channel)
+        tl.store(v_store + slot.to(tl.int64) * D + channel, new_v, mask=is_channel)
+        is_first = index == 0
+        row_max, row_sum, acc = add_block(
+            row_max, row_sum, acc, q, tl.where(is_first[:, None], new_k[None, :], 0.0).to(q.dtype),
+            tl.where(is_first[:, None], new_v[None, :], 0.0).to(q.dtype), is_first & (query_id >= 0),
+            index * 0, slope, scale, softcap, SOFTCAP, ALIBI, PRECISION,
+        )  # fmt: skip
+        if SINKS:
+            count = tl.load(entry + 9).to(tl.int32)
+            sink_stride = tl.load(entry + 8)
+            sink_k = tl.load(entry + 6).to(tl.pointer_type(K.dtype.element_ty)) + b * sink_stride
+            sink_v = tl.load(entry + 7).to(tl.pointer_type(V.dtype.element_ty)) + b * sink_stride
+            positions_at = tl.load(entry + 10).to(tl.pointer_type(tl.int64)) + b.to(tl.int64) * count
+            for start in range(0, count, KEYS):
+                at = start + index
+                position = tl.load(positions_at + at, mask=at < count, other=-1)
+                # those from `first` on are in the ring still, or again
+                visible = (position >= 0) & (position < first)
+                if SEGMENTS:
+                    key_id = tl.load(ids_at + position, mask=visible, other=-1)
+                    visible = visible & (key_id == query_id) & (query_id >= 0)
+                mask = visible[:, None] & is_channel[None, :]
+                k = tl.load(sink_k + at[:, None].to(tl.int64) * D + channel[None, :], mask=mask, other=0.0)
+                v = tl.load(sink_v + at[:, None].to(tl.int64) * D + channel[None, :], mask=mask, other=0.0)
+                row_max, row_sum, acc = add_block(
+                    row_max, row_sum, acc, q, k, v, visible, (length - position).to(tl.int32), slope, scale,
+                    softcap, SOFTCAP, ALIBI, PRECISION,
+                )  # fmt: skip
+    else:
+        begin = (split - 1) * split_slots
+        end = tl.minimum(begin + split_slots, slots).to(tl.int32)
+        for start in range(begin, end, KEYS):
+            slot = start + index
+            position = slot.to(tl.int64)
+            if ring > 0:
+                # the last position before the new one that belongs in this slot
+                behind = (length - 1 - position) % ring
+                behind = tl.where(behind < 0, behind + ring, behind)
+                position = length - 1 - behind
+            visible = (slot < end) & (position >= first) & (position < length)
+            near = position > length - window
+            if SINKS:
+                for sink in range(sinks):
+                    near = near | (position == tl.load(ALL_SINKS + b * stride_all_sinks + sink))
+            visible = visible & near
+            if SEGMENTS:
+                key_id = tl.load(ids_at + position, mask=visible, other=-1)
+                visible = visible & (key_id == query_id) & (query_id >= 0)
+            mask = visible[:, None] & is_channel[None, :]
+            k = tl.load(k_store + slot[:, None].to(tl.int64) * D + channel[None, :], mask=mask, other=0.0)
+            v = tl.load(v_store + slot[:, None].to(tl.int64) * D + channel[None, :], mask=mask, other=0.0)
+            row_max, row_sum, acc = add_block(
+                row_max, row_sum, acc, q, k, v, visible, (length - position).to(tl.int32), slope, scale,
+                softcap, SOFTCAP, ALIBI, PRECISION,
+            )  # fmt: skip
+
+    at = (split * batch + b).to(tl.int64) * heads + h
+    tl.store(OUT + at[:, None] * D + channel[None, :], acc, mask=is_row[:, None] & is_channel[None, :])
+    tl.store(ROW_MAX + at, row_max, mask=is_row)
+    tl.store(ROW_SUM + at, row_sum, mask=is_row)
+
+
+@triton.jit
+def add_block(
+    row_max, row_sum, acc, q, k, v, visible, distance, slope, scale, softcap,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add a block of keys, of which hidden ones are 0, to the sums of the rows; all rows see the same."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores = scores_of(scores, distance[None, :], 0, softcap, slope[:, None], SOFTCAP, ALIBI)
+    scores = tl.where(visible[None, :], scores, -float("inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    base = tl.where(new_max == -float("inf"), 0.0, new_max)
+    shrink = exp(row_max - base)
+    p = exp(scores - base[:, None])
+    row_sum = row_sum * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    return new_max, row_sum, acc
+
+
+@triton.jit
+def merge_kernel(
+    PARTS, PART_MAX, PART_SUM, OUT, LSE, stride_ob, stride_oh, stride_od, splits, heads, rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of a query head; `splits` is at most SPLITS."""
+    program = tl.program_id(0)
+    b = program // heads
+    h = program % heads
+    split = tl.arange(0, SPLITS)
+    is_split = split < splits
+    channel = tl.arange(0, BLOCK_D)
+    is_channel = channel < D
+    at = split.to(tl.int64) * rows + program
+    part_max = tl.load(PART_MAX + at, mask=is_split, other=-float("inf"))
+    part_sum = tl.load(PART_SUM + at, mask=is_split, other=0.0)
+    row_max = tl.max(part_max, 0)
+    base = tl.where(row_max == -float("inf"), 0.0, row_max)
+    shares = tl.where(part_sum == 0, 0.0, exp(part_max - base))
+    row_sum = tl.sum(shares * part_sum, 0)
+    parts = tl.load(
+        PARTS + at[:, None] * D + channel[None, :], mask=is_split[:, None] & is_channel[None, :], other=0.0
+    )
+    divisor = tl.where(row_sum == 0, 1.0, row_sum)
+    out = tl.sum(shares[:, None] * parts, 0) / divisor
+    tl.store(
+        OUT + b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh + channel * stride_od,
+        out.to(OUT.dtype.element_ty), mask=is_channel,
+    )  # fmt: skip
+    if HAS_LSE:
+        tl.store(LSE + program, tl.where(row_sum == 0, -float("inf"), base + tl.log(divisor)))
