@@ -35,10 +35,10 @@ $(EXAMPLE)/config.json: | $(INSTALLED)
 	$(BIN)/python -m longshort.conversion.example_model $(EXAMPLE)
 
 test: $(INSTALLED)  ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test-full: $(INSTALLED) $(EXAMPLE)/config.json  ## run all tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 sanitize: sanitize-address sanitize-thread  ## run the C++ kernels on random problems, under sanitizers
 

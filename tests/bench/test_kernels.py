@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from longshort.backends import triton
 from longshort.cli import main
@@ -19,7 +20,8 @@ def test_registers_are_shown_without_a_gpu(capsys):
 
 
 @needs_triton
-def test_a_search_needs_a_gpu(fails):
+def test_a_search_needs_a_gpu(fails, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = fails(1, "bench", "kernels")
     assert "there is no GPU here to time on; --compile-only needs none" in message
 

@@ -14,6 +14,7 @@ from longshort.model import kv_bytes, preset
 SMALL = {"lengths": (4096,), "threads": 1}
 
 
+@pytest.mark.slow
 def test_each_has_a_process_of_its_own(tmp_path):
     out = tmp_path / "memory.csv"
     results = measure(MemoryBenchmark(**SMALL, providers=("ls", "mhsa"), out=out))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.cache import test_layer
 
-from longshort import HeadLayout
+from longshort import HeadLayout, attention
 from longshort.backends import cpu
 from longshort.backends.triton import cached
 from longshort.cache import LayerCache
@@ -105,3 +105,27 @@ def test_the_operator_is_registered_well():
     torch.library.opcheck(
         torch.ops.longshort.triton_attend_cached, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+def test_padding_of_any_value_gives_zeros():
+    layout = HeadLayout((3, None), 2)
+    cache = LayerCache(layout)
+    cache.append(*(torch.randn(2, 2, 4, 8) for _ in range(2)))
+    q, k, v = (torch.randn(2, 2, 1, 8) for _ in range(3))
+    k[1] = v[1] = torch.nan
+    out = cache.attend(q, k, v, segment_ids=torch.tensor([[0] * 5, [0] * 4 + [-1]]), backend="triton")
+    assert out[0].any() and not out[1].any()
+
+
+def test_segment_ids_of_any_strides():
+    layout = HeadLayout((3, None), 2)
+    ids = torch.tensor([[0, -1, 0, 0, -1, 0], [-1, -1, 0, 0, 0, 0]])
+    k, v, q = (torch.randn(2, 2, 6, 8) for _ in range(3))
+    outs = []
+    for given_ids in (ids, ids.T.contiguous().T):
+        cache = LayerCache(layout)
+        cache.append(k[:, :, :5], v[:, :, :5], given_ids[:, :5])
+        last = (x[:, :, 5:] for x in (q, k, v))
+        outs += [cache.attend(*last, segment_ids=given_ids, backend="triton")]
+        outs += [attention(q, k, v, layout, segment_ids=given_ids, backend="triton")]
+    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])

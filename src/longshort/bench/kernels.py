@@ -106,7 +106,8 @@ def _text(tiles: Tiles) -> str:
 
 def _times(kernel: str, dtype: torch.dtype, head_dim: int, length: int) -> dict[Tiles, float]:
     """Time a call with each size of tiles that fits: medians in milliseconds, the sizes in turns."""
-    from triton.runtime.errors import OutOfResources
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     from longshort.backends.triton.tiles import candidates, using
 
@@ -133,7 +134,7 @@ def _times(kernel: str, dtype: torch.dtype, head_dim: int, length: int) -> dict[
         with using(kernel, tiles):
             try:
                 run()  # compiles
-            except OutOfResources:
+            except (OutOfResources, PTXASError, CompilationError):
                 continue
         found[tiles] = []
     for _ in range(_ROUNDS):

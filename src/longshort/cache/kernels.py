@@ -141,7 +141,7 @@ class TritonKernel(CacheKernel):
                 triton.windows_of_kv_heads(self._layout), stores[0].length, *_common(q, options),
             )  # fmt: skip
         table, windows = self._description(stores)
-        slots = max(store.tensors()[0].shape[3] for store in stores)
+        slots = max(min(store.tensors()[0].shape[3], store.length) for store in stores)
         return cached.attend_cached(
             q, k, v, table, slots, sink_positions, windows, stores[0].length, *_common(q, options)
         )
@@ -151,7 +151,7 @@ class TritonKernel(CacheKernel):
 
         rings, lost = [store.ring for store in stores], [store.lost for store in stores]
         table = cached.describe_stores(*_tensors(stores), rings, lost, self._group_of)
-        return table, cached.table_of(triton.windows_of_kv_heads(self._layout), table.device)
+        return table, cached.table_of(tuple(triton.windows_of_kv_heads(self._layout)), table.device)
 
 
 def _tensors(stores: Sequence[Store]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -21,9 +21,9 @@ def delta_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_OUT: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """Compute delta = Σ grad_out·out - grad_lse, which the gradients of a row's scores have in common."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b = tl.program_id(1) // heads
-    h = tl.program_id(1) % heads
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    b = tl.program_id(0) // heads
+    h = tl.program_id(0) % heads
     is_row = rows < S
     channel = tl.arange(0, BLOCK_D)
     mask = is_row[:, None] & (channel[None, :] < D)
@@ -45,7 +45,7 @@ def delta_kernel(
             mask=is_row, other=0.0,
         )  # fmt: skip
         delta = delta - grad_lse
-    tl.store(DELTA + tl.program_id(1).to(tl.int64) * S + rows, delta, mask=is_row)
+    tl.store(DELTA + tl.program_id(0).to(tl.int64) * S + rows, delta, mask=is_row)
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def gradient_of_scores(
     keys × rows.
     """
     scores = scores_of(logits, query, key, softcap, slope, SOFTCAP, ALIBI)
-    p = exp(scores - row_max - log_sum)
+    p = tl.where(log_sum == -float("inf"), 0.0, exp(scores - row_max - log_sum))
     if HAS_OUT:
         grad_scores = p * (tl.dot(first, second, input_precision=PRECISION) - delta)
     else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longshort.backends import operators
 from longshort.backends.triton import decode
-from longshort.backends.triton.launching import interpreted, launch, padded, precision, to_device
+from longshort.backends.triton.launching import interpreted, launch, padded, precision, table_of
 from longshort.backends.triton.tiles import Tiles, tiles_of
 
 _SPLITS = 64
@@ -48,12 +48,7 @@ def describe_stores(
             k, v, store.stride(1), store.shape[3], rings[group], lost[group],
             sink_k, sink_v, sink.stride(1), sink.shape[3], sink_positions[group].data_ptr(),
         ])  # fmt: skip
-    return to_device(torch.tensor(table), stores[0].device)
-
-
-def table_of(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Return numbers below 2^31 as a tensor on a device."""
-    return to_device(torch.tensor(numbers, dtype=torch.int32), device)
+    return torch.tensor(table).to(stores[0].device)
 
 
 def attend_cached(
@@ -77,7 +72,7 @@ def attend_cached(
     Args:
         q, k, v: of the new token; k and v in the dtype of the stores.
         table: the result of `describe_stores`, with a free slot for the token.
-        slots: the largest number of slots of a store.
+        slots: the largest number of slots in use of a store.
         sink_positions: (batch, n) of int64, of the sinks of each sequence, -1 for none; None: no sinks.
         windows: of each key/value head, int32.
         length: positions before the new one.
@@ -89,19 +84,20 @@ def attend_cached(
     """
     batch, heads, _, head_dim = q.shape
     kv_heads = k.shape[1]
-    split = max(_SMALLEST_SPLIT, -(-slots // (_SPLITS - 1)))
+    tiles = Tiles(16, 16, 1, 1) if interpreted() else tiles_of("decode", head_dim, q.dtype)
+    share = max(_SMALLEST_SPLIT, -(-slots // (_SPLITS - 1)))
+    split = -(-share // tiles.keys) * tiles.keys
     splits = 1 + -(-slots // split)
     parts = q.new_empty((splits, batch, heads, head_dim), dtype=torch.float32)
     part_max, part_sum = q.new_empty((2, splits, batch, heads), dtype=torch.float32).unbind()
     out = torch.empty_like(q)
     lse = q.new_empty((batch, heads, 1), dtype=torch.float32) if with_lse else None
     slopes = part_max if alibi_slopes is None else alibi_slopes.contiguous()
-    ids = table if segment_ids is None else segment_ids
+    ids = table if segment_ids is None else segment_ids.contiguous()
     positions = table if sink_positions is None else sink_positions
     q_at, k_at, v_at = ((x.stride(0), x.stride(1), x.stride(3)) for x in (q, k, v))
-    tiles = Tiles(16, 16, 1, 1) if interpreted() else tiles_of("decode", head_dim, q.dtype)
     launch(
-        decode.decode_kernel, (splits, batch * kv_heads), tiles,
+        decode.decode_kernel, (batch * kv_heads, splits), tiles,
         q, k, v, table, parts, part_max, part_sum, windows, slopes, ids, positions,
         *q_at, *k_at, *v_at, ids.stride(0), positions.stride(0), length,
         0 if sink_positions is None else sink_positions.shape[1], split, scale, softcap or 0.0, heads,
@@ -139,8 +135,8 @@ def _attend_cached_operator(
 ) -> tuple[Tensor, Tensor]:
     table = describe_stores(stores, sinks, sink_positions, rings, lost, group_of)
     out, lse = attend_cached(
-        q, k, v, table, max(store.shape[3] for store in stores), all_sink_positions,
-        table_of(windows, q.device), length, scale, softcap, alibi_slopes, segment_ids, with_lse,
+        q, k, v, table, max(min(store.shape[3], length) for store in stores), all_sink_positions,
+        table_of(tuple(windows), q.device), length, scale, softcap, alibi_slopes, segment_ids, with_lse,
     )  # fmt: skip
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 

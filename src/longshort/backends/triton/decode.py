@@ -17,7 +17,7 @@ COLUMNS = tl.constexpr(11)
 addresses of the sinks' k and v, their stride of the batch and number, address of their positions."""
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["stride_ids", "stride_all_sinks", "length", "sinks", "split_slots"])
 def decode_kernel(
     Q, K, V, TABLE, OUT, ROW_MAX, ROW_SUM, WINDOWS, SLOPES, KEY_IDS, ALL_SINKS,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kd, stride_vb, stride_vh, stride_vd,
@@ -30,9 +30,9 @@ def decode_kernel(
 
     OUT is (splits, batch, heads, D), ROW_MAX and ROW_SUM are (splits, batch, heads).
     """
-    split = tl.program_id(0)
-    b = tl.program_id(1) // kv_heads
-    kv = tl.program_id(1) % kv_heads
+    split = tl.program_id(1)
+    b = tl.program_id(0) // kv_heads
+    kv = tl.program_id(0) % kv_heads
     window = tl.load(WINDOWS + kv)
     entry = TABLE + kv * COLUMNS
     store_stride = tl.load(entry + 2)
@@ -80,7 +80,8 @@ def decode_kernel(
         is_first = index == 0
         row_max, row_sum, acc = add_block(
             row_max, row_sum, acc, q, tl.where(is_first[:, None], new_k[None, :], 0.0).to(q.dtype),
-            tl.where(is_first[:, None], new_v[None, :], 0.0).to(q.dtype), is_first & (query_id >= 0),
+            tl.where((is_first & (query_id >= 0))[:, None], new_v[None, :], 0.0).to(q.dtype),
+            is_first & (query_id >= 0),
             index * 0, slope, scale, softcap, SOFTCAP, ALIBI, PRECISION,
         )  # fmt: skip
         if SINKS:
@@ -106,7 +107,7 @@ def decode_kernel(
                 )  # fmt: skip
     else:
         begin = (split - 1) * split_slots
-        end = tl.minimum(begin + split_slots, slots).to(tl.int32)
+        end = tl.minimum(tl.minimum(begin + split_slots, slots), length).to(tl.int32)
         for start in range(begin, end, KEYS):
             slot = start + index
             position = slot.to(tl.int64)
@@ -156,7 +157,7 @@ def add_block(
     return new_max, row_sum, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
     PARTS, PART_MAX, PART_SUM, OUT, LSE, stride_ob, stride_oh, stride_od, splits, heads, rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, HAS_LSE: tl.constexpr,

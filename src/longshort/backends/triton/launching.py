@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,16 +18,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def launch(kernel: Any, programs: tuple[int, ...], tiles: Tiles, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel with the warps and stages of its tiles."""
-    kernel[programs](*arguments, **constants, num_warps=tiles.warps, num_stages=tiles.stages)
+def launch(
+    kernel: Any, programs: tuple[int, ...], tiles: Tiles, first: Tensor, *arguments: Any, **constants: Any
+) -> None:
+    """Launch a kernel with the warps and stages of its tiles, on the device of its first argument."""
+    with torch.cuda.device_of(first):  # Triton launches on the current one
+        kernel[programs](first, *arguments, **constants, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
 def precision(q: Tensor) -> str:
     """Return how tensor cores multiply fp32: in three parts of TF32 where torch may use TF32, which AMD has
     not, else not at all."""
     may = q.dtype == torch.float32 and q.is_cuda and torch.version.hip is None
-    return "tf32x3" if may and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32x3" if may and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def padded(size: int) -> int:
@@ -34,6 +38,10 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def to_device(table: Tensor, device: torch.device) -> Tensor:
-    """Copy a small table from the host to a device, without waiting for it."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+@lru_cache(maxsize=256)
+def table_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return numbers below 2^31 as a tensor on a device, the same tensor each time.
+
+    A copy in every call would take longer than some kernels, and could not be captured in a CUDA graph.
+    """
+    return torch.tensor(numbers, dtype=torch.int32, device=device)

@@ -1,8 +1,8 @@
 """The operator behind the backend `triton`: launches the kernels, forward and backward.
 
-Each kernel is launched twice. The second launch reads a sum, on the device: if it is finite, as it almost
-always is, the launch returns at once; else it computes all again, such that NaN and inf do not reach rows
-that hide them.
+Each kernel of attention is launched twice. The second launch reads a sum, on the device: if it is finite, as
+it almost always is, the launch returns at once; else it computes all again, such that NaN and inf do not reach
+rows that hide them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longshort.backends import operators
 from longshort.backends.triton import backward, forward
-from longshort.backends.triton.launching import interpreted, launch, padded, precision, to_device
+from longshort.backends.triton.launching import interpreted, launch, padded, precision, table_of
 from longshort.backends.triton.segments import Segments, find_segments
 from longshort.backends.triton.tiles import Tiles, tiles_of
 
@@ -116,7 +116,7 @@ def _backward(
     of_lse = row_max if grad_lse is None else grad_lse  # unused if it is None
     rows = 16 if interpreted() else 64
     launch(
-        backward.delta_kernel, (-(-q_len // rows), batch * heads), Tiles(rows, 0, 4, 1),
+        backward.delta_kernel, (batch * heads, -(-q_len // rows)), Tiles(rows, 0, 4, 1),
         out, grad_out, of_lse, delta, *out.stride(), *grad_out.stride(), *of_lse.stride(), q_len, heads,
         D=head_dim, BLOCK_D=padded(head_dim), ROWS=rows, HAS_OUT=has_out, HAS_LSE=grad_lse is not None,
     )  # fmt: skip
@@ -172,8 +172,7 @@ class _Call:
         group = q.shape[1] // k.shape[1]
         longest_first = sorted(range(len(windows)), key=lambda head: -windows[head])
         first_of_groups = [head for head in longest_first if head % group == 0]
-        table = torch.tensor([*windows, *longest_first, *first_of_groups], dtype=torch.int32)
-        table = to_device(table, q.device)
+        table = table_of((*windows, *longest_first, *first_of_groups), q.device)
         heads = q.shape[1]
         self.windows, self.order, self.kv_order = table[:heads], table[heads : 2 * heads], table[2 * heads :]
         self.slopes = self._unused if alibi_slopes is None else alibi_slopes.contiguous()

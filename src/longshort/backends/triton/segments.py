@@ -52,7 +52,7 @@ def find_segments(
         sinks = positions[: min(sink_tokens, kv_len)]
         return Segments(sink_positions=sinks.expand(batch, -1), slots=slots.expand(batch, -1))
 
-    ids, order = segment_ids.sort(dim=1, stable=True)
+    ids, order = segment_ids.contiguous().sort(dim=1, stable=True)  # kernels read one stride alone
     index = torch.arange(kv_len, device=device).expand(batch, -1)
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]

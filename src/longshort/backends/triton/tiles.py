@@ -65,12 +65,12 @@ def candidates() -> Iterator[Tiles]:
 
 # By kernel, and the largest head_dim.
 _HALF = {
-    "forward": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 2)},
+    "forward": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
     "grad_q": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 32, 8, 1)},
     "grad_kv": {64: Tiles(32, 64, 4, 2), 128: Tiles(32, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
     "decode": {256: Tiles(16, 32, 4, 2)},
 }
-_AMD = {("forward", 128): Tiles(128, 64, 8, 2), ("grad_kv", 128): Tiles(16, 64, 4, 2)}
+_AMD = {("grad_kv", 128): Tiles(16, 64, 4, 2)}
 _FP32 = {
     "forward": {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)},
     "grad_q": {64: Tiles(32, 32, 8, 2), 128: Tiles(16, 16, 4, 2), 256: Tiles(16, 16, 8, 2)},
