@@ -1,8 +1,8 @@
 """The operator behind the backend `triton`: launches the kernels, forward and backward.
 
 Each kernel of attention is launched twice. The second launch reads a sum, on the device: if it is finite, as
-it almost always is, the launch returns at once; else it computes all again, such that NaN and inf do not reach
-rows that hide them.
+it almost always is, the launch returns at once; else it computes all again, such that NaN and inf do not
+reach rows that hide them.
 """
 
 from __future__ import annotations
