@@ -21,7 +21,7 @@ SMALLER = {
         "inspect.getsource(textwrap)": "inspect.getsource(textwrap)[:500]",
     }
 }
-"""What stands in a page whose blocks take minutes, and what takes its place here."""
+"""Replacements in pages whose blocks would take minutes."""
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
 

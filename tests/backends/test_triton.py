@@ -30,7 +30,7 @@ needs_triton = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 @needs_triton
 @pytest.mark.parametrize("part", PARTS)
 def test_interpreted(part: str, request: pytest.FixtureRequest) -> None:
-    """The interpreter is chosen when Triton is imported: so this part has a process of its own."""
+    """Run these tests in another process, since the interpreter must be chosen before Triton is imported."""
     chosen = request.config.getoption("-m") or ""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen]
     run = subprocess.run(

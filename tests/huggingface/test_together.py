@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 LENGTH, WINDOW, SINKS = 20, 5, 2
 HEADS = 4
-"""Of which the last two, which share a KV head, are global; so do the first two, which are local."""
+"""The query heads: the first two are local and share a KV head, the last two are global and share another."""
 PLANTED = 1
 """The head whose queries are made large in the first layer."""
 THRESHOLD = 3.0

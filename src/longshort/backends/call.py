@@ -73,3 +73,14 @@ class Output:
     lse: Float[Tensor, "batch heads q_len"] | None = None
     max_logit: Float[Tensor, " heads"] | None = None
     entropy: Float[Tensor, " heads"] | None = None
+
+
+def output_from(
+    call: AttentionCall, out: Tensor, row_max: Tensor, log_sum: Tensor, max_logit: Tensor, entropy: Tensor
+) -> Output:
+    """Make the output of a kernel that saves the maximum of each row and the log of its sum apart."""
+    if not (call.with_lse or call.with_stats):
+        return Output(out)
+    # the gradient of log_sum is that of lse, since the row maximum counts as a constant
+    lse = row_max.detach() + log_sum
+    return Output(out, lse, max_logit.detach(), entropy.detach()) if call.with_stats else Output(out, lse)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from longshort.backends import operators
-from longshort.backends.call import AttentionCall, Output
+from longshort.backends.call import AttentionCall, Output, output_from
 from longshort.layout import HeadLayout
 
 _kernels: Any = None
@@ -94,17 +94,13 @@ def attend(call: AttentionCall) -> Output:
     differentiable = torch.is_grad_enabled() and (
         any(x.requires_grad for x in (call.q, call.k, call.v)) or operators.transforms_are_active()
     )
-    out, row_max, log_sum, max_logit, entropy = operators.call(
+    found = operators.call(
         "cpu_attention", call.q, call.k, call.v, call.alibi_slopes, call.segment_ids,
         windows_of_kv_heads(call.layout),
         min(call.layout.sink_tokens, _LONGEST),
         call.causal, call.scale, call.softcap, call.out_dtype, call.with_stats, differentiable,
     )  # fmt: skip
-    if not (call.with_lse or call.with_stats):
-        return Output(out)
-    # the gradient of log_sum is that of lse, since the row maximum counts as a constant
-    lse = row_max.detach() + log_sum
-    return Output(out, lse, max_logit.detach(), entropy.detach()) if call.with_stats else Output(out, lse)
+    return output_from(call, *found)
 
 
 def windows_of_kv_heads(layout: HeadLayout) -> list[int]:

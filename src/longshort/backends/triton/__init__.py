@@ -10,14 +10,14 @@ Triton is imported on the first call that can use it.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from longshort.backends import operators
-from longshort.backends.call import AttentionCall, Output
+from longshort.backends.call import AttentionCall, Output, output_from
+from longshort.backends.triton.launching import interpreted
 from longshort.layout import HeadLayout
 
 _LARGEST_HEAD_DIM = 256
@@ -28,19 +28,30 @@ _IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 def supports(call: AttentionCall) -> str | None:
     """Return why these kernels cannot serve a call, or None."""
-    if call.q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {call.q.device.type}, not on a GPU"
-    if call.q.dtype == torch.float64:
-        return f"q is {call.q.dtype}; the kernels compute float32, bfloat16 and float16"
-    if call.q.shape[3] > _LARGEST_HEAD_DIM:
-        return f"head_dim is {call.q.shape[3]}; the kernels take at most {_LARGEST_HEAD_DIM}"
-    if call.k.shape[2] >= _GLOBAL:
-        return f"there are {call.k.shape[2]} keys; the kernels take fewer than {_GLOBAL}"
+    refusal = _refusal(call.q, call.k.shape[2])
+    if refusal is not None:
+        return refusal
     if call.round_probabilities:
         return "the kernels round probabilities in a way of their own"
-    if operators.forward_mode_is_on():
-        return operators.NO_TANGENTS
-    return missing(call.q.device)
+    return operators.NO_TANGENTS if operators.forward_mode_is_on() else None
+
+
+def supports_cached(q: Tensor, length: int) -> bool:
+    """Return whether the decoding kernels can serve queries like q over `length` tokens, the new one
+    included."""
+    return _refusal(q, length) is None
+
+
+def _refusal(q: Tensor, kv_len: int) -> str | None:
+    if not (q.is_cuda or interpreted()):
+        return f"the tensors are on {q.device.type}, not on a GPU"
+    if q.dtype == torch.float64:
+        return f"q is {q.dtype}; the kernels compute float32, bfloat16 and float16"
+    if q.shape[3] > _LARGEST_HEAD_DIM:
+        return f"head_dim is {q.shape[3]}; the kernels take at most {_LARGEST_HEAD_DIM}"
+    if kv_len >= _GLOBAL:
+        return f"there are {kv_len} keys; the kernels take fewer than {_GLOBAL}"
+    return missing(q.device)
 
 
 def missing(device: torch.device | None = None) -> str | None:
@@ -53,18 +64,6 @@ def missing(device: torch.device | None = None) -> str | None:
         if (found.major, found.minor) < _OLDEST:
             return f"the GPU has compute capability {found.major}.{found.minor}; 8.0 is needed"
     return None
-
-
-def supports_cached(q: Tensor, length: int) -> bool:
-    """Return whether the decoding kernels can serve queries like q over `length` tokens, the new one
-    included."""
-    return (
-        (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-        and q.dtype != torch.float64
-        and q.shape[3] <= _LARGEST_HEAD_DIM
-        and length < _GLOBAL
-        and missing(q.device) is None
-    )
 
 
 def windows_of_kv_heads(layout: HeadLayout) -> list[int]:
@@ -81,13 +80,9 @@ def attend(call: AttentionCall) -> Output:
     from longshort.backends.triton import operator as _  # noqa: F401  (registers the operator)
 
     windows = _numbers(call.layout.windows)
-    out, row_max, log_sum, max_logit, entropy = operators.call(
+    found = operators.call(
         "triton_attention", call.q, call.k, call.v, call.alibi_slopes, call.segment_ids, windows,
         min(call.layout.sink_tokens, _GLOBAL), call.causal, call.scale, call.softcap, call.out_dtype,
         call.with_stats,
     )  # fmt: skip
-    if not (call.with_lse or call.with_stats):
-        return Output(out)
-    # the gradient of log_sum is that of lse, since the row maximum counts as a constant
-    lse = row_max.detach() + log_sum
-    return Output(out, lse, max_logit.detach(), entropy.detach()) if call.with_stats else Output(out, lse)
+    return output_from(call, *found)

@@ -9,7 +9,7 @@ program owns what it writes, and sums in a fixed order, so that results are the 
 import triton
 import triton.language as tl
 
-from longshort.backends.triton.forward import key_range
+from longshort.backends.triton.forward import keys_of_rows
 from longshort.backends.triton.visibility import dot_of_visible, exp, is_bad, scores_of, visible_pairs
 
 
@@ -94,26 +94,11 @@ def grad_q_kernel(
     if ALIBI:
         slope = tl.load(SLOPES + h)
 
-    begin, inner_begin, inner_end, end = key_range(block * ROWS, S, T, window, ROWS, KEYS, CAUSAL)
-    query_id = query
-    ids_at = IDS
-    sinks_begin = 0
-    sinks_end = sinks
-    if SEGMENTS:
-        tokens = b.to(tl.int64) * stride_tokens
-        ids_at = IDS + tokens
-        query_id = tl.load(ids_at + query, mask=is_row, other=-1)
-        begin = tl.maximum(
-            begin, tl.min(tl.load(FIRST + tokens + query, mask=is_row, other=T)) // KEYS * KEYS
-        )
-        end = tl.minimum(end, tl.max(tl.load(LAST + tokens + query, mask=is_row, other=-1)) + 1)
-        if SINKS:
-            sinks_begin = tl.min(tl.load(SINKS_BEGIN + tokens + query, mask=is_row, other=T))
-            sinks_end = tl.max(tl.load(SINKS_END + tokens + query, mask=is_row, other=0))
-    if SEGMENTS or CAREFUL:
-        inner_begin, inner_end = end, end  # every tile is masked
-    inner_begin = tl.maximum(tl.minimum(inner_begin, end), begin)
-    inner_end = tl.maximum(inner_end, inner_begin)
+    ids_at = IDS + b.to(tl.int64) * stride_tokens
+    begin, inner_begin, inner_end, end, sinks_begin, sinks_end, query_id = keys_of_rows(
+        block * ROWS, query, is_row, b.to(tl.int64) * stride_tokens, IDS, FIRST, LAST, SINKS_BEGIN, SINKS_END,
+        S, T, window, sinks, ROWS, KEYS, CAUSAL, SEGMENTS, SINKS, CAREFUL,
+    )  # fmt: skip
 
     grad = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if SINKS:

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longshort.backends.triton import backward, decode, forward
+from longshort.backends.triton.launching import padded
 from longshort.backends.triton.tiles import Tiles, tiles_of
 
 TARGETS = {
@@ -85,7 +86,7 @@ def compile_kernel(
     function = KERNELS[kernel]
     tiles = tiles or tiles_of(kernel, head_dim, dtype, TARGETS[target].backend == "hip")
     constants = {
-        **_OPTIONS, "D": head_dim, "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()), "ROWS": tiles.rows,
+        **_OPTIONS, "D": head_dim, "BLOCK_D": padded(head_dim), "ROWS": tiles.rows,
         "KEYS": tiles.keys, **options,
     }  # fmt: skip
     signature, fixed, attributes = {}, {}, {}

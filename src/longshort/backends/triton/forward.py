@@ -20,11 +20,11 @@ def forward_kernel(
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SEGMENTS: tl.constexpr,
     SINKS: tl.constexpr, STATS: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # the last rows see the most keys: first, so that no program with long rows starts late
     if CAREFUL:
         if not is_bad(tl.load(TOTAL)):
             return
     program = tl.program_id(0)
+    # the last rows see the most keys: first, so that no program with long rows starts late
     block = blocks - 1 - program % blocks
     b = (program // blocks) % batch
     h = tl.load(ORDER + program // (blocks * batch))
@@ -45,27 +45,11 @@ def forward_kernel(
     if ALIBI:
         slope = tl.load(SLOPES + h)
 
-    begin, inner_begin, inner_end, end = key_range(block * ROWS, S, T, window, ROWS, KEYS, CAUSAL)
-    query_id = query  # unused without segments
-    ids_at = IDS
-    sinks_begin = 0
-    sinks_end = sinks
-    if SEGMENTS:
-        tokens = b.to(tl.int64) * stride_tokens
-        ids_at = IDS + tokens
-        query_id = tl.load(ids_at + query, mask=is_row, other=-1)
-        # the first block is aligned as without segments, so that sums have the same order
-        begin = tl.maximum(
-            begin, tl.min(tl.load(FIRST + tokens + query, mask=is_row, other=T)) // KEYS * KEYS
-        )
-        end = tl.minimum(end, tl.max(tl.load(LAST + tokens + query, mask=is_row, other=-1)) + 1)
-        if SINKS:
-            sinks_begin = tl.min(tl.load(SINKS_BEGIN + tokens + query, mask=is_row, other=T))
-            sinks_end = tl.max(tl.load(SINKS_END + tokens + query, mask=is_row, other=0))
-    if SEGMENTS or CAREFUL:
-        inner_begin, inner_end = end, end  # every tile is masked
-    inner_begin = tl.maximum(tl.minimum(inner_begin, end), begin)
-    inner_end = tl.maximum(inner_end, inner_begin)
+    ids_at = IDS + b.to(tl.int64) * stride_tokens
+    begin, inner_begin, inner_end, end, sinks_begin, sinks_end, query_id = keys_of_rows(
+        block * ROWS, query, is_row, b.to(tl.int64) * stride_tokens, IDS, FIRST, LAST, SINKS_BEGIN, SINKS_END,
+        S, T, window, sinks, ROWS, KEYS, CAUSAL, SEGMENTS, SINKS, CAREFUL,
+    )  # fmt: skip
 
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
@@ -117,6 +101,37 @@ def forward_kernel(
         tl.store(LARGEST + at, nan_max(tl.where(is_row, largest, 0.0)))
         entropy = tl.where(is_row & seen, log_sum - weighted / divisor, 0.0)
         tl.store(ENTROPY + at, tl.sum(entropy))
+
+
+@triton.jit
+def keys_of_rows(
+    row, query, is_row, tokens, IDS, FIRST, LAST, SINKS_BEGIN, SINKS_END, S, T, window, sinks,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, SEGMENTS: tl.constexpr, SINKS: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Return the keys to visit for a block of rows, those among them that need no mask, the slots of the
+    sinks, and the segment ids of the rows.
+
+    `row` is the first of them, and `tokens` the offset of the sequence in the tensors of tokens.
+    """
+    begin, inner_begin, inner_end, end = key_range(row, S, T, window, ROWS, KEYS, CAUSAL)
+    query_id = query  # unused without segments
+    sinks_begin = 0
+    sinks_end = sinks
+    if SEGMENTS:
+        query_id = tl.load(IDS + tokens + query, mask=is_row, other=-1)
+        # the first block is aligned as without segments, so that sums have the same order
+        first = tl.min(tl.load(FIRST + tokens + query, mask=is_row, other=T))
+        begin = tl.maximum(begin, first // KEYS * KEYS)
+        end = tl.minimum(end, tl.max(tl.load(LAST + tokens + query, mask=is_row, other=-1)) + 1)
+        if SINKS:
+            sinks_begin = tl.min(tl.load(SINKS_BEGIN + tokens + query, mask=is_row, other=T))
+            sinks_end = tl.max(tl.load(SINKS_END + tokens + query, mask=is_row, other=0))
+    if SEGMENTS or CAREFUL:
+        inner_begin, inner_end = end, end  # every tile is masked
+    inner_begin = tl.maximum(tl.minimum(inner_begin, end), begin)
+    inner_end = tl.maximum(inner_end, inner_begin)
+    return begin, inner_begin, inner_end, end, sinks_begin, sinks_end, query_id
 
 
 @triton.jit
