@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+from torch import Tensor
+
 from longshort.attention import attention
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from longshort.layout import HeadLayout
+
+
+def is_recording() -> bool:
+    """Return whether this code is compiled, or captured in a CUDA graph: then it may not read values of
+    tensors, and runs again without the host."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def positions_after(past: int | Tensor, new: int, device: torch.device) -> Tensor:
+    """Return the positions of `new` tokens, (1, new) of int64, after `past`, an int or (1,) of int64."""
+    if isinstance(past, Tensor):
+        return past + torch.arange(new, device=device)[None]
+    return torch.arange(past, past + new, device=device)[None]
 
 
 class KeyValueCache:
@@ -24,6 +40,12 @@ class KeyValueCache:
     layout: HeadLayout
     length: int | None
     has_every_key: bool
+
+    def begins_at(self, new: int) -> int | Tensor | None:
+        """Return the number of tokens before the next `new` ones: `length`; or where it is only known to the
+        device, in a step that is compiled or captured, (1,) of int64. Such a step takes segment ids for as
+        many tokens as the cache has memory for."""
+        return self.length
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Append keys and values of new tokens; attend from these to all tokens.

@@ -14,7 +14,7 @@ from longshort.attention import BACKENDS, AttentionStats, attention, autocast_is
 from longshort.checks import is_finite, require_integer, require_positive
 from longshort.convolution import ShortConvolution
 from longshort.flash import FlashAttention, flash_refusal
-from longshort.key_values import KeyValueCache, UpdatableCache, UpdatedCache
+from longshort.key_values import KeyValueCache, UpdatableCache, UpdatedCache, positions_after
 from longshort.layout import HeadLayout
 from longshort.projection import project
 from longshort.rotary import Rotary, rotate, rotated_runs
@@ -210,7 +210,7 @@ class LongShortAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             if position_ids is None:
-                position_ids = torch.arange(past, past + q_len, device=q.device)[None]
+                position_ids = positions_after(past, q_len, q.device)
             q, k = rotate(q, k, position_ids, self.rotary.base, self._rotated_runs)
         dtype = _DTYPES.get(self.attention_precision, qkv.dtype)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -276,9 +276,9 @@ class LongShortAttention(nn.Module):
 
     def _check_input(
         self, hidden_states: Any, segment_ids: Any, position_ids: Any, cache: KeyValueCache | None
-    ) -> int:
+    ) -> int | Tensor:
         """Refuse bad input before anything is computed or cached; return the number of cached tokens, 0 where
-        that is unknown."""
+        that is unknown; see `KeyValueCache.begins_at`."""
         require_tensor("hidden_states", hidden_states)
         if hidden_states.ndim != 3 or hidden_states.shape[2] != self.embed_dim:
             raise ValueError(
@@ -289,13 +289,14 @@ class LongShortAttention(nn.Module):
         if isinstance(weight, Tensor) and weight.is_floating_point():  # not if quantized
             self._check_kind(hidden_states, weight)
         batch, q_len, _ = hidden_states.shape
-        length = 0 if cache is None else cache.length
+        length = 0 if cache is None else cache.begins_at(q_len)
         if segment_ids is not None:
             _require_integers("segment_ids", segment_ids, hidden_states.device)
-            kv_len = max(segment_ids.shape[-1], q_len) if length is None else length + q_len
+            known = length if isinstance(length, int) else max(0, segment_ids.shape[-1] - q_len)
+            kv_len = known + q_len
             if tuple(segment_ids.shape) != (batch, kv_len):
                 raise ValueError(
-                    f"segment_ids must be (batch, kv_len), one for each of the {length or 0} cached and the "
+                    f"segment_ids must be (batch, kv_len), one for each of the {known} cached and the "
                     f"{q_len} new tokens of the {batch} sequences, got shape {tuple(segment_ids.shape)}"
                 )
             if self._flash_for(cache) is not None:
@@ -307,7 +308,7 @@ class LongShortAttention(nn.Module):
             require_position_ids(position_ids, batch, q_len, hidden_states.device)
         elif self.rotary is not None and length is None:
             raise ValueError("position_ids are needed: rotary positions with a cache that has no `length`")
-        return length or 0
+        return 0 if length is None else length
 
     def _adapted(self, cache: KeyValueCache | UpdatableCache) -> KeyValueCache:
         """A cache as this layer uses it; raises unless it can serve the layer."""

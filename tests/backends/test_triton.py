@@ -15,9 +15,9 @@ from longshort import HeadLayout, attention, explain
 from longshort.backends.triton import missing, tiles
 
 TESTS = Path(__file__).parents[1]
-PARTS = ["test_calls.py", "test_decoding.py", "test_not_finite.py"]
-KERNELS = ["forward", "grad_q", "grad_kv", "decode"]
-SHARED = {"sm80": 163, "sm90": 227, "sm100": 227, "gfx942": 64}
+PARTS = ["test_calls.py", "test_decoding.py", "test_not_finite.py", "test_recorded_steps.py"]
+KERNELS = ["forward", "delta", "grad_q", "grad_kv", "decode", "merge"]
+SHARED = {"sm80": 163, "sm89": 99, "sm90": 227, "sm100": 227, "gfx942": 64}
 """KiB of shared memory of a program, by GPU."""
 OPTIONS: list[dict[str, Any]] = [
     {"STATS": True}, {"SEGMENTS": True, "SINKS": True, "HAS_SINKS": True}, {"SOFTCAP": True, "ALIBI": True},
@@ -45,34 +45,35 @@ def test_interpreted(part: str, request: pytest.FixtureRequest) -> None:
     assert " passed" in run.stdout
 
 
+QUICK = {torch.bfloat16: {"sm80", "sm90", "sm100", "gfx942"}, torch.float32: {"sm90"}}
+
+
+def _builds() -> list[Any]:
+    """All builds of each kernel; in half precision to head_dim 128, which `auto` picks for most models, and
+    for one GPU in fp32, they take two minutes."""
+    return [
+        pytest.param(
+            dtype, head_dim, target,
+            marks=[] if head_dim < 256 and target in QUICK[dtype] else [pytest.mark.slow],
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for head_dim in (64, 128, 256)
+        for target in SHARED
+    ]  # fmt: skip
+
+
 @needs_triton
-@pytest.mark.parametrize("target", SHARED)
-@pytest.mark.parametrize(
-    ("dtype", "head_dim"),
-    [
-        (torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64),
-        pytest.param(torch.float32, 128, marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("dtype", "head_dim", "target"), _builds())
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_no_kernel_spills(kernel: str, dtype: torch.dtype, head_dim: int, target: str) -> None:
+def test_kernels_compile_and_do_not_spill(
+    kernel: str, dtype: torch.dtype, head_dim: int, target: str
+) -> None:
     from longshort.backends.triton.compiling import compile_kernel
 
     found = compile_kernel(kernel, target, dtype, head_dim)
-    assert found.spilled == 0
+    assert found.spilled == 0 or head_dim == 256
     assert 0 < found.registers <= 512
     assert found.shared <= SHARED[target] * 1024
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("target", SHARED)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_the_largest_head_dim_compiles(kernel: str, dtype: torch.dtype, target: str) -> None:
-    from longshort.backends.triton.compiling import compile_kernel
-
-    assert compile_kernel(kernel, target, dtype, 256).shared <= SHARED[target] * 1024
 
 
 @needs_triton
@@ -102,9 +103,9 @@ def test_tensors_on_a_cpu_are_refused() -> None:
 
 def test_tiles_can_be_set_for_a_search() -> None:
     wanted = next(tiles.candidates())
-    usual = tiles.tiles_of("forward", 64, torch.bfloat16)
+    usual = tiles.tiles_of("forward", 64, torch.bfloat16, "sm90")
     assert wanted != usual
     with tiles.using("forward", wanted):
-        assert tiles.tiles_of("forward", 64, torch.bfloat16) == wanted
-        assert tiles.tiles_of("grad_q", 64, torch.bfloat16) != wanted
-    assert tiles.tiles_of("forward", 64, torch.bfloat16) == usual
+        assert tiles.tiles_of("forward", 64, torch.bfloat16, "sm90") == wanted
+        assert tiles.tiles_of("grad_q", 64, torch.bfloat16, "sm90") != wanted
+    assert tiles.tiles_of("forward", 64, torch.bfloat16, "sm90") == usual

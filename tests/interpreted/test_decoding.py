@@ -94,14 +94,12 @@ def test_hidden_keys_reach_nothing(value):
 
 def test_the_operator_is_registered_well():
     layout = HeadLayout((None, 4), 2, sink_tokens=1)
-    cache = LayerCache(layout)
+    cache = LayerCache(layout, max_length=9)
     cache.append(*(torch.randn(1, 2, 6, 8) for _ in range(2)))
-    for store in cache.stores:
-        store.reserve(1)
-    data, sinks, positions = (list(x) for x in zip(*(store.tensors() for store in cache.stores), strict=True))
+    kernel = cache._gpu_kernel
     q, k, v = (torch.randn(1, 2, 1, 8) for _ in range(3))
-    arguments = (q, k, v, data, sinks, positions, [store.ring for store in cache.stores], [0, 0], [0, 1],
-                 torch.tensor([[0]]), [2**30, 4], 6, 0.3, None, None, None, True)  # fmt: skip
+    arguments = (q, k, v, kernel._table, kernel.length, 9, torch.tensor([[0]]), [2**30, 4], 0.3, None, None,
+                 None, True)  # fmt: skip
     torch.library.opcheck(
         torch.ops.longshort.triton_attend_cached, arguments, test_utils=("test_schema", "test_faketensor")
     )

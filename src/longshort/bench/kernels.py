@@ -33,8 +33,10 @@ class KernelsBenchmark:
     compile_only: bool = False
     """Show registers and spilled bytes of the tiles in use; nothing runs, so no GPU is needed."""
 
-    targets: tuple[Literal["sm80", "sm90", "sm100", "gfx942"], ...] = ("sm80", "sm90", "sm100", "gfx942")
-    """GPUs to compile for: A100, H100 and H200, B200, MI300."""
+    targets: tuple[Literal["sm80", "sm89", "sm90", "sm100", "gfx942"], ...] = (
+        "sm80", "sm89", "sm90", "sm100", "gfx942",
+    )  # fmt: skip
+    """GPUs to compile for: A100, Ada (L4, L40S, RTX 4090), H100 and H200, B200, MI300."""
 
     kernels: tuple[Literal["forward", "grad_q", "grad_kv", "decode"], ...] = (
         "forward", "grad_q", "grad_kv", "decode",
@@ -75,14 +77,14 @@ class KernelsBenchmark:
                     yield kernel, dtype, head_dim
 
     def _show_registers(self, show: Callable[[str], None]) -> None:
-        from longshort.backends.triton.compiling import TARGETS, compile_kernel
+        from longshort.backends.triton.compiling import compile_kernel
         from longshort.backends.triton.tiles import tiles_of
 
         of_kernel = f"{'kernel':<8} {'dtype':<9} {'head_dim':>8} {'rows×keys, warps':<18}"
         show(f"{of_kernel} {'target':<7} registers spilled")
         for kernel, dtype, head_dim in self._cases():
             for target in self.targets:
-                tiles = tiles_of(kernel, head_dim, _DTYPES[dtype], TARGETS[target].backend == "hip")
+                tiles = tiles_of(kernel, head_dim, _DTYPES[dtype], target)
                 found = compile_kernel(kernel, target, _DTYPES[dtype], head_dim)
                 show(
                     f"{kernel:<8} {dtype:<9} {head_dim:>8} {_text(tiles):<18} {target:<7} "

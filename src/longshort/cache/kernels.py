@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longshort.backends import cpu, triton
+from longshort.key_values import is_recording
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,14 +32,13 @@ class CacheKernel:
 
     def __init__(self, layout: HeadLayout) -> None:
         self._layout = layout
+        self._versions: list[int] | None = None
         group_of = {head: i for i, group in enumerate(layout.groups) for head in group.kv_heads}
         self._group_of = [group_of[head] for head in range(layout.num_kv_heads)]
-        self._versions: list[int] | None = None
-        self._described: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without addresses, since a copy of the cache has its own tensors."""
-        return {**self.__dict__, "_versions": None, "_described": None}
+        return {**self.__dict__, "_versions": None}
 
     def supports(self, q: Tensor, stores: Sequence[Store]) -> bool:
         """Return whether the kernel can serve queries like q, of new tokens."""
@@ -66,15 +66,10 @@ class CacheKernel:
         """
         raise NotImplementedError
 
-    def _describe(self, stores: Sequence[Store]) -> Any:
-        raise NotImplementedError
-
-    def _description(self, stores: Sequence[Store]) -> Any:
-        """The stores as the kernel takes them, found anew when a tensor has moved."""
-        versions = [store.version for store in stores]
-        if versions != self._versions:
-            self._versions, self._described = versions, self._describe(stores)
-        return self._described
+    def _have_moved(self, stores: Sequence[Store]) -> bool:
+        """Whether a tensor has moved since the last call, so that the stores must be described anew."""
+        last, self._versions = self._versions, [store.version for store in stores]
+        return last != self._versions
 
 
 class CPUKernel(CacheKernel):
@@ -85,6 +80,7 @@ class CPUKernel(CacheKernel):
     def __init__(self, layout: HeadLayout) -> None:
         super().__init__(layout)
         self._windows = cpu.windows_of_kv_heads(layout)
+        self._described: list[tuple[int, ...]] = []
 
     def supports(self, q: Tensor, stores: Sequence[Store]) -> bool:
         new = q.shape[2]
@@ -109,19 +105,72 @@ class CPUKernel(CacheKernel):
             data, sinks, positions = _tensors(stores)
             rings = [store.ring for store in stores]
             return torch.ops.longshort.cpu_attend_cached(q, k, v, data, sinks, positions, rings, *rest)
-        return cpu.attend_cached(q, k, v, self._description(stores), *rest)
-
-    def _describe(self, stores: Sequence[Store]) -> list[tuple[int, ...]]:
-        return [cpu.describe_store(*store.tensors(), store.ring) for store in stores]
+        if self._have_moved(stores):
+            self._described = [cpu.describe_store(*store.tensors(), store.ring) for store in stores]
+        return cpu.attend_cached(q, k, v, self._described, *rest)
 
 
 class TritonKernel(CacheKernel):
-    """The decoding kernels of the backend `triton`, for one new token."""
+    """The decoding kernels of the backend `triton`, for one new token.
+
+    They count the tokens on the device. So once `prepare` was called, a step can be compiled, or captured in
+    a CUDA graph, and run for each token.
+
+    Args:
+        layout: of the layer's heads.
+        stays_in_place: the stores do not grow, so that compilers need not copy them to where a CUDA graph
+            looks for them.
+
+    Attributes:
+        length: tokens in the cache, (1,) of int64 on the device; None before `prepare`.
+    """
 
     backend = "triton"
 
+    def __init__(self, layout: HeadLayout, stays_in_place: bool) -> None:
+        super().__init__(layout)
+        self._stays_in_place = stays_in_place
+        self._windows = triton.windows_of_kv_heads(layout)
+        self.length: Tensor | None = None
+        self._table: Tensor | None = None
+        self._counted = -1  # what `length` holds
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "length": None, "_table": None, "_counted": -1}
+
     def supports(self, q: Tensor, stores: Sequence[Store]) -> bool:
-        return q.shape[2] == 1 and triton.supports_cached(q, stores[0].length + 1)
+        is_one = q.shape[2] == 1 and not is_recording()
+        return is_one and triton.supports_cached(q, stores[0].length + 1)
+
+    def prepare(self, stores: Sequence[Store]) -> None:
+        """Tell the device where the stores are, and how many tokens; in the same memory each time."""
+        from longshort.backends.triton import cached
+
+        data, sinks, positions = _tensors(stores)
+        device, length = data[0].device, stores[0].length
+        if self.length is None or self._table is None or self.length.device != device:
+            self.length = torch.full((1,), length, device=device)
+            self._table = torch.empty(0)
+            self._versions = None
+        if self._have_moved(stores):
+            rings, lost = [store.ring for store in stores], [store.lost for store in stores]
+            table = cached.describe_stores(data, sinks, rings, lost, self._group_of)
+            if self._table.numel() == 0:
+                self._table = table.to(device)
+            else:
+                self._table.copy_(table)
+            if self._stays_in_place:
+                for tensor in (self.length, self._table, *data, *sinks, *positions):
+                    torch._dynamo.mark_static_address(tensor)
+        if length != self._counted:
+            self.length.fill_(length)
+            self._counted = length
+
+    def read_length(self) -> int:
+        """Return the number of tokens by the device, which this waits for."""
+        assert self.length is not None
+        self._counted = int(self.length)
+        return self._counted
 
     def attend(
         self,
@@ -132,26 +181,28 @@ class TritonKernel(CacheKernel):
         sink_positions: Tensor | None,
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        from longshort.backends.triton import cached
-
-        if torch.compiler.is_compiling():
-            rings, lost = [store.ring for store in stores], [store.lost for store in stores]
-            return torch.ops.longshort.triton_attend_cached(
-                q, k, v, *_tensors(stores), rings, lost, self._group_of, sink_positions,
-                triton.windows_of_kv_heads(self._layout), stores[0].length, *_common(q, options),
-            )  # fmt: skip
-        table, windows = self._description(stores)
+        self.prepare(stores)
         slots = max(min(store.tensors()[0].shape[3], store.length) for store in stores)
-        return cached.attend_cached(
-            q, k, v, table, slots, sink_positions, windows, stores[0].length, *_common(q, options)
-        )
+        self._counted += 1
+        return self.attend_prepared(q, k, v, slots, sink_positions, options)
 
-    def _describe(self, stores: Sequence[Store]) -> tuple[Tensor, Tensor]:
+    def attend_prepared(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slots: int,
+        sink_positions: Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Do as `attend`, with what the device was told; `slots` is the most slots that a store may use."""
         from longshort.backends.triton import cached
 
-        rings, lost = [store.ring for store in stores], [store.lost for store in stores]
-        table = cached.describe_stores(*_tensors(stores), rings, lost, self._group_of)
-        return table, cached.table_of(tuple(triton.windows_of_kv_heads(self._layout)), table.device)
+        assert self._table is not None and self.length is not None
+        attend = torch.ops.longshort.triton_attend_cached if is_recording() else cached.attend_cached
+        return attend(
+            q, k, v, self._table, self.length, slots, sink_positions, self._windows, *_common(q, options)
+        )
 
 
 def _tensors(stores: Sequence[Store]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

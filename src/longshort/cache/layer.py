@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from longshort.attention import attention, cast_as_autocast, check_call, require_tensor, with_sink_logits
-from longshort.backends import operators
+from longshort.backends import operators, triton
 from longshort.cache.groups import Group, attend_to_store
 from longshort.cache.kernels import CacheKernel, CPUKernel, TritonKernel
 from longshort.cache.sinks import SinkTokens
 from longshort.cache.store import Store
 from longshort.checks import require_integer
-from longshort.key_values import KeyValueCache
+from longshort.key_values import KeyValueCache, is_recording
 from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
@@ -32,11 +32,19 @@ class LayerCache(KeyValueCache):
     Nothing is allocated before the first tokens come; they give batch, head_dim, dtype and device. Stores
     keep no gradients.
 
+    With max_length, on a GPU, steps of one token after the first call may be compiled with any mode, or
+    captured in a CUDA graph: they then count tokens on the device, and `length` waits for it. A token for
+    which there is no memory then gives NaN.
+
     Args:
         layout: of the layer's heads.
         rollback: tokens that `crop` may take back once rings are full; each ring holds that many more keys.
         max_length: number of tokens that memory is allocated for, at the first append; more are refused. None
             grows, with at most a quarter of slack.
+
+    Attributes:
+        counts_on_device: whether steps may be compiled or captured as above. Callers that need `length` in
+            them set it to False.
 
     Raises:
         TypeError: layout is no HeadLayout.
@@ -61,12 +69,24 @@ class LayerCache(KeyValueCache):
         self._sink_tokens = SinkTokens(layout.sink_tokens) if has_sinks else None
         self._accepted: list[Any] | None = None
         self._groups = [Group(group, layout) for group in layout.groups]
-        self._kernels = CPUKernel(layout), TritonKernel(layout)
+        self.counts_on_device = True
+        self._gpu_kernel = TritonKernel(layout, stays_in_place=max_length is not None)
+        self._kernels = CPUKernel(layout), self._gpu_kernel
+        self._may_record = False  # steps of one token
+        self._is_counted_on_device = False  # by such steps, of which the host sees one at most
 
     @property
     def length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Tokens seen so far, padding included."""
+        self._count()
         return self.stores[0].length
+
+    def begins_at(self, new: int) -> int | Tensor:
+        """Return the number of tokens before the next `new` ones; see `KeyValueCache.begins_at`."""
+        if new == 1 and self._may_record and is_recording():
+            assert self._gpu_kernel.length is not None
+            return self._gpu_kernel.length
+        return self.length
 
     @property
     def has_every_key(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -83,7 +103,7 @@ class LayerCache(KeyValueCache):
     def nbytes_used(self) -> int:
         """Bytes of the keys and values that are kept: `layout.kv_bytes` for each sequence, with rollback
         0."""
-        return sum(store.nbytes_used() for store in self.stores)
+        return sum(store.nbytes_used() for store in self.stores) if self.length else 0
 
     @property
     def nbytes_allocated(self) -> int:
@@ -109,8 +129,9 @@ class LayerCache(KeyValueCache):
 
         Args:
             q, k, v: new >= 1; batch, head_dim, dtype and device as in the first call.
-            segment_ids: for all tokens, the earlier ones first. With `layout.sink_tokens` a sequence is one
-                segment, with padding wherever.
+            segment_ids: for all tokens, the earlier ones first; for max_length tokens, of which later ones do
+                not count, where the step is compiled or captured on a GPU. With `layout.sink_tokens` a
+                sequence is one segment, with padding wherever.
             The other arguments are those of `longshort.attention`.
 
         Raises:
@@ -123,19 +144,23 @@ class LayerCache(KeyValueCache):
             "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "sink_logits": sink_logits,
             "segment_ids": segment_ids, "round_probabilities": round_probabilities, "backend": backend,
         }  # fmt: skip
-        self._check(q, k, v, options)
-        new = k.shape[2]
+        past = self._check(q, k, v, options)
+        if isinstance(past, Tensor):
+            return self._attend_in_recording(q, k, v, options, past)
         if self.record_past:
-            self._record(new)
-        if self.length == 0:
+            self._record(k.shape[2])
+        if past == 0:
             out = attention(q, k, v, self.layout, **options)
             self._append(k, v, segment_ids)
-            return out
-        self._note(segment_ids, k)
-        kernel = self._kernel(q, backend, round_probabilities)
-        if kernel is not None:
-            return self._attend_by_kernel(kernel, q, k, v, options)
-        return self._attend_by_group(q, k, v, options)
+        else:
+            self._note(segment_ids, k, past)
+            kernel = self._kernel(q, backend, round_probabilities)
+            if kernel is not None:
+                out = self._attend_by_kernel(kernel, q, k, v, options)
+            else:
+                out = self._attend_by_group(q, k, v, options)
+        self._prepare(k, backend, round_probabilities)
+        return out
 
     def append(
         self,
@@ -149,6 +174,7 @@ class LayerCache(KeyValueCache):
         if self.record_past:
             self._record(k.shape[2])
         self._append(k, v, segment_ids)
+        self._prepare(k)
 
     def update(self, k: Tensor, v: Tensor, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Append to an empty cache, and return the keys and values; arguments and errors as of `attend`.
@@ -188,6 +214,7 @@ class LayerCache(KeyValueCache):
             store.crop(length)
         if self._sink_tokens is not None:
             self._sink_tokens.crop(length)
+        self._update()
 
     def expect(self, length: int) -> None:
         """Announce that the cache will soon hold `length` tokens, and allocate memory for them at once.
@@ -203,6 +230,7 @@ class LayerCache(KeyValueCache):
         """Forget all tokens, and give the memory back."""
         self._accepted = None
         self._since_crop = 0
+        self._may_record = self._is_counted_on_device = False
         for store in self.stores:
             store.reset()
         if self._sink_tokens is not None:
@@ -210,7 +238,9 @@ class LayerCache(KeyValueCache):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerCache:
         """Move, or convert, what is kept; returns the cache itself."""
+        self._count()
         self._accepted = None
+        self._may_record = self._is_counted_on_device = False
         for store in self.stores:
             store.map(lambda x: x.to(device=device, dtype=dtype))
         self._map_batch(lambda x, dim: x.to(device=device))
@@ -225,23 +255,25 @@ class LayerCache(KeyValueCache):
         self._map_batch(lambda x, dim: x.repeat_interleave(repeats, dim))
 
     def _map_batch(self, change: Callable[[Tensor, int], Tensor]) -> None:
+        self._count()
         self._accepted = None
         for store in self.stores:
             store.map_batch(change)
         if self._sink_tokens is not None:
             self._sink_tokens.map_batch(change)
+        self._update()
 
-    def _note(self, segment_ids: Tensor | None, k: Tensor) -> None:
+    def _note(self, segment_ids: Tensor | None, k: Tensor, past: int | Tensor) -> None:
         if self._sink_tokens is not None:
-            self._sink_tokens.note(segment_ids, k, self.length)
+            self._sink_tokens.note(segment_ids, k, past)
 
     def _append(self, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> None:
-        self._note(segment_ids, k)
+        self._note(segment_ids, k, self.length)
         for store, group in zip(self.stores, self._groups, strict=True):
             store.append(group.of_kv_heads(k.detach()), group.of_kv_heads(v.detach()), self._sink_tokens)
 
-    def _check(self, q: Any, k: Any, v: Any, options: dict[str, Any]) -> None:
-        """Refuse a call before anything is appended."""
+    def _check(self, q: Any, k: Any, v: Any, options: dict[str, Any]) -> int | Tensor:
+        """Refuse a call before anything is appended; return the number of earlier tokens."""
         if operators.transforms_are_active() or operators.forward_mode_is_on():
             raise ValueError(
                 "a LayerCache keeps plain tensors: it cannot be filled inside of torch.func transforms or "
@@ -260,12 +292,15 @@ class LayerCache(KeyValueCache):
         elif kind != self._accepted:
             self._check_all(q, k, v, options)
             self._accepted = kind
-        if ids is not None and ids.shape != (k.shape[0], self.length + k.shape[2]):
-            wanted = k.shape[0], self.length + k.shape[2]
+        past = self.length if q is None else self.begins_at(k.shape[2])
+        kv_len = self.max_length if isinstance(past, Tensor) else past + k.shape[2]
+        if ids is not None and ids.shape != (k.shape[0], kv_len):
+            wanted = k.shape[0], kv_len
             raise ValueError(f"segment_ids must be (batch, kv_len) = {wanted}, got {tuple(ids.shape)}")
-        self._require_room(self.length + k.shape[2])
-        if self.length == 0:
-            return
+        if not isinstance(past, Tensor):
+            self._require_room(past + k.shape[2])
+            if past == 0:
+                return past
         if self._sink_tokens is not None:
             self._sink_tokens.require_one_segment()
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -273,6 +308,7 @@ class LayerCache(KeyValueCache):
                 "q, k and v must not require grad: the cache keeps no gradients of earlier tokens; use "
                 "torch.no_grad(), or another cache, such as DynamicCache"
             )
+        return past
 
     def _require_room(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
@@ -321,6 +357,35 @@ class LayerCache(KeyValueCache):
             for store in self.stores:
                 store.set_rollback(self.rollback)
 
+    def _prepare(self, k: Tensor, backend: str = "auto", round_probabilities: bool = False) -> None:
+        """Make the cache ready for steps of one token that are compiled or captured, where they can be."""
+        is_served = backend in ("auto", "triton") and not round_probabilities and not is_recording()
+        self._may_record = (
+            self.max_length is not None
+            and self.counts_on_device
+            and is_served
+            and triton.supports_cached(k, self.max_length)
+        )
+        self._update()
+
+    def _count(self) -> None:
+        """Learn the number of tokens from the device, where only the device knows it."""
+        if not self._is_counted_on_device:
+            return
+        if is_recording():
+            raise ValueError(
+                "a cache whose steps are compiled or captured in a CUDA graph takes one token in each of "
+                "them; for more tokens call what is neither compiled nor captured"
+            )
+        length = self._gpu_kernel.read_length()
+        for store in self.stores:
+            store.adopt(length, self._sink_tokens)
+
+    def _update(self) -> None:
+        """Tell the device what the host knows."""
+        if self._may_record:
+            self._gpu_kernel.prepare(self.stores)
+
     def _kernel(self, q: Tensor, backend: str, round_probabilities: bool) -> CacheKernel | None:
         """Return the kernel for new tokens, or None if there is none for them."""
         if round_probabilities:
@@ -332,20 +397,33 @@ class LayerCache(KeyValueCache):
         self, kernel: CacheKernel, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
     ) -> Tensor:
         """All groups in one call, which appends too."""
-        new, sink_logits = q.shape[2], options["sink_logits"]
+        new = q.shape[2]
         if self.layout.sink_tokens:
             for store, group in zip(self.stores, self._groups, strict=True):
                 store.move_sinks(group.of_kv_heads(k), group.of_kv_heads(v), self._sink_tokens)
         for store in self.stores:
             store.reserve(new)
         sink_positions = None if self._sink_tokens is None else self._sink_tokens.positions
-        out, lse = kernel.attend(q, k, v, self.stores, sink_positions, options)
+        found = kernel.attend(q, k, v, self.stores, sink_positions, options)
         for store in self.stores:
             store.advance(new)
-        if sink_logits is None:
-            return out
-        assert lse is not None
-        return with_sink_logits(out, lse, sink_logits.float()).to(q.dtype)
+        return _with_sinks(found, options["sink_logits"], q.dtype)
+
+    def _attend_in_recording(
+        self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], past: Tensor
+    ) -> Tensor:
+        """One token in a step that is compiled or captured."""
+        if options["backend"] not in ("auto", "triton") or options["round_probabilities"]:
+            raise ValueError(
+                "backend must be 'auto' or 'triton', without round_probabilities, as in the cache's last "
+                f"call, where the step is compiled or captured; got {options['backend']!r}"
+            )
+        self._is_counted_on_device = True
+        self._note(options["segment_ids"], k, past)
+        slots = max(store.tensors()[0].shape[3] for store in self.stores)
+        positions = None if self._sink_tokens is None else self._sink_tokens.positions
+        found = self._gpu_kernel.attend_prepared(q, k, v, slots, positions, options)
+        return _with_sinks(found, options["sink_logits"], q.dtype)
 
     def _attend_by_group(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         """One call of attention for each window."""
@@ -356,3 +434,14 @@ class LayerCache(KeyValueCache):
             new = (q[:, group.heads], group.of_kv_heads(k), group.of_kv_heads(v))
             out[:, group.heads] = attend_to_store(store, group, *new, self._sink_tokens, {**options, **own})
         return out
+
+
+def _with_sinks(
+    found: tuple[Tensor, Tensor | None], sink_logits: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the output of a kernel, with sink logits where there are some."""
+    out, lse = found
+    if sink_logits is None:
+        return out
+    assert lse is not None
+    return with_sink_logits(out, lse, sink_logits.float()).to(dtype)

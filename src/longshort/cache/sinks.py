@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longshort.key_values import is_recording
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -47,30 +49,34 @@ class SinkTokens:
         self._segment: Tensor | None = None  # of each sequence, negative if there is only padding
         self._are_several: Tensor | None = None  # whether some sequence has more than one segment
 
-    def note(self, segment_ids: Int[Tensor, "batch kv_len"] | None, new: Tensor, past: int) -> None:
+    def note(self, segment_ids: Int[Tensor, "batch kv_len"] | None, new: Tensor, past: int | Tensor) -> None:
         """Take note of new tokens.
 
         Args:
             segment_ids: of all tokens; None: all of one segment.
             new: keys of the new tokens, (batch, kv_heads, new, head_dim).
-            past: number of the earlier tokens.
+            past: number of the earlier tokens; (1,) of int64 for one new token that only the device counts.
         """
-        is_eager = not torch.compiler.is_compiling()
+        is_eager = not is_recording()
         if segment_ids is None:
             if not self.are_known:
-                self.positions = torch.arange(self.count, device=new.device).repeat(len(new), 1)
-                self.are_known, self.end = is_eager and past + new.shape[2] >= self.count, self.count
+                self._place(torch.arange(self.count, device=new.device).repeat(len(new), 1))
+                self.are_known = is_eager and bool(past + new.shape[2] >= self.count)
+                self.end = self.count
             return
         is_first = self._segment is None
-        self._note_segments(segment_ids if is_first else segment_ids[:, past:])
+        if isinstance(past, Tensor):
+            self._note_segments(segment_ids.index_select(1, past))
+        else:
+            self._note_segments(segment_ids if is_first else segment_ids[:, past:])
         if self.are_known:
             return
         rank = (segment_ids >= 0).cumsum(1)
         ordinals = torch.arange(1, self.count + 1, device=rank.device).repeat(len(rank), 1)
         positions = torch.searchsorted(rank, ordinals)
-        self.positions = torch.where(positions < rank.shape[1], positions, -1)
+        self._place(torch.where(positions < rank.shape[1], positions, -1))
         if is_eager and (is_first or rank.device.type == "cpu") and len(rank):
-            assert self._are_several is not None
+            assert self._are_several is not None and self.positions is not None
             numbers = torch.stack([self.positions.amin(), self.positions.amax(), self._are_several.long()])
             least, last, several = numbers.tolist()
             self.are_known, self.end, self._has_several = least >= 0, last + 1, bool(several)
@@ -86,7 +92,7 @@ class SinkTokens:
             raise ValueError(_SEVERAL)
         if self._are_several is None:
             return
-        if torch.compiler.is_compiling() or self._are_several.device.type != "cpu":
+        if is_recording() or self._are_several.device.type != "cpu":
             torch.ops.aten._assert_async.msg(~self._are_several, _SEVERAL)
         elif bool(self._are_several):
             raise ValueError(_SEVERAL)
@@ -98,9 +104,17 @@ class SinkTokens:
     def map_batch(self, change: Callable[[Tensor, int], Tensor]) -> None:
         """Replace each tensor x, whose batch is dimension `dim`, by `change(x, dim)`."""
         if self.positions is not None:
-            self.positions = change(self.positions, 0)
+            self._place(change(self.positions, 0))
         if self._segment is not None:
             self._segment = change(self._segment, 0)
+
+    def _place(self, positions: Tensor) -> None:
+        """Set the positions, in the same memory where they can be: recorded steps read them there."""
+        old = self.positions
+        if is_recording() or old is None or (old.shape, old.device) != (positions.shape, positions.device):
+            self.positions = positions
+        else:
+            old.copy_(positions)
 
     def _note_segments(self, new: Tensor) -> None:
         """Note whether new tokens, the first ones of all or some of a step, are all padding or in one

@@ -169,6 +169,14 @@ class Store:
             sinks[i].copy_(torch.where(leaves[:, None, :, None], x, sinks[i]))
         positions.copy_(torch.where(leaves, spots, positions))
 
+    def adopt(self, length: int, sink_tokens: SinkTokens | None) -> None:
+        """Take over positions that were appended, and sinks that were copied, on the device alone."""
+        self.length = length
+        if self.sink_tokens and self.sink_positions is not None:
+            assert sink_tokens is not None and sink_tokens.positions is not None
+            spots = sink_tokens.positions[:, : self.sink_positions.shape[1]]
+            self.sink_positions.copy_(torch.where(spots < self.first, spots, -1))
+
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on, at least `least_length`."""
         self.lost = self.first
@@ -239,7 +247,7 @@ class Store:
         self.data = data
         self.version += 1
         if slots == self.ring:  # from now on keys leave, and shapes stay as they are
-            self._reserve_sinks(1)
+            self._reserve_sinks(1 if self.max_length is None else self.sink_tokens)
 
     def _reserve_sinks(self, count: int) -> None:
         """Allocate memory for the sinks among `count` positions."""

@@ -150,10 +150,14 @@ class SplitCacheLayer(CacheLayerMixin):
         return PendingKeys(self.cache, key_states, values), values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.length + query_length, 0
+        past = self.cache.begins_at(query_length)
+        if isinstance(past, int):
+            return past + query_length, 0
+        assert self.cache.max_length is not None
+        return self.cache.max_length, 0
 
-    def get_seq_length(self) -> int:
-        return self.cache.length
+    def get_seq_length(self) -> int | Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.cache.begins_at(1)
 
     def get_max_length(self) -> int:
         return self.cache.max_length or -1
@@ -224,6 +228,7 @@ class PendingKeys(_Pending):
     def __init__(self, cache: LayerCache, keys: Tensor, values: PendingValues) -> None:
         super().__init__(keys)
         self.cache = cache
+        cache.counts_on_device = False  # transformers' masks need the length
         self._values = values
         self._is_taken = False
 
@@ -265,6 +270,10 @@ class GrowingLayer:
         self._cache = cache
         self._layer = layer
         self.length = int(cache.get_seq_length(layer))
+
+    def begins_at(self, new: int) -> int:
+        """Return the number of tokens before the next `new` ones."""
+        return self.length
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append (batch, kv_heads, new, head_dim) keys and values; return all of them, old and new.
@@ -313,11 +322,7 @@ def layer_caches(cache: Cache, count: int) -> list[LayerCache] | list[GrowingLay
         raise ValueError(
             f"past_key_values must be a cache of {count} layers, as this model has, got one of {len(caches)}"
         )
-    length = caches[0].length
-    for layer in caches:
-        if layer.length != length:
-            raise ValueError(
-                "past_key_values must hold equally many tokens in each layer, got "
-                f"{[layer.length for layer in caches]}"
-            )
+    lengths = [layer.begins_at(1) for layer in caches]
+    if isinstance(lengths[0], int) and len(set(lengths)) > 1:
+        raise ValueError(f"past_key_values must hold equally many tokens in each layer, got {lengths}")
     return caches

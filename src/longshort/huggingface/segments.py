@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longshort.attention import require_tensor
+from longshort.key_values import is_recording
 from longshort.layers import require_position_ids
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _packed_by(position_ids: Tensor, attention_mask: Tensor | None, batch: int, 
     whose layers all have the same positions and mask."""
     given = [position_ids] if attention_mask is None else [position_ids, attention_mask]
     versions: list[int] = []
-    is_new = torch.compiler.is_compiling() or any(x.is_inference() for x in given)  # without a version
+    is_new = is_recording() or any(x.is_inference() for x in given)  # without a version
     if not is_new:
         last, versions = _last_packed.get(), [x._version for x in given]
         if last is not None and last.versions == versions and last.is_of(given, batch):
@@ -180,7 +181,7 @@ def _visible(attention_mask: Any, batch: int, kv_len: int, device: torch.device)
             f"got shape {tuple(attention_mask.shape)}{hint}"
         )
     visible = attention_mask.to(device) != 0
-    if torch.compiler.is_compiling():
+    if is_recording():
         return visible
     is_binary = (visible == attention_mask.to(device)).all()
     hides_nothing, is_binary = torch.stack([visible.all(), is_binary]).tolist()  # one transfer, not two
@@ -209,6 +210,6 @@ def _segment_starts(position_ids: Tensor, visible: Tensor | None) -> Tensor | No
     if visible is not None:
         follows_a_visible_one = visible.cumsum(-1)[:, :-1] > 0
         falls = falls & visible[:, 1:] & follows_a_visible_one
-    if not torch.compiler.is_compiling() and not bool(falls.any()):
+    if not is_recording() and not bool(falls.any()):
         return None
     return F.pad(falls, (1, 0))

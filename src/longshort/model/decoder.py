@@ -182,10 +182,11 @@ class LongShortModel(LongShortPreTrainedModel):
         tokens = self._checked(input_ids, inputs_embeds)
         past_key_values = self._cache_to_use(past_key_values, use_cache)
         caches = None if past_key_values is None else self._layer_caches(past_key_values)
-        past = 0 if caches is None else caches[0].length
+        past = 0 if caches is None else caches[0].begins_at(tokens.shape[1])
+        max_length = None if past_key_values is None else past_key_values.get_max_length(0)
         self._check_positions(position_ids, past, tokens)
         segment_ids, position_ids = segments_and_positions(
-            attention_mask, position_ids, segment_ids, past, tokens
+            attention_mask, position_ids, segment_ids, past, tokens, max_length
         )
         all_hidden_states = [] if output_hidden_states else None
         chunk = None
@@ -336,7 +337,7 @@ class LongShortModel(LongShortPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         return self.new_cache() if use_cache and past_key_values is None else past_key_values
 
-    def _check_positions(self, position_ids: Any, past: int, tokens: Tensor) -> None:
+    def _check_positions(self, position_ids: Any, past: int | Tensor, tokens: Tensor) -> None:
         batch, q_len = tokens.shape[:2]
         if position_ids is not None:
             require_position_ids(position_ids, batch, q_len, tokens.device)
@@ -345,7 +346,7 @@ class LongShortModel(LongShortPreTrainedModel):
         limit = self.embed_positions.num_embeddings
         if position_ids is not None:  # if they restart, there may be more tokens than positions
             check_range("position_ids", position_ids, "max_position_embeddings", limit)
-        elif past + q_len > limit:
+        elif isinstance(past, int) and past + q_len > limit:
             raise ValueError(
                 f"a sequence may have max_position_embeddings = {limit} tokens, got {past + q_len}"
             )

@@ -10,19 +10,32 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from longshort.attention import require_tensor
 from longshort.huggingface import segment_ids_from
+from longshort.key_values import is_recording, positions_after
 
 
 def segments_and_positions(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     segment_ids: Tensor | None,
-    past: int,
+    past: int | Tensor,
     tokens: Tensor,
+    max_length: int | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Return the segment ids of all keys, None if nothing is padded or packed, and the positions of the new
-    tokens, which are ids or embeddings."""
+    tokens, which are ids or embeddings.
+
+    Masks may go on to the cache's max_length. If only the device knows how many tokens are past, they must,
+    and so must segment ids, those that are returned too.
+    """
     batch, q_len = tokens.shape[:2]
-    kv_len, device = past + q_len, tokens.device
+    device = tokens.device
+    if isinstance(past, Tensor):
+        assert max_length is not None
+        kv_len = max_length
+    else:
+        kv_len = past + q_len
+        if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] == max_length:
+            attention_mask = attention_mask[:, :kv_len]
     told_by_positions = None if segment_ids is not None else position_ids
     from_mask = segment_ids_from(attention_mask, told_by_positions, batch, q_len, kv_len, device)
     if segment_ids is None:
@@ -36,9 +49,10 @@ def segments_and_positions(
         if from_mask is not None:
             segment_ids = segment_ids.masked_fill(from_mask < 0, -1)
     if position_ids is None and from_mask is not None:
-        position_ids = ((from_mask >= 0).cumsum(-1) - 1).clamp_min(0)[:, past:]
+        ranks = ((from_mask >= 0).cumsum(-1) - 1).clamp_min(0)
+        position_ids = ranks.index_select(1, past) if isinstance(past, Tensor) else ranks[:, past:]
     elif position_ids is None:
-        position_ids = torch.arange(past, kv_len, device=device)[None]
+        position_ids = positions_after(past, q_len, device)
     return segment_ids, position_ids
 
 
@@ -69,9 +83,9 @@ def check_labels(name: str, labels: Any, hidden_states: Tensor) -> None:
 
 
 def check_range(name: str, ids: Tensor, limit_name: str, limit: int) -> None:
-    """Raise a ValueError for ids outside 0 ... limit - 1, except where values cannot be read: in a compiled
-    forward pass or a transform of torch.func."""
-    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(ids) or ids.numel() == 0:
+    """Raise a ValueError for ids outside 0 ... limit - 1, except where values cannot be read: in a forward
+    pass that is compiled or captured in a CUDA graph, or a transform of torch.func."""
+    if is_recording() or is_functorch_wrapped_tensor(ids) or ids.numel() == 0:
         return
     low, high = torch.stack(ids.aminmax()).tolist()
     if low < 0 or high >= limit:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -60,9 +61,15 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
         )
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """Return the mask that `generate()` needs for a cache of fixed size: the ordinary mask of tokens."""
-        return attention_mask
+    def create_masks_for_generate(
+        past_key_values: Cache, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | None:
+        """Return the mask that `generate()` needs for a cache of fixed size: the mask of tokens, with entries
+        for all that the cache has memory for, so that its shape stays as it is."""
+        if attention_mask is None:
+            return None
+        missing = past_key_values.get_max_length(0) - attention_mask.shape[1]
+        return F.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
 
     @torch.no_grad()
     def draw_weights(self, seed: int) -> None:
@@ -117,7 +124,8 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: int64 or int32; or else inputs_embeds in the dtype of the parameters.
-            attention_mask: 1 for tokens, 0 for padding on either side, cached tokens included. Under
+            attention_mask: 1 for tokens, 0 for padding on either side, cached tokens included; or for as many
+                tokens as a cache of fixed size may hold, of which later ones do not count. Under
                 `torch.compile` leave it out if nothing is padded: there even a mask of ones costs time.
             position_ids: (batch, q_len) or (1, q_len). None: tokens are counted from 0, without padding.
                 Without cached tokens, a position that is 0 or below that of the token before it starts a
@@ -128,7 +136,8 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
             labels: the input ids, -100 where nothing is predicted; shifted inside, so that the first of them
                 and the logits of the last position are not used.
             segment_ids: (batch, kv_len) for packed sequences, instead of restarting position_ids; positions
-                then continue over the borders.
+                then continue over the borders. (batch, max_length) in a step that is compiled or captured
+                with a cache of fixed size on a GPU.
             use_cache: return keys and values; None: as the config says, but never in training.
             logits_to_keep: number of last positions that get logits, 0 for all; or a 1-D tensor of positions.
             output_hidden_states: also return the embeddings and the output of each block.

@@ -10,10 +10,19 @@ import triton
 import triton.language as tl
 
 from longshort.backends.triton.forward import keys_of_rows
-from longshort.backends.triton.visibility import dot_of_visible, exp, is_bad, scores_of, visible_pairs
+from longshort.backends.triton.visibility import (
+    LOG2E,
+    SIZES,
+    add_dot_of_visible,
+    exponent,
+    is_bad,
+    scores_of,
+    unit_of_scores,
+    visible_pairs,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "heads"])
 def delta_kernel(
     OUT, GRAD_OUT, GRAD_LSE, DELTA,
     stride_ob, stride_oh, stride_os, stride_od, stride_gb, stride_gh, stride_gs, stride_gd,
@@ -48,7 +57,7 @@ def delta_kernel(
     tl.store(DELTA + tl.program_id(0).to(tl.int64) * S + rows, delta, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_q_kernel(
     Q, K, V, GRAD_OUT, GRAD_Q, ROW_MAX, LOG_SUM, DELTA, TOTAL,
     ORDER, WINDOWS, SLOPES, IDS, FIRST, LAST, SINKS_BEGIN, SINKS_END, SINK_POSITIONS,
@@ -162,8 +171,8 @@ def add_gradient_of_rows(
         k = tl.load(
             k_at + key[:, None].to(tl.int64) * stride_ks + channel[None, :] * stride_kd, mask=mask, other=0.0
         )
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        visible = tl.full(logits.shape, 1, tl.int1)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        visible = tl.full(products.shape, 1, tl.int1)
         if MASKED:
             visible = visible_pairs(
                 query[:, None], key[None, :], query_id[:, None], key_id[None, :], window, T,
@@ -176,19 +185,17 @@ def add_gradient_of_rows(
                 mask=mask, other=0.0,
             )  # fmt: skip
         _, grad_scores = gradient_of_scores(
-            logits, visible, query[:, None], key[None, :], row_max[:, None], log_sum[:, None], delta[:, None],
-            grad_out, tl.trans(v), softcap, slope, SOFTCAP, ALIBI, MASKED, HAS_OUT, PRECISION,
+            products, visible, query[:, None], key[None, :], row_max[:, None], log_sum[:, None],
+            delta[:, None], grad_out, tl.trans(v), scale, softcap, slope, SOFTCAP, ALIBI, MASKED, HAS_OUT,
+            PRECISION,
         )  # fmt: skip
-        if MASKED:
-            grad += dot_of_visible(grad_scores, k, visible, KEYS, CAREFUL, PRECISION)
-        else:
-            grad += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
+        grad = add_dot_of_visible(grad, grad_scores, k, visible, KEYS, CAREFUL, PRECISION)
     return grad
 
 
 @triton.jit
 def gradient_of_scores(
-    logits, visible, query, key, row_max, log_sum, delta, first, second, softcap, slope,
+    products, visible, query, key, row_max, log_sum, delta, first, second, scale, softcap, slope,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr, HAS_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -197,14 +204,15 @@ def gradient_of_scores(
     The gradient of the probabilities is first @ second: grad_out·vᵀ, or v·grad_outᵀ for a tile of
     keys × rows.
     """
-    scores = scores_of(logits, query, key, softcap, slope, SOFTCAP, ALIBI)
-    p = tl.where(log_sum == -float("inf"), 0.0, exp(scores - row_max - log_sum))
+    scores = scores_of(products, query, key, scale, softcap, slope, SOFTCAP, ALIBI)
+    unit = unit_of_scores(scale, SOFTCAP, ALIBI)
+    p = tl.exp2(exponent(scores, unit, row_max) - log_sum * LOG2E)
     if HAS_OUT:
         grad_scores = p * (tl.dot(first, second, input_precision=PRECISION) - delta)
     else:
         grad_scores = -p * delta
     if SOFTCAP:
-        capped = scores_of(logits, query, key, softcap, slope, SOFTCAP, False) / softcap
+        capped = scores_of(products, query, key, scale, softcap, slope, SOFTCAP, False) / softcap
         grad_scores = grad_scores * (1 - capped * capped)
     if MASKED:
         p = tl.where(visible, p, 0.0)
@@ -212,7 +220,7 @@ def gradient_of_scores(
     return p, grad_scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_kv_kernel(
     Q, K, V, GRAD_OUT, GRAD_K, GRAD_V, SINK_K, SINK_V, ROW_MAX, LOG_SUM, DELTA, TOTAL,
     ORDER, WINDOWS, SLOPES, IDS, FIRST, LAST, SLOTS, SINK_POSITIONS,
@@ -376,8 +384,8 @@ def add_gradients_of_keys(
         query_id = query
         if SEGMENTS:
             query_id = tl.load(ids_at + query, mask=is_row, other=-1)
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # (keys, rows)
-        visible = tl.full(logits.shape, 1, tl.int1)
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (keys, rows)
+        visible = tl.full(products.shape, 1, tl.int1)
         if MASKED:
             visible = visible_pairs(
                 query[None, :], key[:, None], query_id[None, :], key_id[:, None], window, T,
@@ -390,15 +398,11 @@ def add_gradients_of_keys(
                 mask=mask, other=0.0,
             )  # fmt: skip
         p, grad_scores = gradient_of_scores(
-            logits, visible, query[None, :], key[:, None], row_max[None, :], log_sum[None, :], delta[None, :],
-            v, tl.trans(grad_out), softcap, slope, SOFTCAP, ALIBI, MASKED, HAS_OUT, PRECISION,
+            products, visible, query[None, :], key[:, None], row_max[None, :], log_sum[None, :],
+            delta[None, :], v, tl.trans(grad_out), scale, softcap, slope, SOFTCAP, ALIBI, MASKED, HAS_OUT,
+            PRECISION,
         )  # fmt: skip
-        if MASKED:
-            if HAS_OUT:
-                grad_v += dot_of_visible(p, grad_out, visible, ROWS, CAREFUL, PRECISION)
-            grad_k += dot_of_visible(grad_scores, q, visible, ROWS, CAREFUL, PRECISION)
-        else:
-            if HAS_OUT:
-                grad_v += tl.dot(p.to(q.dtype), grad_out, input_precision=PRECISION)
-            grad_k += tl.dot(grad_scores.to(q.dtype), q, input_precision=PRECISION)
+        if HAS_OUT:
+            grad_v = add_dot_of_visible(grad_v, p, grad_out, visible, ROWS, CAREFUL, PRECISION)
+        grad_k = add_dot_of_visible(grad_k, grad_scores, q, visible, ROWS, CAREFUL, PRECISION)
     return grad_k, grad_v

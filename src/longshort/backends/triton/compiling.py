@@ -19,22 +19,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longshort.backends.triton import backward, decode, forward
-from longshort.backends.triton.launching import padded
+from longshort.backends.triton.launching import compiler_options, padded
 from longshort.backends.triton.tiles import Tiles, tiles_of
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
+    "sm89": GPUTarget("cuda", 89, 32),
     "sm90": GPUTarget("cuda", 90, 32),
     "sm100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-"""GPUs: A100, H100 and H200, B200, MI300."""
+"""GPUs: A100, Ada (L4, L40S, RTX 4090), H100 and H200, B200, MI300."""
 
 KERNELS = {
     "forward": forward.forward_kernel,
+    "delta": backward.delta_kernel,
     "grad_q": backward.grad_q_kernel,
     "grad_kv": backward.grad_kv_kernel,
     "decode": decode.decode_kernel,
+    "merge": decode.merge_kernel,
 }
 
 _DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -44,9 +47,10 @@ _INTEGERS = {
 }  # fmt: skip
 _OPTIONS = {
     "CAUSAL": True, "SOFTCAP": False, "ALIBI": False, "SEGMENTS": False, "SINKS": False, "HAS_SINKS": False,
-    "STATS": False, "HAS_OUT": True, "CAREFUL": False, "GROUP": 1, "PRECISION": "ieee",
+    "STATS": False, "HAS_OUT": True, "CAREFUL": False, "GROUP": 1, "ALIGNED": True,
+    "HAS_LSE": True, "SPLITS": 64, "PRECISION": "ieee",
 }  # fmt: skip
-_LONG = {"TABLE", "KEY_IDS", "ALL_SINKS"}
+_LONG = {"TABLE", "LENGTH", "KEY_IDS", "ALL_SINKS"}
 _ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -84,7 +88,7 @@ def compile_kernel(
         **options: the kernel's constants, such as CAUSAL or STATS; without them a plain causal call.
     """
     function = KERNELS[kernel]
-    tiles = tiles or tiles_of(kernel, head_dim, dtype, TARGETS[target].backend == "hip")
+    tiles = tiles or tiles_of(kernel, head_dim, dtype, target)
     constants = {
         **_OPTIONS, "D": head_dim, "BLOCK_D": padded(head_dim), "ROWS": tiles.rows,
         "KEYS": tiles.keys, **options,
@@ -104,7 +108,7 @@ def compile_kernel(
     compiled = triton.compile(
         ASTSource(function, signature, fixed, attributes),
         target=TARGETS[target],
-        options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+        options=compiler_options(tiles),
     )
     registers, spilled = _read(compiled.asm)
     return Resources(registers, spilled, compiled.metadata.shared)

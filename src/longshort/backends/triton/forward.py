@@ -5,10 +5,19 @@
 import triton
 import triton.language as tl
 
-from longshort.backends.triton.visibility import dot_of_visible, exp, is_bad, scores_of, visible_pairs
+from longshort.backends.triton.visibility import (
+    LOG2E,
+    SIZES,
+    add_dot_of_visible,
+    exponent,
+    is_bad,
+    scores_of,
+    unit_of_scores,
+    visible_pairs,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     Q, K, V, OUT, ROW_MAX, LOG_SUM, LARGEST, ENTROPY, TOTAL,
     ORDER, WINDOWS, SLOPES, IDS, FIRST, LAST, SINKS_BEGIN, SINKS_END, SINK_POSITIONS,
@@ -98,8 +107,8 @@ def forward_kernel(
     tl.store(LOG_SUM + row_at, tl.where(seen, log_sum, -float("inf")), mask=is_row)
     if STATS:
         at = (h * batch + b) * blocks + block
-        tl.store(LARGEST + at, nan_max(tl.where(is_row, largest, 0.0)))
-        entropy = tl.where(is_row & seen, log_sum - weighted / divisor, 0.0)
+        tl.store(LARGEST + at, nan_max(tl.where(is_row, largest, 0.0)) * scale)
+        entropy = tl.where(is_row & seen, log_sum - weighted / (divisor * LOG2E), 0.0)
         tl.store(ENTROPY + at, tl.sum(entropy))
 
 
@@ -165,6 +174,7 @@ def add_keys(
 ):  # fmt: skip
     """Add the keys from `begin` to `end`, or with SINKS the sinks in these slots, to the sums of the rows."""
     channel = tl.arange(0, BLOCK_D)
+    unit = unit_of_scores(scale, SOFTCAP, ALIBI)
     for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)
         is_key = key < end
@@ -181,9 +191,9 @@ def add_keys(
             k_at + key[None, :].to(tl.int64) * stride_ks + channel[:, None] * stride_kd,
             mask=loaded, other=0.0,
         )  # fmt: skip
-        logits = tl.dot(q, k, input_precision=PRECISION) * scale
-        scores = scores_of(logits, query[:, None], key[None, :], softcap, slope, SOFTCAP, ALIBI)
-        visible = tl.full(logits.shape, 1, tl.int1)
+        products = tl.dot(q, k, input_precision=PRECISION)
+        scores = scores_of(products, query[:, None], key[None, :], scale, softcap, slope, SOFTCAP, ALIBI)
+        visible = tl.full(products.shape, 1, tl.int1)
         if MASKED:
             visible = visible_pairs(
                 query[:, None], key[None, :], query_id[:, None], key_id[None, :], window, T,
@@ -192,15 +202,16 @@ def add_keys(
             scores = tl.where(visible, scores, -float("inf"))
         if STATS:
             largest = tl.maximum(
-                largest, nan_max_rows(tl.where(visible, tl.abs(logits), 0.0)), tl.PropagateNan.ALL
+                largest, nan_max_rows(tl.where(visible, tl.abs(products), 0.0)), tl.PropagateNan.ALL
             )
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
         base = tl.where(new_max == -float("inf"), 0.0, new_max)  # no key was visible so far
-        shrink = exp(row_max - base)
-        shifted = scores - base[:, None]
-        p = exp(shifted)
+        moved_by = row_max * LOG2E - base * LOG2E
+        shrink = tl.exp2(moved_by)
+        shifted = exponent(scores, unit, base[:, None])
+        p = tl.exp2(shifted)
         if STATS:
-            moved = tl.where(row_sum == 0, 0.0, (row_max - base) * row_sum)
+            moved = tl.where(row_sum == 0, 0.0, moved_by * row_sum)
             terms = tl.where(p == 0, 0.0, shifted * p)
             weighted = (weighted + moved) * shrink + tl.sum(terms, 1)
         row_sum = row_sum * shrink + tl.sum(p, 1)
@@ -211,11 +222,7 @@ def add_keys(
             v_at + key[:, None].to(tl.int64) * stride_vs + channel[None, :] * stride_vd,
             mask=v_mask, other=0.0,
         )  # fmt: skip
-        if MASKED:
-            product = dot_of_visible(p, v, visible, KEYS, CAREFUL, PRECISION)
-        else:
-            product = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        acc = acc * shrink[:, None] + product
+        acc = add_dot_of_visible(acc * shrink[:, None], p, v, visible, KEYS, CAREFUL, PRECISION)
         row_max = new_max
     return row_max, row_sum, acc, weighted, largest
 

@@ -23,7 +23,16 @@ def launch(
 ) -> None:
     """Launch a kernel with the warps and stages of its tiles, on the device of its first argument."""
     with torch.cuda.device_of(first):  # Triton launches on the current one
-        kernel[programs](first, *arguments, **constants, num_warps=tiles.warps, num_stages=tiles.stages)
+        kernel[programs](first, *arguments, **constants, **compiler_options(tiles))
+
+
+def compiler_options(tiles: Tiles) -> dict[str, Any]:
+    """Return what a compiler is told beside the arguments.
+
+    It may not fuse products and sums on its own: which ones it fuses depends on what else a kernel computes,
+    and statistics would change the last bits of the output.
+    """
+    return {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": False}
 
 
 def precision(q: Tensor) -> str:
@@ -31,6 +40,11 @@ def precision(q: Tensor) -> str:
     not, else not at all."""
     may = q.dtype == torch.float32 and q.is_cuda and torch.version.hip is None
     return "tf32x3" if may and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Give q the sign of the scale: kernels look for the largest product before they scale it."""
+    return (-q, -scale) if scale < 0 else (q, scale)
 
 
 def padded(size: int) -> int:

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from longshort.backends import operators
 from longshort.backends.triton import backward, forward
-from longshort.backends.triton.launching import interpreted, launch, padded, precision, table_of
+from longshort.backends.triton.launching import (
+    launch,
+    padded,
+    precision,
+    table_of,
+    with_positive_scale,
+)
 from longshort.backends.triton.segments import Segments, find_segments
-from longshort.backends.triton.tiles import Tiles, tiles_of
-
-_INTERPRETED = Tiles(16, 16, 1, 1)
-
-
-def _tiles(kernel: str, q: Tensor) -> Tiles:
-    return _INTERPRETED if interpreted() else tiles_of(kernel, q.shape[3], q.dtype)
+from longshort.backends.triton.tiles import tiles_for
 
 
 def _forward(
@@ -43,9 +43,10 @@ def _forward(
 
     `windows` has one entry per query head.
     """
+    q, scale = with_positive_scale(q, scale)
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
-    tiles = _tiles("forward", q)
+    tiles = tiles_for("forward", q)
     blocks = -(-q_len // tiles.rows)
     out = q.new_empty(q.shape, dtype=out_dtype)
     row_max, log_sum = (q.new_empty((batch, heads, q_len), dtype=torch.float32) for _ in range(2))
@@ -97,6 +98,8 @@ def _backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
+    is_negative = scale < 0
+    q, scale = with_positive_scale(q, scale)
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
@@ -114,14 +117,14 @@ def _backward(
 
     delta = torch.empty_like(row_max)
     of_lse = row_max if grad_lse is None else grad_lse  # unused if it is None
-    rows = 16 if interpreted() else 64
+    tiles = tiles_for("delta", q)
     launch(
-        backward.delta_kernel, (batch * heads, -(-q_len // rows)), Tiles(rows, 0, 4, 1),
+        backward.delta_kernel, (batch * heads, -(-q_len // tiles.rows)), tiles,
         out, grad_out, of_lse, delta, *out.stride(), *grad_out.stride(), *of_lse.stride(), q_len, heads,
-        D=head_dim, BLOCK_D=padded(head_dim), ROWS=rows, HAS_OUT=has_out, HAS_LSE=grad_lse is not None,
+        D=head_dim, BLOCK_D=padded(head_dim), ROWS=tiles.rows, HAS_OUT=has_out, HAS_LSE=grad_lse is not None,
     )  # fmt: skip
 
-    tiles = _tiles("grad_q", q)
+    tiles = tiles_for("grad_q", q)
     blocks = -(-q_len // tiles.rows)
     total = _total(k)
     for careful in (False, True):
@@ -134,7 +137,7 @@ def _backward(
             **constants,
         )  # fmt: skip
 
-    tiles = _tiles("grad_kv", q)
+    tiles = tiles_for("grad_kv", q)
     of_sinks = q.new_empty((2, batch, kv_heads, call.sinks, head_dim), dtype=torch.float32)
     total = _total(q) + _total(grad_out) if has_out else _total(q)
     for careful in (False, True):
@@ -148,7 +151,7 @@ def _backward(
                 *sizes, blocks, ROWS=tiles.rows, KEYS=tiles.keys, HAS_SINKS=call.sinks > 0,
                 SINKS=of_sink_blocks, CAREFUL=careful, **constants,
             )  # fmt: skip
-    return grad_q, grad_k, grad_v
+    return -grad_q if is_negative else grad_q, grad_k, grad_v
 
 
 def _fake_backward(q, k, v, alibi_slopes, segment_ids, out, row_max, log_sum, grad_out, grad_lse, windows,

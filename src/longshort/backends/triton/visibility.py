@@ -11,6 +11,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+SIZES = ["S", "T", "sinks", "batch", "heads", "blocks"]
+"""Arguments for whose values no kernel is compiled anew, such as a length that is a multiple of 16."""
+
 
 @triton.jit
 def visible_pairs(
@@ -38,14 +41,33 @@ def visible_pairs(
 
 
 @triton.jit
-def scores_of(logits, query, key, softcap, slope, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
-    """Turn scaled logits into scores: softcap, then ALiBi."""
-    scores = logits
+def scores_of(products, query, key, scale, softcap, slope, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
+    """Turn products q·k into scores: scale, softcap, then ALiBi. Without the last two the products are left
+    as they are, and the score is a product times `unit_of_scores`."""
+    scores = products
+    if SOFTCAP or ALIBI:
+        scores = products * scale
     if SOFTCAP:
         scores = softcap * tanh(scores / softcap)
     if ALIBI:
         scores = scores - slope * tl.abs(query - key).to(tl.float32)
     return scores
+
+
+@triton.jit
+def unit_of_scores(scale, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
+    """Return the factor that turns what `scores_of` returns into scores; above 0, so that -inf stays -inf."""
+    if SOFTCAP or ALIBI:
+        unit = tl.full([], 1.0, tl.float32)
+    else:
+        unit = tl.maximum(scale, 1e-30)
+    return unit
+
+
+@triton.jit
+def exponent(scores, unit, row_max):
+    """Return log2 of exp(unit·scores - row_max), rounded once: the same bits in all kernels."""
+    return tl.fma(scores, unit * LOG2E, -(row_max * LOG2E))
 
 
 @triton.jit
@@ -72,15 +94,18 @@ def is_bad(total):
 
 
 @triton.jit
-def dot_of_visible(weights, x, visible, KEYS: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute weights @ x, where weights (rows, KEYS) are 0 on hidden pairs and x is (KEYS, dim).
+def add_dot_of_visible(
+    total, weights, x, visible, KEYS: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Compute total + weights @ x, where weights (rows, KEYS) are 0 on hidden pairs and x is (KEYS, dim).
 
     0·NaN is NaN: CAREFUL leaves hidden pairs out of the sums. It is slow, and gives the same bits where x is
     finite.
     """
     if CAREFUL:
         finite = (x == x) & (tl.abs(x) < float("inf"))
-        total = tl.dot(weights.to(x.dtype), tl.where(finite, x, 0.0).to(x.dtype), input_precision=PRECISION)
+        shown = tl.where(finite, x, 0.0).to(x.dtype)
+        total = tl.dot(weights.to(x.dtype), shown, total, input_precision=PRECISION)
         others = tl.where(finite, 0.0, x.to(tl.float32))
         column = tl.arange(0, KEYS)
         for key in range(KEYS):
@@ -91,5 +116,5 @@ def dot_of_visible(weights, x, visible, KEYS: tl.constexpr, CAREFUL: tl.constexp
             term = weight[:, None] * entry[None, :]
             total = tl.where(seen[:, None] & there[None, :], total + term, total)
     else:
-        total = tl.dot(weights.to(x.dtype), x, input_precision=PRECISION)
+        total = tl.dot(weights.to(x.dtype), x, total, input_precision=PRECISION)
     return total

@@ -1,0 +1,202 @@
+"""Steps that are recorded once and run for each token, as CUDA graphs and compilers do it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.interpreted.tape import recording
+from tests.model.models import make_ids, make_model
+from torch import Tensor
+
+from longshort import HeadLayout, attention
+from longshort.backends import cpu
+from longshort.cache import LayerCache
+
+LAYOUTS = {
+    "plain": HeadLayout((None, 5, 5)),
+    "sinks": HeadLayout((None, 4, 4, None), 2 * 2, sink_tokens=3),
+    "shared": HeadLayout((None, None, 6, 6, 3, 3), 3, sink_tokens=1),
+    "local": HeadLayout((2, 7)),
+}
+MAX_LENGTH = 40
+
+
+@pytest.fixture(autouse=True)
+def _by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "supports_cached", lambda q, length: False)
+
+
+class Sequence:
+    """Random queries, keys and values of a layer, a cache, and what attention over all of them gives."""
+
+    def __init__(self, layout: HeadLayout, padding: int | None, **options: Any) -> None:
+        self.cache = LayerCache(layout, rollback=options.pop("rollback", 0), max_length=MAX_LENGTH)
+        heads = layout.num_heads, layout.num_kv_heads, layout.num_kv_heads
+        self.tensors = [torch.randn(2, count, MAX_LENGTH, 8) for count in heads]
+        self.options = options
+        self.ids = None
+        if padding is not None:
+            self.ids = torch.zeros(2, MAX_LENGTH, dtype=torch.int64)
+            self.ids[0, :padding] = -1
+
+    def feed(self, begin: int, end: int) -> Tensor:
+        """Attend from these positions, in a call of the host's."""
+        ids = None if self.ids is None else self.ids[:, :end]
+        new = (x[:, :, begin:end] for x in self.tensors)
+        return self.cache.attend(*new, segment_ids=ids, **self.options)
+
+    def expected(self, begin: int, end: int) -> Tensor:
+        q, k, v = (x[:, :, :end] for x in self.tensors)
+        ids = None if self.ids is None else self.ids[:, :end]
+        whole = attention(q, k, v, self.cache.layout, segment_ids=ids, backend="reference", **self.options)
+        return whole[:, :, begin:end]
+
+    def check(self, out: Tensor, begin: int, end: int) -> None:
+        torch.testing.assert_close(out, self.expected(begin, end), rtol=1e-5, atol=1e-5)
+
+    def record(self) -> None:
+        """Record a step for the position that comes."""
+        self._new = [torch.empty(x.shape[0], x.shape[1], 1, 8) for x in self.tensors]
+        self._ids = None if self.ids is None else torch.full_like(self.ids, -1)
+        self._set(self.cache.length)
+        with recording() as self._tape:
+            self._out = self.cache.attend(*self._new, segment_ids=self._ids, **self.options)
+
+    def replay(self, position: int) -> Tensor:
+        self._set(position)
+        self._tape.replay()
+        return self._out
+
+    @property
+    def recorded(self) -> Tensor:
+        return self._out
+
+    def _set(self, position: int) -> None:
+        for new, x in zip(self._new, self.tensors, strict=True):
+            new.copy_(x[:, :, position : position + 1])
+        if self._ids is not None and self.ids is not None:
+            self._ids[:, : position + 1] = self.ids[:, : position + 1]
+
+
+@pytest.mark.parametrize("padding", [None, 2, 9])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_step_runs_for_each_token(layout: HeadLayout, padding: int | None) -> None:
+    slopes, sinks = torch.rand(layout.num_heads) / 4, torch.randn(layout.num_heads)
+    sequence = Sequence(layout, padding, alibi_slopes=slopes, sink_logits=sinks, softcap=3.0)
+    sequence.feed(0, 6)
+    sequence.record()
+    sequence.check(sequence.recorded, 6, 7)
+    for position in range(7, 17):
+        sequence.check(sequence.replay(position), position, position + 1)
+    assert sequence.cache.length == 17
+    sequence.check(sequence.feed(17, 21), 17, 21)  # the host goes on
+    sequence.check(sequence.feed(21, 22), 21, 22)
+    for position in range(22, 26):  # and the recording
+        sequence.check(sequence.replay(position), position, position + 1)
+    assert sequence.cache.nbytes_used == 2 * layout.kv_bytes(26, 8, torch.float32)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_tokens_are_taken_back(layout: HeadLayout) -> None:
+    sequence = Sequence(layout, None, rollback=4)
+    sequence.feed(0, 11)
+    sequence.record()
+    for position in range(12, 15):
+        sequence.replay(position)
+    sequence.cache.crop(12)
+    for position in range(12, 20):
+        sequence.check(sequence.replay(position), position, position + 1)
+
+
+def test_sequences_change_places() -> None:
+    sequence = Sequence(LAYOUTS["sinks"], 1)
+    sequence.feed(0, 8)
+    sequence.record()
+    sequence.replay(9)
+    assert sequence.ids is not None
+    order = torch.tensor([1, 0])
+    sequence.cache.reorder(order)
+    sequence.tensors = [x[order] for x in sequence.tensors]
+    sequence.ids = sequence.ids[order]
+    for position in range(10, 14):
+        sequence.check(sequence.replay(position), position, position + 1)
+
+
+def test_a_full_cache_gives_nan() -> None:
+    sequence = Sequence(LAYOUTS["plain"], None)
+    sequence.feed(0, MAX_LENGTH - 2)
+    sequence.record()
+    held = [store.data.clone() for store in sequence.cache.stores if store.data is not None]
+    assert sequence.replay(MAX_LENGTH - 1).isfinite().all()
+    assert sequence.replay(MAX_LENGTH - 1)[:, 0].isnan().all()
+    assert len(held) == 2
+
+
+def test_what_cannot_be_recorded_is_refused() -> None:
+    sequence = Sequence(LAYOUTS["plain"], None)
+    sequence.feed(0, 4)
+    sequence.record()
+    new = [x[:, :, 5:7] for x in sequence.tensors]
+    with recording(), pytest.raises(ValueError, match="takes one token in each of them"):
+        sequence.cache.attend(*new)
+    with recording(), pytest.raises(ValueError, match="backend must be 'auto' or 'triton'"):
+        sequence.cache.attend(*(x[:, :, :1] for x in new), backend="blockwise")
+    with recording(), pytest.raises(ValueError, match=r"segment_ids must be \(batch, kv_len\) = \(2, 40\)"):
+        sequence.cache.attend(*(x[:, :, :1] for x in new), segment_ids=torch.zeros(2, 6, dtype=torch.int64))
+
+
+def mask_of(length: int, longest: int) -> Tensor:
+    mask = (torch.arange(longest) < length).long().repeat(2, 1)
+    mask[0, :3] = 0
+    return mask
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"position_embedding": "rope", "sink_tokens": 2}], ids=["learned", "rope"]
+)
+def test_a_model_runs_for_each_token(fields: dict[str, Any], is_padded: bool) -> None:
+    model = make_model(num_hidden_layers=2, **fields).eval()
+    ids, longest = make_ids(length=24), 24
+    with torch.no_grad():
+        options = {"attention_mask": mask_of(24, 24)} if is_padded else {}
+        expected = model(ids, use_cache=False, **options).logits
+        cache = model.new_cache(max_length=longest)
+        model(ids[:, :8], past_key_values=cache, **({"attention_mask": mask_of(8, 24)} if is_padded else {}))
+    token, mask = ids[:, 8:9].clone(), mask_of(9, longest)
+    with recording() as tape:
+        out = model(token, past_key_values=cache, **({"attention_mask": mask} if is_padded else {})).logits
+    for position in range(9, 24):
+        torch.testing.assert_close(out[:, 0], expected[:, position - 1], rtol=1e-4, atol=1e-5)
+        token.copy_(ids[:, position : position + 1])
+        mask.copy_(mask_of(position + 1, longest))
+        tape.replay()
+    assert cache.get_seq_length() == 24
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
+def test_a_compiled_model_has_one_graph_of_tensors(is_padded: bool) -> None:
+    """Numbers of the host would be others in each step, and each a new CUDA graph."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        assert all(isinstance(x, Tensor) for x in inputs)
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compiler.reset()
+    model = make_model(num_hidden_layers=2, sink_tokens=2).eval()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    ids = make_ids(length=24)
+    with torch.no_grad():
+        options = {"attention_mask": mask_of(24, 24)} if is_padded else {}
+        expected = model(ids, use_cache=False, **options).logits
+        cache = model.new_cache(max_length=24)
+        model(ids[:, :8], past_key_values=cache, **({"attention_mask": mask_of(8, 24)} if is_padded else {}))
+        for position in range(8, 24):
+            options = {"attention_mask": mask_of(position + 1, 24)} if is_padded else {}
+            out = compiled(ids[:, position : position + 1], past_key_values=cache, **options).logits
+            torch.testing.assert_close(out[:, 0], expected[:, position], rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
