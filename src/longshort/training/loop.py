@@ -45,6 +45,7 @@ from longshort.training.run import (
     read_run,
     write_config,
 )
+from longshort.training.utilization import seconds_at_peak
 from longshort.training.validation import Validation
 
 
@@ -172,7 +173,7 @@ class _Training:
         self._monitor, self._update_entropy = job.make_monitor()
         self._clip, self._clip_monitor = job.make_clip()
         validation = None if job.windows is None else Validation(job, self._objective, ranks)
-        self._recorder = Recorder(settings, log, progress, validation)
+        self._recorder = Recorder(settings, log, progress, validation, seconds_at_peak(job.run, ranks))
 
     def load(self) -> TrainState:
         """Go back to the latest checkpoint, if there is one."""

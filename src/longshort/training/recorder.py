@@ -51,6 +51,7 @@ class Recorder:
         log: receives the lines; None on all processes but the main one.
         progress: receives messages for the user.
         validation: measures on validation windows; None if there are none.
+        seconds_at_peak: the least seconds that a token can take, for `mfu`; None: unknown.
 
     Attributes:
         is_at_goal: whether the last line has a validation loss at which the run is to end.
@@ -62,9 +63,10 @@ class Recorder:
         log: MetricsLog | None,
         progress: Progress,
         validation: Validation | None,
+        seconds_at_peak: float | None,
     ) -> None:
         self._settings, self._log, self._progress = settings, log, progress
-        self._validation = validation
+        self._validation, self._seconds_at_peak = validation, seconds_at_peak
         self.is_at_goal = False
 
     def begin(self, state: TrainState) -> None:
@@ -130,6 +132,8 @@ class Recorder:
             "grad_norm": norm,
             "tokens_per_second": speed,
         }
+        if self._seconds_at_peak is not None:
+            record["mfu"] = speed * self._seconds_at_peak
         measured: dict[str, Any] = {}
         if taken.is_monitored and reading is not None:
             measured = reading.as_metrics()
