@@ -2,11 +2,13 @@
 
 import collections
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.training.runs import Recorder, SettingsFor
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,12 +98,13 @@ def test_only_steps_with_a_line_read(
 @pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
 def test_a_step_needs_no_values(changes: dict[str, Any]) -> None:
     """The device "meta" has none, and is not a CPU, whose values may be checked."""
-    settings = TrainConfig(preset="tiny", data="data", out="run", batch_size=4, **changes)  # pyright: ignore[reportArgumentType]
+    settings = TrainConfig(preset="tiny", data=Path("data"), out=Path("run"), batch_size=4, **changes)
     config = preset(
         "tiny", max_position_embeddings=LENGTH, hidden_size=32, num_attention_heads=2, head_dim=16,
         local_window=8, **{name: value for name, value in changes.items() if name in OF_MODEL},
     )  # fmt: skip
-    model = LongShortForCausalLM(config).to("meta").train()
+    model = LongShortForCausalLM(config).train()
+    nn.Module.to(model, "meta")
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)  # a fused one has no meta kernel
@@ -136,9 +139,9 @@ def test_launches_of_the_gpu_kernels_need_no_values(
     q = torch.empty(2, 4, LENGTH, 16, device="meta")
     k, v = torch.empty(2, 2, 2, LENGTH, 16, device="meta")
     segment_ids = torch.empty(2, LENGTH, dtype=torch.int64, device="meta") if is_packed else None
-    common = [(8, 8, 1 << 30, 1 << 30), sink_tokens, True, 0.25, None]
+    common: Any = [(8, 8, 1 << 30, 1 << 30), sink_tokens, True, 0.25, None]
     out, row_max, log_sum, *_ = operator._forward(
-        q, k, v, None, segment_ids, *common, torch.float32, with_stats
+        q, k, v, None, segment_ids, *common, out_dtype=torch.float32, with_stats=with_stats
     )
     operator._backward(q, k, v, None, segment_ids, out, row_max, log_sum, out, row_max, *common)
     assert len(launched) >= 7

@@ -197,9 +197,12 @@ class AttentionMonitor:
             entropies = reduce_mean(entropies)
         self._clear()
         sizes = [sum(len(layer) for layer in part) for part in parts]
+        max_logits, row_ranges, in_band = numbers.split(sizes)
         return Measurements(
             [layer.layout for layer in self._layers],
-            *numbers.split(sizes),
+            max_logits,
+            row_ranges,
+            in_band,
             entropies,
             None if self._update_entropy is None else self._update_entropy.measure(),
         )
