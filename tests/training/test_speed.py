@@ -9,7 +9,7 @@ from tests.training.runs import SettingsFor
 
 from longshort.model import LongShortConfig, parameter_count
 from longshort.training import loop, recorder
-from longshort.training.loop import train
+from longshort.training.loop import Progress, train
 from longshort.training.metrics import read_metrics
 from longshort.training.parallel import Ranks
 from longshort.training.run import plan_run
@@ -38,20 +38,25 @@ def pass_time(monkeypatch: pytest.MonkeyPatch) -> Any:
     return takes
 
 
+@pytest.mark.parametrize("on_spike", [None, "rollback"])
 def test_the_speed_is_that_of_training_with_all_that_a_gpu_was_waited_for(
-    settings_for: SettingsFor, pass_time: Any
+    settings_for: SettingsFor, pass_time: Any, on_spike: str | None
 ) -> None:
     pass_time(loop, "optimizer_step", 1.0)
     pass_time(Ranks, "reduce_mean", 10.0)  # for loss and norm: the GPU is waited for
     pass_time(Ranks, "wait", 100.0)  # before a checkpoint
     pass_time(loop, "save_checkpoint", 1e4)
     pass_time(Validation, "measure", 1e5)
+    pass_time(Progress, "on_start", 1e6)
     settings = settings_for(
-        steps=12, log_every=4, monitor_every=0, evaluate_every=6, checkpoint_every=5, tensorboard=False
-    )
+        steps=12, log_every=4, monitor_every=0, evaluate_every=6, checkpoint_every=5, on_spike=on_spike,
+        tensorboard=False,
+    )  # fmt: skip
     train(settings)
     seconds = {record["step"]: TOKENS / record["tokens_per_second"] for record in read_metrics(settings.out)}
     expected = {4: (4 + 10) / 4, 6: (2 + 100 + 10) / 2, 8: (2 + 10) / 2, 12: (4 + 100 + 10) / 4}
+    if on_spike is not None:  # every step is waited for
+        expected = {4: 11, 6: 11 + 100 / 2, 8: 11, 12: 11 + 100 / 4}
     assert seconds == pytest.approx(expected)
 
 

@@ -203,6 +203,7 @@ class _Training:
     def run(self, state: TrainState, interrupts: Interrupts) -> RunOutcome:
         """Run the steps after `state`: each is taken, recorded, and checked for a spike."""
         settings = self._settings
+        self._recorder.start_interval()
         is_done = state.step >= settings.steps or self._ranks.any(self._recorder.is_at_goal)
         while not is_done:
             state, taken = self._step(state)
@@ -277,10 +278,8 @@ class _Training:
             return
         if is_interrupted:
             self._progress.on_message("stopping; a checkpoint is written first, Ctrl-C again stops at once")
-        self._ranks.wait()
-        with self._recorder.paused():
-            self._log.sync()
-            self._save(state)
+        self._log.sync()
+        self._save(state)
         if (is_interrupted and not is_done) or (is_stopped and state.step < settings.steps):
             command = resume_command(settings.out, self._ranks)
             self._progress.on_message(f"stopped after step {state.step}; to resume: {command}")
@@ -301,5 +300,7 @@ class _Training:
         if self._detector is not None:
             state = replace(state, spikes=self._detector.state())
             onset -= self._detector.rise_steps  # a slow rise is detected this much later
-        save_checkpoint(run, self._model, self._optimizer, state, self._update_entropy)
-        keep_checkpoints(run, checkpoints_to_keep(self._settings, onset))
+        self._ranks.wait()
+        with self._recorder.paused():
+            save_checkpoint(run, self._model, self._optimizer, state, self._update_entropy)
+            keep_checkpoints(run, checkpoints_to_keep(self._settings, onset))

@@ -72,7 +72,7 @@ class Recorder:
     def begin(self, state: TrainState) -> None:
         """Continue after the steps that are done."""
         self._was_finite = True
-        self._start_interval()
+        self.start_interval()
         self._max_logits: dict[str, Any] = {}  # as last measured
         if self._log is not None:
             last_line = self._log.begin(state.step, self._settings.tensorboard, state.attempt) or {}
@@ -93,7 +93,8 @@ class Recorder:
         finally:
             self._since = time.perf_counter()
 
-    def _start_interval(self) -> None:
+    def start_interval(self) -> None:
+        """Measure the speed from now on."""
         self._tokens, self._seconds, self._since = 0, 0.0, time.perf_counter()
 
     def _training_seconds(self) -> float:
@@ -152,7 +153,7 @@ class Recorder:
         if self._log is not None:
             self._log.write(record)
             self._report_divergence(record)
-        self._start_interval()  # without validation and the line itself
+        self.start_interval()  # without validation and the line itself
         return record
 
     def _is_at_goal(self, record: dict[str, Any]) -> bool:
