@@ -130,6 +130,15 @@ def test_progress_elsewhere_than_on_a_terminal_is_lines(data, tmp_path, capsys):
     assert lines[-1] == f"report: {tmp_path / 'run' / 'report.html'}"
 
 
+def test_the_share_of_a_given_peak_stands_beside_the_speed(data, tmp_path, capsys):
+    capsys.readouterr()
+    flags = ["--steps", "2", "--peak-tflops", "0.001", *SHAPE]
+    assert main(["train", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), *flags]) == 0
+    line = capsys.readouterr().out.splitlines()[-2]
+    share = read_metrics(tmp_path / "run")[-1]["mfu"]
+    assert f" tokens/s  MFU {100 * share:.1f} %  " in line
+
+
 def test_resume_goes_on(run, capsys):
     assert main(["train", "--resume", str(run), "--steps", "15"]) == 0
     assert "resuming after step 12" in capsys.readouterr().out

@@ -60,6 +60,7 @@ def settings(**changes: Any) -> TrainConfig:
         ("z_loss", -1.0, "--z-loss must be a number >= 0, got -1.0"),
         ("z_loss", None, "--z-loss must be a number >= 0, got None"),
         ("qk_clip", 0, "--qk-clip must be a number > 0, got 0"),
+        ("peak_tflops", 0, "--peak-tflops must be a number > 0, got 0"),
         ("short_convolution", 1, "--short-convolution must be an integer >= 2, got 1"),
         ("sink_logits", 1, "--sink-logits must be True or False, got 1"),
         ("on_spike", "ignore", "--on-spike must be one of report, stop, rollback, got 'ignore'"),

@@ -11,6 +11,7 @@ from longshort.data import Batch
 from longshort.model import LongShortForCausalLM, preset
 from longshort.training.config import TrainConfig
 from longshort.training.optimization import (
+    Objective,
     batch_loss,
     learning_rate_at,
     make_optimizer,
@@ -44,7 +45,9 @@ def batch(size: int = 4, seed: int = 0) -> Batch:
 
 def step(chosen: TrainConfig, trained: LongShortForCausalLM) -> tuple[float, float, list[Tensor]]:
     """Loss, norm, and the gradients that AdamW got."""
-    loss, norm = optimizer_step(trained, make_optimizer(trained, chosen), batch(), 1e-3, chosen, ALONE)
+    loss, norm = optimizer_step(
+        Objective(trained, chosen), make_optimizer(trained, chosen), batch(), 1e-3, chosen, ALONE
+    )
     gradients = [parameter.grad for parameter in trained.parameters()]
     return loss.item(), norm.item(), [gradient for gradient in gradients if gradient is not None]
 
@@ -129,13 +132,15 @@ def test_z_loss_is_differentiated_and_not_reported(micro_batch_size: int | None)
     assert norm != pytest.approx(plain_norm, rel=0.1)
     for mine, parameter in zip(gradients, expected.parameters(), strict=True):
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
-    assert validation_loss(expected, given, chosen, ALONE) == pytest.approx(output.loss.item(), rel=1e-6)
+    assert validation_loss(Objective(expected, chosen), given, chosen, ALONE) == pytest.approx(
+        output.loss.item(), rel=1e-6
+    )
 
 
 def test_step_is_adamw_with_the_given_rate() -> None:
     chosen = settings(grad_clip=0, weight_decay=0.5)
     trained, expected = model(), model()
-    optimizer_step(trained, make_optimizer(trained, chosen), batch(), 1e-2, chosen, ALONE)
+    optimizer_step(Objective(trained, chosen), make_optimizer(trained, chosen), batch(), 1e-2, chosen, ALONE)
     batch_loss(expected, batch(), chosen, ALONE).backward()
     for name, parameter in expected.named_parameters():
         assert parameter.grad is not None
@@ -211,7 +216,7 @@ def test_validation_loss_is_the_mean_over_all_windows(micro_batch_size: int | No
     trained = model()
     windows = batch(size=7, seed=1)
     chosen = settings(micro_batch_size=micro_batch_size)
-    found = validation_loss(trained, windows, chosen, ALONE)
+    found = validation_loss(Objective(trained, chosen), windows, chosen, ALONE)
     assert found == pytest.approx(batch_loss(trained, windows, chosen, ALONE).item(), rel=1e-6)
     assert trained.training
     assert all(parameter.grad is None for parameter in trained.parameters())
@@ -227,9 +232,12 @@ def test_ranks_share_the_validation_windows() -> None:
             return values  # this rank's share alone
 
     shares = [
-        validation_loss(trained, windows, chosen, Half(torch.device("cpu"), rank, 2)) for rank in (0, 1)
+        validation_loss(Objective(trained, chosen), windows, chosen, Half(torch.device("cpu"), rank, 2))
+        for rank in (0, 1)
     ]
-    assert sum(shares) == pytest.approx(validation_loss(trained, windows, chosen, ALONE), rel=1e-6)
+    assert sum(shares) == pytest.approx(
+        validation_loss(Objective(trained, chosen), windows, chosen, ALONE), rel=1e-6
+    )
 
 
 def test_loss_that_is_not_finite_is_reported_as_it_is() -> None:
@@ -283,7 +291,7 @@ def test_queries_and_keys_alone_learn_at_their_own_rate(kv_heads: int, micro_bat
         for name, parameter in trained.named_parameters()
     }
     for number, rate in enumerate((1e-3, 1e-2, 3e-3, 3e-2)):
-        optimizer_step(trained, optimizer, batch(seed=number), rate, chosen, ALONE)
+        optimizer_step(Objective(trained, chosen), optimizer, batch(seed=number), rate, chosen, ALONE)
         for name, parameter in trained.named_parameters():
             assert parameter.grad is not None
             rates: Tensor | float = rate
@@ -307,7 +315,7 @@ def test_the_error_is_at_most_twice_that_of_a_group_of_its_own() -> None:
     plain = torch.optim.AdamW([alone], betas=(0.9, 0.95), eps=1e-3, weight_decay=0.5, fused=True)
     optimizer = make_optimizer(trained, chosen)
     for number in range(20):
-        optimizer_step(trained, optimizer, batch(seed=number), 1e-2, chosen, ALONE)
+        optimizer_step(Objective(trained, chosen), optimizer, batch(seed=number), 1e-2, chosen, ALONE)
         assert weight.grad is not None
         alone.grad = weight.grad[:rows].clone()
         plain.param_groups[0]["lr"] = 0.125e-2

@@ -171,7 +171,8 @@ def describe_model(run: RunConfig) -> str:
 
 
 def describe_progress(record: dict[str, Any]) -> str:
-    """Describe loss, validation loss, largest logit and speed, as far as they are known."""
+    """Describe loss, validation loss, largest logit, speed and its share of the peak, as far as they are
+    known."""
     parts = []
     for name, key, shape in (
         ("loss", "loss", ".4f"),
@@ -184,4 +185,6 @@ def describe_progress(record: dict[str, Any]) -> str:
             parts.append(f"{name} {format(value, shape) if is_finite else 'not finite'}")
     if record.get("tokens_per_second"):
         parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    if record.get("mfu"):
+        parts.append(f"MFU {100 * record['mfu']:.1f} %")
     return "  ".join(parts)

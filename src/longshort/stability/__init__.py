@@ -1,7 +1,7 @@
 """Monitoring of attention while a model trains, and remedies if its logits explode."""
 
 from longshort.stability.alarms import ALARMS, Alarm, QueryKeyWeights, UpdateEntropy
-from longshort.stability.monitor import MAX_LOGITS, ROW_RANGES, AttentionMonitor, Reading
+from longshort.stability.monitor import MAX_LOGITS, ROW_RANGES, AttentionMonitor, Measurements, Reading
 from longshort.stability.probe import AttentionProbe, ProbeReading
 from longshort.stability.remedies import QKClip, scale_qk_learning_rate, z_loss
 from longshort.stability.rounding import GradientError, audit_rounding
@@ -15,6 +15,7 @@ __all__ = [
     "AttentionMonitor",
     "AttentionProbe",
     "GradientError",
+    "Measurements",
     "ProbeReading",
     "QKClip",
     "QueryKeyWeights",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from longshort.checks import require_integer
 from longshort.layers import LongShortAttention, Observation
-from longshort.layout import HeadGroup
+from longshort.layout import HeadGroup, HeadLayout
 from longshort.stability.alarms import UpdateEntropy
 from longshort.stability.visibility import are_visible, sink_keys_of
 
@@ -176,6 +176,13 @@ class AttentionMonitor:
         Raises:
             RuntimeError: nothing was observed.
         """
+        return self.measurements(reduce_max, reduce_mean).read()
+
+    def measurements(
+        self, reduce_max: Reduction | None = None, reduce_mean: Reduction | None = None
+    ) -> Measurements:
+        """Return what `reading` does, but left on the device: a GPU is not waited for, unless the updates are
+        measured too."""
         if not all(self._max_logits):
             raise RuntimeError("no pass of the model was observed since the last reading")
         entropies = torch.cat([torch.stack(passes).double().mean(0) for passes in self._entropies])
@@ -190,21 +197,61 @@ class AttentionMonitor:
             entropies = reduce_mean(entropies)
         self._clear()
         sizes = [sum(len(layer) for layer in part) for part in parts]
-        max_logits, row_ranges, in_band = numbers.cpu().split(sizes)
+        max_logits, row_ranges, in_band = numbers.split(sizes)
+        return Measurements(
+            [layer.layout for layer in self._layers],
+            max_logits,
+            row_ranges,
+            in_band,
+            entropies,
+            None if self._update_entropy is None else self._update_entropy.measure(),
+        )
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The measurements of a `Reading`, on the device that made them.
+
+    Attributes:
+        layouts: those of the layers.
+        max_logits: of all heads, layer by layer.
+        row_ranges: likewise; empty if they were not asked for.
+        in_band: the largest logit and the largest row range inside the band, for each layer with global
+            heads; empty without a band.
+        entropies: of all heads, layer by layer.
+        update_entropy_by_head: as in `Reading`.
+    """
+
+    layouts: list[HeadLayout]
+    max_logits: Tensor
+    row_ranges: Tensor
+    in_band: Tensor
+    entropies: Tensor
+    update_entropy_by_head: list[list[float]] | None
+
+    @property
+    def max_logit_by_head(self) -> tuple[Tensor, ...]:
+        """The largest logit of each head: for each layer a tensor."""
+        return self.max_logits.split([layout.num_heads for layout in self.layouts])
+
+    def read(self) -> Reading:
+        """Read the numbers; this waits for a GPU."""
+        sizes = [len(part) for part in (self.max_logits, self.row_ranges, self.in_band)]
+        numbers = torch.cat([self.max_logits, self.row_ranges, self.in_band]).cpu()  # one transfer
+        max_logits, row_ranges, in_band = numbers.split(sizes)
         logits_in_band, ranges_in_band = in_band.view(-1, 2).T
-        layouts = [layer.layout for layer in self._layers]
-        is_global = torch.tensor([window is None for layout in layouts for window in layout.windows])
-        heads = [layout.num_heads for layout in layouts]
+        is_global = torch.tensor([window is None for layout in self.layouts for window in layout.windows])
+        heads = [layout.num_heads for layout in self.layouts]
         reading = Reading(
             max_logit_by_head=[layer.tolist() for layer in max_logits.split(heads)],
-            entropy_by_head=[layer.tolist() for layer in entropies.cpu().split(heads)],
+            entropy_by_head=[layer.tolist() for layer in self.entropies.cpu().split(heads)],
             max_logit=max_logits.amax().item(),
             max_logit_local=_largest(max_logits[~is_global]),
             max_logit_global=_largest(max_logits[is_global]),
             max_logit_global_in_band=_largest(logits_in_band),
-            update_entropy_by_head=None if self._update_entropy is None else self._update_entropy.measure(),
+            update_entropy_by_head=self.update_entropy_by_head,
         )
-        if not self._measures_ranges:
+        if not len(row_ranges):
             return reading
         return replace(
             reading,

@@ -144,7 +144,6 @@ class QKClip:
                 "model must have no QK-norm, which undoes scaling of queries and keys, got a layer with it"
             )
 
-    @torch.no_grad()
     def apply(self, max_logit_by_head: Sequence[Sequence[float]]) -> int:
         """Scale the weights in place.
 
@@ -158,21 +157,31 @@ class QKClip:
         Raises:
             ValueError: the numbers are not those of the model's heads.
         """
+        device = self._layers[0].qkv_proj.weight.device
+        numbers = [torch.tensor(layer, dtype=torch.float64, device=device) for layer in max_logit_by_head]
+        return int(self.apply_on_device(numbers))
+
+    @torch.no_grad()
+    def apply_on_device(self, max_logit_by_head: Sequence[Tensor]) -> Tensor:
+        """Do as `apply` does, with tensors on the device of the weights, as `Measurements` has them; a GPU is
+        not waited for.
+
+        Returns:
+            The number of query heads that were scaled, a scalar on that device.
+        """
         wanted = [layer.layout.num_heads for layer in self._layers]
         found = [len(layer) for layer in max_logit_by_head]
         if found != wanted:
             raise ValueError(f"max_logit_by_head must have {wanted} heads by layer, got {found}")
-        clipped = 0
+        counts = []
         for layer, max_logits in zip(self._layers, max_logit_by_head, strict=True):
+            heads, has_own_keys = layer.layout.num_heads, layer.layout.group_size == 1
+            is_clipped = (max_logits > self._threshold) & (max_logits < torch.inf)  # false for NaN too
+            factors = torch.where(is_clipped, self._threshold / max_logits, 1.0)
+            factors = factors.sqrt().repeat(2) if has_own_keys else factors
             rows = layer.qkv_proj.weight.unflatten(0, (-1, layer.head_dim))  # a view: heads, dim, embed
-            for head, max_logit in enumerate(max_logits):
-                if not self._threshold < max_logit < float("inf"):  # false for NaN too
-                    continue
-                factor = self._threshold / max_logit
-                if layer.layout.group_size == 1:
-                    rows[head] *= factor**0.5
-                    rows[layer.layout.num_heads + head] *= factor**0.5
-                else:
-                    rows[head] *= factor
-                clipped += 1
-        return clipped
+            scaled = rows[: 2 * heads if has_own_keys else heads]
+            precise = torch.promote_types(scaled.dtype, torch.float32)
+            scaled *= factors[:, None, None].to(precise)  # 1 keeps every bit
+            counts.append(is_clipped.sum())
+        return torch.stack(counts).sum()

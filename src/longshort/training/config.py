@@ -156,7 +156,8 @@ class TrainConfig:
     """Recompute each layer in the backward pass: less memory, more time."""
 
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the forward pass with its losses, and the backward pass, with torch.compile. Steps that measure
+    the attention logits, and micro-batches of another size, take graphs of their own, compiled once."""
 
     separate_documents: bool = False
     """Let no token see an earlier document; a document begins at the end-of-text token before it."""
@@ -169,7 +170,7 @@ class TrainConfig:
     """Pieces per interleaved sequence, which is also the distance between successive tokens of one piece."""
 
     log_every: Annotated[int, Ge(1)] = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl. Only a step with a line waits for a GPU."""
 
     monitor_every: Annotated[int, Ge(0)] = 10
     """Steps between measurements of the attention logits. 0: none."""
@@ -228,6 +229,10 @@ class TrainConfig:
 
     device: Device = "auto"
     """auto: a GPU if there is one."""
+
+    peak_tflops: Annotated[float, Gt(0)] | None = None
+    """Peak of one device, in 10^12 operations per second of the precision, to which the speed is compared
+    (MFU). None: the published one of a GPU that is known, else there is no comparison."""
 
     tensorboard: bool = True
     """Write the metrics for TensorBoard too, into OUT/tensorboard."""

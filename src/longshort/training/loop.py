@@ -10,7 +10,6 @@ step s takes batch s - 1 + `batches_skipped`.
 from __future__ import annotations
 
 import signal
-import time
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from longshort.stability import SpikeDetector
+from longshort.stability import Reading, SpikeDetector
 from longshort.stability.alarms import MEASUREMENTS
 from longshort.training.checkpoints import (
     TrainState,
@@ -33,7 +32,7 @@ from longshort.training.config import TrainConfig
 from longshort.training.interrupts import Interrupts
 from longshort.training.job import Job, PrepareModel, checkpoint_activations, prepare_job
 from longshort.training.metrics import MetricsLog
-from longshort.training.optimization import learning_rate_at, make_optimizer, optimizer_step
+from longshort.training.optimization import Objective, learning_rate_at, make_optimizer, optimizer_step
 from longshort.training.parallel import Ranks, connect
 from longshort.training.progress import Progress, RunOutcome, resume_command
 from longshort.training.recorder import Recorder, Taken, is_due
@@ -46,6 +45,7 @@ from longshort.training.run import (
     read_run,
     write_config,
 )
+from longshort.training.utilization import seconds_at_peak
 from longshort.training.validation import Validation
 
 
@@ -157,18 +157,23 @@ def _start(job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) -
 
 
 class _Training:
-    """The training of one run, step by step. Only the main process has a log; only it writes."""
+    """The training of one run, step by step. Only the main process has a log; only it writes.
+
+    A step that is neither recorded nor watched for spikes reads nothing from the device: the host is ahead of
+    a GPU by up to the steps between two lines.
+    """
 
     def __init__(self, job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None):
         self._job, self._ranks, self._progress, self._log = job, ranks, progress, log
         self._settings = settings = job.run.training
         self._model = job.model.to(ranks.device).train()  # pyright: ignore[reportArgumentType]
+        self._objective = Objective(self._model, settings)
         self._optimizer = make_optimizer(self._model, settings)
         self._detector = None if settings.on_spike is None else SpikeDetector(alarm=settings.alarm)
         self._monitor, self._update_entropy = job.make_monitor()
         self._clip, self._clip_monitor = job.make_clip()
-        validation = None if job.windows is None else Validation(job, ranks)
-        self._recorder = Recorder(settings, log, progress, validation)
+        validation = None if job.windows is None else Validation(job, self._objective, ranks)
+        self._recorder = Recorder(settings, log, progress, validation, seconds_at_peak(job.run, ranks))
 
     def load(self) -> TrainState:
         """Go back to the latest checkpoint, if there is one."""
@@ -185,8 +190,8 @@ class _Training:
         if self._settings.gradient_checkpointing:
             checkpoint_activations(self._model)
         if self._settings.compile:
-            self._model.compile()
-        self._trained = self._ranks.wrap(self._model)
+            self._objective.compile()
+        self._trained = self._ranks.wrap(self._objective)
 
     def begin(self, state: TrainState) -> None:
         """Continue the metrics after the steps that are done."""
@@ -198,6 +203,7 @@ class _Training:
     def run(self, state: TrainState, interrupts: Interrupts) -> RunOutcome:
         """Run the steps after `state`: each is taken, recorded, and checked for a spike."""
         settings = self._settings
+        self._recorder.start_interval()
         is_done = state.step >= settings.steps or self._ranks.any(self._recorder.is_at_goal)
         while not is_done:
             state, taken = self._step(state)
@@ -222,31 +228,29 @@ class _Training:
         every = settings.monitor_every
         is_monitored = is_due(step, every, settings.steps) or (step == 1 and every > 0)
         monitor = self._monitor if is_monitored else self._clip_monitor
-        started = time.perf_counter()
         batch = self._job.batches.batch(state.step + state.batches_skipped, ranks.rank, ranks.world_size)
         learning_rate = learning_rate_at(settings, state.step)
         with nullcontext() if monitor is None else monitor.observing():
             loss, norm = optimizer_step(self._trained, self._optimizer, batch, learning_rate, settings, ranks)
-        reading = None if monitor is None else monitor.reading(ranks.reduce_max, ranks.reduce_mean)
+        measured = None if monitor is None else monitor.measurements(ranks.reduce_max, ranks.reduce_mean)
         clipped = None
-        if self._clip is not None and reading is not None:
-            clipped = self._clip.apply(reading.max_logit_by_head)
+        if self._clip is not None and measured is not None:
+            clipped = self._clip.apply_on_device(measured.max_logit_by_head)
         tokens = settings.batch_size * batch.input_ids.shape[1]
-        self._recorder.add_work(tokens, time.perf_counter() - started)
+        self._recorder.add_tokens(tokens)
         state = replace(state, step=step, tokens=state.tokens + tokens)
-        return state, Taken(torch.stack([loss, norm]), learning_rate, reading, is_monitored, clipped)
+        return state, Taken(torch.stack([loss, norm]), learning_rate, measured, is_monitored, clipped)
 
     def _observe(self, state: TrainState, taken: Taken) -> dict[str, Any] | None:
         """Record the step, if that is due; return the entry of its spike, if it shows one."""
         record = spike = None
         has_line = self._recorder.is_due(state.step, taken)
         if has_line or self._detector is not None:
-            started = time.perf_counter()
             loss, norm = self._ranks.reduce_mean(taken.loss_and_norm).tolist()  # waits for a GPU
-            spike = self._look_for_spike(loss, norm, taken, state)
-            self._recorder.add_work(0, time.perf_counter() - started)
+            reading = None if taken.measurements is None else taken.measurements.read()
+            spike = self._look_for_spike(loss, norm, reading, taken.is_monitored, state)
             if has_line or spike is not None:
-                record = self._recorder.write(state, taken, loss, norm, spike)
+                record = self._recorder.write(state, taken, reading, loss, norm, spike)
         if self._log is not None:
             self._progress.on_step(state.step, record)
             if spike is not None:
@@ -254,15 +258,15 @@ class _Training:
         return spike
 
     def _look_for_spike(
-        self, loss: float, norm: float, taken: Taken, state: TrainState
+        self, loss: float, norm: float, reading: Reading | None, is_monitored: bool, state: TrainState
     ) -> dict[str, Any] | None:
         """Return the entry of metrics.jsonl for a spike, if the last step shows one."""
         if self._detector is None:
             return None
-        max_logit = None if taken.reading is None else taken.reading.max_logit
+        max_logit = None if reading is None else reading.max_logit
         by_head = None
-        if taken.is_monitored and self._settings.alarm is not None:
-            by_head = getattr(taken.reading, MEASUREMENTS[self._settings.alarm])
+        if is_monitored and self._settings.alarm is not None:
+            by_head = getattr(reading, MEASUREMENTS[self._settings.alarm])
         spike = self._detector.observe(state.step, loss, norm, max_logit, by_head)
         return None if spike is None else respond(spike, self._settings, state)
 
@@ -296,5 +300,7 @@ class _Training:
         if self._detector is not None:
             state = replace(state, spikes=self._detector.state())
             onset -= self._detector.rise_steps  # a slow rise is detected this much later
-        save_checkpoint(run, self._model, self._optimizer, state, self._update_entropy)
-        keep_checkpoints(run, checkpoints_to_keep(self._settings, onset))
+        self._ranks.wait()
+        with self._recorder.paused():
+            save_checkpoint(run, self._model, self._optimizer, state, self._update_entropy)
+            keep_checkpoints(run, checkpoints_to_keep(self._settings, onset))

@@ -6,6 +6,8 @@ A line is one strict JSON object. Its keys:
 - `loss` (nats per token) of this step's batch and `grad_norm` before clipping, both at the weights before the
   step; `learning_rate` of the step; `tokens_per_second` since the line before, checkpoints and validation
   not counted.
+- where the peak of the device is known, `mfu`: the share of it that this speed is; see
+  `longshort.training.utilization`.
 - if the run is monitored, `max_logit` and its parts `max_logit_local`, `max_logit_global` and
   `max_logit_global_in_band`, as last measured; null if the model has no such heads.
 - on the steps that measure them, `max_logit_by_head` and `entropy_by_head` (nats), a list for each layer.

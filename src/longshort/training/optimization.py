@@ -1,9 +1,12 @@
-"""One optimizer step: loss, gradient, clipping, AdamW, learning rate; and the loss for validation."""
+"""One optimizer step: loss, gradient, clipping, AdamW, learning rate; and the loss for validation.
+
+Nothing of a step is read back to the host, which so gives a GPU the next step while it computes this one.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +64,43 @@ def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW
     return optimizer
 
 
+class Objective(nn.Module):
+    """The function whose gradient a step follows: a model with its losses.
+
+    `--compile` compiles it: forward pass, losses and, by them, the backward pass are one graph each, which
+    serve all steps alike. Clipping and AdamW are not among them: they are a few kernels over all parameters
+    already, and the learning rate would be a constant of a graph.
+
+    Args:
+        model: the model, which keeps its parameters.
+        settings: `precision`, `separate_documents` and `z_loss` are read.
+    """
+
+    def __init__(self, model: nn.Module, settings: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self._uses_bf16 = settings.precision == "bf16"
+        self._separates_documents = settings.separate_documents
+        self._z_loss = settings.z_loss
+
+    def forward(self, input_ids: Tensor, labels: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean cross-entropy of the labels, nats per token, and what is differentiated, which is
+        the same without a z-loss; scalars. The arguments are those of a `Batch` on the model's device."""
+        is_cast = self._uses_bf16
+        with torch.autocast(input_ids.device.type, torch.bfloat16) if is_cast else nullcontext():
+            output = self.model(
+                input_ids,
+                shift_labels=labels,
+                segment_ids=segment_ids if self._separates_documents else None,
+                use_cache=False,
+            )
+        if not self._z_loss:
+            return output.loss, output.loss
+        return output.loss, output.loss + self._z_loss * z_loss(output.logits, labels)
+
+
 def optimizer_step(
-    model: nn.Module,
+    objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     learning_rate: float,
@@ -70,6 +108,14 @@ def optimizer_step(
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor]:
     """Take one step on this rank's part of a batch.
+
+    Args:
+        objective: an `Objective`, or what wraps it for the ranks.
+        optimizer: holds its parameters.
+        batch: this rank's part, on the CPU.
+        learning_rate: of this step.
+        settings: the settings of the run.
+        ranks: the processes.
 
     Returns:
         The mean cross-entropy over that part, and the norm of the gradient of what is differentiated (with
@@ -80,12 +126,12 @@ def optimizer_step(
     total = torch.zeros((), device=ranks.device)
     optimizer.zero_grad(set_to_none=True)
     for index, part in enumerate(parts):
-        with ranks.accumulating(model, is_last=index == len(parts) - 1):
-            loss, objective = _loss_and_objective(model, part, settings, ranks)
+        with ranks.accumulating(objective, is_last=index == len(parts) - 1):
+            loss, differentiated = objective(*part)
             share = len(part.input_ids) / size
-            (objective * share).backward()
+            (differentiated * share).backward()
         total += loss.detach() * share
-    parameters = list(model.parameters())
+    parameters = list(objective.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if settings.grad_clip:
         nn.utils.clip_grads_with_norm_(parameters, settings.grad_clip, norm)
@@ -97,46 +143,26 @@ def optimizer_step(
 
 def batch_loss(model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks) -> Tensor:
     """Compute the mean cross-entropy of a batch's labels, nats per token; a scalar."""
-    return _forward(model, batch, settings, ranks).loss
-
-
-def _loss_and_objective(
-    model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
-    """Compute the cross-entropy, and the objective that is differentiated."""
-    output = _forward(model, batch, settings, ranks)
-    if not settings.z_loss:
-        return output.loss, output.loss
-    return output.loss, output.loss + settings.z_loss * z_loss(output.logits, batch.labels.to(ranks.device))
-
-
-def _forward(model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks) -> Any:
-    """Compute the model's output: `loss`, a scalar, and `logits` (batch, sequence, vocab)."""
-    on_device = Batch(*(tensor.to(ranks.device) for tensor in batch))
-    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-        return model(
-            on_device.input_ids,
-            shift_labels=on_device.labels,
-            segment_ids=on_device.segment_ids if settings.separate_documents else None,
-            use_cache=False,
-        )
+    return Objective(model, settings)(*map(ranks.put, batch))[0]
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, windows: Batch, settings: TrainConfig, ranks: Ranks) -> float:
+def validation_loss(objective: nn.Module, windows: Batch, settings: TrainConfig, ranks: Ranks) -> float:
     """Compute the mean cross-entropy over windows that have equally many labels, nats per token.
 
     Each rank takes every world_size-th micro-batch.
     """
     parts = _micro_batches(windows, settings, ranks)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    model.eval()
+    objective.eval()
     for part in parts[ranks.rank :: ranks.world_size]:
-        total += batch_loss(model, part, settings, ranks).double() * len(part.input_ids)
-    model.train()
+        total += objective(*part)[0].double() * len(part.input_ids)
+    objective.train()
     return ranks.reduce_sum(total).item() / len(windows.input_ids)
 
 
 def _micro_batches(batch: Batch, settings: TrainConfig, ranks: Ranks) -> list[Batch]:
+    """Split a batch into those of one forward pass each, on the device."""
     size = settings.micro_batch_size or settings.batch_size // ranks.world_size
-    return [Batch(*parts) for parts in zip(*(tensor.split(size) for tensor in batch), strict=True)]
+    split = (ranks.put(tensor).split(size) for tensor in batch)
+    return [Batch(*parts) for parts in zip(*split, strict=True)]

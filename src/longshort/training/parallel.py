@@ -47,6 +47,17 @@ class Ranks:
             return model.no_sync()
         return nullcontext()
 
+    def put(self, values: Tensor) -> Tensor:
+        """Copy a tensor of the CPU to the device; the process does not wait for a GPU, whose work goes on."""
+        if self.device.type != "cuda":
+            return values.to(self.device)
+        return values.pin_memory().to(self.device, non_blocking=True)  # from other memory a copy waits
+
+    def wait(self) -> None:
+        """Wait until the device has done what it was given; a CPU has."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def reduce_sum(self, values: Tensor) -> Tensor:
         """Compute the sum over the ranks, element by element."""
         if self.world_size == 1:
@@ -64,10 +75,11 @@ class Ranks:
         return max_over_ranks(values)
 
     def any(self, condition: bool) -> bool:
-        """Return whether the condition holds on at least one rank."""
+        """Return whether the condition holds on at least one rank: CPUs tell each other, no GPU is waited
+        for."""
         if self.world_size == 1:
             return condition
-        return bool(self.reduce_sum(torch.tensor(float(condition), device=self.device)) > 0)
+        return bool(self.reduce_sum(torch.tensor(float(condition))) > 0)
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -97,7 +109,8 @@ def connect(device: str = "auto") -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(here)
         return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=here if kind == "cuda" else None)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, device_id=here if kind == "cuda" else None)
     try:
         ranks = Ranks(here, dist.get_rank(), world_size)
         yield ranks

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from longshort.stability import MAX_LOGITS, Reading
+from longshort.stability import MAX_LOGITS, Measurements, Reading
 from longshort.training.checkpoints import TrainState
 from longshort.training.config import TrainConfig
 from longshort.training.metrics import MetricsLog
@@ -18,21 +21,21 @@ from longshort.training.validation import Validation
 
 @dataclass(frozen=True)
 class Taken:
-    """A step that was taken.
+    """A step that was taken; what is on the device was not waited for.
 
     Attributes:
         loss_and_norm: (2,), on this rank.
         learning_rate: learning rate of the step.
-        reading: the monitor's reading over all ranks; None if nothing was measured.
-        is_monitored: whether the reading is meant for the metrics, and not for QK-clip alone.
-        clipped: heads that QK-clip scaled; None without it.
+        measurements: the monitor's, over all ranks; None if nothing was measured.
+        is_monitored: whether they are meant for the metrics, and not for QK-clip alone.
+        clipped: heads that QK-clip scaled, a scalar; None without it.
     """
 
     loss_and_norm: Tensor
     learning_rate: float
-    reading: Reading | None
+    measurements: Measurements | None
     is_monitored: bool
-    clipped: int | None
+    clipped: Tensor | None
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -48,6 +51,7 @@ class Recorder:
         log: receives the lines; None on all processes but the main one.
         progress: receives messages for the user.
         validation: measures on validation windows; None if there are none.
+        seconds_at_peak: the least seconds that a token can take, for `mfu`; None: unknown.
 
     Attributes:
         is_at_goal: whether the last line has a validation loss at which the run is to end.
@@ -59,24 +63,42 @@ class Recorder:
         log: MetricsLog | None,
         progress: Progress,
         validation: Validation | None,
+        seconds_at_peak: float | None,
     ) -> None:
         self._settings, self._log, self._progress = settings, log, progress
-        self._validation = validation
+        self._validation, self._seconds_at_peak = validation, seconds_at_peak
         self.is_at_goal = False
 
     def begin(self, state: TrainState) -> None:
         """Continue after the steps that are done."""
-        self._tokens, self._seconds, self._was_finite = 0, 0.0, True
+        self._was_finite = True
+        self.start_interval()
         self._max_logits: dict[str, Any] = {}  # as last measured
         if self._log is not None:
             last_line = self._log.begin(state.step, self._settings.tensorboard, state.attempt) or {}
             self._max_logits = {name: last_line[name] for name in MAX_LOGITS if name in last_line}
             self.is_at_goal = self._is_at_goal(last_line)
 
-    def add_work(self, tokens: int, seconds: float) -> None:
-        """Count the tokens and seconds of training alone: the speed leaves out checkpoints and validation."""
+    def add_tokens(self, tokens: int) -> None:
+        """Count the tokens of a step."""
         self._tokens += tokens
-        self._seconds += seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside, such as that of a checkpoint, out of the speed, which is that of training
+        alone. Before it, the device must have been waited for."""
+        self._seconds = self._training_seconds()
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+
+    def start_interval(self) -> None:
+        """Measure the speed from now on."""
+        self._tokens, self._seconds, self._since = 0, 0.0, time.perf_counter()
+
+    def _training_seconds(self) -> float:
+        return self._seconds + time.perf_counter() - self._since
 
     def is_due(self, step: int, taken: Taken) -> bool:
         """Return whether the step has a line."""
@@ -88,6 +110,7 @@ class Recorder:
         self,
         state: TrainState,
         taken: Taken,
+        reading: Reading | None,
         loss: float,
         norm: float,
         spike: dict[str, Any] | None,
@@ -96,22 +119,25 @@ class Recorder:
 
         Args:
             state: the state after the step.
-            taken: the step.
+            taken: the step, which the device has done.
+            reading: what was measured, if anything was.
             loss, norm: the means over all ranks.
             spike: the entry of a spike.
         """
+        speed = self._tokens / self._training_seconds()
         record: dict[str, Any] = {
             "step": state.step,
             "tokens": state.tokens,
             "loss": loss,
             "learning_rate": taken.learning_rate,
             "grad_norm": norm,
-            "tokens_per_second": self._tokens / self._seconds,
+            "tokens_per_second": speed,
         }
-        self._tokens, self._seconds = 0, 0.0
+        if self._seconds_at_peak is not None:
+            record["mfu"] = speed * self._seconds_at_peak
         measured: dict[str, Any] = {}
-        if taken.is_monitored and taken.reading is not None:
-            measured = taken.reading.as_metrics()
+        if taken.is_monitored and reading is not None:
+            measured = reading.as_metrics()
             self._max_logits = {name: measured[name] for name in MAX_LOGITS}
         record |= self._max_logits | measured
         settings = self._settings
@@ -119,7 +145,7 @@ class Recorder:
             record |= self._validation.measure()
         self.is_at_goal = self._is_at_goal(record)
         if taken.clipped is not None:
-            record["qk_clipped"] = taken.clipped
+            record["qk_clipped"] = int(taken.clipped)
         if state.attempt:
             record["attempt"] = state.attempt
         if spike is not None:
@@ -127,6 +153,7 @@ class Recorder:
         if self._log is not None:
             self._log.write(record)
             self._report_divergence(record)
+        self.start_interval()  # without validation and the line itself
         return record
 
     def _is_at_goal(self, record: dict[str, Any]) -> bool:

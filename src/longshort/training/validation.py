@@ -7,7 +7,7 @@ from typing import Any
 
 from longshort.stability import AttentionProbe
 from longshort.training.job import Job
-from longshort.training.optimization import validation_loss
+from longshort.training.optimization import Objective, validation_loss
 from longshort.training.parallel import Ranks
 
 
@@ -16,11 +16,12 @@ class Validation:
 
     Args:
         job: the run, with windows.
+        objective: the model of the run with its losses.
         ranks: the processes.
     """
 
-    def __init__(self, job: Job, ranks: Ranks) -> None:
-        self._job, self._ranks = job, ranks
+    def __init__(self, job: Job, objective: Objective, ranks: Ranks) -> None:
+        self._job, self._objective, self._ranks = job, objective, ranks
         self._probe = AttentionProbe(job.model, job.run.band) if job.run.training.probe else None
 
     def measure(self) -> dict[str, Any]:
@@ -35,4 +36,4 @@ class Validation:
         return found
 
     def _loss(self, windows: Any) -> float:
-        return validation_loss(self._job.model, windows, self._job.run.training, self._ranks)
+        return validation_loss(self._objective, windows, self._job.run.training, self._ranks)
