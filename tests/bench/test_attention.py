@@ -388,7 +388,7 @@ def test_a_kernel_that_is_not_built_is_left_out(monkeypatch):
         ({"layers": 0}, "--layers must be an integer >= 1, got 0"),
         ({"rounds": 0}, "--rounds must be an integer >= 1, got 0"),
         ({"global_heads": (13,)}, r"--global-heads must be at most --heads \(12\), got 13"),
-        ({"providers": ("flex",)}, "--providers must be among sdpa, cpu, cpu-global, .*, got 'flex'"),
+        ({"providers": ("warp",)}, "--providers must be among sdpa, cpu, cpu-global, .*, got 'warp'"),
     ],
     ids=str,
 )
