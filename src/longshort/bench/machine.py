@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import time
 from functools import cache
 from importlib import metadata
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MATMUL_SIZE = 1024
+_GPU_MATMUL_SIZE = 8192
+_COPIED_BYTES = 2**30
+_ENOUGH_SECONDS, _MOST_CALLS = 0.1, 20  # of a turn on a GPU
 _CPU = torch.device("cpu")
 
 
@@ -32,8 +36,10 @@ def processor_name() -> str:
     return next(models, "") or platform.processor() or platform.machine() or "unknown processor"
 
 
-def machine_name() -> str:
-    """Describe torch, its vector instructions and the processor in a line."""
+def machine_name(device: torch.device = _CPU) -> str:
+    """Describe torch, and the GPU or the vector instructions and the processor, in a line."""
+    if device.type == "cuda":
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {processor_name()}"
 
 
@@ -72,6 +78,41 @@ def measure_peak(threads: int) -> tuple[float, str]:
     a, b = torch.ones(2, _MATMUL_SIZE, _MATMUL_SIZE)
     seconds = stopwatch(lambda: torch.mm(a, b))[0 if threads == 1 else 1]
     return 2 * _MATMUL_SIZE**3 / seconds, "matmul"
+
+
+def measure_gpu_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the operations per second of torch's product of two matrices of 8192 × 8192 on a GPU now."""
+    a, b = torch.ones(2, _GPU_MATMUL_SIZE, _GPU_MATMUL_SIZE, device=device, dtype=dtype)
+    return 2 * _GPU_MATMUL_SIZE**3 / device_seconds(lambda: torch.mm(a, b), device)
+
+
+def measure_copy_rate(device: torch.device) -> float:
+    """Measure the bytes per second that a GPU reads and writes while it copies a GiB."""
+    source = torch.ones(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * _COPIED_BYTES / device_seconds(lambda: target.copy_(source), device)
+
+
+def device_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Measure one run on a GPU in seconds, between two events on its stream.
+
+    A first run warms up and sets how many runs follow it back to back, in about 0.1 s and at most 20. The
+    result is their median; of runs that take longer it is the first one's time.
+    """
+    first = _event_seconds(run, 1, device)[0]
+    calls = min(_MOST_CALLS, int(_ENOUGH_SECONDS / max(first, 1e-9)))
+    return statistics.median(_event_seconds(run, calls, device)) if calls else first
+
+
+def _event_seconds(run: Callable[[], object], calls: int, device: torch.device) -> list[float]:
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    with torch.cuda.device(device):
+        for begin, end in pairs:
+            begin.record()
+            run()
+            end.record()
+        torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
 
 
 def stopwatch(run: Callable[[], object]) -> tuple[float, float]:
