@@ -181,6 +181,13 @@ def test_one_query_is_timed_on_a_gpu(gpu, monkeypatch):
     assert [row["microseconds"] for row in metrics(measure(benchmark)).values()] == [3, 3]
 
 
+def test_wall_time_begins_when_the_gpu_is_idle_and_ends_when_it_is_done(monkeypatch):
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: done.append("wait"))
+    assert machine.wall_seconds(lambda: done.append("run"), torch.device("cuda")) > 0
+    assert done == ["wait", "run", "wait"]
+
+
 def test_no_two_providers_look_alike_in_a_plot():
     looks = [plot._look(number) for number in range(len(AttentionBenchmark.known))]
     assert len(set(looks)) == len(looks)

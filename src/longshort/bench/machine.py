@@ -134,13 +134,17 @@ def quiet_seconds(run: Callable[[], object], threads: int) -> float:
 
 
 def wall_seconds(run: Callable[[], object], device: torch.device = _CPU) -> float:
-    """Measure the wall time of one run in seconds, a GPU's work included."""
+    """Measure the wall time of one run in seconds, on a GPU from an idle device until its work is done."""
 
-    def finish() -> None:
-        run()
+    def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    def finish() -> None:
+        run()
+        wait()
+
+    wait()
     return stopwatch(finish)[1]
 
 
