@@ -47,11 +47,19 @@ def machine_columns(device: torch.device = _CPU) -> dict[str, str | None]:
     """Return the columns of results that describe the machine; `accelerator` is the GPU, None on a CPU."""
     return {
         "torch_version": torch.__version__,
-        "transformers_version": metadata.version("transformers"),
+        "transformers_version": _version("transformers"),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "processor": processor_name(),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a package; None where it is not installed, since attention alone needs few."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def free_memory(device: torch.device) -> int:
