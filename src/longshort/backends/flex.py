@@ -111,7 +111,8 @@ def block_mask(
 @lru_cache(maxsize=_MASKS)
 @torch.inference_mode(False)  # a tensor that is made there could not be used in training
 def _reach(windows: tuple[int | None, ...], kv_len: int, device: torch.device) -> Int[Tensor, " heads"]:
-    return torch.tensor([kv_len if w is None else min(w, kv_len) for w in windows], device=device)
+    windows_in_keys = [kv_len if w is None else min(w, kv_len) for w in windows]
+    return torch.tensor(windows_in_keys, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=_MASKS)

@@ -193,7 +193,8 @@ def _flex(inputs: AttentionInputs) -> Kernel:
     kernel = _backend("flex")(inputs)
     began = time.perf_counter()
     try:
-        kernel.run(inputs.q, inputs.k, inputs.v)
+        with torch.set_grad_enabled(inputs.q.requires_grad):  # it is compiled for one or the other
+            kernel.run(inputs.q, inputs.k, inputs.v)
     except RuntimeError as error:
         reason = f"FlexAttention does not compile here: {type(error).__name__}: {error}"
         raise UnsuitableError(reason.partition("\n")[0]) from error
