@@ -89,10 +89,12 @@ gpu-bench:  ## measure speed and memory on a GPU, write tables, plots and a summ
 gpu-attention:  ## attention alone, against SDPA, FlexAttention and others
 	$(ON_GPU) longshort.bench.gpu attention
 	mkdir -p $(GPU_OUT)
-	$(BENCH) attention $(BENCH_FLAGS)/local-heads.csv --global-heads 0 --window 128 --repeats 3 --lengths 16384 \
-		--providers triton triton-statistics sdpa flex varlen flash-sparse-attn
 	$(BENCH) attention $(BENCH_FLAGS)/attention.csv --global-heads 1 --window 128 --repeats 3 --lengths 4096 16384 65536 \
 		--providers triton triton-statistics sdpa sdpa-flash sdpa-cudnn flex varlen
+	$(BENCH) attention $(BENCH_FLAGS)/local-heads.csv --global-heads 0 --window 128 --repeats 3 --lengths 16384 \
+		--providers triton triton-statistics sdpa flex varlen
+	$(BENCH) attention $(BENCH_FLAGS)/package.csv --global-heads 0 1 --window 128 --repeats 3 --lengths 16384 \
+		--providers triton sdpa flash-sparse-attn
 
 gpu-models:  ## whole models: a token, a prompt, and the memory of a prompt
 	$(ON_GPU) longshort.bench.gpu models

@@ -119,7 +119,7 @@ def attention(
     whose denominator also holds exp(sink_logits[head]).
 
     Under `torch.autocast`, q, k and v are first cast to its dtype, as SDPA does. A NaN or inf reaches the
-    rows that see it and changes no bit of other rows.
+    rows that see it and changes no bit of other rows, except with backend="flex".
 
     Args:
         q, k, v: float64, float32, bfloat16 or float16, the same for all, any strides; q_len <= kv_len.

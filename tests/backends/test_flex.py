@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attention_cases import Case, assert_result_as_good_as_plain, plain, random_case, visibility
+from tests.attention_cases import (
+    Case,
+    assert_result_as_good_as_plain,
+    gradients_of,
+    leaves_of,
+    plain,
+    random_case,
+    visibility,
+)
 from torch.nn.attention import flex_attention as torch_flex
 
 from longshort import HeadLayout, attention, explain
@@ -112,6 +120,24 @@ def test_random_calls(unfused: None, seed: int, dtype: torch.dtype):
     assert found.lse[hidden].eq(-torch.inf).all()
     truth = plain(case.cast(torch.float64), visible)
     assert_result_as_good_as_plain(replace(truth, out=found.out, lse=found.lse, gradients=[]), case)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_gradients_of_random_calls(monkeypatch, seed: int):
+    """By what FlexAttention computes where there is no kernel, which it does not offer on a CPU."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_tensors: None)
+    options: dict[str, Any] = {"backend": "aot_eager", "dynamic": False, "fullgraph": True}
+    monkeypatch.setattr(flex, "_compile", lambda: torch.compile(torch_flex.flex_attention, **options))
+    case = random_case(seed, max_length=70).cast(torch.float32)
+    case.options.pop("sink_logits", None)
+    leaves = leaves_of(case)
+    q, k, v = leaves
+    found = flex.attend(call_of(case, q=q, k=k, v=v, with_lse=True))
+    assert found.lse is not None
+    gradients = gradients_of(case, found.out, found.lse, leaves)
+    truth = plain(case.cast(torch.float64), visibility(case))
+    out, lse = found.out.detach(), found.lse.detach()
+    assert_result_as_good_as_plain(replace(truth, out=out, lse=lse, gradients=gradients), case)
 
 
 def test_compiled_calls():

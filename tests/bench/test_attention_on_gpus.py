@@ -16,7 +16,7 @@ from torch.nn.attention import varlen
 from longshort.bench import attention as bench_attention
 from longshort.bench import machine, plot
 from longshort.bench.attention import AttentionBenchmark
-from longshort.bench.attention_providers import ON_GPU, PROVIDERS, AttentionInputs, prepare
+from longshort.bench.attention_providers import ON_GPU, PROVIDERS, AttentionInputs, Kernel, prepare
 from longshort.bench.benchmark import UnsuitableError
 from longshort.bench.kernel import KernelBenchmark
 from longshort.bench.sweep import measure
@@ -171,6 +171,29 @@ def test_rates_are_shares_of_the_peaks(gpu, monkeypatch):
     both = results.rows[results.rows["pass"] == "forward-backward"]
     assert "copy_share" not in set(both["metric"])
     assert "TFLOP/s" in next(line for line in shown if "provider" in line)
+
+
+def test_whatever_a_kernel_raises_on_a_gpu_leaves_out_it_alone(gpu, monkeypatch):
+    def fails(_q, _k, _v):
+        raise AssertionError("tiles do not fit")
+
+    def cannot_be_prepared(_given):
+        raise TypeError("no such option")
+
+    monkeypatch.setattr(bench_attention, "device_seconds", lambda run, _device: (run(), 2e-3)[1])
+    monkeypatch.setattr(bench_attention, "measure_gpu_peak", lambda _device, _dtype: 4e9)
+    monkeypatch.setattr(bench_attention, "measure_copy_rate", lambda _device: 8e8)
+    monkeypatch.setitem(PROVIDERS, "varlen", lambda given: Kernel(fails, given.layout))
+    monkeypatch.setitem(PROVIDERS, "flex", cannot_be_prepared)
+    settings = {"lengths": (64,), "repeats": 1, "passes": ("forward",), **SMALL}
+    results = measure(AttentionBenchmark(device="cuda", providers=("varlen", "flex", "sdpa"), **settings))
+    assert set(results.rows["provider"]) == {"sdpa"}
+    assert sorted(remark.text for remark in results.left_out) == [
+        "failed: RuntimeError: AssertionError: tiles do not fit",
+        "failed: RuntimeError: TypeError: no such option",
+    ]
+    with pytest.raises(AssertionError, match="tiles do not fit"):
+        measure(AttentionBenchmark(providers=("varlen",), **settings))
 
 
 def test_one_query_is_timed_on_a_gpu(gpu, monkeypatch):

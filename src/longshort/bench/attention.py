@@ -9,7 +9,8 @@ the forward pass, are compared with the rate at which a large tensor is copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -19,7 +20,15 @@ import torch
 from annotated_types import Ge, Gt
 
 from longshort.bench.attention_providers import BASELINE, ON_GPU, PROVIDERS, AttentionInputs, prepare
-from longshort.bench.benchmark import Benchmark, Case, Note, Turn, require_among, require_device
+from longshort.bench.benchmark import (
+    Benchmark,
+    Case,
+    Note,
+    Turn,
+    UnsuitableError,
+    require_among,
+    require_device,
+)
 from longshort.bench.machine import (
     clock_name,
     count_threads,
@@ -225,7 +234,8 @@ class AttentionBenchmark(LayoutBenchmark):
 
     def turn(self, case: Case, provider: str, inputs: Any, note: Note) -> Turn:
         given, grad_out = inputs
-        kernel = prepare(provider, given)
+        with self._failures_as_runtime_errors():
+            kernel = prepare(provider, given)
         if kernel.note is not None:
             note(kernel.note)
         qkv = given.q, given.k, given.v
@@ -242,7 +252,8 @@ class AttentionBenchmark(LayoutBenchmark):
 
         def take_turn() -> dict[str, float]:
             if self.device == "cuda":
-                seconds = device_seconds(run, self.torch_device)
+                with self._failures_as_runtime_errors():
+                    seconds = device_seconds(run, self.torch_device)
                 return {"milliseconds": 1e3 * seconds, "visible_pairs": pairs, **moved}
             cpu, wall = (1e3 * seconds for seconds in stopwatch(run))
             one = case.threads == 1  # with more, CPU time counts waiting too
@@ -250,6 +261,19 @@ class AttentionBenchmark(LayoutBenchmark):
             return {**times, "wall_milliseconds": wall, "visible_pairs": pairs}
 
         return take_turn
+
+    @contextmanager
+    def _failures_as_runtime_errors(self) -> Iterator[None]:
+        """On a GPU, where compilers and kernels of others raise what they like, make the driver leave out a
+        provider that fails and go on."""
+        try:
+            yield
+        except (UnsuitableError, RuntimeError):
+            raise
+        except Exception as error:
+            if self.device == "cpu":
+                raise
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
     @property
     def columns(self) -> tuple[Column, ...]:

@@ -66,8 +66,11 @@ def summarize(rows: pd.DataFrame) -> str:
     """Answer the questions in Markdown; what was not measured is said.
 
     Args:
-        rows: rows of benchmarks, as `longshort.bench.record` describes them; none are allowed.
+        rows: rows of benchmarks, as `longshort.bench.record` describes them; none are allowed. Of what was
+            measured twice, the first counts.
     """
+    if len(rows):
+        rows = rows.drop_duplicates(["benchmark", "setting", "x", "provider", "metric"])
     parts = ["# Measured on a GPU", *_machines(rows)]
     for question in QUESTIONS:
         parts.append(f"## {question.title}")
