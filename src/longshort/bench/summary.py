@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pandas as pd
 
@@ -89,13 +89,13 @@ def _machines(rows: pd.DataFrame) -> list[str]:
 
 
 def _answers(rows: pd.DataFrame, question: Question) -> list[str]:
-    columns = ["x", "setting", "provider", "metric", "p50"]
-    selected = pd.Series(True, rows.index)
+    columns = ["x", "setting", "provider", "metric", "p50", *question.where]
+    points = rows.reindex(columns=list(dict.fromkeys(columns)))
     for column, value in question.where.items():
-        selected &= rows[column].eq(value) if column in rows else False
-    points = rows[selected].reindex(columns=columns)
+        points = points.loc[points[column].eq(value)]
     lines = []
-    for (length, setting), point in points.groupby(["x", "setting"], sort=False):
+    for key, point in points.groupby(["x", "setting"], sort=False):
+        length, setting = cast("tuple[int, str]", key)
         medians = point[point["metric"] == question.metric].set_index("provider")["p50"]
         where = f"- {length:,} tokens, {setting}"
         absent = [name for name in (question.over, question.under) if name not in medians]
