@@ -71,7 +71,7 @@ def attend(call: AttentionCall) -> Output:
     mask = block_mask(call.layout, q_len, kv_len, call.causal, ids is not None, device)
     if ids is not None:
         sinks = call.layout.sink_tokens
-        reach = _reach(call.layout.windows, kv_len, device)
+        reach = _reach(call.layout, kv_len, device)
         mask = copy(mask)
         mask.mask_mod = _mask_mod(reach, kv_len - q_len, call.causal, sinks and _first_keys(ids, sinks), ids)
     found = _compiled(
@@ -92,41 +92,21 @@ def attend(call: AttentionCall) -> Output:
     return Output(out.to(call.out_dtype), lse)
 
 
+@lru_cache(maxsize=_MASKS)
+@torch.inference_mode(False)  # a tensor that is made there could not be used in training
 def block_mask(
     layout: HeadLayout, q_len: int, kv_len: int, causal: bool, segmented: bool, device: torch.device
 ) -> BlockMask:
-    """Build the block mask of a layout, or return it if it is one of the last few.
+    """Build the block mask of a layout; the last few are kept.
 
     Args:
         layout: windows of the query heads, and sink tokens.
         q_len, kv_len: number of queries and keys, aligned at the bottom right.
         causal: queries see no later key.
-        segmented: every block is for `mask_mod` to decide, and the sink tokens may be anywhere.
+        segmented: every block is for a `mask_mod` of segments to decide, and the sink tokens may be anywhere.
         device: device of the mask.
     """
-    # not the layout itself as a key, so that compilers need not trace how it is hashed
-    return _block_mask(layout.windows, layout.sink_tokens, q_len, kv_len, causal, segmented, device)
-
-
-@lru_cache(maxsize=_MASKS)
-@torch.inference_mode(False)  # a tensor that is made there could not be used in training
-def _reach(windows: tuple[int | None, ...], kv_len: int, device: torch.device) -> Int[Tensor, " heads"]:
-    windows_in_keys = [kv_len if w is None else min(w, kv_len) for w in windows]
-    return torch.tensor(windows_in_keys, dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=_MASKS)
-@torch.inference_mode(False)
-def _block_mask(
-    windows: tuple[int | None, ...],
-    sinks: int,
-    q_len: int,
-    kv_len: int,
-    causal: bool,
-    segmented: bool,
-    device: torch.device,
-) -> BlockMask:
-    reach = _reach(windows, kv_len, device)
+    reach, sinks = _reach(layout, kv_len, device), layout.sink_tokens
     partial, whole = _blocks(reach, sinks, q_len, kv_len, causal, segmented)
     return BlockMask.from_kv_blocks(
         *_lists(partial),
@@ -135,6 +115,13 @@ def _block_mask(
         mask_mod=_mask_mod(reach, kv_len - q_len, causal, sinks),
         seq_lengths=(q_len, kv_len),
     )
+
+
+@lru_cache(maxsize=_MASKS)
+@torch.inference_mode(False)
+def _reach(layout: HeadLayout, kv_len: int, device: torch.device) -> Int[Tensor, " heads"]:
+    windows = [kv_len if w is None else min(w, kv_len) for w in layout.windows]
+    return torch.tensor(windows, dtype=torch.int32, device=device)
 
 
 def _blocks(

@@ -209,14 +209,16 @@ def _varlen(inputs: AttentionInputs) -> Kernel:
         varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
     except ImportError as error:
         raise UnsuitableError(f"torch {torch.__version__} has no varlen_attn") from error
-    if "window_size" not in inspect.signature(varlen_attn).parameters:
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" not in known:
         raise UnsuitableError(f"varlen_attn of torch {torch.__version__} has no windows")
     layout, device = inputs.layout, inputs.q.device
     if [head for group in layout.groups for head in group.heads] != list(range(layout.num_heads)):
         raise UnsuitableError("varlen takes heads of one window side by side")
     batch, _, q_len, head_dim = inputs.q.shape
     ends = [torch.arange(batch + 1, dtype=torch.int32, device=device) * n for n in (q_len, inputs.length)]
-    grouped = {"enable_gqa": True} if layout.group_size > 1 else {}
+    # older ones take any number of key/value heads
+    grouped = {"enable_gqa": True} if layout.group_size > 1 and "enable_gqa" in known else {}
 
     def packed(x: Tensor, heads: tuple[int, ...]) -> Tensor:
         return x[:, heads[0] : heads[-1] + 1].transpose(1, 2).flatten(0, 1)
