@@ -6,7 +6,16 @@ INSTALLED := .venv/.installed
 CPP := $(wildcard csrc/* tests/csrc/*)
 CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(BIN)/cmake)
 
+# The targets gpu-… run from source in a Python that has torch and Triton already: no .venv, no build.
+GPU_PYTHON ?= python3
+GPU_OUT ?= runs/gpu
+MINUTES ?= 2
+ON_GPU = PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m
+BENCH = $(ON_GPU) longshort bench
+BENCH_FLAGS = --device cuda --overwrite --out $(GPU_OUT)
+
 .PHONY: help demo example-model test test-full sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: gpu gpu-test gpu-bench gpu-attention gpu-models gpu-summary gpu-study
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -63,6 +72,45 @@ format: $(INSTALLED)  ## let ruff fix and format the Python, clang-format the C+
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
+
+# A part that fails does not keep the others from running.
+gpu:  ## on a GPU, in about ten minutes: gpu-test, gpu-bench and gpu-study
+	$(ON_GPU) longshort.bench.gpu test attention models study
+	$(MAKE) --keep-going gpu-test gpu-bench gpu-study
+
+# Plugins of pytest and settings for them may be missing, and another torch warns of other things.
+gpu-test:  ## run tests/cuda, with GPU_PYTHON=python3
+	$(ON_GPU) longshort.bench.gpu test
+	$(ON_GPU) pytest -p no:cacheprovider -o addopts=--import-mode=importlib -o filterwarnings=default tests/cuda
+
+gpu-bench:  ## measure speed and memory on a GPU, write tables, plots and a summary to GPU_OUT=runs/gpu
+	$(MAKE) --keep-going gpu-attention gpu-models; code=$$?; $(MAKE) gpu-summary && exit $$code
+
+gpu-attention:  ## attention alone, against SDPA, FlexAttention and others
+	$(ON_GPU) longshort.bench.gpu attention
+	mkdir -p $(GPU_OUT)
+	$(BENCH) attention $(BENCH_FLAGS)/attention.csv --global-heads 1 --window 128 --repeats 3 --lengths 4096 16384 65536 \
+		--providers triton triton-statistics sdpa sdpa-flash sdpa-cudnn flex varlen
+	$(BENCH) attention $(BENCH_FLAGS)/local-heads.csv --global-heads 0 --window 128 --repeats 3 --lengths 16384 \
+		--providers triton triton-statistics sdpa flex varlen
+	$(BENCH) attention $(BENCH_FLAGS)/package.csv --global-heads 0 1 --window 128 --repeats 3 --lengths 16384 \
+		--providers triton sdpa flash-sparse-attn
+
+gpu-models:  ## whole models: a token, a prompt, and the memory of a prompt
+	$(ON_GPU) longshort.bench.gpu models
+	mkdir -p $(GPU_OUT)
+	$(BENCH) decode $(BENCH_FLAGS)/decode.csv --dtype bfloat16 --lengths 8192 32768 --providers ls mhsa gpt2 --rounds 3
+	$(BENCH) prefill $(BENCH_FLAGS)/prefill.csv --dtype bfloat16 --lengths 8192 32768 --providers ls mhsa gpt2 --rounds 3
+	$(BENCH) memory $(BENCH_FLAGS)/memory.csv --dtype bfloat16 --lengths 32768
+
+gpu-summary:  ## the few ratios that matter, GPU_OUT/summary.md
+	$(ON_GPU) longshort.bench.summary $(GPU_OUT)
+
+# Exit code 4: the minutes are over before all is trained, and the same command resumes.
+gpu-study:  ## train for MINUTES=2 at the author's small size, or resume
+	$(ON_GPU) longshort.bench.gpu study
+	mkdir -p $(GPU_OUT)
+	$(ON_GPU) longshort study progress --scale gpu --minutes $(MINUTES) --out $(GPU_OUT)/study || test $$? -eq 4
 
 clean:  ## remove .venv and all caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from longshort import HeadLayout, attention
-from longshort.attention import BACKENDS
+from longshort.attention import BACKENDS, BY_NAME_ONLY
 
-RUNNABLE = [name for name in BACKENDS if name != "triton" or os.environ.get("TRITON_INTERPRET") == "1"]
-"""The backends whose kernels run on a CPU: those of Triton in its interpreter."""
+_NOT_RUN = {*BY_NAME_ONLY, *(["triton"] if os.environ.get("TRITON_INTERPRET") != "1" else [])}
+RUNNABLE = [name for name in BACKENDS if name not in _NOT_RUN]
+"""The backends that `auto` may take and whose kernels run on a CPU: those of Triton in its interpreter."""
 
 
 @dataclass
@@ -138,14 +139,16 @@ def _loss_weights(case: Case) -> tuple[Tensor, Tensor]:
     return out, torch.randn(case.q.shape[:3], generator=generator, dtype=torch.float64)
 
 
-def _leaves(case: Case) -> list[Tensor]:
+def leaves_of(case: Case) -> list[Tensor]:
+    """Copies of the inputs of a case that require gradients: q, k, v (and sink logits)."""
     leaves = [case.q, case.k, case.v]
     if "sink_logits" in case.options:
         leaves.append(case.options["sink_logits"].to(case.q.dtype))
     return [x.detach().clone().requires_grad_() for x in leaves]
 
 
-def _gradients(case: Case, out: Tensor, lse: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+def gradients_of(case: Case, out: Tensor, lse: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of a loss that weighs every number of out and lse."""
     out_weight, lse_weight = _loss_weights(case)
     finite_lse = torch.where(lse == -torch.inf, 0.0, lse)
     loss = (out * out_weight.to(out.dtype)).sum() + (finite_lse * lse_weight.to(lse.dtype)).sum()
@@ -154,7 +157,7 @@ def _gradients(case: Case, out: Tensor, lse: Tensor, leaves: list[Tensor]) -> li
 
 def computed(case: Case, backend: str, with_gradients: bool = True) -> Result:
     """attention() with this backend."""
-    leaves = _leaves(case)
+    leaves = leaves_of(case)
     if not with_gradients:
         leaves = [x.detach() for x in leaves]
     options = dict(case.options)
@@ -162,13 +165,13 @@ def computed(case: Case, backend: str, with_gradients: bool = True) -> Result:
         options["sink_logits"] = leaves[3]
     q, k, v = leaves[:3]
     out, stats = attention(q, k, v, case.layout, backend=backend, return_stats=True, **options)
-    gradients = _gradients(case, out, stats.lse, leaves) if with_gradients else []
+    gradients = gradients_of(case, out, stats.lse, leaves) if with_gradients else []
     return Result(out.detach(), stats.lse.detach(), stats.max_logit, stats.entropy, gradients)
 
 
 def plain(case: Case, visible: Tensor) -> Result:
     """What anyone would write with plain PyTorch, in the dtype of the case's inputs; the truth in float64."""
-    leaves = _leaves(case)
+    leaves = leaves_of(case)
     q, k, v = leaves[:3]
     options, dtype = case.options, q.dtype
     group = case.layout.group_size
@@ -198,7 +201,7 @@ def plain(case: Case, visible: Tensor) -> Result:
         row_entropy = torch.where(seen, -torch.special.xlogy(p, p).sum(-1), 0.0)
         rows = seen.sum(dim=(0, 2)).clamp(min=1)
         entropy = row_entropy.sum(dim=(0, 2)) / rows
-    gradients = _gradients(case, out, lse, leaves)
+    gradients = gradients_of(case, out, lse, leaves)
     return Result(out.detach(), lse.detach(), max_logit, entropy, gradients)
 
 
@@ -244,9 +247,15 @@ def assert_as_good_as_plain(
 ) -> None:
     """At most twice the error of plain PyTorch in the same precision, against the truth in float64."""
     case = case.cast(dtype)
+    assert_result_as_good_as_plain(computed(case, backend, with_gradients), case)
+
+
+def assert_result_as_good_as_plain(result: Result, case: Case) -> None:
+    """The same for a result that is there already; gradients that it lacks are not compared."""
+    dtype = case.q.dtype
     visible = visibility(case)
     truth = plain(case.cast(torch.float64), visible)
-    ours = errors(computed(case, backend, with_gradients), truth)
+    ours = errors(result, truth)
     theirs = errors_of_plain(case, visible, truth)
     sizes = {
         "out": truth.out, "lse": truth.lse.clamp(min=0), "max_logit": truth.max_logit,

@@ -2,23 +2,30 @@
 
 import math
 import os
+from importlib.util import find_spec
 
 # Before torch is imported, so that the processes that tests start inherit it: the tensors are small, and
 # one thread gives them the same sums on every machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import hypothesis
 import pytest
 import torch
 
-from longshort.cli import console, main
+from longshort.cli import main
 
 torch.set_num_threads(1)
-console.SECONDS_BETWEEN_LINES = math.inf  # the output is the same on a busy machine
 
-# A compiling or busy machine is slow, not wrong; derandomized runs fail in the same place for everyone.
-hypothesis.settings.register_profile("longshort", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("longshort")
+# A machine with a GPU, for tests/cuda, need have nothing but torch and pytest.
+if find_spec("rich"):
+    from longshort.cli import console
+
+    console.SECONDS_BETWEEN_LINES = math.inf  # the output is the same on a busy machine
+if find_spec("hypothesis"):
+    import hypothesis
+
+    # A compiling or busy machine is slow, not wrong; derandomized runs fail in the same place for everyone.
+    hypothesis.settings.register_profile("longshort", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("longshort")
 
 
 @pytest.fixture(autouse=True)

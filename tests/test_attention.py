@@ -71,13 +71,15 @@ def test_explain_names_the_backend_and_why_not_the_others():
     assert explanation.backend == "blockwise"
     refused = "q is torch.float64; the kernels compute float32 and bfloat16"
     no_gpu = "the tensors are on cpu, not on a GPU"
-    reasons = {"cpu": refused, "triton": no_gpu, "reference": "slower than blockwise"}
+    of_flex = "q is torch.float64; FlexAttention computes float32, bfloat16 and float16"
+    reasons = {"cpu": refused, "triton": no_gpu, "reference": "slower than blockwise", "flex": of_flex}
     assert explanation.reasons == reasons
     others = [f"{name}: not used, {reason}" for name, reason in reasons.items()]
     assert str(explanation) == "\n".join(["blockwise: used", *others])
     asked = explain(Q, K, V, LAYOUT, backend="reference", softcap=3.0, return_stats=True)
     assert asked.backend == "reference"
     not_asked = dict.fromkeys(["cpu", "blockwise"], "backend='reference' was asked for")
+    assert asked.reasons.pop("flex").startswith("FlexAttention has no entropy")
     assert asked.reasons == {**not_asked, "triton": no_gpu}
 
 

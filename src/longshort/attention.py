@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longshort.backends import blockwise, cpu, reference, triton
+from longshort.backends import blockwise, cpu, flex, reference, triton
 from longshort.backends.call import AttentionCall, Output
 from longshort.layout import HeadLayout
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 # Fastest first: `auto` takes the first that supports the call.
-BACKENDS = {"cpu": cpu, "triton": triton, "blockwise": blockwise, "reference": reference}
+BACKENDS = {"cpu": cpu, "triton": triton, "blockwise": blockwise, "reference": reference, "flex": flex}
+BY_NAME_ONLY = ("flex",)
+"""The backends that `auto` does not take."""
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -117,7 +119,7 @@ def attention(
     whose denominator also holds exp(sink_logits[head]).
 
     Under `torch.autocast`, q, k and v are first cast to its dtype, as SDPA does. A NaN or inf reaches the
-    rows that see it and changes no bit of other rows.
+    rows that see it and changes no bit of other rows, except with backend="flex".
 
     Args:
         q, k, v: float64, float32, bfloat16 or float16, the same for all, any strides; q_len <= kv_len.
@@ -191,25 +193,33 @@ def explain(
     q, k, v = cast_as_autocast(q, k, v)
     call, _, chosen = check_call(q, k, v, layout, return_stats=return_stats, backend=backend, **options)
     not_taken = f"slower than {chosen}" if backend == "auto" else f"backend={chosen!r} was asked for"
-    others = {name: module for name, module in BACKENDS.items() if name != chosen}
-    return Explanation(chosen, {name: module.supports(call) or not_taken for name, module in others.items()})
+    others = [name for name in BACKENDS if name != chosen]
+    return Explanation(chosen, {name: _refusal(name, call, backend) or not_taken for name in others})
 
 
 def _choose(call: AttentionCall, backend: str) -> str:
     if backend == "auto":
         reasons = []
-        for name, module in BACKENDS.items():
-            reason = module.supports(call)
+        for name in BACKENDS:
+            reason = _refusal(name, call, backend)
             if reason is None:
                 return name
             reasons.append(f"{name}: {reason}")
         raise ValueError(f"no backend can serve this call; {'; '.join(reasons)}")
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
-    reason = BACKENDS[backend].supports(call)
+    reason = _refusal(backend, call, backend)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
     return backend
+
+
+def _refusal(name: str, call: AttentionCall, asked_for: str) -> str | None:
+    """Return why a backend does not serve a call for which this backend or "auto" was asked, or None."""
+    reason = BACKENDS[name].supports(call)
+    if reason is None and asked_for == "auto" and name in BY_NAME_ONLY:
+        return "it is used by name only"
+    return reason
 
 
 def with_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:

@@ -57,10 +57,10 @@ class Benchmark(ABC):
         name: the NAME of `longshort bench NAME`.
         title: title of the plot, which shows the table's first column.
         y_label: unit of the plot's y axis.
-        known: all providers of this benchmark; each has the same colour in every plot.
+        known: all providers of this benchmark; each has the same colour and marker in every plot.
         baseline: the provider in grey.
         bound: a dashed line of the plot: its label, and the provider and metric that it shows.
-        table: the columns that are printed for each case.
+        table: the columns that are printed for each case, on a CPU.
         warm_up: rounds before those that are measured.
     """
 
@@ -132,12 +132,24 @@ class Benchmark(ABC):
 
     def describe_machine(self) -> str:
         """Describe the machine in a line, which is printed first."""
-        return machine_name()
+        return machine_name(self.torch_device)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns that are printed for each case on this device."""
+        return self.table
 
     @property
     def torch_device(self) -> torch.device:
         """The device of the providers."""
         return torch.device("cpu")
+
+
+def require_device(device: str) -> None:
+    """Raise a ValueError that names the flag unless the device is a CPU or a GPU that is there."""
+    require_among("--device", (device,), ("cpu", "cuda"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU that torch can use, and there is none")
 
 
 def require_among(name: str, chosen: Iterable[str], allowed: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge
@@ -16,7 +16,7 @@ from longshort.attention import BACKENDS
 from longshort.bench.attention import LayoutBenchmark, layout_of
 from longshort.bench.attention_providers import BASELINE, AttentionInputs, all_global, prepare
 from longshort.bench.benchmark import Case, Note, Turn
-from longshort.bench.machine import quiet_seconds
+from longshort.bench.machine import device_seconds, quiet_seconds
 from longshort.bench.record import Column, in_same_round
 
 if TYPE_CHECKING:
@@ -27,10 +27,11 @@ _GLOBAL = "-global"
 
 @dataclass(frozen=True)
 class KernelBenchmark(LayoutBenchmark):
-    """Time the attention of one query against long caches on this CPU, in turns.
+    """Time the attention of one query against long caches, in turns.
 
-    Times are of one layer: CPU time on one thread, wall time on more. The speedup is over sdpa, whose heads
-    are all global. GB/s count the keys and values that the query must see.
+    Times are of one layer: CPU time on one thread, wall time on more, on a GPU the time between two events.
+    The speedup is over sdpa, whose heads are all global. GB/s count the keys and values that the query must
+    see.
     """
 
     name = "kernel"
@@ -44,9 +45,15 @@ class KernelBenchmark(LayoutBenchmark):
         Column("GB/s", "gigabytes_per_second", ".1f"),
     )
 
-    providers: tuple[str, ...] = (BASELINE, "cpu-global", "cpu")
-    """sdpa, PyTorch's attention with every head global; cpu (where it is built), blockwise or reference, the
-    library's backends; cpu-global, blockwise-global or reference-global, the same with every head global."""
+    defaults: ClassVar = {
+        "cpu": {"dtypes": ("float32",), "providers": (BASELINE, "cpu-global", "cpu")},
+        "cuda": {"dtypes": ("bfloat16",), "providers": (BASELINE, "triton-global", "triton")},
+    }
+
+    providers: tuple[str, ...] | None = None
+    """sdpa, PyTorch's attention with every head global; cpu (where it is built), triton, blockwise, reference
+    or flex, the library's backends, which do without the kernels of caches; with -global after the name the
+    same with every head global. None: sdpa, cpu-global and cpu; on a GPU sdpa, triton-global and triton."""
 
     lengths: tuple[Annotated[int, Ge(1)], ...] = (32_768,)
     """Keys of a cache."""
@@ -62,7 +69,7 @@ class KernelBenchmark(LayoutBenchmark):
 
     def inputs(self, case: Case, group: Sequence[str]) -> list[AttentionInputs]:
         """Draw the query, which all layers share, and each layer's keys and values."""
-        generator, layout = torch.Generator().manual_seed(0), layout_of(case)
+        generator, layout = self.generator(), layout_of(case)
         q = self.random(case, generator, layout.num_heads, 1)
         k_heads = v_heads = layout.num_kv_heads
         return [
@@ -90,8 +97,11 @@ class KernelBenchmark(LayoutBenchmark):
 
         @torch.no_grad()
         def take_turn() -> dict[str, float]:
-            seconds = quiet_seconds(attend, case.threads) / self.layers
-            return {"microseconds": 1e6 * seconds, "bytes_read": bytes_read}
+            if self.device == "cuda":
+                seconds = device_seconds(attend, self.torch_device)
+            else:
+                seconds = quiet_seconds(attend, case.threads)
+            return {"microseconds": 1e6 * seconds / self.layers, "bytes_read": bytes_read}
 
         return take_turn
 

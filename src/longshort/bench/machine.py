@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import time
 from functools import cache
 from importlib import metadata
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MATMUL_SIZE = 1024
+_GPU_MATMUL_SIZE = 8192
+_COPIED_BYTES = 2**30
+_ENOUGH_SECONDS, _MOST_CALLS = 0.1, 20  # of a turn on a GPU
 _CPU = torch.device("cpu")
 
 
@@ -32,8 +36,10 @@ def processor_name() -> str:
     return next(models, "") or platform.processor() or platform.machine() or "unknown processor"
 
 
-def machine_name() -> str:
-    """Describe torch, its vector instructions and the processor in a line."""
+def machine_name(device: torch.device = _CPU) -> str:
+    """Describe torch, and the GPU or the vector instructions and the processor, in a line."""
+    if device.type == "cuda":
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {processor_name()}"
 
 
@@ -41,11 +47,19 @@ def machine_columns(device: torch.device = _CPU) -> dict[str, str | None]:
     """Return the columns of results that describe the machine; `accelerator` is the GPU, None on a CPU."""
     return {
         "torch_version": torch.__version__,
-        "transformers_version": metadata.version("transformers"),
+        "transformers_version": _version("transformers"),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "processor": processor_name(),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a package; None where it is not installed, since attention alone needs few."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def free_memory(device: torch.device) -> int:
@@ -74,6 +88,41 @@ def measure_peak(threads: int) -> tuple[float, str]:
     return 2 * _MATMUL_SIZE**3 / seconds, "matmul"
 
 
+def measure_gpu_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the operations per second of torch's product of two matrices of 8192 × 8192 on a GPU now."""
+    a, b = torch.ones(2, _GPU_MATMUL_SIZE, _GPU_MATMUL_SIZE, device=device, dtype=dtype)
+    return 2 * _GPU_MATMUL_SIZE**3 / device_seconds(lambda: torch.mm(a, b), device)
+
+
+def measure_copy_rate(device: torch.device) -> float:
+    """Measure the bytes per second that a GPU reads and writes while it copies a GiB."""
+    source = torch.ones(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * _COPIED_BYTES / device_seconds(lambda: target.copy_(source), device)
+
+
+def device_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Measure one run on a GPU in seconds, between two events on its stream.
+
+    A first run warms up and sets how many runs follow it back to back, in about 0.1 s and at most 20. The
+    result is their median; of runs that take longer it is the first one's time.
+    """
+    first = _event_seconds(run, 1, device)[0]
+    calls = min(_MOST_CALLS, int(_ENOUGH_SECONDS / max(first, 1e-9)))
+    return statistics.median(_event_seconds(run, calls, device)) if calls else first
+
+
+def _event_seconds(run: Callable[[], object], calls: int, device: torch.device) -> list[float]:
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    with torch.cuda.device(device):
+        for begin, end in pairs:
+            begin.record()
+            run()
+            end.record()
+        torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
+
+
 def stopwatch(run: Callable[[], object]) -> tuple[float, float]:
     """Measure one run in seconds of CPU time, summed over threads, and of wall time."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -93,13 +142,17 @@ def quiet_seconds(run: Callable[[], object], threads: int) -> float:
 
 
 def wall_seconds(run: Callable[[], object], device: torch.device = _CPU) -> float:
-    """Measure the wall time of one run in seconds, a GPU's work included."""
+    """Measure the wall time of one run in seconds, on a GPU from an idle device until its work is done."""
 
-    def finish() -> None:
-        run()
+    def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    def finish() -> None:
+        run()
+        wait()
+
+    wait()
     return stopwatch(finish)[1]
 
 

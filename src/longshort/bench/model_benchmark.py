@@ -13,7 +13,14 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from longshort.bench.attention import DTYPES
-from longshort.bench.benchmark import Benchmark, Case, LeaveOut, UnsuitableError, require_among
+from longshort.bench.benchmark import (
+    Benchmark,
+    Case,
+    LeaveOut,
+    UnsuitableError,
+    require_among,
+    require_device,
+)
 from longshort.bench.machine import count_threads, free_memory
 from longshort.bench.model_providers import PROVIDERS, Models, Provider, local_windows, prepare_provider
 from longshort.bench.sweep import groups_in_memory
@@ -86,9 +93,7 @@ class ModelBenchmark(Benchmark):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_among("--dtype", (self.dtype,), ("float32", "bfloat16"))
-        require_among("--device", (self.device,), ("cpu", "cuda"))
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda needs a GPU that torch can use, and there is none")
+        require_device(self.device)
         if not self.sweep():
             shortest = _SHORTEST if self.lengths is None else min(self.lengths)
             raise ValueError(

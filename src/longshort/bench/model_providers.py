@@ -110,7 +110,7 @@ class Provider:
         grouped, window = layout.group_size > 1, layout.windows[0]
         if window is None or window >= length:
             return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        mask = visible_pairs(HeadLayout((window,)), length)[None].to(device)
+        mask = visible_pairs(HeadLayout((window,)), length, device)[None]
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
     def filled_cache(

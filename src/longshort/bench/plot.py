@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from longshort.bench.benchmark import Benchmark
 
 _GREY = "#777777"
+_MARKERS = "osD^v<>"
 _LEAST = 1e-6  # shown for 0, such as no rise of memory, which a logarithmic axis cannot show
 _SMALLEST_RANGE = 5.0  # highest to lowest value of a y axis, so that at least two ticks have a number
 
@@ -41,7 +42,7 @@ def plot_rows(rows: pd.DataFrame, benchmark: Benchmark | type[Benchmark], file: 
     if rows.empty:
         raise ValueError("rows must hold at least one row, got none")
     column, others = benchmark.table[0], [name for name in benchmark.known if name != benchmark.baseline]
-    colours = dict(zip(others, (*COLOURS, INK), strict=False)) | {benchmark.baseline: _GREY}
+    looks = {name: _look(number) for number, name in enumerate(others)} | {benchmark.baseline: (_GREY, "o")}
     settings = list(dict.fromkeys(rows["setting"]))
     across = min(2, len(settings))
     down = -(-len(settings) // across)
@@ -54,7 +55,7 @@ def plot_rows(rows: pd.DataFrame, benchmark: Benchmark | type[Benchmark], file: 
         shown = rows.query("setting == @setting").sort_values("x")
         for provider in shown["provider"].unique():
             line = shown.query("provider == @provider and metric == @column.metric")
-            _draw_line(axes, line, column.scale, provider, colours.get(provider, INK))
+            _draw_line(axes, line, column.scale, provider, looks.get(provider, (INK, "o")))
         if benchmark.bound is not None:
             label, *shown_as = benchmark.bound
             line = shown[shown[["provider", "metric"]].eq(shown_as).all(axis=1)]
@@ -75,10 +76,17 @@ def plot_rows(rows: pd.DataFrame, benchmark: Benchmark | type[Benchmark], file: 
     save_figure(figure, file)
 
 
-def _draw_line(axes: Axes, line: pd.DataFrame, scale: float, provider: str, colour: str) -> None:
+def _look(number: int) -> tuple[str, str]:
+    """Return a colour and a marker for each of a few dozen lines."""
+    colours = (*COLOURS, INK)
+    return colours[number % len(colours)], _MARKERS[number // len(colours)]
+
+
+def _draw_line(axes: Axes, line: pd.DataFrame, scale: float, provider: str, look: tuple[str, str]) -> None:
+    colour, marker = look
     p10, p50, p90 = (np.maximum(scale * line[name].to_numpy(float), _LEAST) for name in ("p10", "p50", "p90"))
     axes.errorbar(
-        line["x"], p50, np.maximum([p50 - p10, p90 - p50], 0), fmt="o-", ms=4, lw=1.6, elinewidth=1,
+        line["x"], p50, np.maximum([p50 - p10, p90 - p50], 0), fmt=f"{marker}-", ms=4, lw=1.6, elinewidth=1,
         color=colour, label=provider,
     )  # fmt: skip
 

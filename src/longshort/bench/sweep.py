@@ -87,7 +87,7 @@ def measure(
                 continue
             rounds[case.setting, case.x] = found
             rows.append(_rows(benchmark, case, found))
-            for line in as_table(rows[-1], benchmark.table) + benchmark.sentences(wide(rows[-1])):
+            for line in as_table(rows[-1], benchmark.columns) + benchmark.sentences(wide(rows[-1])):
                 show(line)
             if out is not None:
                 write_rows(pd.concat(rows), _partial(out))
