@@ -98,8 +98,8 @@ def test_the_operator_is_registered_well():
     cache.append(*(torch.randn(1, 2, 6, 8) for _ in range(2)))
     kernel = cache._gpu_kernel
     q, k, v = (torch.randn(1, 2, 1, 8) for _ in range(3))
-    arguments = (q, k, v, kernel._table, kernel.length, 9, torch.tensor([[0]]), [2**30, 4], 0.3, None, None,
-                 None, True)  # fmt: skip
+    arguments = (q, k, v, kernel._table, kernel.length, 9, torch.tensor([[0]]), kernel._windows, 0.3, None,
+                 None, None, True)  # fmt: skip
     torch.library.opcheck(
         torch.ops.longshort.triton_attend_cached, arguments, test_utils=("test_schema", "test_faketensor")
     )

@@ -118,8 +118,8 @@ class TritonKernel(CacheKernel):
 
     Args:
         layout: of the layer's heads.
-        stays_in_place: the stores do not grow, so that compilers need not copy them to where a CUDA graph
-            looks for them.
+        max_length: of the cache. The stores then do not grow, and compilers need not copy them to where a
+            CUDA graph looks for them.
 
     Attributes:
         length: tokens in the cache, (1,) of int64 on the device; None before `prepare`.
@@ -127,16 +127,16 @@ class TritonKernel(CacheKernel):
 
     backend = "triton"
 
-    def __init__(self, layout: HeadLayout, stays_in_place: bool) -> None:
+    def __init__(self, layout: HeadLayout, max_length: int | None) -> None:
         super().__init__(layout)
-        self._stays_in_place = stays_in_place
-        self._windows = triton.windows_of_kv_heads(layout)
+        self._max_length = max_length
         self.length: Tensor | None = None
         self._table: Tensor | None = None
+        self._windows: Tensor | None = None
         self._counted = -1  # what `length` holds
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "length": None, "_table": None, "_counted": -1}
+        return {**super().__getstate__(), "length": None, "_counted": -1}
 
     def supports(self, q: Tensor, stores: Sequence[Store]) -> bool:
         is_one = q.shape[2] == 1 and not is_recording()
@@ -145,26 +145,35 @@ class TritonKernel(CacheKernel):
     def prepare(self, stores: Sequence[Store]) -> None:
         """Tell the device where the stores are, and how many tokens; in the same memory each time."""
         from longshort.backends.triton import cached
+        from longshort.backends.triton.launching import table_of
 
         data, sinks, positions = _tensors(stores)
         device, length = data[0].device, stores[0].length
-        if self.length is None or self._table is None or self.length.device != device:
-            self.length = torch.full((1,), length, device=device)
-            self._table = torch.empty(0)
-            self._versions = None
+        if self.length is None or self.length.device != device:
+            with torch.inference_mode(False):  # what follows is written to in any mode
+                self.length = torch.full((1,), length, device=device)
+                self._table = torch.empty((self._layout.num_kv_heads, cached.COLUMNS), dtype=torch.int64)
+                self._table = self._table.to(device)
+            self._windows = table_of(tuple(triton.windows_of_kv_heads(self._layout)), device)
+            self._versions, self._counted = None, length
+        assert self._table is not None
         if self._have_moved(stores):
             rings, lost = [store.ring for store in stores], [store.lost for store in stores]
-            table = cached.describe_stores(data, sinks, rings, lost, self._group_of)
-            if self._table.numel() == 0:
-                self._table = table.to(device)
-            else:
-                self._table.copy_(table)
-            if self._stays_in_place:
-                for tensor in (self.length, self._table, *data, *sinks, *positions):
-                    torch._dynamo.mark_static_address(tensor)
+            self._table.copy_(
+                cached.describe_stores(data, sinks, rings, lost, self._group_of, self._max_length)
+            )
+            if self._max_length is not None:
+                for tensor in (self.length, self._table, self._windows, *data, *sinks, *positions):
+                    torch._dynamo.mark_static_address(tensor, guard=False)
         if length != self._counted:
             self.length.fill_(length)
             self._counted = length
+
+    def forget(self) -> None:
+        """Tell the device that there are no tokens, in the same memory."""
+        self._counted = 0
+        if self.length is not None:
+            self.length.fill_(0)
 
     def read_length(self) -> int:
         """Return the number of tokens by the device, which this waits for."""
@@ -198,7 +207,7 @@ class TritonKernel(CacheKernel):
         """Do as `attend`, with what the device was told; `slots` is the most slots that a store may use."""
         from longshort.backends.triton import cached
 
-        assert self._table is not None and self.length is not None
+        assert self._table is not None and self.length is not None and self._windows is not None
         attend = torch.ops.longshort.triton_attend_cached if is_recording() else cached.attend_cached
         return attend(
             q, k, v, self._table, self.length, slots, sink_positions, self._windows, *_common(q, options)

@@ -70,10 +70,15 @@ class LayerCache(KeyValueCache):
         self._accepted: list[Any] | None = None
         self._groups = [Group(group, layout) for group in layout.groups]
         self.counts_on_device = True
-        self._gpu_kernel = TritonKernel(layout, stays_in_place=max_length is not None)
+        self._gpu_kernel = TritonKernel(layout, max_length)
         self._kernels = CPUKernel(layout), self._gpu_kernel
         self._may_record = False  # steps of one token
         self._is_counted_on_device = False  # by such steps, of which the host sees one at most
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state as the host has it: a copy has memory of its own on the device."""
+        self._count()
+        return {**self.__dict__, "_may_record": False, "_is_counted_on_device": False}
 
     @property
     def length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -230,7 +235,8 @@ class LayerCache(KeyValueCache):
         """Forget all tokens, and give the memory back."""
         self._accepted = None
         self._since_crop = 0
-        self._may_record = self._is_counted_on_device = False
+        self._may_record = False
+        self._gpu_kernel.forget()  # steps that were captured may run again
         for store in self.stores:
             store.reset()
         if self._sink_tokens is not None:
@@ -263,7 +269,7 @@ class LayerCache(KeyValueCache):
             self._sink_tokens.map_batch(change)
         self._update()
 
-    def _note(self, segment_ids: Tensor | None, k: Tensor, past: int | Tensor) -> None:
+    def _note(self, segment_ids: Tensor | None, k: Tensor, past: int) -> None:
         if self._sink_tokens is not None:
             self._sink_tokens.note(segment_ids, k, past)
 
@@ -298,6 +304,12 @@ class LayerCache(KeyValueCache):
             wanted = k.shape[0], kv_len
             raise ValueError(f"segment_ids must be (batch, kv_len) = {wanted}, got {tuple(ids.shape)}")
         if not isinstance(past, Tensor):
+            if is_recording() and not torch.compiler.is_compiling():
+                raise ValueError(
+                    "a step that is captured in a CUDA graph must take one token, after a call that was not "
+                    "captured, from a cache with max_length on a GPU, whose sinks are all known, by the "
+                    "backend 'triton', and without round_probabilities or record_past"
+                )
             self._require_room(past + k.shape[2])
             if past == 0:
                 return past
@@ -363,6 +375,8 @@ class LayerCache(KeyValueCache):
         self._may_record = (
             self.max_length is not None
             and self.counts_on_device
+            and not self.record_past
+            and (self._sink_tokens is None or self._sink_tokens.are_known)
             and is_served
             and triton.supports_cached(k, self.max_length)
         )
@@ -383,7 +397,7 @@ class LayerCache(KeyValueCache):
 
     def _update(self) -> None:
         """Tell the device what the host knows."""
-        if self._may_record:
+        if self.stores[0].data is not None and (self._may_record or self._is_counted_on_device):
             self._gpu_kernel.prepare(self.stores)
 
     def _kernel(self, q: Tensor, backend: str, round_probabilities: bool) -> CacheKernel | None:
@@ -419,9 +433,11 @@ class LayerCache(KeyValueCache):
                 f"call, where the step is compiled or captured; got {options['backend']!r}"
             )
         self._is_counted_on_device = True
-        self._note(options["segment_ids"], k, past)
+        positions = None
+        if self._sink_tokens is not None:
+            self._sink_tokens.note_on_device(options["segment_ids"], past)
+            positions = self._sink_tokens.positions
         slots = max(store.tensors()[0].shape[3] for store in self.stores)
-        positions = None if self._sink_tokens is None else self._sink_tokens.positions
         found = self._gpu_kernel.attend_prepared(q, k, v, slots, positions, options)
         return _with_sinks(found, options["sink_logits"], q.dtype)
 

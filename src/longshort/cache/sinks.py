@@ -38,37 +38,35 @@ class SinkTokens:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.positions: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget the sequences."""
-        self.positions: Tensor | None = None
+        self._memory = self.positions
+        self.positions = None
         self.are_known = False
         self.end = 0
         self._has_several = False
         self._segment: Tensor | None = None  # of each sequence, negative if there is only padding
         self._are_several: Tensor | None = None  # whether some sequence has more than one segment
 
-    def note(self, segment_ids: Int[Tensor, "batch kv_len"] | None, new: Tensor, past: int | Tensor) -> None:
+    def note(self, segment_ids: Int[Tensor, "batch kv_len"] | None, new: Tensor, past: int) -> None:
         """Take note of new tokens.
 
         Args:
             segment_ids: of all tokens; None: all of one segment.
             new: keys of the new tokens, (batch, kv_heads, new, head_dim).
-            past: number of the earlier tokens; (1,) of int64 for one new token that only the device counts.
+            past: number of the earlier tokens.
         """
         is_eager = not is_recording()
         if segment_ids is None:
             if not self.are_known:
                 self._place(torch.arange(self.count, device=new.device).repeat(len(new), 1))
-                self.are_known = is_eager and bool(past + new.shape[2] >= self.count)
-                self.end = self.count
+                self.are_known, self.end = is_eager and past + new.shape[2] >= self.count, self.count
             return
         is_first = self._segment is None
-        if isinstance(past, Tensor):
-            self._note_segments(segment_ids.index_select(1, past))
-        else:
-            self._note_segments(segment_ids if is_first else segment_ids[:, past:])
+        self._note_segments(segment_ids if is_first else segment_ids[:, past:])
         if self.are_known:
             return
         rank = (segment_ids >= 0).cumsum(1)
@@ -97,6 +95,16 @@ class SinkTokens:
         elif bool(self._are_several):
             raise ValueError(_SEVERAL)
 
+    def note_on_device(self, segment_ids: Int[Tensor, "batch max_length"] | None, past: Tensor) -> None:
+        """Take note of one new token after `past`, (1,) of int64, when all sinks are known; nothing changes
+        here, since the step may run again. Another segment is a failed assertion in the device's queue."""
+        if segment_ids is None or self._segment is None:
+            return
+        known = self._segment[:, None]
+        new = segment_ids.index_select(1, past.clamp(max=segment_ids.shape[1] - 1))
+        is_other = (new >= 0) & (known >= 0) & (new != known)
+        torch.ops.aten._assert_async.msg(~is_other.any(), _SEVERAL)
+
     def crop(self, length: int) -> None:
         """Forget the tokens from position `length` on."""
         self.are_known = self.are_known and self.end <= length
@@ -110,11 +118,14 @@ class SinkTokens:
 
     def _place(self, positions: Tensor) -> None:
         """Set the positions, in the same memory where they can be: recorded steps read them there."""
-        old = self.positions
-        if is_recording() or old is None or (old.shape, old.device) != (positions.shape, positions.device):
-            self.positions = positions
-        else:
-            old.copy_(positions)
+        memory = self._memory if self.positions is None else self.positions
+        is_fitting = (
+            memory is not None
+            and not is_recording()
+            and (memory.shape, memory.device) == (positions.shape, positions.device)
+            and memory.is_inference() <= torch.is_inference_mode_enabled()
+        )
+        self.positions = memory.copy_(positions) if is_fitting and memory is not None else positions
 
     def _note_segments(self, new: Tensor) -> None:
         """Note whether new tokens, the first ones of all or some of a step, are all padding or in one

@@ -323,6 +323,10 @@ def layer_caches(cache: Cache, count: int) -> list[LayerCache] | list[GrowingLay
             f"past_key_values must be a cache of {count} layers, as this model has, got one of {len(caches)}"
         )
     lengths = [layer.begins_at(1) for layer in caches]
-    if isinstance(lengths[0], int) and len(set(lengths)) > 1:
-        raise ValueError(f"past_key_values must hold equally many tokens in each layer, got {lengths}")
+    if not isinstance(lengths[0], torch.Tensor):
+        for length in lengths:
+            if length != lengths[0]:
+                raise ValueError(
+                    f"past_key_values must hold equally many tokens in each layer, got {lengths}"
+                )
     return caches

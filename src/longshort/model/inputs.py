@@ -31,7 +31,7 @@ def segments_and_positions(
     device = tokens.device
     if isinstance(past, Tensor):
         assert max_length is not None
-        kv_len = max_length
+        kv_len, past = max_length, past.clamp(max=max_length - 1)
     else:
         kv_len = past + q_len
         if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] == max_length:

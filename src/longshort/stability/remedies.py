@@ -157,17 +157,15 @@ class QKClip:
         Raises:
             ValueError: the numbers are not those of the model's heads.
         """
-        device = self._layers[0].qkv_proj.weight.device
-        numbers = [torch.tensor(layer, dtype=torch.float64, device=device) for layer in max_logit_by_head]
-        return int(self.apply_on_device(numbers))
+        return int(self.apply_on_device([torch.tensor(x, dtype=torch.float64) for x in max_logit_by_head]))
 
     @torch.no_grad()
     def apply_on_device(self, max_logit_by_head: Sequence[Tensor]) -> Tensor:
-        """Do as `apply` does, with tensors on the device of the weights, as `Measurements` has them; a GPU is
-        not waited for.
+        """Do as `apply` does, with tensors on the devices of the weights, as `Measurements` has them; a GPU
+        is not waited for.
 
         Returns:
-            The number of query heads that were scaled, a scalar on that device.
+            The number of query heads that were scaled, a scalar on the first layer's device.
         """
         wanted = [layer.layout.num_heads for layer in self._layers]
         found = [len(layer) for layer in max_logit_by_head]
@@ -176,6 +174,7 @@ class QKClip:
         counts = []
         for layer, max_logits in zip(self._layers, max_logit_by_head, strict=True):
             heads, has_own_keys = layer.layout.num_heads, layer.layout.group_size == 1
+            max_logits = max_logits.to(layer.qkv_proj.weight.device)
             is_clipped = (max_logits > self._threshold) & (max_logits < torch.inf)  # false for NaN too
             factors = torch.where(is_clipped, self._threshold / max_logits, 1.0)
             factors = factors.sqrt().repeat(2) if has_own_keys else factors
@@ -184,4 +183,4 @@ class QKClip:
             precise = torch.promote_types(scaled.dtype, torch.float32)
             scaled *= factors[:, None, None].to(precise)  # 1 keeps every bit
             counts.append(is_clipped.sum())
-        return torch.stack(counts).sum()
+        return torch.stack([count.to(counts[0].device) for count in counts]).sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence  # torch reads the annotations of operators
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from longshort.backends.triton.launching import (
     launch,
     padded,
     precision,
-    table_of,
     with_positive_scale,
 )
 from longshort.backends.triton.tiles import tiles_for
 
+COLUMNS = decode.COLUMNS.value
 _SPLITS = 64
 _ALIGNMENT = 16
+_UNLIMITED = 1 << 62
 
 
 def describe_stores(
@@ -28,6 +29,7 @@ def describe_stores(
     rings: Sequence[int],
     lost: Sequence[int],
     group_of: Sequence[int],
+    max_length: int | None,
 ) -> Tensor:
     """Describe the stores of a cache to `attend_cached`, in a table on the CPU; valid while they live.
 
@@ -39,6 +41,7 @@ def describe_stores(
         rings: sizes of the rings, 0 for a store that keeps everything.
         lost: the numbers of first positions that are gone, whatever the length.
         group_of: the group of each key/value head.
+        max_length: the most tokens of the cache; None: as many as there are slots for.
 
     Returns:
         (kv_heads, columns) of int64.
@@ -51,7 +54,7 @@ def describe_stores(
         sink_k, sink_v = (part.data_ptr() + part.stride(1) * index * part.element_size() for part in sink)
         table.append([
             k, v, store.stride(1), store.shape[3], rings[group], lost[group],
-            sink_k, sink_v, sink.stride(1), sink.shape[3],
+            sink_k, sink_v, sink.stride(1), sink.shape[3], _UNLIMITED if max_length is None else max_length,
         ])  # fmt: skip
     return torch.tensor(table)
 
@@ -64,7 +67,7 @@ def attend_cached(
     length: Tensor,
     slots: int,
     sink_positions: Tensor | None,
-    windows: Sequence[int],
+    windows: Tensor,
     scale: float,
     softcap: float | None,
     alibi_slopes: Tensor | None,
@@ -80,10 +83,10 @@ def attend_cached(
     Args:
         q, k, v: of the new token; k and v in the dtype of the stores.
         table: the result of `describe_stores`, on the device.
-        length: (1,) of int64, tokens before the new one. Without a free slot for it the output is NaN.
+        length: (1,) of int64, tokens before the new one. If the cache is full the output is NaN.
         slots: the largest number of slots in use of a store.
         sink_positions: (batch, n) of int64, of the sinks of each sequence, -1 for none; None: no sinks.
-        windows: of each key/value head.
+        windows: of each key/value head, int32.
         scale, softcap, alibi_slopes, segment_ids: as in `AttentionCall`; the slopes in fp32. There may be
             more segment ids than tokens, of any value.
         with_lse: return the lse too, and the output in fp32.
@@ -106,8 +109,8 @@ def attend_cached(
     q_at, k_at, v_at = ((x.stride(0), x.stride(1), x.stride(3)) for x in (q, k, v))
     launch(
         decode.decode_kernel, (batch * kv_heads, splits), tiles,
-        q, k, v, table, length, parts, part_max, part_sum, table_of(tuple(windows), q.device), slopes, ids,
-        positions, *q_at, *k_at, *v_at, ids.stride(0), positions.stride(0),
+        q, k, v, table, length, parts, part_max, part_sum, windows, slopes, ids, positions,
+        *q_at, *k_at, *v_at, ids.stride(0), positions.stride(0),
         0 if sink_positions is None else sink_positions.shape[1], scale, softcap or 0.0, heads, kv_heads,
         batch, D=head_dim, BLOCK_D=padded(head_dim), ROWS=padded(heads // kv_heads), KEYS=tiles.keys,
         GROUP=heads // kv_heads, SOFTCAP=softcap is not None, ALIBI=alibi_slopes is not None,

@@ -10,11 +10,11 @@ others has a range of slots. A second kernel merges the splits in their order, a
 import triton
 import triton.language as tl
 
-from longshort.backends.triton.visibility import exp, exponent, scores_of, unit_of_scores
+from longshort.backends.triton.visibility import LOG2E, exponent, scores_of, unit_of_scores
 
-COLUMNS = tl.constexpr(10)
+COLUMNS = tl.constexpr(11)
 """The columns of the table: addresses of k and v, stride of the batch, slots, ring, number of lost positions;
-addresses of the sinks' k and v, their stride of the batch and number."""
+addresses of the sinks' k and v, their stride of the batch and number; the most tokens of the cache."""
 
 SMALLEST_SPLIT = tl.constexpr(128)
 
@@ -40,6 +40,7 @@ def decode_kernel(
     length = tl.load(LENGTH)
     window = tl.load(WINDOWS + kv)
     entry = TABLE + kv * COLUMNS
+    has_room = length < tl.load(entry + 10)
     batch_at = b * tl.load(entry + 2)
     k_store = tl.load(entry).to(tl.pointer_type(K.dtype.element_ty)) + batch_at
     v_store = tl.load(entry + 1).to(tl.pointer_type(V.dtype.element_ty)) + batch_at
@@ -68,7 +69,7 @@ def decode_kernel(
     query_id = tl.zeros([], tl.int64)
     ids_at = KEY_IDS + b.to(tl.int64) * stride_ids
     if SEGMENTS:
-        query_id = tl.load(ids_at + length)
+        query_id = tl.load(ids_at + length, mask=has_room, other=-1)
     sinks_at = ALL_SINKS + b.to(tl.int64) * stride_all_sinks
 
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
@@ -94,7 +95,6 @@ def decode_kernel(
         block_k = tl.where(is_new[:, None], new_k[None, :], 0.0)
         block_v = tl.where(seen[:, None], new_v[None, :], 0.0)
         distance = index * 0
-        has_room = (ring > 0) | (length < slots)
         slot = tl.where(ring > 0, length % tl.maximum(ring, 1), length) * has_room
         leaving = length - ring  # the position whose slot the new key takes
         if SINKS:
@@ -106,7 +106,7 @@ def decode_kernel(
             for sink in range(sinks):
                 is_it = (tl.load(sinks_at + sink) == leaving) & (sink < count)
                 rank = tl.where(is_it, sink, rank)
-            moves = (rank >= 0) & (ring > 0) & (leaving >= tl.maximum(lost, 0))
+            moves = (rank >= 0) & (ring > 0) & (leaving >= tl.maximum(lost, 0)) & has_room
             old_mask = is_channel & moves
             old_k = tl.load(k_store + slot * D + channel, mask=old_mask, other=0.0)
             old_v = tl.load(v_store + slot * D + channel, mask=old_mask, other=0.0)
@@ -144,8 +144,8 @@ def decode_kernel(
                     row_max, row_sum, acc, q, k, v, visible, (length - position).to(tl.int32), slope, scale,
                     softcap, SOFTCAP, ALIBI, PRECISION,
                 )  # fmt: skip
-        # the host may not know that a store is full: it shows in the output
-        row_max = tl.where(has_room, row_max, float("nan"))
+        # the host may not know that the cache is full: it shows in the output
+        row_sum = tl.where(has_room, row_sum, float("nan"))
         tl.store(OUT + at[:, None] * D + channel[None, :], acc, mask=is_row[:, None] & is_channel[None, :])
     else:
         begin = (split - 1) * share
@@ -194,7 +194,7 @@ def add_block(
     scores = tl.where(visible[None, :], scores, -float("inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
     base = tl.where(new_max == -float("inf"), 0.0, new_max)
-    shrink = exp(row_max - base)
+    shrink = tl.exp2(row_max * LOG2E - base * LOG2E)
     p = tl.exp2(exponent(scores, unit, base[:, None]))
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -221,7 +221,7 @@ def merge_kernel(
     part_sum = tl.load(PART_SUM + at, mask=is_split, other=0.0)
     row_max = tl.max(part_max, 0)
     base = tl.where(row_max == -float("inf"), 0.0, row_max)
-    shares = tl.where(part_sum == 0, 0.0, exp(part_max - base))
+    shares = tl.where(part_sum == 0, 0.0, tl.exp2(part_max * LOG2E - base * LOG2E))
     row_sum = tl.sum(shares * part_sum, 0)
     # a split that sees nothing has written no sums
     mask = (part_sum != 0)[:, None] & is_channel[None, :]

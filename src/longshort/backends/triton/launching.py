@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,10 +53,13 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-@lru_cache(maxsize=256)
+@cache
 def table_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return numbers below 2^31 as a tensor on a device, the same tensor each time.
+    """Return numbers below 2^31 as a tensor on a device, the same tensor each time and for good.
 
-    A copy in every call would take longer than some kernels, and could not be captured in a CUDA graph.
+    A copy in every call would take longer than some kernels, and could not be captured in a CUDA graph. In a
+    thread of its own nothing applies that the caller's has set: inference mode, or a pool for the memory of a
+    graph that is about to be captured.
     """
-    return torch.tensor(numbers, dtype=torch.int32, device=device)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(torch.tensor, numbers, dtype=torch.int32, device=device).result()
