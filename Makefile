@@ -15,7 +15,7 @@ BENCH = $(ON_GPU) longshort bench
 BENCH_FLAGS = --device cuda --overwrite --out $(GPU_OUT)
 
 .PHONY: help demo example-model test test-full sanitize sanitize-address sanitize-thread lint format clean
-.PHONY: gpu gpu-test gpu-bench gpu-attention gpu-models gpu-summary gpu-study
+.PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-attention gpu-models gpu-summary gpu-study
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -82,6 +82,13 @@ gpu:  ## on a GPU, in about ten minutes: gpu-test, gpu-bench and gpu-study
 gpu-test:  ## run tests/cuda, with GPU_PYTHON=python3
 	$(ON_GPU) longshort.bench.gpu test
 	$(ON_GPU) pytest -p no:cacheprovider -o addopts=--import-mode=importlib -o filterwarnings=default tests/cuda
+
+# The memory of each kernel's accesses is checked, which is slow: a few calls of each kind.
+gpu-sanitize:  ## run some of tests/cuda under compute-sanitizer
+	$(ON_GPU) longshort.bench.gpu test
+	PYTHONPATH=src:$$PYTHONPATH PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m \
+		pytest -p no:cacheprovider -o addopts=--import-mode=importlib -o filterwarnings=default tests/cuda \
+		-k "test_random_calls and (0- or 1- or 2- or 3-) or test_tokens_one_by_one"
 
 gpu-bench:  ## measure speed and memory on a GPU, write tables, plots and a summary to GPU_OUT=runs/gpu
 	$(MAKE) --keep-going gpu-attention gpu-models; code=$$?; $(MAKE) gpu-summary && exit $$code

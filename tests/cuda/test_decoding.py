@@ -72,11 +72,11 @@ def test_a_cuda_graph_decodes(fields: dict[str, Any], is_padded: bool) -> None:
         expected = model(ids, use_cache=False, **masks).logits
         cache = model.new_cache(max_length=longest)
         token, mask = ids[:, begin : begin + 1].clone(), mask_of(begin + 1, longest)
+        before = {"attention_mask": mask_of(begin - 1, longest)} if is_padded else {}
         masks = {"attention_mask": mask} if is_padded else {}
         first = {"attention_mask": mask_of(begin, longest)} if is_padded else {}
-        model(ids[:, :begin], past_key_values=cache, **first)
-        model(token, past_key_values=cache, **masks)  # compiles the kernels
-        cache.crop(-1)
+        model(ids[:, : begin - 1], past_key_values=cache, **before)
+        model(ids[:, begin - 1 : begin], past_key_values=cache, **first)  # compiles the kernels
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = model(token, past_key_values=cache, **masks).logits
@@ -87,6 +87,13 @@ def test_a_cuda_graph_decodes(fields: dict[str, Any], is_padded: bool) -> None:
             graph.replay()
             torch.testing.assert_close(logits[:, 0], expected[:, position], rtol=1e-3, atol=1e-4)
     assert cache.get_seq_length() == longest
+    with torch.no_grad():  # the same graph for another sequence
+        cache.reset()
+        model(ids[:, :begin], past_key_values=cache, **first)
+        token.copy_(ids[:, begin : begin + 1])
+        mask.copy_(mask_of(begin + 1, longest))
+        graph.replay()
+        torch.testing.assert_close(logits[:, 0], expected[:, begin], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
@@ -115,13 +122,16 @@ def test_compiled_steps_are_one_cuda_graph(is_padded: bool) -> None:
         assert skipped == 0
 
 
+@pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_generate_uses_it(is_padded: bool) -> None:
+def test_generate_uses_it(is_padded: bool, beams: int) -> None:
     torch.compiler.reset()
-    model = make_model(num_hidden_layers=2, max_position_embeddings=200).eval().to(GPU)
+    model = make_model(num_hidden_layers=2, max_position_embeddings=200, sink_tokens=2).eval().to(GPU)
     ids = make_ids(length=20).to(GPU)
     masks = {"attention_mask": mask_of(20, 20)} if is_padded else {}
-    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, **masks}
+    options: dict[str, Any] = {
+        "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "num_beams": beams, **masks,
+    }  # fmt: skip
     grown = model.generate(ids, **options)
     fixed = model.generate(ids, cache_implementation="static", **options)
     assert torch.equal(grown, fixed)

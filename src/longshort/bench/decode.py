@@ -4,6 +4,9 @@ The caches are filled with random keys and values, since a real prompt of this l
 time of a step does not depend on the values. In a turn a provider decodes some tokens one by one, and the
 context grows by them. Percentiles are over the steps; comparisons are between sums over rounds.
 
+On a GPU the step of our models is captured in a CUDA graph, so that the host's launches do not count; then
+memory for the context's growth is allocated before.
+
 Models of transformers use the cache of transformers: `DynamicCache` copies itself for each token.
 """
 
@@ -26,6 +29,8 @@ from longshort.evaluation.generation import cache_bytes
 from longshort.huggingface import SplitCache
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pandas as pd
 
 
@@ -64,8 +69,9 @@ class DecodeBenchmark(ModelBenchmark):
 
     @property
     def growth(self) -> int:
-        """The tokens by which the context grows: those of each round, and one for attention alone."""
-        return (self.rounds + 1) * (self.tokens + 1)
+        """The tokens by which the context grows: those of each round, and one for attention alone; and before
+        a GPU's graphs are captured one for each of these."""
+        return (self.rounds + 1) * (self.tokens + 1) + 2 * (self.device == "cuda")
 
     def new_tokens(self, length: int) -> int:
         return 1
@@ -90,6 +96,9 @@ class DecodeBenchmark(ModelBenchmark):
             for layer in cache.layers:
                 layer.cache.attend(*inputs.qkv)  # pyright: ignore[reportAttributeAccessIssue]
 
+        if device.type == "cuda" and described.is_ours:
+            step, attend = _captured(step), _captured(attend)
+
         @torch.no_grad()
         def take_turn() -> dict[str, float | list[float]]:
             steps = [1e3 * wall_seconds(step, device) for _ in range(self.tokens)]
@@ -113,3 +122,13 @@ class DecodeBenchmark(ModelBenchmark):
             attention_speedup_over_mhsa=attention / rounds["attention_microseconds"],
             floor_ratio=read.groupby("provider").first().get("mhsa", float("nan")) / read,
         )
+
+
+@torch.no_grad()
+def _captured(step: Callable[[], object]) -> Callable[[], None]:
+    """Run a step, which compiles its kernels, and return one that replays it as a CUDA graph."""
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

@@ -14,7 +14,7 @@ import torch
 _ATTENTION = ("annotated-types", "matplotlib", "numpy", "pandas", "rich", "tyro")
 _MODELS = (*_ATTENTION, "transformers")
 PACKAGES = {
-    "test": ("pytest", "jinja2", "tokenizers", *_MODELS),
+    "test": ("pytest",),
     "attention": _ATTENTION,
     "models": _MODELS,
     "study": (*_MODELS, "jinja2", "scipy"),

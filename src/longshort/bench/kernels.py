@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Le
 
-from longshort.attention import attention
 from longshort.layout import HeadLayout
 
 if TYPE_CHECKING:
     from longshort.backends.triton.tiles import Tiles
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_ROUNDS = 5
 _HEADS, _WINDOW = 12, 128
 
 
@@ -107,40 +104,43 @@ def _text(tiles: Tiles) -> str:
 
 
 def _times(kernel: str, dtype: torch.dtype, head_dim: int, length: int) -> dict[Tiles, float]:
-    """Time a call with each size of tiles that fits: medians in milliseconds, the sizes in turns."""
+    """Time a call with each size of tiles that fits: medians in milliseconds, without the host's part."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.testing import do_bench_cudagraph
 
     from longshort.backends.triton.tiles import candidates, using
 
-    layout = HeadLayout.split(_HEADS, 1, _WINDOW)
-    shape = (1, _HEADS, length, head_dim)
-    q, k, v = (torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True) for _ in range(3))
-
-    def run() -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if kernel == "forward":
-            begin.record()
-            attention(q, k, v, layout, backend="triton")
-        else:
-            out = attention(q, k, v, layout, backend="triton")
-            grad = torch.ones_like(out)
-            begin.record()
-            torch.autograd.grad(out, (q, k, v), grad)
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-    found: dict[Tiles, list[float]] = {}
+    run = _call(kernel, dtype, head_dim, length)
+    found: dict[Tiles, float] = {}
     for tiles in candidates():
         with using(kernel, tiles):
             try:
                 run()  # compiles
+                torch.cuda.synchronize()
             except (OutOfResources, PTXASError, CompilationError):
                 continue
-        found[tiles] = []
-    for _ in range(_ROUNDS):
-        for tiles, times in found.items():
-            with using(kernel, tiles):
-                times.append(run())
-    return {tiles: statistics.median(times) for tiles, times in found.items()}
+            median: Any = do_bench_cudagraph(run, return_mode="median")
+            found[tiles] = median
+    return found
+
+
+def _call(kernel: str, dtype: torch.dtype, head_dim: int, length: int) -> Callable[[], object]:
+    """Return a call that launches a kernel: the forward pass, or all of the backward pass."""
+    from longshort.backends import triton as backend
+    from longshort.backends.triton import operator
+
+    assert operator  # its import registers the operators
+    layout = HeadLayout.split(_HEADS, 1, _WINDOW)
+    shape = (1, _HEADS, length, head_dim)
+    q, k, v, grad_out = (torch.randn(shape, dtype=dtype, device="cuda") for _ in range(4))
+    options = (backend.windows_of_kv_heads(layout), 0, True, head_dim**-0.5, None)
+    operators = torch.ops.longshort
+
+    def forward() -> Any:
+        return operators.triton_attention(q, k, v, None, None, *options, dtype, False)
+
+    if kernel == "forward":
+        return forward
+    saved = forward()[:3]
+    return lambda: operators.triton_attention_backward(q, k, v, None, None, *saved, grad_out, None, *options)

@@ -125,7 +125,8 @@ class Provider:
             generator: random numbers on the model's device.
         """
         ours = isinstance(model, LongShortForCausalLM)
-        cache = model.new_cache() if ours else DynamicCache(config=self.config)
+        fixed = length + growth if model.device.type == "cuda" else None  # for a CUDA graph
+        cache = model.new_cache(max_length=fixed) if ours else DynamicCache(config=self.config)
         shape = (batch, self.layouts[0].num_kv_heads, length, self.head_dim)
         k, v = (
             torch.randn(shape, generator=generator, dtype=model.dtype, device=model.device) for _ in range(2)
