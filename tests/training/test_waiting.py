@@ -132,10 +132,10 @@ def test_launches_of_the_gpu_kernels_need_no_values(
     monkeypatch: pytest.MonkeyPatch, is_packed: bool, sink_tokens: int, with_stats: bool
 ) -> None:
     pytest.importorskip("triton")
-    from longshort.backends.triton import operator, tiles
+    from longshort.backends.triton import launching, operator
 
     launched = []
-    monkeypatch.setattr(tiles, "architecture_of", lambda device: "sm90")
+    monkeypatch.setattr(launching, "architecture_of", lambda device: "sm90")
     monkeypatch.setattr(operator, "launch", lambda kernel, *_, **__: launched.append(kernel))
     q = torch.empty(2, 4, LENGTH, 16, device="meta")
     k, v = torch.empty(2, 2, 2, LENGTH, 16, device="meta")

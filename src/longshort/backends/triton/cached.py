@@ -13,9 +13,9 @@ from longshort.backends.triton.launching import (
     launch,
     padded,
     precision,
+    tiles_for,
     with_positive_scale,
 )
-from longshort.backends.triton.tiles import tiles_for
 
 COLUMNS = decode.COLUMNS.value
 _SPLITS = 64

@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from longshort.backends.triton.tiles import Tiles
+from longshort.backends.triton.tiles import Tiles, architecture_of, tiles_of
 
 
 def interpreted() -> bool:
     """Return whether Triton's interpreter runs the kernels, on the CPU: TRITON_INTERPRET is 1."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def tiles_for(kernel: str, q: Tensor) -> Tiles:
+    """Return the sizes for a kernel that serves the query q; small ones for the interpreter."""
+    if interpreted():
+        return Tiles(16, 16, 1, 1)
+    return tiles_of(kernel, q.shape[3], q.dtype, architecture_of(q.device))
 
 
 def launch(

@@ -19,10 +19,10 @@ from longshort.backends.triton.launching import (
     padded,
     precision,
     table_of,
+    tiles_for,
     with_positive_scale,
 )
 from longshort.backends.triton.segments import Segments, find_segments
-from longshort.backends.triton.tiles import tiles_for
 
 
 def _forward(

@@ -9,9 +9,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
-from longshort.backends.triton.launching import interpreted
 
 
 class Tiles(NamedTuple):
@@ -30,13 +27,6 @@ class Tiles(NamedTuple):
 
 
 _chosen: dict[str, Tiles] = {}
-
-
-def tiles_for(kernel: str, q: Tensor) -> Tiles:
-    """Return the sizes for a kernel that serves the query q; small ones for the interpreter."""
-    if interpreted():
-        return Tiles(16, 16, 1, 1)
-    return tiles_of(kernel, q.shape[3], q.dtype, architecture_of(q.device))
 
 
 @lru_cache(maxsize=64)
