@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.attention_cases import assert_as_good_as_plain, computed, random_case
+from tests.attention_cases import Case, assert_as_good_as_plain, computed, random_case, visibility
 
-from longshort import attention
-from longshort.backends.triton import operator
+from longshort import HeadLayout, attention
+from longshort.backends.triton import launching, operator
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,27 @@ def test_the_same_bits_again_and_without_statistics(seed: int):
     assert all(map(torch.equal, first.gradients, second.gradients))
     alone = attention(case.q, case.k, case.v, case.layout, backend="triton", **case.options)
     assert torch.equal(alone, first.out)
+
+
+@pytest.mark.parametrize("sink_tokens", [0, 2])
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_see_their_keys_and_no_others(causal: bool, sink_tokens: int):
+    """Without queries a row is the mean of the values that it sees, here of a column for each key."""
+    windows, length = (1, 2, 15, 16, 17, 33, None), 35
+    layout = HeadLayout(windows, sink_tokens=sink_tokens)
+    q, k = torch.zeros(2, 1, len(windows), length, length).unbind()
+    out = attention(q, k, torch.eye(length).expand_as(k), layout, causal=causal, backend="triton")
+    case = Case(q, k, k, layout, {"causal": causal})
+    torch.testing.assert_close(out > 0, visibility(case))
+
+
+def test_vectors_that_lie_far_apart():
+    """Entries of a vector are addressed by 32 bits; tensors that need more are copied."""
+    far = torch.empty_strided((1, 1, 1, 3), (1, 1, 1, 1 << 30), device="meta")
+    near = torch.empty(1, 1, 1, 3)
+    copied, kept = launching.with_near_channels(far, near)
+    assert copied.stride(3) == 1
+    assert kept is near
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")

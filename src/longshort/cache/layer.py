@@ -88,7 +88,7 @@ class LayerCache(KeyValueCache):
 
     def begins_at(self, new: int) -> int | Tensor:
         """Return the number of tokens before the next `new` ones; see `KeyValueCache.begins_at`."""
-        if new == 1 and self._may_record and is_recording():
+        if new == 1 and self._may_record and not self.record_past and is_recording():
             assert self._gpu_kernel.length is not None
             return self._gpu_kernel.length
         return self.length

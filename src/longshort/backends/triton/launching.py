@@ -54,6 +54,11 @@ def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-q, -scale) if scale < 0 else (q, scale)
 
 
+def with_near_channels(*tensors: Tensor) -> list[Tensor]:
+    """Copy tensors whose entries of a vector lie so far apart that a 32-bit offset could not reach them."""
+    return [x if abs(x.stride(3)) * x.shape[3] < 1 << 31 else x.contiguous() for x in tensors]
+
+
 def padded(size: int) -> int:
     """Return the size of a block for `size` numbers: a power of two, at least 16 for matrix products."""
     return max(16, 1 << (size - 1).bit_length())

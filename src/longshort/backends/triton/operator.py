@@ -20,6 +20,7 @@ from longshort.backends.triton.launching import (
     precision,
     table_of,
     tiles_for,
+    with_near_channels,
     with_positive_scale,
 )
 from longshort.backends.triton.segments import Segments, find_segments
@@ -44,6 +45,7 @@ def _forward(
     `windows` has one entry per query head.
     """
     q, scale = with_positive_scale(q, scale)
+    q, k, v = with_near_channels(q, k, v)
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     tiles = tiles_for("forward", q)
@@ -100,13 +102,14 @@ def _backward(
     """Return the gradients of q, k and v."""
     is_negative = scale < 0
     q, scale = with_positive_scale(q, scale)
+    q, k, v = with_near_channels(q, k, v)
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
     grad_v = v.new_empty(v.shape) if grad_out is not None else v.new_zeros(v.shape)
     has_out = grad_out is not None
     # rounded once for all products, so that they and delta see the same numbers
-    grad_out = out if grad_out is None else grad_out.to(q.dtype)
+    (grad_out,) = with_near_channels(out if grad_out is None else grad_out.to(q.dtype))
     call = _Call(q, k, alibi_slopes, segment_ids, windows, sink_tokens)
     constants = {
         "D": head_dim, "BLOCK_D": padded(head_dim), "GROUP": heads // kv_heads, "CAUSAL": causal,
