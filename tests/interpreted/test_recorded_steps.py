@@ -130,15 +130,20 @@ def test_sequences_change_places() -> None:
         sequence.check(sequence.replay(position), position, position + 1)
 
 
-def test_a_cache_is_used_again() -> None:
-    sequence = Sequence(LAYOUTS["sinks"], None)
+@pytest.mark.parametrize("padding", [None, 1])
+def test_a_cache_is_used_again(padding: int | None) -> None:
+    sequence = Sequence(LAYOUTS["sinks"], padding)
     sequence.feed(0, 6)
     sequence.record()
     for position in range(7, 12):
         sequence.replay(position)
     sequence.cache.reset()
+    assert sequence.replay(0).isnan().all()  # there is no memory
+    sequence.cache.reset()
     assert sequence.cache.length == 0
     sequence.tensors = [torch.randn_like(x) for x in sequence.tensors]
+    if sequence.ids is not None:
+        sequence.ids = sequence.ids.roll(1, 0) * 2 + 3 * (sequence.ids.roll(1, 0) >= 0)
     sequence.check(sequence.feed(0, 7), 0, 7)
     for position in range(7, 13):
         sequence.check(sequence.replay(position), position, position + 1)
@@ -168,6 +173,10 @@ def test_modes_of_inference_mix() -> None:
     sequence.record()
     for position in range(5, 12):
         sequence.check(sequence.replay(position), position, position + 1)
+    assert sequence.cache.length == 12
+    sequence.cache.reset()
+    sequence.feed(0, 5)
+    sequence.check(sequence.replay(5), 5, 6)
 
 
 @pytest.mark.parametrize(

@@ -170,10 +170,11 @@ class TritonKernel(CacheKernel):
             self._counted = length
 
     def forget(self) -> None:
-        """Tell the device that there are no tokens, in the same memory."""
+        """Tell the device that there are neither tokens nor stores: a step would give NaN."""
         self._counted = 0
-        if self.length is not None:
-            self.length.fill_(0)
+        if self.length is not None and self._table is not None:
+            self.length.zero_()
+            self._table.zero_()
 
     def read_length(self) -> int:
         """Return the number of tokens by the device, which this waits for."""

@@ -93,6 +93,10 @@ class LayerCache(KeyValueCache):
             return self._gpu_kernel.length
         return self.length
 
+    def count_on_host(self) -> None:
+        """Take the number of tokens from the host until the next call that is not compiled."""
+        self._may_record = False
+
     @property
     def has_every_key(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether nothing is in the cache yet, so that the new keys are all there are."""
@@ -219,6 +223,7 @@ class LayerCache(KeyValueCache):
             store.crop(length)
         if self._sink_tokens is not None:
             self._sink_tokens.crop(length)
+            self._may_record = self._may_record and self._sink_tokens.are_known
         self._update()
 
     def expect(self, length: int) -> None:
@@ -384,7 +389,7 @@ class LayerCache(KeyValueCache):
 
     def _count(self) -> None:
         """Learn the number of tokens from the device, where only the device knows it."""
-        if not self._is_counted_on_device:
+        if not self._is_counted_on_device or self.stores[0].data is None:
             return
         if is_recording():
             raise ValueError(
@@ -392,12 +397,14 @@ class LayerCache(KeyValueCache):
                 "them; for more tokens call what is neither compiled nor captured"
             )
         length = self._gpu_kernel.read_length()
-        for store in self.stores:
-            store.adopt(length, self._sink_tokens)
+        if length != self.stores[0].length:
+            for store in self.stores:
+                store.adopt(length, self._sink_tokens)
 
     def _update(self) -> None:
         """Tell the device what the host knows."""
-        if self.stores[0].data is not None and (self._may_record or self._is_counted_on_device):
+        is_needed = self._may_record or self._is_counted_on_device
+        if is_needed and self.stores[0].data is not None and not is_recording():
             self._gpu_kernel.prepare(self.stores)
 
     def _kernel(self, q: Tensor, backend: str, round_probabilities: bool) -> CacheKernel | None:

@@ -38,13 +38,12 @@ class SinkTokens:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.positions: Tensor | None = None
+        self._memory: dict[str, Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget the sequences."""
-        self._memory = self.positions
-        self.positions = None
+        self.positions: Tensor | None = None
         self.are_known = False
         self.end = 0
         self._has_several = False
@@ -62,7 +61,8 @@ class SinkTokens:
         is_eager = not is_recording()
         if segment_ids is None:
             if not self.are_known:
-                self._place(torch.arange(self.count, device=new.device).repeat(len(new), 1))
+                positions = torch.arange(self.count, device=new.device).repeat(len(new), 1)
+                self.positions = self._in_place("positions", positions)
                 self.are_known, self.end = is_eager and past + new.shape[2] >= self.count, self.count
             return
         is_first = self._segment is None
@@ -72,9 +72,9 @@ class SinkTokens:
         rank = (segment_ids >= 0).cumsum(1)
         ordinals = torch.arange(1, self.count + 1, device=rank.device).repeat(len(rank), 1)
         positions = torch.searchsorted(rank, ordinals)
-        self._place(torch.where(positions < rank.shape[1], positions, -1))
+        self.positions = self._in_place("positions", torch.where(positions < rank.shape[1], positions, -1))
         if is_eager and (is_first or rank.device.type == "cpu") and len(rank):
-            assert self._are_several is not None and self.positions is not None
+            assert self._are_several is not None
             numbers = torch.stack([self.positions.amin(), self.positions.amax(), self._are_several.long()])
             least, last, several = numbers.tolist()
             self.are_known, self.end, self._has_several = least >= 0, last + 1, bool(several)
@@ -112,28 +112,29 @@ class SinkTokens:
     def map_batch(self, change: Callable[[Tensor, int], Tensor]) -> None:
         """Replace each tensor x, whose batch is dimension `dim`, by `change(x, dim)`."""
         if self.positions is not None:
-            self._place(change(self.positions, 0))
+            self.positions = self._in_place("positions", change(self.positions, 0))
         if self._segment is not None:
-            self._segment = change(self._segment, 0)
+            self._segment = self._in_place("segment", change(self._segment, 0))
 
-    def _place(self, positions: Tensor) -> None:
-        """Set the positions, in the same memory where they can be: recorded steps read them there."""
-        memory = self._memory if self.positions is None else self.positions
-        is_fitting = (
-            memory is not None
-            and not is_recording()
-            and (memory.shape, memory.device) == (positions.shape, positions.device)
-            and memory.is_inference() <= torch.is_inference_mode_enabled()
-        )
-        self.positions = memory.copy_(positions) if is_fitting and memory is not None else positions
+    def _in_place(self, name: str, value: Tensor) -> Tensor:
+        """Return a value in the memory that it had before, where captured steps read it."""
+        if is_recording():
+            return value
+        memory = self._memory.get(name)
+        kind = value.shape, value.dtype, value.device
+        if memory is None or (memory.shape, memory.dtype, memory.device) != kind:
+            with torch.inference_mode(False):  # it is written to in any mode
+                memory = self._memory[name] = torch.empty_like(value)
+        return memory.copy_(value)
 
     def _note_segments(self, new: Tensor) -> None:
         """Note whether new tokens, the first ones of all or some of a step, are all padding or in one
         segment."""
         if self._segment is None or self._are_several is None:
-            self._segment = new.amax(1)
+            self._segment = self._in_place("segment", new.amax(1))
             self._are_several = torch.zeros((), dtype=torch.bool, device=new.device)
         elif not self.are_known:  # else each sequence has a segment already
-            self._segment = torch.where(self._segment < 0, new.amax(1).to(self._segment.dtype), self._segment)
+            segment = torch.where(self._segment < 0, new.amax(1).to(self._segment.dtype), self._segment)
+            self._segment = self._in_place("segment", segment)
         is_other = (new >= 0) & (new != self._segment[:, None])
-        self._are_several = self._are_several | is_other.any()
+        self._are_several = self._in_place("are_several", self._are_several | is_other.any())

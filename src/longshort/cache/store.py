@@ -175,7 +175,8 @@ class Store:
         if self.sink_tokens and self.sink_positions is not None:
             assert sink_tokens is not None and sink_tokens.positions is not None
             spots = sink_tokens.positions[:, : self.sink_positions.shape[1]]
-            self.sink_positions.copy_(torch.where(spots < self.first, spots, -1))
+            self.sink_positions = torch.where(spots < self.first, spots, -1)
+            self.version += 1
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on, at least `least_length`."""

@@ -275,6 +275,9 @@ class GrowingLayer:
         """Return the number of tokens before the next `new` ones."""
         return self.length
 
+    def count_on_host(self) -> None:
+        """Nothing: `length` is the host's."""
+
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append (batch, kv_heads, new, head_dim) keys and values; return all of them, old and new.
 
@@ -323,10 +326,14 @@ def layer_caches(cache: Cache, count: int) -> list[LayerCache] | list[GrowingLay
             f"past_key_values must be a cache of {count} layers, as this model has, got one of {len(caches)}"
         )
     lengths = [layer.begins_at(1) for layer in caches]
-    if not isinstance(lengths[0], torch.Tensor):
-        for length in lengths:
-            if length != lengths[0]:
-                raise ValueError(
-                    f"past_key_values must hold equally many tokens in each layer, got {lengths}"
-                )
+    are_counted_on_device = [isinstance(length, torch.Tensor) for length in lengths]
+    if all(are_counted_on_device):
+        return caches
+    if any(are_counted_on_device):  # some layers have sinks of which some are still to come
+        for layer in caches:
+            layer.count_on_host()
+        lengths = [layer.begins_at(1) for layer in caches]
+    for length in lengths:
+        if length != lengths[0]:
+            raise ValueError(f"past_key_values must hold equally many tokens in each layer, got {lengths}")
     return caches
