@@ -124,7 +124,7 @@ def test_random_calls(unfused: None, seed: int, dtype: torch.dtype):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_gradients_of_random_calls(monkeypatch, seed: int):
-    """By what FlexAttention computes where there is no kernel, which it does not offer on a CPU."""
+    """FlexAttention computes without its kernels, which it does not offer on a CPU."""
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_tensors: None)
     options: dict[str, Any] = {"backend": "aot_eager", "dynamic": False, "fullgraph": True}
     monkeypatch.setattr(flex, "_compile", lambda: torch.compile(torch_flex.flex_attention, **options))

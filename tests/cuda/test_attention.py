@@ -189,7 +189,7 @@ def test_memory_grows_with_the_length_alone() -> None:
 def test_flex_attention_agrees(seed: int) -> None:
     case = on_gpu(wide_case(seed, 64).cast(torch.float32))
     if case.q.shape[2] < 128:
-        pytest.skip("FlexAttention has another kernel for a few queries, with limits of its own")
+        pytest.skip("FlexAttention has another kernel for a few queries, with its own limits")
     case.options.pop("sink_logits", None)
     ours = attention(case.q, case.k, case.v, case.layout, backend="triton", **case.options)
     theirs = attention(case.q, case.k, case.v, case.layout, backend="flex", **case.options)

@@ -92,7 +92,7 @@ def test_a_step_runs_for_each_token(layout: HeadLayout, padding: int | None) -> 
     for position in range(7, 17):
         sequence.check(sequence.replay(position), position, position + 1)
     assert sequence.cache.length == 17
-    sequence.check(sequence.feed(17, 21), 17, 21)  # the host goes on
+    sequence.check(sequence.feed(17, 21), 17, 21)  # the host continues
     sequence.check(sequence.feed(21, 22), 21, 22)
     for position in range(22, 26):  # and the recording
         sequence.check(sequence.replay(position), position, position + 1)
@@ -223,6 +223,11 @@ def test_what_cannot_be_recorded_is_refused() -> None:
         sequence.cache.attend(*(x[:, :, :1] for x in new), segment_ids=torch.zeros(2, 6, dtype=torch.int64))
 
 
+def padding_of(is_padded: bool, length: int, longest: int) -> dict[str, Any]:
+    """The argument of a model that masks padding, if there is any."""
+    return {"attention_mask": mask_of(length, longest)} if is_padded else {}
+
+
 def mask_of(length: int, longest: int) -> Tensor:
     mask = (torch.arange(longest) < length).long().repeat(2, 1)
     mask[0, :3] = 0
@@ -237,10 +242,10 @@ def test_a_model_runs_for_each_token(fields: dict[str, Any], is_padded: bool) ->
     model = make_model(num_hidden_layers=2, **fields).eval()
     ids, longest = make_ids(length=16), 16
     with torch.no_grad():
-        options = {"attention_mask": mask_of(16, 16)} if is_padded else {}
+        options = padding_of(is_padded, 16, 16)
         expected = model(ids, use_cache=False, **options).logits
         cache = model.new_cache(max_length=longest)
-        model(ids[:, :8], past_key_values=cache, **({"attention_mask": mask_of(8, 16)} if is_padded else {}))
+        model(ids[:, :8], past_key_values=cache, **padding_of(is_padded, 8, 16))
     token, mask = ids[:, 8:9].clone(), mask_of(9, longest)
     with recording() as tape:
         out = model(token, past_key_values=cache, **({"attention_mask": mask} if is_padded else {})).logits
@@ -267,12 +272,12 @@ def test_a_compiled_model_has_one_graph_of_tensors(is_padded: bool) -> None:
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     ids = make_ids(length=14)
     with torch.no_grad():
-        options = {"attention_mask": mask_of(14, 14)} if is_padded else {}
+        options = padding_of(is_padded, 14, 14)
         expected = model(ids, use_cache=False, **options).logits
         cache = model.new_cache(max_length=14)
-        model(ids[:, :8], past_key_values=cache, **({"attention_mask": mask_of(8, 14)} if is_padded else {}))
+        model(ids[:, :8], past_key_values=cache, **padding_of(is_padded, 8, 14))
         for position in range(8, 14):
-            options = {"attention_mask": mask_of(position + 1, 14)} if is_padded else {}
+            options = padding_of(is_padded, position + 1, 14)
             out = compiled(ids[:, position : position + 1], past_key_values=cache, **options).logits
             torch.testing.assert_close(out[:, 0], expected[:, position], rtol=1e-4, atol=1e-5)
     assert len(graphs) == 1

@@ -21,7 +21,7 @@ TOKENS = 4 * 48
 
 @pytest.fixture
 def pass_time(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A clock that moves when a function is called that was given to it, by so many seconds."""
+    """A clock that advances by given seconds whenever a given function is called."""
     now = 0.0
     monkeypatch.setattr(recorder, "time", SimpleNamespace(perf_counter=lambda: now))
 

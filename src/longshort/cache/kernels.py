@@ -152,8 +152,8 @@ class TritonKernel(CacheKernel):
         if self.length is None or self.length.device != device:
             with torch.inference_mode(False):  # what follows is written to in any mode
                 self.length = torch.full((1,), length, device=device)
-                self._table = torch.empty((self._layout.num_kv_heads, cached.COLUMNS), dtype=torch.int64)
-                self._table = self._table.to(device)
+                shape = self._layout.num_kv_heads, cached.COLUMNS
+                self._table = torch.empty(shape, dtype=torch.int64, device=device)
             self._windows = table_of(tuple(triton.windows_of_kv_heads(self._layout)), device)
             self._versions, self._counted = None, length
         assert self._table is not None

@@ -76,7 +76,7 @@ class LayerCache(KeyValueCache):
         self._is_counted_on_device = False  # by such steps, of which the host sees one at most
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state as the host has it: a copy has memory of its own on the device."""
+        """Return the state as the host has it: a copy gets its own memory on the device."""
         self._count()
         return {**self.__dict__, "_may_record": False, "_is_counted_on_device": False}
 

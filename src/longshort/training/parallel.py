@@ -48,7 +48,7 @@ class Ranks:
         return nullcontext()
 
     def put(self, values: Tensor) -> Tensor:
-        """Copy a tensor of the CPU to the device; the process does not wait for a GPU, whose work goes on."""
+        """Copy a CPU tensor to the device, without waiting for a GPU."""
         if self.device.type != "cuda":
             return values.to(self.device)
         return values.pin_memory().to(self.device, non_blocking=True)  # from other memory a copy waits

@@ -68,9 +68,9 @@ def padded(size: int) -> int:
 def table_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Return numbers below 2^31 as a tensor on a device, the same tensor each time and for good.
 
-    A copy in every call would take longer than some kernels, and could not be captured in a CUDA graph. In a
-    thread of its own nothing applies that the caller's has set: inference mode, or a pool for the memory of a
-    graph that is about to be captured.
+    A copy in every call would take longer than some kernels, and could not be captured in a CUDA graph. The
+    tensor is made in another thread, where neither the caller's inference mode applies nor the memory pool of
+    a graph that is about to be captured.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(torch.tensor, numbers, dtype=torch.int32, device=device).result()
