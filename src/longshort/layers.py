@@ -60,6 +60,13 @@ class Observation:
     v: Float[Tensor, "batch kv_heads kv_len head_dim"]
     stats: AttentionStats
     options: dict[str, Any]
+    extend: Callable[[Observation, int], Observation] | None = None
+    """Makes an observation with earlier keys, if the sequence is cut across ranks; None if it is not."""
+
+    def with_earlier_keys(self, count: int) -> Observation:
+        """Return an observation with the keys that lie up to `count` before these, if other ranks hold them:
+        then all ranks must call it."""
+        return self if self.extend is None else self.extend(self, count)
 
 
 Observer = Callable[[Observation], None]
@@ -93,6 +100,7 @@ class LongShortAttention(nn.Module):
             adds more than one.
         function: computes the attention of passes without a cache, and of observed ones, unless the precision
             is "sdpa-bf16"; takes and returns what `longshort.attention.attention` does, which it is at first.
+            Across ranks it is a `longshort.distributed.ContextParallel`.
 
     Raises:
         TypeError: layout is no HeadLayout, or rotary no Rotary.
@@ -264,7 +272,8 @@ class LongShortAttention(nn.Module):
                 out, stats = self.function(
                     q, k, v, self.layout, backend=self.backend, return_stats=True, **options
                 )
-        observation = Observation(q, k, v, stats, options)
+        extend = getattr(self.function, "with_earlier_keys", None)
+        observation = Observation(q, k, v, stats, options, extend)
         for observer in (self.observer, *self._observers):
             if observer is not None:
                 observer(observation)

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from longshort.checks import require_integer
+from longshort.distributed import put_values
 from longshort.model.config import LongShortConfig
 from longshort.model.decoder import LongShortModel, LongShortPreTrainedModel
 from longshort.model.inputs import check_labels, kept
@@ -77,7 +78,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
 
         The stream is a function of seed and the module's name alone: if one model has modules that another
         lacks, the two agree bit for bit in all others of equal shape. The distributions are those of a new
-        model, drawn on the CPU in fp32; torch's own generators are neither read nor advanced. Parameters that
+        model, drawn on the CPU in fp32, also where FSDP2 has cut the model into shards; torch's own generators are neither read nor advanced. Parameters that
         are not random in a new model (gains, sink logits, convolutions) stay as they are.
 
         Args:
@@ -99,7 +100,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
             drawn = torch.normal(
                 0.0, std, weight.shape, generator=generator, dtype=torch.float32, device="cpu"
             )
-            weight.copy_(drawn)
+            put_values(weight, drawn)
 
     @can_return_tuple
     def forward(

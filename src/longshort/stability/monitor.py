@@ -155,6 +155,8 @@ class AttentionMonitor:
         self._entropies[index].append(observation.stats.entropy.detach())
         layout = self._layers[index].layout
         if self._measures_ranges:
+            if observation.extend is not None:
+                raise ValueError("row_range does not go with a sequence that is cut across ranks")
             ranges = torch.empty_like(observation.stats.max_logit)
             is_sink = sink_keys_of(observation, layout.sink_tokens)
             for group in layout.groups:
@@ -163,6 +165,7 @@ class AttentionMonitor:
             self._row_ranges[index].append(ranges)
         if self._band is not None and layout.global_heads:
             group = next(group for group in layout.groups if group.window is None)
+            observation = observation.with_earlier_keys(self._band - 1)
             largest, smallest = _row_extremes(observation, group, self._band)
             max_logit = torch.maximum(largest.abs(), smallest.abs()).amax()
             self._in_band[index].append(torch.stack([max_logit, (largest - smallest).amax()]))

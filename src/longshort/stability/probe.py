@@ -97,6 +97,8 @@ class AttentionProbe:
 
     @torch.no_grad()
     def _observe(self, index: int, observation: Observation) -> None:
+        if observation.extend is not None:
+            raise ValueError("a probe does not go with a sequence that is cut across ranks")
         layout = self._layers[index].layout
         q, k = observation.q, observation.k
         q_len, kv_len, dtype = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -178,9 +178,20 @@ class QKClip:
             is_clipped = (max_logits > self._threshold) & (max_logits < torch.inf)  # false for NaN too
             factors = torch.where(is_clipped, self._threshold / max_logits, 1.0)
             factors = factors.sqrt().repeat(2) if has_own_keys else factors
-            rows = layer.qkv_proj.weight.unflatten(0, (-1, layer.head_dim))  # a view: heads, dim, embed
-            scaled = rows[: 2 * heads if has_own_keys else heads]
-            precise = torch.promote_types(scaled.dtype, torch.float32)
-            scaled *= factors[:, None, None].to(precise)  # 1 keeps every bit
+            _scale_rows(layer.qkv_proj.weight, factors, layer.head_dim)
             counts.append(is_clipped.sum())
         return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+
+
+def _scale_rows(weight: Tensor, factors: Tensor, head_dim: int) -> None:
+    """Scale the first heads of a weight in place; it may be cut into shards by FSDP2."""
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    by_row = factors.to(precise).repeat_interleave(head_dim)
+    if not hasattr(weight, "device_mesh"):
+        weight[: len(by_row)] *= by_row[:, None]  # 1 keeps every bit
+        return
+    from torch.distributed.tensor import DTensor, Replicate  # slow to import, and there already
+
+    by_row = torch.cat([by_row, by_row.new_ones(len(weight) - len(by_row))])[:, None]
+    mesh: Any = weight.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    weight *= DTensor.from_local(by_row, mesh, [Replicate()] * mesh.ndim, run_check=False)

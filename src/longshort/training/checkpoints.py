@@ -4,6 +4,10 @@
 state by parameter name) and state.json too. It is written under a name that no reader takes for a checkpoint,
 synced to the disk, and only then renamed. Nothing in it is pickled. A run that measures updates of query and
 key weights has alarms.safetensors too: the weights from which the next update is measured.
+
+If the model is cut into shards, each process writes its own, of weights and optimizer together, as
+shard-*.safetensors, by torch.distributed.checkpoint. Any number of processes reads either kind, with a whole
+model or one in shards.
 """
 
 from __future__ import annotations
@@ -11,27 +15,38 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.tensor import DTensor
 
 from longshort.data.files import sync_folder, sync_tree
+from longshort.distributed import put_values
 from longshort.huggingface.progress_bars import without_progress_bars
 from longshort.reporting.files import replace_file
 from longshort.stability import UpdateEntropy
+from longshort.training.parallel import Ranks
+from longshort.training.sharding import is_sharded
 
 FOLDER = "checkpoints"
 _WEIGHTS = "model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _ALARMS = "alarms.safetensors"
 _STATE = "state.json"
-_FILES = ("config.json", _WEIGHTS, _OPTIMIZER, _STATE)
+_SHARDS = "shard-*.safetensors"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -77,19 +92,57 @@ def save_checkpoint(
         OSError: the disk is full, or the files cannot be written for another reason. Earlier checkpoints are
             untouched and nothing of the new one is left.
     """
-    folder = run / FOLDER
-    final = folder / f"step-{state.step}"
-    if _is_complete(final):
-        raise FileExistsError(f"{final} exists already")
-    partial = folder / f".step-{state.step}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with _new_checkpoint(run, state) as partial:
         with without_progress_bars():
             model.save_pretrained(partial, max_shard_size="1TB")  # one file of weights
         save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER)
         if update_entropy is not None:
             save_file(update_entropy.state(), partial / _ALARMS)
+    return checkpoint_folder(run, state.step)
+
+
+def save_shards(
+    run: Path, model: Any, optimizer: torch.optim.Optimizer, state: TrainState, ranks: Ranks
+) -> Path:
+    """Write `run/checkpoints/step-N` of a model that is cut into shards; all ranks call it.
+
+    Args:
+        run, model, optimizer, state: as for `save_checkpoint`.
+        ranks: the processes.
+
+    Raises:
+        FileExistsError, OSError: as in `save_checkpoint`.
+    """
+    new = _new_checkpoint(run, state) if ranks.is_main else nullcontext(_partial(run, state.step))
+    with new as partial:
+        ranks.barrier()  # the folder is there
+        tensors = _weights(model) | {
+            name: moment.reshape(1) if moment.ndim == 0 else moment
+            for name, moment in _optimizer_tensors(model, optimizer).items()
+        }
+        try:
+            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+        except CheckpointException as error:
+            raise OSError(str(next(iter(error.failures.values()))[0])) from error
+        if ranks.is_main:
+            model.config.save_pretrained(partial)
+        sync_tree(partial)
+        ranks.barrier()  # every shard is on the disk
+    ranks.barrier()
+    return checkpoint_folder(run, state.step)
+
+
+@contextmanager
+def _new_checkpoint(run: Path, state: TrainState) -> Iterator[Path]:
+    """Give a folder whose files become the checkpoint, complete or not at all."""
+    folder, final = run / FOLDER, checkpoint_folder(run, state.step)
+    if _is_complete(final):
+        raise FileExistsError(f"{final} exists already")
+    partial = _partial(run, state.step)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
         (partial / _STATE).write_text(_as_json(state))
         sync_tree(partial)
         if final.exists():  # it lacks files, so the run was not resumed from it
@@ -102,7 +155,10 @@ def save_checkpoint(
             f"the checkpoint of step {state.step} could not be written to {folder}: {error}; "
             "the checkpoints before it are whole"
         ) from error
-    return final
+
+
+def _partial(run: Path, step: int) -> Path:
+    return run / FOLDER / f".step-{step}.partial"
 
 
 def keep_checkpoints(run: Path, steps: Collection[int]) -> None:
@@ -155,26 +211,39 @@ def load_checkpoint(
         OSError: a file is missing or damaged.
         ValueError: the checkpoint is of another model.
     """
-    load_weights(checkpoint, model)
-    try:
-        moments = load_file(checkpoint / _OPTIMIZER)
-        if update_entropy is not None:
-            update_entropy.restore(load_file(checkpoint / _ALARMS))
-    except SafetensorError as error:
-        raise OSError(f"{checkpoint} is damaged: {error}") from error
     state = _read_state(checkpoint / _STATE)
     optimizer.state.clear()
+    if _has_shards(checkpoint):
+        assert update_entropy is None
+        moments = {} if state.step == 0 else _new_moments(model)
+        _read_shards(checkpoint, model, _weights(model) | moments)
+    else:
+        load_weights(checkpoint, model)
+        moments = _read(checkpoint / _OPTIMIZER)
+        if update_entropy is not None:
+            update_entropy.restore(_read(checkpoint / _ALARMS))
     if state.step == 0:  # AdamW has nothing yet
         return state
     for name, parameter in model.named_parameters():
         missing = [f"{name}.{moment}" for moment in _MOMENTS if f"{name}.{moment}" not in moments]
         if missing:
             raise ValueError(f"{checkpoint / _OPTIMIZER} does not fit the model of this run: no {missing[0]}")
-        # Copied to memory that torch allocates: a mapped file's alignment could change the last bits of sums.
         optimizer.state[parameter] = {
-            moment: moments[f"{name}.{moment}"].to(parameter.device, copy=True) for moment in _MOMENTS
+            moment: _own(moments[f"{name}.{moment}"], parameter) for moment in _MOMENTS
         }
     return state
+
+
+def _own(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of AdamW's state as the optimizer of a parameter holds it."""
+    if moment.numel() == 1 and parameter.numel() != 1:
+        moment = moment.reshape(())  # the number of steps
+    elif isinstance(parameter, DTensor) and not isinstance(moment, DTensor):
+        part = torch.zeros_like(parameter.detach())
+        put_values(part, moment)
+        return part
+    # Copied to memory that torch allocates: a mapped file's alignment could change the last bits of sums.
+    return moment.to(parameter.device, copy=True)
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
@@ -184,6 +253,18 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
         OSError: the file is missing or damaged.
         ValueError: the weights are those of another model.
     """
+    if _has_shards(checkpoint):
+        _read_shards(checkpoint, model, _weights(model))
+        return
+    if is_sharded(model):
+        found = _read(checkpoint / _WEIGHTS)
+        for name, parameter in model.named_parameters():
+            if name not in found or found[name].shape != parameter.shape:
+                raise ValueError(
+                    f"{checkpoint} does not fit the model of this run: {name} is missing or differs"
+                )
+            put_values(parameter, found[name])
+        return
     try:
         load_model(model, checkpoint / _WEIGHTS)
     except SafetensorError as error:
@@ -207,6 +288,41 @@ def remove_partial_checkpoints(run: Path) -> None:
     """Remove what a killed process left half-written."""
     for path in (run / FOLDER).glob(".step-*.partial"):
         shutil.rmtree(path)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise OSError(f"{path.parent} is damaged: {error}") from error
+
+
+def _has_shards(checkpoint: Path) -> bool:
+    return any(checkpoint.glob(_SHARDS))
+
+
+def _read_shards(checkpoint: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Read tensors in place; if the model is cut into shards, all processes call it."""
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    try:
+        dcp.load(tensors, storage_reader=reader, no_dist=not is_sharded(model))
+    except (CheckpointException, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        raise OSError(f"{checkpoint} is damaged, or of another model: {error}") from error
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _new_moments(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return tensors for AdamW's state, cut as the weights are."""
+    return {
+        f"{name}.{moment}": torch.zeros(1) if moment == "step" else torch.zeros_like(parameter.detach())
+        for name, parameter in model.named_parameters()
+        for moment in _MOMENTS
+    }
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -235,7 +351,9 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    return all((checkpoint / name).is_file() for name in _FILES)
+    has_whole = all((checkpoint / name).is_file() for name in (_WEIGHTS, _OPTIMIZER))
+    has_state = all((checkpoint / name).is_file() for name in ("config.json", _STATE))
+    return has_state and (has_whole or _has_shards(checkpoint))
 
 
 def _remove(checkpoint: Path) -> None:

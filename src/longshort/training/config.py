@@ -17,6 +17,7 @@ AttentionPrecision = Literal["input", "fp64", "fp32", "bf16", "bf16-flash", "sdp
 Schedule = Literal["cosine", "constant", "wsd"]
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
+Parallel = Literal["ddp", "fsdp"]
 OnSpike = Literal["report", "stop", "rollback"]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 """A seed that every random generator takes."""
@@ -224,6 +225,24 @@ class TrainConfig:
     max_rollbacks: Annotated[int, Ge(0)] = 5
     """Rollback: after this many rollbacks, the next spike ends the run as with stop."""
 
+    parallel: Parallel = "ddp"
+    """Training on the processes that torchrun started. ddp: each has a copy of the model. fsdp: weights,
+    gradients and optimizer are cut into shards (FSDP2), and so are checkpoints."""
+
+    shards: Annotated[int, Ge(1)] | None = None
+    """With --parallel fsdp, processes among which the model is cut; groups of so many hold copies of it
+    (HSDP). None: all."""
+
+    context_parallel: Annotated[int, Ge(1)] = 1
+    """Processes that share each sequence, every one with a contiguous part of it."""
+
+    gather_memory: Annotated[int, Ge(0)] | None = None
+    """With --context-parallel, bytes that the gathered keys and values of one layer's global heads may take
+    on each process; beyond that they go round in a ring. None: any."""
+
+    timeout: Annotated[float, Gt(0)] = 600.0
+    """Seconds for which a process waits for the others before all end with an error."""
+
     threads: Annotated[int, Ge(1)] | None = None
     """CPU threads of each process. None: torch's default."""
 
@@ -264,6 +283,7 @@ class TrainConfig:
                 f"--interleave must be at most --sequence-length ({self.sequence_length}), "
                 f"got {self.interleave}"
             )
+        self._check_processes()
         for name in ("monitor_row_range", "alarms", "alarm"):
             if getattr(self, name) and not self.monitor_every:
                 raise ValueError(f"{flag(name)} needs --monitor-every >= 1, got {self.monitor_every}")
@@ -295,6 +315,36 @@ class TrainConfig:
                 f"--warmup-steps ({warmup_steps}) and --decay-steps ({decay_steps}) must be at most the "
                 f"{schedule_steps} steps of the schedule (--schedule-steps, else --steps) together"
             )
+
+    def _check_processes(self) -> None:
+        """Refuse what more than one process cannot do."""
+        if self.shards is not None and self.parallel != "fsdp":
+            raise ValueError(f"--shards goes only with --parallel fsdp, got {self.parallel}")
+        if self.gather_memory is not None and self.context_parallel == 1:
+            raise ValueError(f"--gather-memory goes only with --context-parallel, got {self.gather_memory}")
+        refused = {
+            "--parallel fsdp": {
+                "--alarms": self.alarms,
+                "--alarm update": self.alarm == "update",
+                "--qk-learning-rate-factor": self.qk_learning_rate_factor != 1,
+            }
+            if self.parallel == "fsdp"
+            else {},
+            "--context-parallel": {
+                "--probe": self.probe,
+                "--monitor-row-range": self.monitor_row_range,
+                "--alarms": self.alarms,
+                "--alarm row-range": self.alarm == "row-range",
+                "--attention-precision sdpa-bf16": self.attention_precision == "sdpa-bf16",
+                "--short-convolution": self.short_convolution is not None,
+            }
+            if self.context_parallel > 1
+            else {},
+        }
+        for mode, settings in refused.items():
+            for name, is_on in settings.items():
+                if is_on:
+                    raise ValueError(f"{name} does not go with {mode}")
 
     def schedule_or_defaults(self) -> tuple[int, int, float]:
         """Return `warmup_steps`, `schedule_steps` and `min_learning_rate`, defaults filled in."""

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from longshort.data import Batch, Batches, DataFolder, copying_windows, validation_windows
+from longshort.distributed import keep_exchanges
 from longshort.model import LongShortForCausalLM
 from longshort.stability import AttentionMonitor, QKClip, UpdateEntropy
 from longshort.training.parallel import Ranks
 from longshort.training.run import RunConfig
+from longshort.training.sharding import initialise
 
 _COPYING_WINDOWS = 8
 
@@ -58,9 +60,11 @@ def prepare_job(
     settings = run.training
     length = settings.sequence_length
     assert length is not None
-    if settings.batch_size % ranks.world_size:
+    if settings.batch_size % ranks.data_size:
+        shared = "" if ranks.context is None else f" / --context-parallel {ranks.context_size}"
         raise ValueError(
-            f"--batch-size must be a multiple of the {ranks.world_size} processes, got {settings.batch_size}"
+            f"--batch-size must be a multiple of the {ranks.world_size} processes{shared}, "
+            f"got {settings.batch_size}"
         )
     order: dict[str, Any] = {
         "token_order": settings.token_order,
@@ -77,15 +81,30 @@ def prepare_job(
         copying_windows(data.validation, length, _COPYING_WINDOWS) if settings.probe and length >= 4 else None
     )
     batches = Batches(data.train, length, settings.batch_size, settings.seed, **order)
-    model = run.build_model()
-    if prepare_model is not None:
-        prepare_model(model)
-    return Job(run, model, batches, windows, copying)
+    return Job(run, _prepare_model(run, ranks, prepare_model), batches, windows, copying)
 
 
-def checkpoint_activations(model: LongShortForCausalLM) -> None:
-    """Recompute each layer of the model in the backward pass."""
-    if hasattr(model, "activation_checkpointing_enable"):
+def _prepare_model(run: RunConfig, ranks: Ranks, prepare: PrepareModel | None) -> LongShortForCausalLM:
+    """Build the model as the ranks need it, with its initial weights."""
+    is_meta = ranks.shards is not None and prepare is None  # then no rank ever holds all of it
+    model = run.build_model("meta" if is_meta else "cpu")
+    if prepare is not None:
+        prepare(model)
+    if ranks.context is not None:
+        ranks.context.distribute(model)
+    if ranks.shards is not None:
+        ranks.shard(model)
+    if is_meta:
+        initialise(model, run.training.seed)
+    return model
+
+
+def checkpoint_activations(model: LongShortForCausalLM, *, keeps_exchanges: bool = False) -> None:
+    """Recompute each layer of the model in the backward pass, but for what came from other ranks if
+    `keeps_exchanges`."""
+    if keeps_exchanges:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_exchanges()})
+    elif hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable()
     else:  # the method's name in earlier releases of transformers 5
         model.gradient_checkpointing_enable({"use_reentrant": False})

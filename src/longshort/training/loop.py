@@ -10,7 +10,7 @@ step s takes batch s - 1 + `batches_skipped`.
 from __future__ import annotations
 
 import signal
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from longshort.training.checkpoints import (
     remove_partial_checkpoints,
     rewind,
     save_checkpoint,
+    save_shards,
 )
 from longshort.training.config import TrainConfig
 from longshort.training.interrupts import Interrupts
@@ -70,7 +71,7 @@ def train(
         FileExistsError: the run's folder exists and is not empty.
         OSError: a file could not be written; earlier checkpoints are whole.
     """
-    with connect(settings.device) as ranks:
+    with _connected(settings) as ranks:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         run, data = plan_run(settings)
@@ -114,7 +115,7 @@ def resume(
     planned = read_run(run)
     planned = replace(planned, training=replace(planned.training, **changes))
     progress = progress or Progress()
-    with connect(planned.training.device) as ranks:
+    with _connected(planned.training) as ranks:
         assert planned.training.threads is not None
         torch.set_num_threads(planned.training.threads)
         job = prepare_job(planned, open_same_data(planned), ranks, prepare_model)
@@ -124,6 +125,17 @@ def resume(
                 "the last bits of the losses may differ"
             )
         return _run_steps(job, ranks, progress)
+
+
+def _connected(settings: TrainConfig) -> AbstractContextManager[Ranks]:
+    return connect(
+        settings.device,
+        parallel=settings.parallel,
+        shards=settings.shards,
+        context_parallel=settings.context_parallel,
+        gather_memory=settings.gather_memory,
+        timeout=settings.timeout,
+    )
 
 
 def _run_steps(job: Job, ranks: Ranks, progress: Progress) -> RunOutcome:
@@ -166,7 +178,8 @@ class _Training:
     def __init__(self, job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None):
         self._job, self._ranks, self._progress, self._log = job, ranks, progress, log
         self._settings = settings = job.run.training
-        self._model = job.model.to(ranks.device).train()  # pyright: ignore[reportArgumentType]
+        self._model = job.model if ranks.shards is not None else job.model.to(ranks.device)  # pyright: ignore
+        self._model.train()
         self._objective = Objective(self._model, settings)
         self._optimizer = make_optimizer(self._model, settings)
         self._detector = None if settings.on_spike is None else SpikeDetector(alarm=settings.alarm)
@@ -188,7 +201,7 @@ class _Training:
     def prepare(self) -> None:
         """Make the loaded model ready for its passes."""
         if self._settings.gradient_checkpointing:
-            checkpoint_activations(self._model)
+            checkpoint_activations(self._model, keeps_exchanges=self._ranks.context is not None)
         if self._settings.compile:
             self._objective.compile()
         self._trained = self._ranks.wrap(self._objective)
@@ -196,8 +209,8 @@ class _Training:
     def begin(self, state: TrainState) -> None:
         """Continue the metrics after the steps that are done."""
         self._recorder.begin(state)
-        needs_start = self._settings.on_spike == "rollback" and self._log is not None
-        if needs_start and latest_checkpoint(self._settings.out) is None:
+        if self._settings.on_spike == "rollback" and latest_checkpoint(self._settings.out) is None:
+            self._ranks.barrier()  # all have looked
             self._save(state)  # the first rollbacks go back to this one
 
     def run(self, state: TrainState, interrupts: Interrupts) -> RunOutcome:
@@ -228,7 +241,7 @@ class _Training:
         every = settings.monitor_every
         is_monitored = is_due(step, every, settings.steps) or (step == 1 and every > 0)
         monitor = self._monitor if is_monitored else self._clip_monitor
-        batch = self._job.batches.batch(state.step + state.batches_skipped, ranks.rank, ranks.world_size)
+        batch = self._job.batches.batch(state.step + state.batches_skipped, ranks.data_rank, ranks.data_size)
         learning_rate = learning_rate_at(settings, state.step)
         with nullcontext() if monitor is None else monitor.observing():
             loss, norm = optimizer_step(self._trained, self._optimizer, batch, learning_rate, settings, ranks)
@@ -274,12 +287,16 @@ class _Training:
         """Write a checkpoint, if one is due or the run ends here."""
         settings = self._settings
         is_regular = is_due(state.step, settings.checkpoint_every, settings.steps)
-        if self._log is None or not (is_regular or is_interrupted or is_done or is_stopped):
+        if not (is_regular or is_interrupted or is_done or is_stopped):
             return
-        if is_interrupted:
-            self._progress.on_message("stopping; a checkpoint is written first, Ctrl-C again stops at once")
-        self._log.sync()
+        if self._log is not None:
+            if is_interrupted:
+                text = "stopping; a checkpoint is written first, Ctrl-C again stops at once"
+                self._progress.on_message(text)
+            self._log.sync()
         self._save(state)
+        if self._log is None:
+            return
         if (is_interrupted and not is_done) or (is_stopped and state.step < settings.steps):
             command = resume_command(settings.out, self._ranks)
             self._progress.on_message(f"stopped after step {state.step}; to resume: {command}")
@@ -300,7 +317,12 @@ class _Training:
         if self._detector is not None:
             state = replace(state, spikes=self._detector.state())
             onset -= self._detector.rise_steps  # a slow rise is detected this much later
-        self._ranks.wait()
+        ranks = self._ranks
+        ranks.wait()
         with self._recorder.paused():
-            save_checkpoint(run, self._model, self._optimizer, state, self._update_entropy)
-            keep_checkpoints(run, checkpoints_to_keep(self._settings, onset))
+            if ranks.shards is not None:
+                save_shards(run, self._model, self._optimizer, state, ranks)
+            elif ranks.is_main:
+                save_checkpoint(run, self._model, self._optimizer, state, self._update_entropy)
+            if ranks.is_main:
+                keep_checkpoints(run, checkpoints_to_keep(self._settings, onset))

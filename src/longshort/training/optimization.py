@@ -16,6 +16,9 @@ from longshort.data import Batch
 from longshort.stability import scale_qk_learning_rate, z_loss
 from longshort.training.config import TrainConfig
 from longshort.training.parallel import Ranks
+from longshort.training.sharding import whole
+
+_IGNORED = -100  # torch's label of a position that nothing is predicted for
 
 
 def learning_rate_at(settings: TrainConfig, step: int) -> float:
@@ -83,20 +86,40 @@ class Objective(nn.Module):
         self._separates_documents = settings.separate_documents
         self._z_loss = settings.z_loss
 
-    def forward(self, input_ids: Tensor, labels: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        segment_ids: Tensor | None,
+        position_ids: Tensor | None = None,
+        label_count: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropy of the labels, nats per token, and what is differentiated, which is
-        the same without a z-loss; scalars. The arguments are those of a `Batch` on the model's device."""
+        the same without a z-loss; scalars.
+
+        The first three arguments are those of a `Batch` on the model's device. Where ranks share sequences,
+        they are this rank's part, with its positions, and the sums are divided by `label_count`, all labels
+        by the ranks, so that the mean over ranks is that of all labels.
+        """
         is_cast = self._uses_bf16
+        if label_count is None and not self._separates_documents:
+            segment_ids = None
+        shared = {} if label_count is None else {"num_items_in_batch": label_count}
         with torch.autocast(input_ids.device.type, torch.bfloat16) if is_cast else nullcontext():
             output = self.model(
                 input_ids,
+                position_ids=position_ids,
                 shift_labels=labels,
-                segment_ids=segment_ids if self._separates_documents else None,
+                segment_ids=segment_ids,
                 use_cache=False,
+                **shared,
             )
         if not self._z_loss:
             return output.loss, output.loss
-        return output.loss, output.loss + self._z_loss * z_loss(output.logits, labels)
+        weight = self._z_loss
+        if label_count is not None:
+            weight = weight * (labels != _IGNORED).sum() / label_count
+        return output.loss, output.loss + weight * z_loss(output.logits, labels)
 
 
 def optimizer_step(
@@ -126,13 +149,16 @@ def optimizer_step(
     total = torch.zeros((), device=ranks.device)
     optimizer.zero_grad(set_to_none=True)
     for index, part in enumerate(parts):
-        with ranks.accumulating(objective, is_last=index == len(parts) - 1):
-            loss, differentiated = objective(*part)
+        with (
+            ranks.accumulating(objective, is_last=index == len(parts) - 1),
+            ranks.on_device(part, separate_documents=settings.separate_documents) as inputs,
+        ):
+            loss, differentiated = objective(*inputs)
             share = len(part.input_ids) / size
             (differentiated * share).backward()
         total += loss.detach() * share
     parameters = list(objective.parameters())
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if settings.grad_clip:
         nn.utils.clip_grads_with_norm_(parameters, settings.grad_clip, norm)
     for group in optimizer.param_groups:
@@ -143,26 +169,35 @@ def optimizer_step(
 
 def batch_loss(model: nn.Module, batch: Batch, settings: TrainConfig, ranks: Ranks) -> Tensor:
     """Compute the mean cross-entropy of a batch's labels, nats per token; a scalar."""
-    return Objective(model, settings)(*map(ranks.put, batch))[0]
+    with ranks.on_device(batch, separate_documents=settings.separate_documents) as inputs:
+        return Objective(model, settings)(*inputs)[0]
 
 
 @torch.no_grad()
 def validation_loss(objective: nn.Module, windows: Batch, settings: TrainConfig, ranks: Ranks) -> float:
     """Compute the mean cross-entropy over windows that have equally many labels, nats per token.
 
-    Each rank takes every world_size-th micro-batch.
+    Each part of the ranks takes every data_size-th micro-batch. A model that is cut into shards needs all
+    ranks in every pass, so some then compute one that does not count.
     """
     parts = _micro_batches(windows, settings, ranks)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     objective.eval()
-    for part in parts[ranks.rank :: ranks.world_size]:
-        total += objective(*part)[0].double() * len(part.input_ids)
+    passes = range(ranks.data_rank, len(parts), ranks.data_size)
+    if ranks.shards is not None:
+        passes = range(ranks.data_rank, ranks.data_size * -(-len(parts) // ranks.data_size), ranks.data_size)
+    for index in passes:
+        part = parts[min(index, len(parts) - 1)]
+        with ranks.on_device(part, separate_documents=settings.separate_documents) as inputs:
+            loss = objective(*inputs)[0].double()
+        if index < len(parts):
+            total += loss * len(part.input_ids)
     objective.train()
-    return ranks.reduce_sum(total).item() / len(windows.input_ids)
+    return ranks.reduce_sum(total).item() / len(windows.input_ids) / ranks.context_size
 
 
 def _micro_batches(batch: Batch, settings: TrainConfig, ranks: Ranks) -> list[Batch]:
-    """Split a batch into those of one forward pass each, on the device."""
-    size = settings.micro_batch_size or settings.batch_size // ranks.world_size
-    split = (ranks.put(tensor).split(size) for tensor in batch)
+    """Split a batch into those of one forward pass each."""
+    size = settings.micro_batch_size or settings.batch_size // ranks.data_size
+    split = (tensor.split(size) for tensor in batch)
     return [Batch(*parts) for parts in zip(*split, strict=True)]

@@ -1,51 +1,102 @@
-"""Devices and processes: one process, or data parallelism under `torchrun`, both behind `Ranks`."""
+"""Devices and processes: one process, or those that `torchrun` started, both behind `Ranks`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from longshort.data import Batch
+from longshort.distributed import ContextParallel
 from longshort.stability.ranks import max_over_ranks, sum_over_ranks
+from longshort.training.sharding import accumulating, shard
 
 
 @dataclass(frozen=True)
 class Ranks:
     """The processes that train one model together, as seen from one of them.
 
+    `context_size` neighbours share each sequence. So the batch has `data_size` parts, one for each such group.
+
     Attributes:
         device: device of this process.
         rank: number of this process, 0 ... world_size - 1.
         world_size: number of processes.
+        context: attention across the processes that share sequences; None if each has whole ones.
+        shards: processes among which the model is cut; None if each has a copy.
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    context: ContextParallel | None = field(default=None, compare=False)
+    shards: int | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes files and reports."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Wrap the model so that its gradients are averaged over the ranks in each backward pass."""
-        if self.world_size == 1:
-            return model
+    @property
+    def context_size(self) -> int:
+        """Number of processes that share a sequence."""
+        return 1 if self.context is None else self.context.ranks
+
+    @property
+    def data_size(self) -> int:
+        """Number of parts of a batch."""
+        return self.world_size // self.context_size
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this process's part of a batch."""
+        return self.rank // self.context_size
+
+    def wrap(self, objective: nn.Module) -> nn.Module:
+        """Wrap what computes the loss so that gradients are averaged over the ranks in each backward pass; if
+        the model in it is cut into shards, it does that itself."""
+        if self.world_size == 1 or self.shards is not None:
+            return objective
         device_ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        return DistributedDataParallel(objective, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    def shard(self, model: nn.Module) -> None:
+        """Cut a model into shards on this process's device, in place; one on the meta device gets memory."""
+        assert self.shards is not None
+        shard(model, self.device.type, self.world_size, self.shards)
 
     def accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
         """Make a context for one micro-batch: gradients are exchanged with the last of a step only."""
+        if self.shards is not None:
+            return accumulating(model, is_last)
         if isinstance(model, DistributedDataParallel) and not is_last:
             return model.no_sync()
         return nullcontext()
+
+    @contextmanager
+    def on_device(self, batch: Batch, *, separate_documents: bool) -> Iterator[tuple[Tensor | None, ...]]:
+        """Make a context for the passes of one micro-batch; it gives the arguments of `Objective`.
+
+        Args:
+            batch: whole sequences, on the CPU.
+            separate_documents: whether documents are kept apart.
+        """
+        if self.context is None:
+            yield tuple(self.put(tensor) for tensor in batch)
+            return
+        segment_ids = batch.segment_ids if separate_documents else None
+        with self.context.sequence(*batch.input_ids.shape, segment_ids):
+            part = self.context.inputs(batch.input_ids, batch.labels, segment_ids)
+            names = ("input_ids", "shift_labels", "segment_ids", "position_ids", "num_items_in_batch")
+            yield tuple(self.put(part[name]) if name in part else None for name in names)
 
     def put(self, values: Tensor) -> Tensor:
         """Copy a CPU tensor to the device, without waiting for a GPU."""
@@ -88,14 +139,24 @@ class Ranks:
 
 
 @contextmanager
-def connect(device: str = "auto") -> Iterator[Ranks]:
+def connect(
+    device: str = "auto",
+    *,
+    parallel: str = "ddp",
+    shards: int | None = None,
+    context_parallel: int = 1,
+    gather_memory: int | None = None,
+    timeout: float = 600.0,
+) -> Iterator[Ranks]:
     """Join the processes that `torchrun` started, or be the only one.
 
     Args:
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        parallel: "ddp" or "fsdp".
+        shards, context_parallel, gather_memory, timeout: as in `TrainConfig`.
 
     Raises:
-        ValueError: "cuda" is asked for and there is none.
+        ValueError: "cuda" is asked for and there is none, or the number of processes does not fit.
     """
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
@@ -103,17 +164,40 @@ def connect(device: str = "auto") -> Iterator[Ranks]:
     kind = ("cuda" if has_cuda else "cpu") if device == "auto" else device
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     here = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if parallel != "fsdp":
+        shards = None
+    elif shards is None:
+        shards = world_size
+    _check_sizes(world_size, parallel, shards, context_parallel)
     if kind == "cuda":
         torch.cuda.set_device(here)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
         yield Ranks(here)
         return
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, device_id=here if kind == "cuda" else None)
+    wait = timedelta(seconds=timeout)
+    dist.init_process_group(backend, device_id=here if kind == "cuda" else None, timeout=wait)
     try:
-        ranks = Ranks(here, dist.get_rank(), world_size)
+        context = None
+        if context_parallel > 1:  # batches are a function of seed and step, so the ranks agree
+            shape = (world_size // context_parallel, context_parallel)
+            mesh = init_device_mesh(kind, shape, mesh_dim_names=("data", "context"))
+            context = ContextParallel(mesh.get_group("context"), gather_memory=gather_memory, check=False)
+        ranks = Ranks(here, dist.get_rank(), world_size, context, shards)
         yield ranks
         ranks.barrier()  # a process that exits while others still communicate can make them fail
     finally:
         dist.destroy_process_group()
+
+
+def _check_sizes(world_size: int, parallel: str, shards: int | None, context_parallel: int) -> None:
+    if world_size == 1 and (parallel == "fsdp" or context_parallel > 1):
+        asked = "--parallel fsdp" if parallel == "fsdp" else f"--context-parallel {context_parallel}"
+        raise ValueError(
+            f"{asked} needs several processes, got one; start it with "
+            "`torchrun --nproc-per-node N -m longshort train ...`"
+        )
+    for name, value in (("--context-parallel", context_parallel), ("--shards", shards)):
+        if value is not None and world_size % value:
+            raise ValueError(f"{name} must divide the {world_size} processes, got {value}")

@@ -12,7 +12,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -70,11 +70,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         begins_with_end_of_text(self.document_start)  # checks it
 
-    def build_model(self) -> LongShortForCausalLM:
-        """Build the model with the initial weights of the run's seed, on the CPU in fp32."""
-        with torch.random.fork_rng(devices=[]):  # keeps torch's generator; the drawn weights are replaced
+    def build_model(self, device: Literal["cpu", "meta"] = "cpu") -> LongShortForCausalLM:
+        """Build the model with the initial weights of the run's seed, on the CPU in fp32; or on the meta device,
+        without weights."""
+        with torch.random.fork_rng(devices=[]), torch.device(device):  # the weights drawn here are replaced
             model = LongShortForCausalLM(LongShortConfig.from_dict(self.model))
-        model.draw_weights(self.training.seed)
+        if device == "cpu":
+            model.draw_weights(self.training.seed)
         return model
 
 

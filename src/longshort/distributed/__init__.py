@@ -1,0 +1,26 @@
+"""Attention over a sequence that is cut across ranks, in which only the keys of the global heads travel far."""
+
+from longshort.distributed.attention import context_attention
+from longshort.distributed.context import ContextParallel
+from longshort.distributed.costs import Traffic, all_gather_bytes, layer_traffic
+from longshort.distributed.exchange import keep_exchanges
+from longshort.distributed.partition import join_parts, part_length, part_positions, take_part
+from longshort.distributed.plan import Block, ContextPlan, plan_context
+from longshort.distributed.sharded import put_values
+
+__all__ = [
+    "Block",
+    "ContextParallel",
+    "ContextPlan",
+    "Traffic",
+    "all_gather_bytes",
+    "context_attention",
+    "join_parts",
+    "keep_exchanges",
+    "layer_traffic",
+    "part_length",
+    "part_positions",
+    "plan_context",
+    "put_values",
+    "take_part",
+]

@@ -1,0 +1,68 @@
+"""Several processes that run the same function of a test, joined by gloo, with an end to their time."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SECONDS = 100
+
+
+def run_ranks(
+    function: Callable[..., Any], ranks: int, folder: Path, *arguments: Any, seconds: int = SECONDS
+) -> list[Any]:
+    """Run `function(*arguments)` in `ranks` processes of one group; return what each returned.
+
+    Raises:
+        AssertionError: a process failed, or did not end in time; the message has its traceback.
+    """
+    context = mp.get_context("spawn")
+    processes = [
+        context.Process(target=_run, args=(function, rank, ranks, folder, arguments, seconds), daemon=True)
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    results = []
+    for rank in range(ranks):
+        path = folder / f"rank-{rank}.pt"
+        assert path.exists(), f"rank {rank} of {ranks} did not end in {seconds} s, or was killed"
+        result = torch.load(path, weights_only=False)  # our own, of a moment ago
+        results.append(result)
+    failures = [f"rank {rank} failed:\n{x.text}" for rank, x in enumerate(results) if isinstance(x, _Failure)]
+    assert not failures, "\n".join(failures)
+    return results
+
+
+class _Failure:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _run(
+    function: Callable[..., Any], rank: int, ranks: int, folder: Path, arguments: Any, seconds: int
+) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), ranks)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds)
+    )
+    try:
+        result = function(*arguments)
+    except BaseException:
+        result = _Failure(traceback.format_exc())
+    partial = folder / f".rank-{rank}.pt"
+    torch.save(result, partial)
+    partial.rename(folder / f"rank-{rank}.pt")
