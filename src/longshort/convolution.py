@@ -44,7 +44,7 @@ class ShortConvolution(nn.Module):
 
     def identity(self) -> Float[Tensor, "channels kernel"]:
         """Return the weight with which the output is the input; no random number is drawn for it."""
-        weight = torch.zeros_like(self.weight)
+        weight = torch.zeros(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
         weight[:, 0] = 1
         return weight
 

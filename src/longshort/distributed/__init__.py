@@ -1,5 +1,6 @@
-"""Attention over a sequence that is cut across ranks, in which only the keys of the global heads travel far."""
+"""Attention over a sequence that is cut across ranks: only the keys of the global heads travel far."""
 
+from longshort.distributed.agreement import require_agreement
 from longshort.distributed.attention import context_attention
 from longshort.distributed.context import ContextParallel
 from longshort.distributed.costs import Traffic, all_gather_bytes, layer_traffic
@@ -22,5 +23,6 @@ __all__ = [
     "part_positions",
     "plan_context",
     "put_values",
+    "require_agreement",
     "take_part",
 ]

@@ -1,4 +1,4 @@
-"""Attention over a sequence cut across ranks: `attention()` on each part, with what it needs of the others."""
+"""Attention over a sequence cut across ranks: `attention()` on each part, with what others have for it."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def context_attention(
         segment_ids: of this rank's part, negative is padding; given on all ranks or on none.
         plan: the plan of the whole sequence, from `plan_context`; segment_ids are then its own. None: made
             here, from the segment ids that are gathered, for which a GPU is waited for.
-        gather_memory: bytes that the gathered keys and values of global heads may take; beyond that, the parts
-            go round in a ring, in equal bytes and more time, without lending and without ALiBi. None: any.
+        gather_memory: bytes that the gathered keys and values of global heads may take; beyond that, the
+            parts go round in a ring, in more time, without lending and without ALiBi. None: any.
         lend: let ranks lend queries of global heads, if no plan is given.
         return_stats: also return `AttentionStats`: lse of this rank's rows, max_logit and entropy of the
             whole sequence. It changes no bit of the output.
@@ -276,7 +276,7 @@ class _Call:
         back = _Return(plan, rank, self.group, q, self.return_stats)
         if plan.blocks:
             assert received is not None
-            lent_queries = {block: queries for block, queries in received.queries}
+            lent_queries = dict(received.queries)
             for block, span in zip(
                 [block for block in plan.blocks if block.borrower == rank], plan.borrowed(rank), strict=True
             ):
@@ -336,8 +336,8 @@ class _Call:
         if options.get("sink_logits") is not None:
             options["sink_logits"] = options["sink_logits"][list(group.heads)]
         out, lse, max_logit, entropy = ring_attention(
-            q, select_heads(k, group.kv_heads), select_heads(v, group.kv_heads), group_layout(group), self.plan,
-            self.group, with_stats=self.return_stats, **options,
+            q, select_heads(k, group.kv_heads), select_heads(v, group.kv_heads), group_layout(group),
+            self.plan, self.group, with_stats=self.return_stats, **options,
         )  # fmt: skip
         begin = self.group.rank() * self.plan.part
         rows = self._rows_of((0, self.plan.batch), begin, begin + self.plan.part)

@@ -72,7 +72,7 @@ class ContextParallel:
         self._plan: ContextPlan | None = None
 
     def distribute(self, model: nn.Module) -> None:
-        """Let the `LongShortAttention` layers of a model attend across the ranks, in place; all ranks call it.
+        """Let the `LongShortAttention` layers of a model attend across the ranks; all ranks call it.
 
         Raises:
             ValueError: the model has no such layer or one that does not attend across ranks, or the layers
@@ -197,7 +197,7 @@ class ContextParallel:
         """Attend across the ranks; see `context_attention`."""
         plan = self._plan_for(q.shape[0], q.shape[2])
         return context_attention(
-            q, k, v, layout, group=self.group, segment_ids=None if plan is not None else segment_ids, plan=plan,
+            q, k, v, layout, group=self.group, plan=plan, segment_ids=None if plan else segment_ids,
             gather_memory=self._gather_memory, lend=self._lend, return_stats=return_stats,
             check=self._check and plan is None, **options,
         )  # fmt: skip
@@ -247,8 +247,8 @@ def _require_servable(layer: LongShortAttention) -> None:
         raise ValueError("short_convolution does not go with context parallelism: it has no halo yet")
     if layer.attention_precision == "sdpa-bf16":
         raise ValueError(
-            "attention_precision sdpa-bf16 does not go with context parallelism: PyTorch's flash kernel has no "
-            "queries that begin later than the keys"
+            "attention_precision sdpa-bf16 does not go with context parallelism: PyTorch's flash kernel has "
+            "no queries that begin later than the keys"
         )
     refused = refusal(layer.layout, layer.alibi_slopes)
     if refused is not None:

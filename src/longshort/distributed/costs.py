@@ -7,7 +7,7 @@ pass sends as many. n tokens on R ranks, D = head_dim, e = bytes of a number, B 
 - sinks: sink tokens that lie before the halo, likewise.
 - gather: 2·B·D·e·(n/R)·(R - 1) for each global KV head.
 - lent: B·D·e for each query head and each query that is lent, and as much for its output, which returns.
-- all-gather of all heads: as gather, for all KV heads. A ring of all heads sends as many bytes, in R - 1 steps.
+- all-gather of all heads: as gather, for all KV heads. A ring of them sends as many bytes, in R - 1 steps.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def layer_traffic(
         ValueError: a number is out of its range.
     """
     for name, value in (
-        ("head_dim", head_dim), ("itemsize", itemsize), ("length", length), ("ranks", ranks), ("batch", batch),
+        ("head_dim", head_dim), ("itemsize", itemsize), ("length", length), ("ranks", ranks),
+        ("batch", batch),
     ):  # fmt: skip
         require_integer(name, value, minimum=1)
     part = -(-length // ranks)

@@ -1,8 +1,8 @@
-"""The collectives of context parallelism, differentiable, each begun early and ended where its result is needed.
+"""The collectives of context parallelism, differentiable: each begins early and ends where it is needed.
 
 They are the functional operators of torch's own engine: these return at once, graphs and selective
-checkpointing know them by name, and a result is waited for by an operator of its own. In the backward pass the
-end of an exchange begins the reverse one, and its begin waits for that, so that what lies between the two
+checkpointing know them by name, and a result is waited for by an operator of its own. In the backward pass
+the end of an exchange begins the reverse one, and its begin waits for that, so that what lies between the two
 overlaps with the exchange there too. Every rank must reach the same exchanges in the same order, forward and
 backward: results that a rank does not use still belong into its output, as tensors without elements.
 """
@@ -48,7 +48,8 @@ def begin_exchange(
         group: the ranks.
     """
     pending = Pending()
-    pending.tensor = _Begin.apply(message, pending, list(send), list(receive), group.group_name)  # pyright: ignore
+    begun: Any = _Begin.apply(message, pending, list(send), list(receive), group.group_name)
+    pending.tensor = begun
     return pending
 
 
@@ -60,7 +61,8 @@ def end_exchange(pending: Pending) -> Tensor:
 def begin_gather(part: Tensor, group: dist.ProcessGroup) -> Pending:
     """Begin to gather a tensor of one shape from all ranks."""
     pending = Pending()
-    pending.tensor = _BeginGather.apply(part, pending, group.size(), group.group_name)  # pyright: ignore
+    begun: Any = _BeginGather.apply(part, pending, group.size(), group.group_name)
+    pending.tensor = begun
     return pending
 
 
@@ -76,8 +78,8 @@ def gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def keep_exchanges() -> Callable[[], Any]:
-    """Return a `context_fn` for `torch.utils.checkpoint.checkpoint`: all is recomputed in the backward pass but
-    the exchanges, whose results are kept."""
+    """Return a `context_fn` for `torch.utils.checkpoint.checkpoint`: all is recomputed in the backward pass
+    but the exchanges, whose results are kept."""
     return partial(create_selective_checkpoint_contexts, _policy)
 
 

@@ -1,9 +1,9 @@
 """The plan of one sequence across ranks: pure arithmetic, the same on every rank.
 
-Each rank keeps one contiguous part. Local heads need a halo of earlier keys, the same work everywhere. Queries
-of global heads see more the later they are, so ranks with more than their share lend blocks of these queries
-to ranks with less, which hold all keys of global heads anyway. Work is counted in visible pairs of a query
-and a key, exactly.
+Each rank keeps one contiguous part. Local heads need a halo of earlier keys, the same work everywhere.
+Queries of global heads see more the later they are, so ranks with more than their share lend blocks of these
+queries to ranks with less, which hold all keys of global heads anyway. Work is counted in visible pairs of a
+query and a key, exactly.
 """
 
 from __future__ import annotations

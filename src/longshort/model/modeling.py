@@ -78,8 +78,9 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
 
         The stream is a function of seed and the module's name alone: if one model has modules that another
         lacks, the two agree bit for bit in all others of equal shape. The distributions are those of a new
-        model, drawn on the CPU in fp32, also where FSDP2 has cut the model into shards; torch's own generators are neither read nor advanced. Parameters that
-        are not random in a new model (gains, sink logits, convolutions) stay as they are.
+        model, drawn on the CPU in fp32, also where FSDP2 has cut the model into shards; torch's own
+        generators are neither read nor advanced. Parameters that are not random in a new model (gains, sink
+        logits, convolutions) stay as they are.
 
         Args:
             seed: an integer >= 0.

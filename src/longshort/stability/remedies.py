@@ -173,7 +173,7 @@ class QKClip:
             raise ValueError(f"max_logit_by_head must have {wanted} heads by layer, got {found}")
         counts = []
         for layer, max_logits in zip(self._layers, max_logit_by_head, strict=True):
-            heads, has_own_keys = layer.layout.num_heads, layer.layout.group_size == 1
+            has_own_keys = layer.layout.group_size == 1
             max_logits = max_logits.to(layer.qkv_proj.weight.device)
             is_clipped = (max_logits > self._threshold) & (max_logits < torch.inf)  # false for NaN too
             factors = torch.where(is_clipped, self._threshold / max_logits, 1.0)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,15 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from longshort.data.files import sync_folder, sync_tree
@@ -121,7 +120,7 @@ def save_shards(
             for name, moment in _optimizer_tensors(model, optimizer).items()
         }
         try:
-            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+            save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
         except CheckpointException as error:
             raise OSError(str(next(iter(error.failures.values()))[0])) from error
         if ranks.is_main:
@@ -305,7 +304,9 @@ def _read_shards(checkpoint: Path, model: nn.Module, tensors: dict[str, torch.Te
     """Read tensors in place; if the model is cut into shards, all processes call it."""
     reader = HuggingFaceStorageReader(str(checkpoint))
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=not is_sharded(model))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be here
+            load(tensors, storage_reader=reader, no_dist=not is_sharded(model))
     except (CheckpointException, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]

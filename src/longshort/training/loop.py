@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from longshort.checks import flag
 from longshort.stability import Reading, SpikeDetector
 from longshort.stability.alarms import MEASUREMENTS
 from longshort.training.checkpoints import (
@@ -135,6 +136,7 @@ def _connected(settings: TrainConfig) -> AbstractContextManager[Ranks]:
         context_parallel=settings.context_parallel,
         gather_memory=settings.gather_memory,
         timeout=settings.timeout,
+        facts={flag(name): value for name, value in vars(settings).items()} | current_versions(),
     )
 
 
@@ -178,8 +180,8 @@ class _Training:
     def __init__(self, job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None):
         self._job, self._ranks, self._progress, self._log = job, ranks, progress, log
         self._settings = settings = job.run.training
-        self._model = job.model if ranks.shards is not None else job.model.to(ranks.device)  # pyright: ignore
-        self._model.train()
+        model: Any = job.model
+        self._model = (model if ranks.shards is not None else model.to(ranks.device)).train()
         self._objective = Objective(self._model, settings)
         self._optimizer = make_optimizer(self._model, settings)
         self._detector = None if settings.on_spike is None else SpikeDetector(alarm=settings.alarm)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from longshort.data import Batch
-from longshort.distributed import ContextParallel
+from longshort.distributed import ContextParallel, require_agreement
 from longshort.stability.ranks import max_over_ranks, sum_over_ranks
+from longshort.training.failures import FailureWatch, meet
 from longshort.training.sharding import accumulating, shard
 
 
@@ -24,7 +26,7 @@ from longshort.training.sharding import accumulating, shard
 class Ranks:
     """The processes that train one model together, as seen from one of them.
 
-    `context_size` neighbours share each sequence. So the batch has `data_size` parts, one for each such group.
+    `context_size` neighbours share each sequence, so a batch has `data_size` parts, one for each group.
 
     Attributes:
         device: device of this process.
@@ -147,6 +149,7 @@ def connect(
     context_parallel: int = 1,
     gather_memory: int | None = None,
     timeout: float = 600.0,
+    facts: Mapping[str, Any] | None = None,
 ) -> Iterator[Ranks]:
     """Join the processes that `torchrun` started, or be the only one.
 
@@ -154,9 +157,12 @@ def connect(
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         parallel: "ddp" or "fsdp".
         shards, context_parallel, gather_memory, timeout: as in `TrainConfig`.
+        facts: anything that must be the same in all processes, by name.
 
     Raises:
-        ValueError: "cuda" is asked for and there is none, or the number of processes does not fit.
+        ValueError: "cuda" is asked for and there is none, the number of processes does not fit, or the facts
+            differ.
+        ChildProcessError: another process failed.
     """
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
@@ -177,18 +183,22 @@ def connect(
         return
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     wait = timedelta(seconds=timeout)
-    dist.init_process_group(backend, device_id=here if kind == "cuda" else None, timeout=wait)
-    try:
+    store, rank, _ = meet(wait)
+    with FailureWatch(store.clone(), rank, world_size):
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=wait,
+            device_id=here if kind == "cuda" else None,
+        )  # fmt: skip
+        require_agreement(facts or {}, dist.group.WORLD, torch.device("cpu"))
         context = None
         if context_parallel > 1:  # batches are a function of seed and step, so the ranks agree
             shape = (world_size // context_parallel, context_parallel)
             mesh = init_device_mesh(kind, shape, mesh_dim_names=("data", "context"))
             context = ContextParallel(mesh.get_group("context"), gather_memory=gather_memory, check=False)
-        ranks = Ranks(here, dist.get_rank(), world_size, context, shards)
+        ranks = Ranks(here, rank, world_size, context, shards)
         yield ranks
         ranks.barrier()  # a process that exits while others still communicate can make them fail
-    finally:
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # after an error it could wait for others
 
 
 def _check_sizes(world_size: int, parallel: str, shards: int | None, context_parallel: int) -> None:

@@ -71,8 +71,8 @@ class RunConfig:
         begins_with_end_of_text(self.document_start)  # checks it
 
     def build_model(self, device: Literal["cpu", "meta"] = "cpu") -> LongShortForCausalLM:
-        """Build the model with the initial weights of the run's seed, on the CPU in fp32; or on the meta device,
-        without weights."""
+        """Build the model with the initial weights of the run's seed, on the CPU in fp32; or on the meta
+        device, without weights."""
         with torch.random.fork_rng(devices=[]), torch.device(device):  # the weights drawn here are replaced
             model = LongShortForCausalLM(LongShortConfig.from_dict(self.model))
         if device == "cpu":

@@ -1,0 +1,127 @@
+"""The end of all processes when one of them fails, with one message.
+
+Each process has a thread that writes a heartbeat into the store through which the processes found each other,
+and reads whether another has failed. A process that raises writes why; one that dies falls silent. Then all
+end within seconds, whatever they wait for: without this, a GPU would wait for a dead one until the time-out.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+_BEAT = 1.0
+_SILENCE = 30.0
+_GRACE = 5.0
+"""Seconds between heartbeats; without one, until a process counts as dead; and from another's failure until a
+process ends that has not raised an error itself."""
+
+_FAILURE = "failure"
+
+
+class FailureWatch:
+    """A context that ends this process when another one fails, and the others when this one does.
+
+    Args:
+        store: the store of the processes.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Raises:
+        ChildProcessError: in place of an error of communication, on the main process: another one failed.
+        SystemExit: likewise, on all others.
+    """
+
+    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+        self._store = dist.PrefixStore("longshort", store)
+        self._rank, self._world_size = rank, world_size
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="failure-watch", daemon=True)
+
+    def __enter__(self) -> FailureWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None or isinstance(error, SystemExit):
+            self._end()
+            return
+        is_own = not isinstance(error, RuntimeError)  # as the collectives of all backends raise
+        cause = None if is_own else self._failure(wait=_GRACE)
+        if cause is None:
+            self._report(f"rank {self._rank} failed: {type(error).__name__}: {error}")
+        self._end()
+        if cause is None:
+            return
+        if self._rank == 0:
+            raise ChildProcessError(cause) from error
+        raise SystemExit(1) from error
+
+    def _end(self) -> None:
+        self._is_over.set()
+        self._thread.join(_GRACE)
+        with suppress(RuntimeError):  # the process that held the store may be gone
+            self._store.set(f"beat-{self._rank}", "over")
+
+    def _report(self, text: str) -> None:
+        with suppress(RuntimeError):
+            self._store.compare_set(_FAILURE, "", text)
+
+    def _failure(self, wait: float = 0.0) -> str | None:
+        """Return what the first process that failed wrote, once it is there."""
+        until = time.monotonic() + wait
+        while True:
+            try:
+                if self._store.check([_FAILURE]):
+                    return self._store.get(_FAILURE).decode()
+            except RuntimeError as error:
+                return f"the process that held the store is gone: {error}"
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.1)
+
+    def _watch(self) -> None:
+        beats = 0
+        seen = [(b"", time.monotonic())] * self._world_size
+        while not self._is_over.wait(_BEAT):
+            beats += 1
+            cause = self._failure()
+            if cause is None:
+                cause = self._beat(beats, seen)
+            if cause is not None and not self._is_over.wait(_GRACE):
+                if self._rank == 0:
+                    print(f"longshort: error: {cause}", file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread waits for a process that is gone
+
+    def _beat(self, beats: int, seen: list[tuple[bytes, float]]) -> str | None:
+        """Write a heartbeat; the main process also reads the others' and returns which one is silent."""
+        try:
+            self._store.set(f"beat-{self._rank}", str(beats))
+            if self._rank:
+                return None
+            for rank in range(1, self._world_size):
+                key = f"beat-{rank}"
+                beat = self._store.get(key) if self._store.check([key]) else b""
+                if beat != seen[rank][0]:
+                    seen[rank] = beat, time.monotonic()
+                elif beat != b"over" and time.monotonic() - seen[rank][1] > _SILENCE:
+                    cause = f"rank {rank} has not answered for {_SILENCE:.0f} s"
+                    self._report(cause)
+                    return cause
+        except RuntimeError as error:
+            return f"the process that held the store is gone: {error}"
+        return None
+
+
+def meet(timeout: timedelta) -> tuple[Any, int, int]:
+    """Find the other processes by the variables that torchrun sets: the store, rank and world size."""
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store.set_timeout(timeout)
+    return store, rank, world_size

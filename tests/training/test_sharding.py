@@ -1,0 +1,118 @@
+"""Processes that cut the model, or each sequence, among them train what one process does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.training.runs import SettingsFor, assert_close_metrics, finish, losses, start, start_program
+
+from longshort.training.checkpoints import checkpoint_folder
+from longshort.training.config import TrainConfig
+from longshort.training.loop import train
+from longshort.training.trained import open_trained
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    program = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    return (*program, "--nproc-per-node", str(processes), "--no-python")
+
+
+def assert_same_weights(run: TrainConfig, other: TrainConfig, step: int) -> None:
+    """The weights of two runs are within 1e-4 of each other, in norm, tensor by tensor."""
+    mine, theirs = (open_trained(settings.out, step=step).model for settings in (run, other))
+    for (name, one), two in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        assert (one - two).norm() <= 1e-4 * two.norm(), name
+
+
+MODES: dict[str, tuple[int, dict[str, Any]]] = {
+    "fsdp": (2, {"parallel": "fsdp", "micro_batch_size": 1}),
+    "ddp, sequences in two": (2, {"context_parallel": 2}),
+    "fsdp, sequences in two": (2, {"parallel": "fsdp", "context_parallel": 2}),
+}
+MANY: dict[str, tuple[int, dict[str, Any]]] = {
+    "fsdp on 4": (4, {"parallel": "fsdp"}),
+    "copies of shards": (4, {"parallel": "fsdp", "shards": 2}),
+    "ddp, sequences in four": (4, {"context_parallel": 4}),
+    "ddp, sequences in four, in a ring": (4, {"context_parallel": 4, "gather_memory": 0}),
+    "fsdp, 2 × 2": (4, {"parallel": "fsdp", "context_parallel": 2}),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "LS": {"steps": 20, "qk_clip": 0.02, "z_loss": 0.1, "separate_documents": True, "validation_windows": 5},
+    "LS, awkward": {
+        "steps": 20, "sequence_length": 47, "window": 30, "kv_heads": 2, "global_heads": 2, "sink_tokens": 2,
+        "position_embedding": "rope", "sink_logits": True, "gradient_checkpointing": True, "grad_clip": 0.1,
+    },
+    "MHSA": {"steps": 20, "mhsa": True, "position_embedding": "alibi", "on_spike": "report", "softcap": 5.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mode", "model"),
+    [
+        ("fsdp", "LS"),
+        ("ddp, sequences in two", "LS, awkward"),
+        ("fsdp, sequences in two", "LS"),
+        *(
+            pytest.param(mode, model, marks=pytest.mark.slow)
+            for mode in MODES | MANY
+            for model in MODELS
+            if (mode, model) not in [("fsdp", "LS"), ("fsdp, sequences in two", "LS")]
+            and (mode, model) != ("ddp, sequences in two", "LS, awkward")
+            and not (model == "MHSA" and "ring" in mode)
+        ),
+    ],
+)
+def test_processes_train_what_one_does(mode: str, model: str, settings_for: SettingsFor) -> None:
+    processes, changes = (MODES | MANY)[mode]
+    alone = settings_for("alone", **MODELS[model])
+    together = settings_for("together", **MODELS[model], **changes)
+    train(alone)
+    code, output = finish(start(together, torchrun(processes)))
+    assert code == 0, output
+    assert losses(together.out) == pytest.approx(losses(alone.out), rel=1e-5)
+    assert_close_metrics(together.out, alone.out, rel=1e-3)  # logits move more than losses
+    assert_same_weights(together, alone, 20)
+    folder = checkpoint_folder(together.out, 20)
+    assert bool(list(folder.glob("shard-*.safetensors"))) == (changes.get("parallel") == "fsdp")
+    assert not list(folder.rglob(".metadata"))
+
+
+INITIAL = """
+import json, sys, torch
+from torch.distributed.tensor import DTensor
+from longshort.training.config import TrainConfig
+from longshort.training.job import prepare_job
+from longshort.training.loop import _connected
+from longshort.training.run import plan_run
+
+settings = TrainConfig(**json.loads(sys.argv[1]))
+with _connected(settings) as ranks:
+    run, data = plan_run(settings)
+    model = prepare_job(run, data, ranks).model
+    alone = run.build_model()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == alone.config.tie_word_embeddings
+    for (name, mine), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert isinstance(mine, DTensor), name
+        assert mine.to_local().numel() < theirs.numel() or theirs.shape[0] < 2
+        assert torch.equal(mine.full_tensor(), theirs), name
+    for mine, theirs in zip(model.buffers(), alone.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+"""
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_initial_shards_are_those_of_one_process(
+    is_tied: bool, settings_for: SettingsFor, tmp_path: Path
+) -> None:
+    preset = tmp_path / "model.json"
+    preset.write_text(json.dumps({"preset": "tiny", "tie_word_embeddings": is_tied}))
+    settings = settings_for(
+        preset=str(preset), parallel="fsdp", position_embedding="alibi", sink_logits=True, short_convolution=3
+    )
+    arguments = json.dumps(vars(settings), default=str)
+    code, output = finish(start_program(INITIAL, arguments, launcher=torchrun(2)))
+    assert code == 0, output
