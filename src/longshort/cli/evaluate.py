@@ -17,7 +17,7 @@ from longshort.cli.flags import parse
 from longshort.data import DataFolder
 from longshort.evaluation import Evaluation, evaluate_documents
 from longshort.reporting.files import replace_file, require_new_files, strict_json
-from longshort.training.parallel import connect
+from longshort.training.parallel import Ranks, connect
 from longshort.training.plots import plot_loss_by_position
 from longshort.training.trained import TrainedModel, open_trained
 
@@ -63,6 +63,13 @@ class EvaluateFlags:
     threads: Annotated[int, Ge(1)] | None = None
     """CPU threads. None: torch's default."""
 
+    context_parallel: Annotated[int, Ge(1)] = 1
+    """Processes that share each window: all that torchrun started."""
+
+    gather_memory: Annotated[int, Ge(0)] | None = None
+    """With --context-parallel, bytes that the gathered keys and values of one layer's global heads may take;
+    beyond that they go round in a ring. None: any."""
+
     def __post_init__(self) -> None:
         check_fields(self)
 
@@ -72,8 +79,20 @@ def run(arguments: list[str]) -> int:
     require_new_files(flags.json, flags.plot)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
-    with connect(flags.device) as ranks:
-        trained = open_trained(flags.run, ranks.device)
+    shared = {"context_parallel": flags.context_parallel, "gather_memory": flags.gather_memory}
+    with connect(flags.device, **shared) as ranks:
+        return _evaluate(flags, ranks)
+
+
+def _evaluate(flags: EvaluateFlags, ranks: Ranks) -> int:
+    if ranks.data_size > 1:
+        raise ValueError(
+            f"--context-parallel must be the number of processes, {ranks.world_size}, "
+            f"got {flags.context_parallel}"
+        )
+    trained = open_trained(flags.run, ranks.device)
+    if ranks.context is not None:
+        ranks.context.distribute(trained.model)
     settings = trained.config.training
     data = DataFolder.open(flags.data or settings.data)
     if data.validation.tokenizer_hash != trained.config.data.tokenizer_hash:
@@ -94,8 +113,11 @@ def run(arguments: list[str]) -> int:
             max_tokens=flags.max_tokens,
             separate_documents=settings.separate_documents,
             document_start=trained.config.document_start,
+            context=ranks.context,
             progress=lambda done, total: show("evaluating", done, total),
         )
+    if not ranks.is_main:
+        return 0
     output = console()
     _print_table(output, evaluation, trained.step, data.validation.documents)
     note = _note(settings.token_order)

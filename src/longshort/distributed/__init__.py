@@ -5,6 +5,7 @@ from longshort.distributed.attention import context_attention
 from longshort.distributed.context import ContextParallel
 from longshort.distributed.costs import Traffic, all_gather_bytes, layer_traffic
 from longshort.distributed.exchange import keep_exchanges
+from longshort.distributed.influence import check_influence, visible_pairs
 from longshort.distributed.partition import join_parts, part_length, part_positions, take_part
 from longshort.distributed.plan import Block, ContextPlan, plan_context
 from longshort.distributed.sharded import put_values
@@ -15,6 +16,7 @@ __all__ = [
     "ContextPlan",
     "Traffic",
     "all_gather_bytes",
+    "check_influence",
     "context_attention",
     "join_parts",
     "keep_exchanges",
@@ -25,4 +27,5 @@ __all__ = [
     "put_values",
     "require_agreement",
     "take_part",
+    "visible_pairs",
 ]

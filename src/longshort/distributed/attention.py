@@ -94,6 +94,8 @@ def context_attention(
     try:
         if refused is not None:
             raise ValueError(refused)
+        if k.shape[2] != q.shape[2]:
+            raise ValueError(f"k must be as long as q ({q.shape[2]}): no cache is cut, got {k.shape[2]}")
         own_ids = None if plan is not None else segment_ids
         check_call(
             q, k, v, layout, segment_ids=own_ids, backend=backend, return_stats=return_stats, **options
@@ -283,7 +285,7 @@ class _Call:
                 out, lse, found = self._attend_span(span, lent_queries[block], keys, values)
                 back.add(block, out, lse)
                 measured.append(found)
-            back.begin()
+            back.begin(received.nothing)
         pieces: list[tuple[tuple[int, int], int, Tensor, Tensor]] = []
         for span in plan.spans(rank):
             queries = q[slice(*span.rows), :, span.start - begin : span.end - begin]
@@ -388,11 +390,16 @@ class _Return:
     def add(self, block: Any, out: Tensor, lse: Tensor) -> None:
         self._outputs[block] = out, lse
 
-    def begin(self) -> None:
-        self._out = self._begun([out for out, _ in self._sorted()], self._head_dim, self._q.dtype)
+    def begin(self, nothing: Tensor) -> None:
+        """Begin to send the outputs that were added.
+
+        Args:
+            nothing: without elements, of the first exchange: so the return is in the graph of every rank.
+        """
+        self._out = self._begun([nothing, *(out for out, _ in self._sorted())], self._head_dim, self._q.dtype)
         if self._with_lse:
             precise = torch.float64 if self._q.dtype == torch.float64 else torch.float32
-            self._lse = self._begun([lse for _, lse in self._sorted()], 1, precise)
+            self._lse = self._begun([nothing, *(lse for _, lse in self._sorted())], 1, precise)
 
     def end(self, empties: list[Tensor]) -> list[tuple[tuple[int, int], int, Tensor, Tensor]]:
         """Return the pieces of this rank's output that others computed."""
@@ -421,8 +428,7 @@ class _Return:
         return sizes[0], sizes[1]
 
     def _begun(self, parts: list[Tensor], width: int, dtype: torch.dtype) -> Pending:
-        empty = self._q.reshape(-1)[:0].to(dtype)  # the exchange is in the graph of every rank
-        message = torch.cat([*(part.to(dtype).reshape(-1) for part in parts), empty])
+        message = torch.cat([part.to(dtype).reshape(-1) for part in parts])
         return begin_exchange(message, *self._splits(width), self._group)
 
     def _ended(self, pending: Pending, blocks: list[Any], width: int, empties: list[Tensor]) -> list[Tensor]:

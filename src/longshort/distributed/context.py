@@ -15,6 +15,7 @@ from longshort.attention import attention
 from longshort.checks import require_integer
 from longshort.distributed.agreement import require_agreement
 from longshort.distributed.attention import context_attention, plan_of_parts, refusal
+from longshort.distributed.exchange import gather
 from longshort.distributed.message import Message
 from longshort.distributed.partition import padded_segments, part_length, part_positions, take_part
 from longshort.distributed.plan import ContextPlan, plan_context
@@ -182,6 +183,10 @@ class ContextParallel:
             found["shift_labels"] = take_part(labels, **cut, fill=_IGNORED)
             found["num_items_in_batch"] = (labels != _IGNORED).sum() / self.ranks
         return found
+
+    def whole(self, part: Tensor, length: int) -> Tensor:
+        """Gather a result by token, (batch, part, ...), from all ranks, without gradients."""
+        return gather(part, self.group).movedim(0, 1).flatten(1, 2)[:, :length]
 
     def __call__(
         self,

@@ -213,7 +213,7 @@ class _RingAttention(torch.autograd.Function):
                 leaves = [x.detach().requires_grad_() for x in (q, keys, values)]
                 found: list[Tensor] = []
                 gradients_of_found: list[Tensor] = []
-                for place, part_out, part_lse in ring.visit(*leaves, part):
+                for place, part_out, part_lse in ring.visit(leaves[0], leaves[1], leaves[2], part):
                     share = _share(part_lse.detach(), lse[place])
                     precise = part_out.detach().to(out.dtype)
                     inner = (grad_out[place] * (precise - out[place])).sum(-1, keepdim=True)

@@ -12,6 +12,7 @@ first window that holds it, with at least half a context before it, or the whole
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from longshort.data import DocumentStart, TokenFile
+    from longshort.distributed import ContextParallel
 
 _IGNORED = -100  # cross_entropy's label of a token that is not scored
 _POSITION_BINS = 24
@@ -115,6 +117,7 @@ def evaluate_documents(
     max_tokens: int | None = None,
     separate_documents: bool = False,
     document_start: DocumentStart = "at-end-of-text",
+    context: ContextParallel | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score whole documents, from the first on, as described in this module.
@@ -132,6 +135,8 @@ def evaluate_documents(
             segment ids.
         document_start: where separate documents began in that training. With "after-end-of-text" they did
             not see the end-of-text token before them; here it then only predicts the first token.
+        context: ranks that share each window, for a model that was given to its `distribute`; all of them
+            must call this, and get the same result.
         progress: called after each pass with the number of tokens scored so far, and of all.
 
     Raises:
@@ -173,7 +178,9 @@ def evaluate_documents(
     was_training = model.training
     model.eval()
     try:
-        for losses, scored in _losses(model, token_file, documents, context_length, batch_size, cut_at):
+        for losses, scored in _losses(
+            model, token_file, documents, context_length, batch_size, cut_at, context
+        ):
             width = losses.shape[1]
             sums[:width] += losses.sum(0, dtype=torch.float64).cpu()
             counts[:width] += scored.sum(0).cpu()
@@ -214,6 +221,7 @@ def _losses(
     context_length: int,
     batch_size: int | None,
     cut_at: DocumentStart | None,
+    context: ContextParallel | None,
 ) -> Iterator[tuple[Float[Tensor, "batch width"], Int[Tensor, "batch width"]]]:
     """Yield, for each forward pass, the losses of the scored tokens, 0 elsewhere, and a mask of them."""
     device = next(model.parameters()).device
@@ -227,17 +235,41 @@ def _losses(
     windows.sort(key=lambda entry: entry[1].start - entry[1].end)  # similar lengths together, longest first
     for first in range(0, len(windows), batch_size):
         inputs, labels = _read_windows(token_file, windows[first : first + batch_size])
-        options: dict[str, Any] = {"use_cache": False}
+        segment_ids = None
         if cut_at is not None:
             positions = _positions(token_file, windows[first : first + batch_size], inputs.shape[1])
             segments = document_segments(token_file.document_offsets, positions, cut_at)
-            options["segment_ids"] = torch.from_numpy(segments).to(device)
-        inputs, labels = inputs.to(device), labels.to(device)
-        logits = model(inputs, **options).logits
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none"
-        )
-        yield losses.view_as(labels), (labels != _IGNORED).long()
+            segment_ids = torch.from_numpy(segments)
+        losses = _token_losses(model, inputs, labels, segment_ids, device, context)
+        yield losses, (labels != _IGNORED).long()
+
+
+def _token_losses(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    segment_ids: Tensor | None,
+    device: torch.device,
+    context: ContextParallel | None,
+) -> Float[Tensor, "batch width"]:
+    """Compute the loss of each token, 0 where none is scored."""
+    arguments: dict[str, Any] = {"input_ids": inputs, "segment_ids": segment_ids, "use_cache": False}
+    with nullcontext() if context is None else context.sequence(len(inputs), inputs.shape[1], segment_ids):
+        if context is not None:
+            part = context.inputs(inputs, labels, segment_ids)
+            labels = part.pop("shift_labels")
+            del part["num_items_in_batch"]
+            arguments = {"use_cache": False, **part}
+        arguments = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in arguments.items()
+            if value is not None
+        }
+        logits = model(**arguments).logits
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.to(device).flatten(), ignore_index=_IGNORED, reduction="none"
+    ).view_as(labels)
+    return losses if context is None else context.whole(losses, inputs.shape[1])
 
 
 def _read_windows(

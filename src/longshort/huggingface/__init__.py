@@ -7,6 +7,7 @@ load.
 
 from longshort.huggingface.apply import AttentionLayer, apply, attention_layers, remove
 from longshort.huggingface.cache import GrowingLayer, SplitCache, layer_caches
+from longshort.huggingface.distribution import distribute, gather_layers
 from longshort.huggingface.generation import split_cache, use_split_caches
 from longshort.huggingface.interface import register
 from longshort.huggingface.qk_clip import QKClip
@@ -22,6 +23,8 @@ __all__ = [
     "SplitCache",
     "apply",
     "attention_layers",
+    "distribute",
+    "gather_layers",
     "layer_caches",
     "layouts_of",
     "remove",

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+CONTEXT = "longshort_context"
+"""The attribute of a layer whose attention goes across ranks: a `longshort.distributed.ContextParallel`."""
+
+
 class Call(NamedTuple):
     """What a layer asked of the attention function.
 
@@ -126,7 +130,12 @@ def attend_by_layout(
         ),
     }
     query, key, value, value_dim = _with_one_head_dim(query, key, value)
-    if pending is None:
+    context = getattr(module, CONTEXT, None) if recorder is None else None
+    if context is not None:
+        if pending is not None or key.shape[2] != q_len:
+            raise ValueError("past_key_values do not go with a sequence cut across ranks: use_cache=False")
+        out = context(query, key, value, layout, **options)
+    elif pending is None:
         out = attention(query, key, value, layout, **options)
     else:
         out = pending.attend(query, key, value, layout, options)

@@ -15,7 +15,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 _BEAT = 1.0
 _SILENCE = 30.0
@@ -40,7 +41,7 @@ class FailureWatch:
     """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
-        self._store = dist.PrefixStore("longshort", store)
+        self._store = PrefixStore("longshort", store)
         self._rank, self._world_size = rank, world_size
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="failure-watch", daemon=True)
@@ -122,6 +123,6 @@ class FailureWatch:
 
 def meet(timeout: timedelta) -> tuple[Any, int, int]:
     """Find the other processes by the variables that torchrun sets: the store, rank and world size."""
-    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
     store.set_timeout(timeout)
     return store, rank, world_size

@@ -95,7 +95,8 @@ class Ranks:
             yield tuple(self.put(tensor) for tensor in batch)
             return
         segment_ids = batch.segment_ids if separate_documents else None
-        with self.context.sequence(*batch.input_ids.shape, segment_ids):
+        batch_size, length = batch.input_ids.shape
+        with self.context.sequence(batch_size, length, segment_ids):
             part = self.context.inputs(batch.input_ids, batch.labels, segment_ids)
             names = ("input_ids", "shift_labels", "segment_ids", "position_ids", "num_items_in_batch")
             yield tuple(self.put(part[name]) if name in part else None for name in names)
@@ -189,7 +190,8 @@ def connect(
             backend, store=store, rank=rank, world_size=world_size, timeout=wait,
             device_id=here if kind == "cuda" else None,
         )  # fmt: skip
-        require_agreement(facts or {}, dist.group.WORLD, torch.device("cpu"))
+        everyone: Any = dist.group.WORLD
+        require_agreement(facts or {}, everyone, torch.device("cpu"))
         context = None
         if context_parallel > 1:  # batches are a function of seed and step, so the ranks agree
             shape = (world_size // context_parallel, context_parallel)
