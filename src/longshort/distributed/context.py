@@ -180,7 +180,7 @@ class ContextParallel:
         if padded is not None:
             found["segment_ids"] = take_part(padded, **cut).to(input_ids.device)
         if labels is not None:
-            found["shift_labels"] = take_part(labels, **cut, fill=_IGNORED)
+            found["shift_labels"] = take_part(labels, **cut, fill=_IGNORED).contiguous()
             found["num_items_in_batch"] = (labels != _IGNORED).sum() / self.ranks
         return found
 
