@@ -91,7 +91,7 @@ class ContextParallel:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         require_agreement(facts, self.group, torch.device("cpu") if device.type == "meta" else device)
         for layer in layers:
-            layer.function = self
+            layer.function = self  # pyright: ignore[reportAttributeAccessIssue]  # it is called alike
 
     def release(self, model: nn.Module) -> None:
         """Let the layers of a model attend on one rank again."""
@@ -188,6 +188,7 @@ class ContextParallel:
         """Gather a result by token, (batch, part, ...), from all ranks, without gradients."""
         return gather(part, self.group).movedim(0, 1).flatten(1, 2)[:, :length]
 
+    @torch.compiler.disable
     def __call__(
         self,
         q: Tensor,

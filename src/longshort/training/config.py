@@ -335,6 +335,7 @@ class TrainConfig:
             if self.parallel == "fsdp"
             else {},
             "--context-parallel": {
+                "--compile": self.compile,
                 "--probe": self.probe,
                 "--monitor-row-range": self.monitor_row_range,
                 "--alarms": self.alarms,

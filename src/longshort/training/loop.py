@@ -32,6 +32,7 @@ from longshort.training.checkpoints import (
     save_shards,
 )
 from longshort.training.config import TrainConfig
+from longshort.training.context_report import describe_context
 from longshort.training.interrupts import Interrupts
 from longshort.training.job import Job, PrepareModel, checkpoint_activations, prepare_job
 from longshort.training.metrics import MetricsLog
@@ -164,6 +165,8 @@ def _start(job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) -
     training.begin(state)
     if log is not None:
         progress.on_start(job.run, state.step)
+        if ranks.context is not None:
+            progress.on_message(describe_context(job.run, ranks))
         if state.step == settings.steps:
             progress.on_message(f"all {state.step} steps are done; --steps adds more")
     with Interrupts(is_patient=ranks.world_size > 1) as interrupts:
