@@ -89,7 +89,7 @@ def test_processes_train_what_one_does(mode: str, model: str, settings_for: Sett
     assert not list(folder.rglob(".metadata"))
 
 
-def test_checkpoints_go_from_mode_to_mode(settings_for: SettingsFor, tmp_path: Path, fails: Any) -> None:
+def test_shards_are_exported(settings_for: SettingsFor, tmp_path: Path, fails: Any) -> None:
     settings = settings_for(parallel="fsdp", steps=6, checkpoint_every=3)
     code, output = finish(start(settings, torchrun(2)))
     assert code == 0, output
@@ -104,6 +104,13 @@ def test_checkpoints_go_from_mode_to_mode(settings_for: SettingsFor, tmp_path: P
     assert "no checkpoint of step 4, only of 3, 6" in fails(1, "export", run, tmp_path / "x", "--step", "4")
     assert main(["generate", str(run), "--prompt", "the ", "--max-new-tokens", "3"]) == 0
 
+
+@pytest.mark.slow
+def test_checkpoints_go_from_mode_to_mode(settings_for: SettingsFor) -> None:
+    settings = settings_for(parallel="fsdp", steps=6, checkpoint_every=3)
+    code, output = finish(start(settings, torchrun(2)))
+    assert code == 0, output
+    run = settings.out
     for changes, launcher in (
         ({"parallel": "ddp", "steps": 8}, ()),  # one process
         ({"parallel": "fsdp", "steps": 10}, torchrun(2)),  # from whole files to shards
@@ -139,6 +146,7 @@ loop.train(TrainConfig(**json.loads(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_shards_roll_back_as_one_process_does(settings_for: SettingsFor) -> None:
     spiky: dict[str, Any] = {
         "learning_rate": 1e-2, "evaluate_every": 0, "steps": 24, "checkpoint_every": 4, "alarms": True,
@@ -181,7 +189,7 @@ with _connected(settings) as ranks:
 """
 
 
-@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("is_tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_initial_shards_are_those_of_one_process(
     is_tied: bool, settings_for: SettingsFor, tmp_path: Path
 ) -> None:
