@@ -290,7 +290,11 @@ class _Training:
         if is_monitored and self._settings.alarm is not None:
             by_head = getattr(reading, MEASUREMENTS[self._settings.alarm])
         spike = self._detector.observe(state.step, loss, norm, max_logit, by_head)
-        return None if spike is None else respond(spike, self._settings, state)
+        if spike is None:
+            return None
+        if self._settings.on_spike == "rollback":
+            self._finish_saving(wait=True)  # the response must not depend on how fast the disk is
+        return respond(spike, self._settings, state)
 
     def _checkpoint(self, state: TrainState, is_interrupted: bool, is_done: bool, is_stopped: bool) -> None:
         """Write a checkpoint, if one is due or the run ends here."""
