@@ -25,6 +25,7 @@ _GRACE = 5.0
 process ends that has not raised an error itself."""
 
 _FAILURE = "failure"
+_STORE_IS_GONE = "the process that held the store is gone"
 
 
 class FailureWatch:
@@ -61,9 +62,13 @@ class FailureWatch:
         self._end()
         if cause is None:
             return
-        if self._rank == 0:
+        if self._speaks(cause):
             raise ChildProcessError(cause) from error
         raise SystemExit(1) from error
+
+    def _speaks(self, cause: str) -> bool:
+        """Return whether this process reports: the main one does, and all if it may be the one that died."""
+        return self._rank == 0 or cause.startswith(_STORE_IS_GONE)
 
     def _end(self) -> None:
         self._is_over.set()
@@ -83,7 +88,7 @@ class FailureWatch:
                 if self._store.check([_FAILURE]):
                     return self._store.get(_FAILURE).decode()
             except RuntimeError as error:
-                return f"the process that held the store is gone: {error}"
+                return f"{_STORE_IS_GONE}: {error}"
             if time.monotonic() >= until:
                 return None
             time.sleep(0.1)
@@ -97,7 +102,7 @@ class FailureWatch:
             if cause is None:
                 cause = self._beat(beats, seen)
             if cause is not None and not self._is_over.wait(_GRACE):
-                if self._rank == 0:
+                if self._speaks(cause):
                     print(f"longshort: error: {cause}", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread waits for a process that is gone
 
@@ -117,7 +122,7 @@ class FailureWatch:
                     self._report(cause)
                     return cause
         except RuntimeError as error:
-            return f"the process that held the store is gone: {error}"
+            return f"{_STORE_IS_GONE}: {error}"
         return None
 
 
