@@ -65,11 +65,12 @@ def training_memory(setup: TrainingSetup, weights: Weights | None = None) -> Tra
     numbers = weights.in_shard(setup.shard_count)
     layouts = setup.config.head_layouts()
     backward = [block_backward_bytes(setup, layout) for layout in layouts]
+    exchanged = [cut_bytes(setup, layout, arrived_only=setup.checkpointing) for layout in layouts]
     if setup.checkpointing:  # what one block keeps is there while its backward pass runs
         again = block_bytes(setup) - boundary_bytes(setup)
         backward = [
-            needed + again + cut_bytes(setup, layout, arrived_only=False)
-            for needed, layout in zip(backward, layouts, strict=True)
+            needed + again + cut_bytes(setup, layout, arrived_only=False) - arrived
+            for needed, layout, arrived in zip(backward, layouts, exchanged, strict=True)
         ]
     return TrainingMemory(
         parameters=_FP32 * numbers,
@@ -77,7 +78,7 @@ def training_memory(setup: TrainingSetup, weights: Weights | None = None) -> Tra
         optimizer=2 * _FP32 * numbers + _FP32 * len(weights.shapes),
         whole_weights=_whole_weights(setup, weights),
         activations=len(layouts) * (boundary_bytes if setup.checkpointing else block_bytes)(setup),
-        exchanged=sum(cut_bytes(setup, layout, arrived_only=setup.checkpointing) for layout in layouts),
+        exchanged=sum(exchanged),
         working=max(head_bytes(setup) + loss_bytes(setup), *backward),
     )
 
