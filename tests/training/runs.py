@@ -73,6 +73,9 @@ def assert_close_metrics(run: Path, other: Path, rel: float) -> None:
     for mine, theirs in zip(without_speed(run), without_speed(other), strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
+            if value is None:
+                assert theirs[name] is None
+                continue
             torch.testing.assert_close(
                 torch.tensor(value, dtype=torch.float64), torch.tensor(theirs[name], dtype=torch.float64),
                 rtol=rel, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}",

@@ -112,7 +112,8 @@ def kill_and_resume(
 @pytest.mark.parametrize(
     ("kills", "changes"),
     [
-        (2, {"parallel": "fsdp", "context_parallel": 2}),
+        (2, {"parallel": "fsdp", "context_parallel": 2, "async_checkpoints": True}),
+        pytest.param(20, {"parallel": "fsdp", "async_checkpoints": True}, marks=pytest.mark.slow),
         pytest.param(20, {"parallel": "fsdp"}, marks=pytest.mark.slow),
         pytest.param(20, {"context_parallel": 2}, marks=pytest.mark.slow),
     ],
@@ -138,9 +139,11 @@ def test_one_process_is_not_enough(fails: Any, settings_for: SettingsFor) -> Non
         assert f"{flags[0]} {flags[1]} needs several processes, got one" in message
     for flags, expected in (
         (("--shards", "2"), "--shards goes only with --parallel fsdp, got ddp"),
+        (("--async-checkpoints",), "--async-checkpoints goes only with --parallel fsdp, got ddp"),
         (("--gather-memory", "2"), "--gather-memory goes only with --context-parallel, got 2"),
         (("--parallel", "fsdp", "--alarms"), "--alarms does not go with --parallel fsdp"),
         (("--context-parallel", "2", "--probe"), "--probe does not go with --context-parallel"),
+        (("--context-parallel", "2", "--compile"), "--compile does not go with --context-parallel"),
     ):
         assert expected in fails(2, *base, *flags)
     assert not settings.out.exists()

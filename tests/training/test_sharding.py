@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.training.runs import SettingsFor, assert_close_metrics, finish, losses, start, start_program
 
+from longshort.cli import main
+from longshort.model import LongShortForCausalLM
 from longshort.training.checkpoints import checkpoint_folder
 from longshort.training.config import TrainConfig
 from longshort.training.loop import train
+from longshort.training.run import read_run, write_config
 from longshort.training.trained import open_trained
 
 
@@ -79,6 +84,35 @@ def test_processes_train_what_one_does(mode: str, model: str, settings_for: Sett
     folder = checkpoint_folder(together.out, 20)
     assert bool(list(folder.glob("shard-*.safetensors"))) == (changes.get("parallel") == "fsdp")
     assert not list(folder.rglob(".metadata"))
+
+
+def test_checkpoints_go_from_mode_to_mode(settings_for: SettingsFor, tmp_path: Path, fails: Any) -> None:
+    settings = settings_for(parallel="fsdp", steps=6, checkpoint_every=3)
+    code, output = finish(start(settings, torchrun(2)))
+    assert code == 0, output
+    run, out = settings.out, tmp_path / "exported"
+    assert main(["export", str(run), str(out)]) == 0
+    exported, trained = LongShortForCausalLM.from_pretrained(out), open_trained(run).model
+    for mine, theirs in zip(exported.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert "exists already; --overwrite replaces" in fails(1, "export", run, out)
+    assert main(["export", str(run), str(out), "--step", "3", "--overwrite"]) == 0
+    assert "holds no exported model" in fails(1, "export", run, run, "--overwrite")
+    assert "no checkpoint of step 4, only of 3, 6" in fails(1, "export", run, tmp_path / "x", "--step", "4")
+    assert main(["generate", str(run), "--prompt", "the ", "--max-new-tokens", "3"]) == 0
+
+    for changes, launcher in (
+        ({"parallel": "ddp", "steps": 8}, ()),  # one process
+        ({"parallel": "fsdp", "steps": 10}, torchrun(2)),  # from whole files to shards
+        ({"parallel": "ddp", "steps": 12}, torchrun(2)),
+    ):
+        config = read_run(run)
+        write_config(run, replace(config, training=replace(config.training, **changes)))
+        code, output = finish(start(settings, launcher))
+        assert code == 0, output
+    whole = settings_for("whole", steps=12, checkpoint_every=3, warmup_steps=0, schedule_steps=6)
+    train(whole)
+    assert losses(run) == pytest.approx(losses(whole.out), rel=1e-5)
 
 
 INITIAL = """

@@ -21,6 +21,7 @@ _COMMANDS = {
     "train": "Train a model, or resume a run.",
     "evaluate": "Measure a trained model on whole validation documents.",
     "audit": "Measure what rounding inside attention does to the gradients of a trained model.",
+    "export": "Write a trained model as a folder for from_pretrained.",
     "generate": "Generate text with a trained model.",
     "families": "Try what works for each family of Hugging Face decoders.",
     "watch": "Measure the attention logits of a Hugging Face decoder, by layer and head.",

@@ -91,7 +91,7 @@ class ContextParallel:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         require_agreement(facts, self.group, torch.device("cpu") if device.type == "meta" else device)
         for layer in layers:
-            layer.function = self
+            layer.function = self  # pyright: ignore[reportAttributeAccessIssue]  # it is called alike
 
     def release(self, model: nn.Module) -> None:
         """Let the layers of a model attend on one rank again."""
@@ -180,7 +180,7 @@ class ContextParallel:
         if padded is not None:
             found["segment_ids"] = take_part(padded, **cut).to(input_ids.device)
         if labels is not None:
-            found["shift_labels"] = take_part(labels, **cut, fill=_IGNORED)
+            found["shift_labels"] = take_part(labels, **cut, fill=_IGNORED).contiguous()
             found["num_items_in_batch"] = (labels != _IGNORED).sum() / self.ranks
         return found
 
@@ -188,6 +188,7 @@ class ContextParallel:
         """Gather a result by token, (batch, part, ...), from all ranks, without gradients."""
         return gather(part, self.group).movedim(0, 1).flatten(1, 2)[:, :length]
 
+    @torch.compiler.disable
     def __call__(
         self,
         q: Tensor,

@@ -34,7 +34,8 @@ def distribute(model: nn.Module, context: ContextParallel) -> None:
     device = next(model.parameters()).device
     require_agreement({"the layouts of the layers": layouts}, context.group, device)
     for layer in attention_layers(model):  # pyright: ignore[reportArgumentType]
-        setattr(model.get_submodule(layer.name), CONTEXT, context)
+        path = layer.name.partition(" ")[0]  # the class follows
+        setattr(model.get_submodule(path), CONTEXT, context)
 
 
 def gather_layers(model: nn.Module) -> None:

@@ -17,7 +17,8 @@ import re
 import shutil
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
 
 from longshort.data.files import sync_folder, sync_tree
@@ -101,59 +102,127 @@ def save_checkpoint(
 
 
 def save_shards(
-    run: Path, model: Any, optimizer: torch.optim.Optimizer, state: TrainState, ranks: Ranks
-) -> Path:
-    """Write `run/checkpoints/step-N` of a model that is cut into shards; all ranks call it.
+    run: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    ranks: Ranks,
+    *,
+    in_background: bool = False,
+) -> ShardsBeingSaved:
+    """Begin to write `run/checkpoints/step-N` of a model that is cut into shards; all ranks call it.
 
     Args:
         run, model, optimizer, state: as for `save_checkpoint`.
         ranks: the processes.
+        in_background: copy the shards to the CPU and let a thread write them. Otherwise they are written when
+            this returns, but not yet synced and renamed.
+
+    Returns:
+        What is being saved; all ranks must call its `finish`.
 
     Raises:
         FileExistsError, OSError: as in `save_checkpoint`.
     """
-    new = _new_checkpoint(run, state) if ranks.is_main else nullcontext(_partial(run, state.step))
-    with new as partial:
-        ranks.barrier()  # the folder is there
-        tensors = _weights(model) | {
-            name: moment.reshape(1) if moment.ndim == 0 else moment
-            for name, moment in _optimizer_tensors(model, optimizer).items()
-        }
-        try:
-            save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
-        except CheckpointException as error:
-            raise OSError(str(next(iter(error.failures.values()))[0])) from error
-        if ranks.is_main:
-            model.config.save_pretrained(partial)
-        sync_tree(partial)
-        ranks.barrier()  # every shard is on the disk
-    ranks.barrier()
-    return checkpoint_folder(run, state.step)
+    if ranks.is_main:
+        _begin(run, state)
+    ranks.barrier()  # the folder is there
+    tensors = _weights(model) | {
+        name: moment.reshape(1) if moment.ndim == 0 else moment
+        for name, moment in _optimizer_tensors(model, optimizer).items()
+    }
+    writer = HuggingFaceStorageWriter(str(_partial(run, state.step)), save_distributed=True)
+    future = None
+    with _shard_errors(run, state):
+        if in_background:
+            future = async_save(tensors, storage_writer=writer, process_group=ranks.saving_group)
+            assert isinstance(future, Future)
+        else:
+            save(tensors, storage_writer=writer)
+    return ShardsBeingSaved(run, model.config, state, ranks, future)
+
+
+@dataclass(frozen=True)
+class ShardsBeingSaved:
+    """A checkpoint in shards that is not renamed yet."""
+
+    run: Path
+    config: Any
+    state: TrainState
+    ranks: Ranks
+    future: Future[Any] | None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's thread is done. The main one's is done when all are."""
+        return self.future is None or self.future.done()
+
+    def finish(self) -> None:
+        """Wait for the thread; then the main rank syncs the files and renames the folder. No rank waits for
+        another.
+
+        Raises:
+            OSError: the shards could not be written.
+        """
+        with _shard_errors(self.run, self.state):
+            if self.future is not None:
+                self.future.result()
+            if self.ranks.is_main:
+                self.config.save_pretrained(_partial(self.run, self.state.step))
+                _complete(self.run, self.state)
+
+
+@contextmanager
+def _shard_errors(run: Path, state: TrainState) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise _not_written(run, state, cause) from error
+    except OSError as error:
+        raise _not_written(run, state, error) from error
 
 
 @contextmanager
 def _new_checkpoint(run: Path, state: TrainState) -> Iterator[Path]:
     """Give a folder whose files become the checkpoint, complete or not at all."""
-    folder, final = run / FOLDER, checkpoint_folder(run, state.step)
+    try:
+        yield _begin(run, state)
+        _complete(run, state)
+    except FileExistsError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise _not_written(run, state, error) from error
+
+
+def _begin(run: Path, state: TrainState) -> Path:
+    """Make the folder that is renamed when the checkpoint is complete."""
+    final, partial = checkpoint_folder(run, state.step), _partial(run, state.step)
     if _is_complete(final):
         raise FileExistsError(f"{final} exists already")
-    partial = _partial(run, state.step)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        (partial / _STATE).write_text(_as_json(state))
-        sync_tree(partial)
-        if final.exists():  # it lacks files, so the run was not resumed from it
-            _remove(final)
-        partial.rename(final)
-        sync_folder(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            f"the checkpoint of step {state.step} could not be written to {folder}: {error}; "
-            "the checkpoints before it are whole"
-        ) from error
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _complete(run: Path, state: TrainState) -> None:
+    """Make the folder the checkpoint of its step, at once."""
+    final, partial = checkpoint_folder(run, state.step), _partial(run, state.step)
+    (partial / _STATE).write_text(_as_json(state))
+    sync_tree(partial)
+    if final.exists():  # it lacks files, so the run was not resumed from it
+        _remove(final)
+    partial.rename(final)
+    sync_folder(run / FOLDER)
+
+
+def _not_written(run: Path, state: TrainState, error: BaseException) -> OSError:
+    """Remove what is left of a checkpoint that could not be written; return the error to raise."""
+    shutil.rmtree(_partial(run, state.step), ignore_errors=True)
+    return OSError(
+        f"the checkpoint of step {state.step} could not be written to {run / FOLDER}: {error}; "
+        "the checkpoints before it are whole"
+    )
 
 
 def _partial(run: Path, step: int) -> Path:

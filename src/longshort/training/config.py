@@ -205,6 +205,9 @@ class TrainConfig:
     """Number of latest checkpoints to keep; with --on-spike rollback those that it may need are kept too.
     None: all."""
 
+    async_checkpoints: bool = False
+    """With --parallel fsdp, train on while a checkpoint is written, from a copy in CPU memory."""
+
     on_spike: OnSpike | None = None
     """Action when loss, gradient norm or largest logit spikes. report: print a message. stop: write a
     checkpoint and end. rollback: go back to a checkpoint and leave out batches. Any of them makes every step
@@ -318,8 +321,9 @@ class TrainConfig:
 
     def _check_processes(self) -> None:
         """Refuse what more than one process cannot do."""
-        if self.shards is not None and self.parallel != "fsdp":
-            raise ValueError(f"--shards goes only with --parallel fsdp, got {self.parallel}")
+        for name in ("shards", "async_checkpoints"):
+            if getattr(self, name) and self.parallel != "fsdp":
+                raise ValueError(f"{flag(name)} goes only with --parallel fsdp, got {self.parallel}")
         if self.gather_memory is not None and self.context_parallel == 1:
             raise ValueError(f"--gather-memory goes only with --context-parallel, got {self.gather_memory}")
         refused = {
@@ -331,6 +335,7 @@ class TrainConfig:
             if self.parallel == "fsdp"
             else {},
             "--context-parallel": {
+                "--compile": self.compile,
                 "--probe": self.probe,
                 "--monitor-row-range": self.monitor_row_range,
                 "--alarms": self.alarms,

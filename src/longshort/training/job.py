@@ -102,9 +102,10 @@ def _prepare_model(run: RunConfig, ranks: Ranks, prepare: PrepareModel | None) -
 def checkpoint_activations(model: LongShortForCausalLM, *, keeps_exchanges: bool = False) -> None:
     """Recompute each layer of the model in the backward pass, but for what came from other ranks if
     `keeps_exchanges`."""
+    options: dict[str, Any] = {"use_reentrant": False}
     if keeps_exchanges:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_exchanges()})
-    elif hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
+        options["context_fn"] = keep_exchanges()
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
     else:  # the method's name in earlier releases of transformers 5
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(options)

@@ -21,6 +21,7 @@ from longshort.checks import flag
 from longshort.stability import Reading, SpikeDetector
 from longshort.stability.alarms import MEASUREMENTS
 from longshort.training.checkpoints import (
+    ShardsBeingSaved,
     TrainState,
     keep_checkpoints,
     latest_checkpoint,
@@ -31,6 +32,7 @@ from longshort.training.checkpoints import (
     save_shards,
 )
 from longshort.training.config import TrainConfig
+from longshort.training.context_report import describe_context
 from longshort.training.interrupts import Interrupts
 from longshort.training.job import Job, PrepareModel, checkpoint_activations, prepare_job
 from longshort.training.metrics import MetricsLog
@@ -136,6 +138,7 @@ def _connected(settings: TrainConfig) -> AbstractContextManager[Ranks]:
         context_parallel=settings.context_parallel,
         gather_memory=settings.gather_memory,
         timeout=settings.timeout,
+        saves_in_background=settings.async_checkpoints,
         facts={flag(name): value for name, value in vars(settings).items()} | current_versions(),
     )
 
@@ -162,6 +165,8 @@ def _start(job: Job, ranks: Ranks, progress: Progress, log: MetricsLog | None) -
     training.begin(state)
     if log is not None:
         progress.on_start(job.run, state.step)
+        if ranks.context is not None:
+            progress.on_message(describe_context(job.run, ranks))
         if state.step == settings.steps:
             progress.on_message(f"all {state.step} steps are done; --steps adds more")
     with Interrupts(is_patient=ranks.world_size > 1) as interrupts:
@@ -185,6 +190,7 @@ class _Training:
         self._objective = Objective(self._model, settings)
         self._optimizer = make_optimizer(self._model, settings)
         self._detector = None if settings.on_spike is None else SpikeDetector(alarm=settings.alarm)
+        self._saving: tuple[int, ShardsBeingSaved] | None = None
         self._monitor, self._update_entropy = job.make_monitor()
         self._clip, self._clip_monitor = job.make_clip()
         validation = None if job.windows is None else Validation(job, self._objective, ranks)
@@ -229,6 +235,7 @@ class _Training:
                 continue
             is_interrupted = self._ranks.any(interrupts.signal is not None)
             is_done = state.step >= settings.steps or self._recorder.is_at_goal
+            self._finish_saving(wait=False)
             self._checkpoint(state, is_interrupted, is_done, action == "stop")
             if action == "stop":
                 return RunOutcome(settings.out, state.step, settings.steps, None, stopped_by_spike=True)
@@ -297,6 +304,8 @@ class _Training:
                 self._progress.on_message(text)
             self._log.sync()
         self._save(state)
+        if is_interrupted or is_done or is_stopped:
+            self._finish_saving(wait=True)
         if self._log is None:
             return
         if (is_interrupted and not is_done) or (is_stopped and state.step < settings.steps):
@@ -305,6 +314,7 @@ class _Training:
 
     def _roll_back(self, spike: dict[str, Any], state: TrainState) -> TrainState:
         """Make an earlier checkpoint the latest, and start from it once more."""
+        self._finish_saving(wait=True)
         self._ranks.barrier()  # no process reads checkpoints any more
         if self._log is not None:
             self._log.sync()
@@ -323,8 +333,29 @@ class _Training:
         ranks.wait()
         with self._recorder.paused():
             if ranks.shards is not None:
-                save_shards(run, self._model, self._optimizer, state, ranks)
+                self._finish_saving(wait=True)
+                in_background = self._settings.async_checkpoints
+                self._saving = (
+                    onset,
+                    save_shards(run, self._model, self._optimizer, state, ranks, in_background=in_background),
+                )
+                if not in_background:
+                    self._finish_saving(wait=True)
             elif ranks.is_main:
                 save_checkpoint(run, self._model, self._optimizer, state, self._update_entropy)
-            if ranks.is_main:
                 keep_checkpoints(run, checkpoints_to_keep(self._settings, onset))
+
+    def _finish_saving(self, *, wait: bool) -> None:
+        """Complete the checkpoint that is being saved in shards, if there is one and it is written.
+
+        Args:
+            wait: wait until it is written, on all ranks together.
+        """
+        if self._saving is not None and (wait or self._saving[1].is_written):
+            onset, saving = self._saving
+            self._saving = None
+            saving.finish()
+            if self._ranks.is_main:
+                keep_checkpoints(self._settings.out, checkpoints_to_keep(self._settings, onset))
+        if wait and self._ranks.shards is not None:
+            self._ranks.barrier()  # all see the same checkpoints

@@ -16,7 +16,7 @@ from longshort.data import Batch
 from longshort.stability import scale_qk_learning_rate, z_loss
 from longshort.training.config import TrainConfig
 from longshort.training.parallel import Ranks
-from longshort.training.sharding import whole
+from longshort.training.sharding import reshard, whole
 
 _IGNORED = -100  # torch's label of a position that nothing is predicted for
 
@@ -193,6 +193,8 @@ def validation_loss(objective: nn.Module, windows: Batch, settings: TrainConfig,
         if index < len(parts):
             total += loss * len(part.input_ids)
     objective.train()
+    if ranks.shards is not None:
+        reshard(objective)
     return ranks.reduce_sum(total).item() / len(windows.input_ids) / ranks.context_size
 
 

@@ -34,6 +34,7 @@ class Ranks:
         world_size: number of processes.
         context: attention across the processes that share sequences; None if each has whole ones.
         shards: processes among which the model is cut; None if each has a copy.
+        saving_group: the processes, for a thread that saves while they train; None if there is none.
     """
 
     device: torch.device
@@ -41,6 +42,7 @@ class Ranks:
     world_size: int = 1
     context: ContextParallel | None = field(default=None, compare=False)
     shards: int | None = None
+    saving_group: dist.ProcessGroup | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -150,6 +152,7 @@ def connect(
     context_parallel: int = 1,
     gather_memory: int | None = None,
     timeout: float = 600.0,
+    saves_in_background: bool = False,
     facts: Mapping[str, Any] | None = None,
 ) -> Iterator[Ranks]:
     """Join the processes that `torchrun` started, or be the only one.
@@ -158,6 +161,7 @@ def connect(
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         parallel: "ddp" or "fsdp".
         shards, context_parallel, gather_memory, timeout: as in `TrainConfig`.
+        saves_in_background: make `Ranks.saving_group`.
         facts: anything that must be the same in all processes, by name.
 
     Raises:
@@ -197,7 +201,8 @@ def connect(
             shape = (world_size // context_parallel, context_parallel)
             mesh = init_device_mesh(kind, shape, mesh_dim_names=("data", "context"))
             context = ContextParallel(mesh.get_group("context"), gather_memory=gather_memory, check=False)
-        ranks = Ranks(here, rank, world_size, context, shards)
+        saving: Any = dist.new_group(backend="gloo", timeout=wait) if saves_in_background else None
+        ranks = Ranks(here, rank, world_size, context, shards, saving)
         yield ranks
         ranks.barrier()  # a process that exits while others still communicate can make them fail
         dist.destroy_process_group()  # after an error it could wait for others

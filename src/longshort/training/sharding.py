@@ -42,9 +42,17 @@ def shard(model: nn.Module, device: str, world_size: int, shards: int) -> None:
 @contextmanager
 def accumulating(objective: nn.Module, is_last: bool) -> Iterator[None]:
     """Exchange gradients only with the last micro-batch of a step."""
-    model = next(module for module in objective.modules() if isinstance(module, FSDPModule))
-    model.set_requires_gradient_sync(is_last)
+    _sharded_model(objective).set_requires_gradient_sync(is_last)
     yield
+
+
+def reshard(objective: nn.Module) -> None:
+    """Give up the whole weights that a forward pass without a backward pass leaves behind."""
+    _sharded_model(objective).reshard()
+
+
+def _sharded_model(objective: nn.Module) -> FSDPModule:
+    return next(module for module in objective.modules() if isinstance(module, FSDPModule))
 
 
 @torch.no_grad()

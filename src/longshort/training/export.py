@@ -1,0 +1,53 @@
+"""A checkpoint of a run as one folder for `from_pretrained`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from longshort.data.files import sync_folder, sync_tree
+from longshort.huggingface.progress_bars import without_progress_bars
+from longshort.training.trained import open_trained
+
+_FILES = ("config.json", "model.safetensors")
+"""The files by which an exported model is recognised."""
+
+
+def export_run(run: Path | str, out: Path | str, *, step: int | None = None, overwrite: bool = False) -> int:
+    """Write the weights of a checkpoint, its config and its tokenizer; return its step.
+
+    Args:
+        run: the run's folder.
+        out: folder to create; complete or not at all.
+        step: step of the checkpoint; None: the latest.
+        overwrite: replace `out` if it holds an exported model.
+
+    Raises:
+        FileExistsError: `out` exists, and may not be replaced.
+        FileNotFoundError, OSError, ValueError: as in `open_trained`.
+    """
+    out = Path(out).absolute()
+    is_taken = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
+    is_exported = out.is_dir() and all((out / name).is_file() for name in _FILES)
+    if is_taken and not overwrite:
+        raise FileExistsError(f"{out} exists already; --overwrite replaces an exported model")
+    if is_taken and not is_exported:
+        raise FileExistsError(f"{out} exists and holds no exported model; it stays as it is")
+    trained = open_trained(run, step=step)
+    partial, replaced = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "replaced"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        with without_progress_bars():
+            trained.model.save_pretrained(partial, max_shard_size="1TB")
+        trained.tokenizer.save_pretrained(partial)
+        sync_tree(partial)
+        if is_taken:
+            shutil.rmtree(replaced, ignore_errors=True)
+            out.rename(replaced)
+        partial.rename(out)
+        sync_folder(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return trained.step

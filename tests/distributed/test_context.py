@@ -1,0 +1,216 @@
+"""Models across ranks, what they exchange, and ranks that disagree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.distributed.processes import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from longshort import HeadLayout
+from longshort.distributed import (
+    ContextParallel,
+    Traffic,
+    context_attention,
+    keep_exchanges,
+    plan_context,
+    take_part,
+)
+from longshort.model import LongShortConfig, LongShortForCausalLM
+
+_LAYOUT = HeadLayout.split(12, 1, 100)
+
+
+class Counting(TorchDispatchMode):
+    """Counts the collectives, and the bytes that this rank sends to others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name()
+        if "all_to_all_single" in name:
+            sizes = list(args[2])
+            self.bytes += (sum(sizes) - sizes[dist.get_rank()]) * args[0].element_size()
+            self.calls += 1
+        elif "all_gather_into_tensor" in name:
+            self.bytes += args[0].numel() * args[0].element_size() * (args[1] - 1)
+            self.calls += 1
+        else:
+            assert "c10d" not in name or "wait_tensor" in name, name
+        return function(*args, **(kwargs or {}))
+
+
+def traffic() -> tuple[float, float]:
+    """Count the bytes sent forward and backward by one layer of the paper's shape."""
+    length, ranks = 4096, dist.get_world_size()
+    q, k, v = (torch.randn(1, 12, length // ranks, 64, requires_grad=True) for _ in range(3))
+    plan = plan_context(ranks, length)
+    with Counting() as forward:
+        out = context_attention(q, k, v, _LAYOUT, plan=plan, check=False)
+    with Counting() as backward:
+        out.sum().backward()
+    return forward.bytes, backward.bytes
+
+
+def test_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
+    counted = run_ranks(traffic, 4, tmp_path)
+    planned = plan_context(4, 4096).traffic(_LAYOUT, 64, 4)
+    for (forward, _), plan in zip(counted, planned, strict=True):
+        assert forward == plan.total
+    mean = Traffic.mean(planned).total
+    assert sum(backward for _, backward in counted) / 4 <= 1.02 * mean
+
+
+def recomputed() -> list[tuple[int, torch.Tensor]]:
+    """Compute gradients without and with checkpointing, and count collectives in the backward pass."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    layout = HeadLayout((3, 3, None), sink_tokens=1)
+    whole = torch.randn(3, 1, 3, 8 * ranks, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    ways: list[dict[str, Any] | None] = [{}, {"context_fn": keep_exchanges()}, None]
+    for options in ways:
+        q, k, v = (x.clone().requires_grad_() for x in take_part(whole, rank, ranks, dim=3))
+
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return context_attention(q, k, v, layout, plan=plan_context(ranks, 8 * ranks), check=False).sin()
+
+        out = (
+            attend(q, k, v)
+            if options is None
+            else checkpoint(attend, q, k, v, use_reentrant=False, **options)
+        )
+        with Counting() as backward:
+            out.sum().backward()
+        found.append((backward.calls, torch.cat([x.grad for x in (q, k, v) if x.grad is not None])))
+    return found
+
+
+def test_checkpointing_keeps_what_was_exchanged(tmp_path: Path) -> None:
+    for (repeated, again), (kept, same), (plain, expected) in run_ranks(recomputed, 2, tmp_path):
+        assert kept == plain
+        assert repeated > plain
+        assert torch.equal(again, expected)
+        assert torch.equal(same, expected)
+
+
+def disagreements() -> list[str]:
+    """Call with something different on rank 1; return what each rank says."""
+    is_odd = dist.get_rank() == 1
+    q = torch.randn(1, 2, 8, 4)
+    short = q[:, :, :7] if is_odd else q
+    layout, other = HeadLayout((2, None)), HeadLayout((3, None))
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    calls: list[Any] = [
+        lambda: context_attention(short, short, short, layout),
+        lambda: context_attention(q, q, q, other if is_odd else layout),
+        lambda: context_attention(q.clone().requires_grad_(is_odd), q, q, layout),
+        lambda: context_attention(q, q, q, layout, segment_ids=ids if is_odd else None),
+        lambda: context_attention(q, q, q, layout, scale=0.5 if is_odd else 0.25),
+        lambda: context_attention(q, q, q[:, :1] if is_odd else q, layout),
+        lambda: context_attention(q, q, q, layout, causal=False),
+        lambda: context_attention(q, q, q, HeadLayout((2, 2), sink_tokens=1), alibi_slopes=torch.ones(2)),
+        lambda: context_attention(q, q, q, layout, gather_memory=0, alibi_slopes=torch.ones(2)),
+    ]
+    found = []
+    for call in calls:
+        with pytest.raises(ValueError) as caught:
+            call()
+        found.append(str(caught.value))
+    assert context_attention(q, q, q, layout).shape == q.shape  # the ranks are still together
+    return found
+
+
+def test_ranks_that_disagree_all_raise(tmp_path: Path) -> None:
+    first, odd = run_ranks(disagreements, 2, tmp_path)
+    for text, part in zip(
+        first,
+        (
+            "shape of q must be the same on all ranks, got (1, 2, 8, 4) on rank 0 and (1, 2, 7, 4) on rank 1",
+            "layout must be the same on all ranks",
+            "requires_grad of q, k or v must be the same on all ranks, got False on rank 0 and True on",
+            "segment_ids must be the same on all ranks, got 'none' on rank 0 and 'given' on rank 1",
+            "scale must be the same on all ranks, got 0.25 on rank 0 and 0.5 on rank 1",
+            "the error must be the same on all ranks, got None on rank 0 and ValueError",
+            "causal must be True across ranks, got False",
+            "alibi_slopes do not go with sink_tokens across ranks",
+            "alibi_slopes do not go with a ring",
+        ),
+        strict=True,
+    ):
+        assert part in text
+    assert "v must be" in odd[5]
+
+
+def other_models() -> list[float]:
+    """Return how far a decoder of transformers across ranks is from one process: loss and gradients."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from longshort.huggingface import apply, distribute
+
+    context = ContextParallel()
+    found: list[float] = []
+    for num_kv_heads in (4, 2):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=num_kv_heads, max_position_embeddings=64,
+        )  # fmt: skip
+        model: Any = LlamaForCausalLM(config)
+        apply(model, num_global_heads=2, window=5, sink_tokens=2)
+        ids = torch.randint(0, 32, (2, 23))
+        labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        model(ids, shift_labels=labels, labels=ids, use_cache=False).loss.backward()
+        expected = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        distribute(model, context)
+        with context.sequence(2, 23):
+            part = context.inputs(ids, labels)
+            part.pop("segment_ids")
+            loss = model(**part, labels=part["input_ids"], use_cache=False).loss
+            loss.backward()
+        for parameter, one in zip(model.parameters(), expected, strict=True):
+            dist.all_reduce(parameter.grad)
+            error = (parameter.grad / context.ranks - one).norm() / one.norm().clamp_min(1e-6)
+            found.append(float(error))
+    return found
+
+
+def test_decoders_of_others_go_across_ranks(tmp_path: Path) -> None:
+    for errors in run_ranks(other_models, 2, tmp_path):
+        assert max(errors) < 1e-5
+
+
+def refused() -> list[str]:
+    context = ContextParallel()
+    found = []
+    base: dict[str, Any] = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "local_window": 2,
+    }
+    changes: dict[str, Any]
+    for changes in (
+        {"short_convolution": 3},
+        {"attention_precision": "sdpa-bf16"},
+        {"sink_tokens": 1, "position_embedding": "alibi"},
+    ):
+        with pytest.raises(ValueError) as caught:
+            context.distribute(LongShortForCausalLM(LongShortConfig(num_global_heads=1, **base, **changes)))
+        found.append(str(caught.value))
+    return found
+
+
+def test_layers_that_cannot_go_across_ranks_are_refused(tmp_path: Path) -> None:
+    convolution, flash, alibi = run_ranks(refused, 1, tmp_path)[0]
+    assert "short_convolution does not go with context parallelism" in convolution
+    assert "sdpa-bf16 does not go with context parallelism" in flash
+    assert "alibi_slopes do not go with sink_tokens" in alibi
