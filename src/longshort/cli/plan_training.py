@@ -305,6 +305,7 @@ def _add_rows(table: Any, rows: dict[str, str], values: list[Any], form: Callabl
 def _print_scan(output: Any, compared: Sequence[Sequence[TrainingPlan]], limit: int) -> None:
     table = plain_table("GPUs", "memory", "sent/step", "compute", "waiting", "step", "tokens/s")
     table.add_column("attention")
+    table.pad_edge = False
     for plans in compared:
         for plan in plans:
             setup, time = plan.setup, plan.time

@@ -61,9 +61,9 @@ class RateFlags:
         source = "(published, H100 SXM, dense)" if self.peak_tflops is None else "(given)"
         return (
             f"Times are a model, not measured. Assumed: {peak} TFLOP/s a GPU\n"
-            f"{source}; {self.matrix_share:.0%} of it in matrices, {self.attention_share:.0%} in global "
-            f"heads, {self.local_share:.0%} in local ones;\n"
-            f"{self.node_bandwidth:g} GB/s in a node of {self.gpus_per_node}, "
-            f"{self.network_bandwidth:g} GB/s a GPU between nodes;\n"
-            f"{self.latency:g} us a message; transfers hide behind {self.overlap:.0%} of the computing."
+            f"{source}; {self.matrix_share:.0%} of it in matrices, "
+            f"{self.attention_share:.0%} in global heads,\n"
+            f"{self.local_share:.0%} in local heads; {self.node_bandwidth:g} GB/s in a node of "
+            f"{self.gpus_per_node}, {self.network_bandwidth:g} GB/s a GPU between\n"
+            f"nodes; {self.latency:g} us a message; transfers hide behind {self.overlap:.0%} of the computing."
         )

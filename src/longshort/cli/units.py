@@ -36,12 +36,10 @@ def format_count(count: int) -> str:
 
 def format_seconds(seconds: float) -> str:
     """Format seconds with three digits, in s, ms or us."""
-    if seconds == 0:
-        return "0 s"
-    for factor, unit in ((1, "s"), (1e3, "ms")):
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
         if seconds * factor >= 0.9995:
             return f"{_digits(seconds * factor)} {unit}"
-    return f"{_digits(seconds * 1e6)} us"
+    return "< 1 us" if seconds else "0 s"
 
 
 def _digits(value: float) -> str:

@@ -38,7 +38,7 @@ def measured(setup: TrainingSetup, rank: int = 0) -> LiveMemory:
     """Take one rank's forward and backward pass. Gradients of a model without shards are there before."""
     group = one_of(setup.ranks, rank) if setup.ranks > 1 else nullcontext()
     with group as ranks:
-        model = LongShortForCausalLM(setup.config).train()
+        model: Any = LongShortForCausalLM(setup.config).train()
         context = None
         if setup.context_parallel > 1:
             context = ContextParallel(ranks, check=False)
@@ -52,7 +52,7 @@ def measured(setup: TrainingSetup, rank: int = 0) -> LiveMemory:
         known = list(model.parameters())
         if setup.parallel == "fsdp":
             shard(model, "cpu", setup.ranks, setup.shard_count)
-            known = [parameter.to_local() for parameter in model.parameters()]  # pyright: ignore
+            known = [parameter.to_local() for parameter in model.parameters()]
         else:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -120,10 +120,10 @@ def test_states_are_those_of_a_sharded_model(name: str, shards: int) -> None:
     config = preset(name)
     with one_of(shards):
         with torch.device("meta"):
-            model = LongShortForCausalLM(config)
+            model: Any = LongShortForCausalLM(config)
         if shards > 1:
             shard(model, "cpu", shards, shards)
-        local: list[Any] = [p.to_local() if shards > 1 else p for p in model.parameters()]  # pyright: ignore
+        local: list[Any] = [p.to_local() if shards > 1 else p for p in model.parameters()]
         numbers = sum(x.numel() for x in local)
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros_like(x, device="cpu")) for x in local])
         for group in optimizer.param_groups:

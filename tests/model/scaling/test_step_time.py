@@ -57,7 +57,7 @@ def test_computing_by_hand() -> None:
     ids=["one node", "two nodes", "one and a half"],
 )
 def test_weights_by_hand(ranks: int, seconds_per_byte: float) -> None:
-    """In a node at its bandwidth; between nodes over as many links as a node has GPUs, if that takes longer."""
+    """In a node at its bandwidth; between nodes over as many links as a node has, if that takes longer."""
     setup = TrainingSetup(preset("tiny"), 64, ranks, ranks)
     traffic = step_traffic(setup)
     sent = traffic.weights + traffic.scattered
@@ -129,6 +129,10 @@ def test_the_fewest_ranks_that_share_a_sequence() -> None:
         assert shared == min(allowed)
 
 
+def rates(name: str, value: Any) -> Rates:
+    return Rates(**{name: value})
+
+
 def refused(message: str, **changes: Any) -> None:
     with pytest.raises(ValueError, match=message):
         replace(BASE, **changes)
@@ -150,7 +154,7 @@ def test_bad_setups_are_named() -> None:
     refused("^context_parallel must be 1 with short_convolution, got 2", config=convolved, context_parallel=2)
     sinks = preset("paper-base", position_embedding="alibi", sink_tokens=2)
     refused("^context_parallel must be 1 with ALiBi and sink tokens, got 2", config=sinks, context_parallel=2)
-    with pytest.raises(TypeError, match="^config must be a LongShortConfig, got str"):
+    with pytest.raises(TypeError, match=r"^config must be a LongShortConfig, got str"):
         replace(BASE, config="paper-base")  # pyright: ignore[reportArgumentType]
 
 
@@ -159,14 +163,14 @@ def test_bad_setups_are_named() -> None:
 def test_rates_that_are_not_positive_are_refused(name: str) -> None:
     for value in (0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"^{name} must be .* got"):
-            Rates(**{name: value})
+            rates(name, value)
 
 
 def test_rates_beyond_their_range_are_refused() -> None:
     for name in ("matrix_share", "attention_share", "local_share", "overlap"):
         with pytest.raises(ValueError, match=f"^{name} must be at most 1, got 1.5"):
-            Rates(**{name: 1.5})
+            rates(name, 1.5)
     for name in ("latency", "overlap"):
         with pytest.raises(ValueError, match=f"^{name} must be a finite number .*got -1"):
-            Rates(**{name: -1})
-        Rates(**{name: 0.0})
+            rates(name, -1)
+        rates(name, 0.0)
