@@ -141,7 +141,7 @@ def test_one_process_is_not_enough(fails: Any, settings_for: SettingsFor) -> Non
         (("--shards", "2"), "--shards goes only with --parallel fsdp, got ddp"),
         (("--async-checkpoints",), "--async-checkpoints goes only with --parallel fsdp, got ddp"),
         (("--gather-memory", "2"), "--gather-memory goes only with --context-parallel, got 2"),
-        (("--parallel", "fsdp", "--alarms"), "--alarms does not go with --parallel fsdp"),
+        (("--context-parallel", "2", "--alarms"), "--alarms does not go with --context-parallel"),
         (("--context-parallel", "2", "--probe"), "--probe does not go with --context-parallel"),
         (("--context-parallel", "2", "--compile"), "--compile does not go with --context-parallel"),
     ):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from longshort.model import LongShortForCausalLM
 from longshort.training.checkpoints import checkpoint_folder
 from longshort.training.config import TrainConfig
 from longshort.training.loop import train
-from longshort.training.run import read_run, write_config
+from longshort.training.metrics import read_metrics
 from longshort.training.trained import open_trained
 
 
@@ -34,7 +34,7 @@ def assert_same_weights(run: TrainConfig, other: TrainConfig, step: int) -> None
 
 
 MODES: dict[str, tuple[int, dict[str, Any]]] = {
-    "fsdp": (2, {"parallel": "fsdp", "micro_batch_size": 1}),
+    "fsdp": (2, {"parallel": "fsdp", "micro_batch_size": 1, "async_checkpoints": True}),
     "ddp, sequences in two": (2, {"context_parallel": 2}),
     "fsdp, sequences in two": (2, {"parallel": "fsdp", "context_parallel": 2}),
 }
@@ -46,7 +46,10 @@ MANY: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp, 2 × 2": (4, {"parallel": "fsdp", "context_parallel": 2}),
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "LS": {"steps": 20, "qk_clip": 0.02, "z_loss": 0.1, "separate_documents": True, "validation_windows": 5},
+    "LS": {
+        "steps": 20, "qk_clip": 0.02, "z_loss": 0.1, "separate_documents": True, "validation_windows": 5,
+        "qk_learning_rate_factor": 0.1,
+    },
     "LS, awkward": {
         "steps": 20, "sequence_length": 47, "window": 30, "kv_heads": 2, "global_heads": 2, "sink_tokens": 2,
         "position_embedding": "rope", "sink_logits": True, "gradient_checkpointing": True, "grad_clip": 0.1,
@@ -106,13 +109,53 @@ def test_checkpoints_go_from_mode_to_mode(settings_for: SettingsFor, tmp_path: P
         ({"parallel": "fsdp", "steps": 10}, torchrun(2)),  # from whole files to shards
         ({"parallel": "ddp", "steps": 12}, torchrun(2)),
     ):
-        config = read_run(run)
-        write_config(run, replace(config, training=replace(config.training, **changes)))
-        code, output = finish(start(settings, launcher))
-        assert code == 0, output
+        flags = [f"--{name}={value}" for name, value in changes.items()]
+        command = [*launcher, sys.executable, "-m", "longshort", "train", "--resume", str(run), *flags]
+        code, output = finish(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
     whole = settings_for("whole", steps=12, checkpoint_every=3, warmup_steps=0, schedule_steps=6)
     train(whole)
     assert losses(run) == pytest.approx(losses(whole.out), rel=1e-5)
+
+
+SPIKE = """
+import json, sys, torch
+from functools import partial
+from longshort.data import Batches
+from longshort.stability import SpikeDetector
+from longshort.training import loop
+from longshort.training.config import TrainConfig
+
+draw = Batches.batch
+
+def batch(self, step, *ranks):
+    drawn = draw(self, step, *ranks)
+    return drawn._replace(labels=torch.full_like(drawn.labels, 7)) if step == 15 else drawn
+
+Batches.batch = batch
+loop.SpikeDetector = partial(SpikeDetector, window=10, loss_score=2.0)
+loop.train(TrainConfig(**json.loads(sys.argv[1])))
+"""
+
+
+def test_shards_roll_back_as_one_process_does(settings_for: SettingsFor) -> None:
+    spiky: dict[str, Any] = {
+        "learning_rate": 1e-2, "evaluate_every": 0, "steps": 24, "checkpoint_every": 4, "alarms": True,
+        "on_spike": "rollback", "rollback_steps": 3, "skip_batches": 6,
+    }  # fmt: skip
+    alone = settings_for("alone", **spiky)
+    together = settings_for("together", parallel="fsdp", async_checkpoints=True, **spiky)
+    for settings, launcher in ((alone, ()), (together, torchrun(2))):
+        arguments = json.dumps(vars(settings), default=str)
+        code, output = finish(start_program(SPIKE, arguments, launcher=launcher))
+        assert code == 0, output
+    lines = read_metrics(together.out, abandoned=True)
+    assert [line["spike"]["to_step"] for line in lines if "spike" in line] == [12]
+    assert losses(together.out) == pytest.approx(losses(alone.out), rel=1e-5)
+    for mine, theirs in zip(read_metrics(together.out), read_metrics(alone.out), strict=True):
+        entropies = [line.get("update_entropy_by_head", [[0.0]]) for line in (mine, theirs)]
+        assert torch.tensor(entropies[0]).allclose(torch.tensor(entropies[1]), rtol=1e-3)
 
 
 INITIAL = """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import tyro
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
@@ -18,7 +18,7 @@ from longshort.cli.console import SECONDS_BETWEEN_LINES, console, discard_output
 from longshort.cli.errors import UsageError
 from longshort.cli.flags import parse
 from longshort.model import LongShortConfig, parameter_count, preset
-from longshort.training.config import MODEL_SETTINGS, TrainConfig
+from longshort.training.config import MODEL_SETTINGS, Parallel, TrainConfig
 from longshort.training.loop import Progress, resume, train
 from longshort.training.metrics import read_metrics
 from longshort.training.report import write_report
@@ -67,6 +67,18 @@ class ResumeFlags:
     data: Path | None = None
     """New path of the data folder, if it was moved."""
 
+    parallel: Parallel | None = None
+    """New way of several processes. Their number may be another one in any case, if it divides the batch."""
+
+    shards: Annotated[int, Ge(1)] | None = None
+    """New number of processes among which the model is cut."""
+
+    context_parallel: Annotated[int, Ge(1)] | None = None
+    """New number of processes that share each sequence."""
+
+    timeout: Annotated[float, Gt(0)] | None = None
+    """New number of seconds for which a process waits for the others."""
+
     def __post_init__(self) -> None:
         check_fields(self)
 
@@ -76,7 +88,15 @@ def run(arguments: list[str]) -> int:
         if any(argument.partition("=")[0] == "--resume" for argument in arguments):
             flags = parse(ResumeFlags, "train", arguments, _RESUME_DESCRIPTION)
             outcome = resume(
-                flags.resume, steps=flags.steps, threads=flags.threads, data=flags.data, progress=display
+                flags.resume,
+                steps=flags.steps,
+                threads=flags.threads,
+                data=flags.data,
+                parallel=flags.parallel,
+                shards=flags.shards,
+                context_parallel=flags.context_parallel,
+                timeout=flags.timeout,
+                progress=display,
             )
         else:
             outcome = train(parse_settings(arguments), progress=display)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from longshort.layers import LongShortAttention
+from longshort.stability.ranks import whole
 
 Alarm = Literal["row-range", "entropy", "update"]
 ALARMS: tuple[Alarm, ...] = get_args(Alarm)
@@ -198,7 +199,7 @@ def _weights_of(layer: LongShortAttention) -> QueryKeyWeights:
     heads, kv_heads = layer.layout.num_heads, layer.layout.num_kv_heads
 
     def read() -> Tensor:
-        rows = layer.qkv_proj.weight.detach().unflatten(0, (-1, layer.head_dim))
+        rows = whole(layer.qkv_proj.weight.detach()).unflatten(0, (-1, layer.head_dim))
         return rows[: heads + kv_heads].clone()
 
     return QueryKeyWeights(heads, read)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longshort.attention import require_tensor
 from longshort.checks import require_positive
 from longshort.layers import LongShortAttention
+from longshort.stability.ranks import own_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -86,7 +87,8 @@ def scale_qk_learning_rate(model: nn.Module, optimizer: torch.optim.Optimizer, f
     before: list[Tensor] = []
 
     def rows() -> list[Tensor]:
-        return [weight.detach()[:count] for weight, count in projections.values()]
+        parts = ((own_rows(weight.detach()), count) for weight, count in projections.values())
+        return [own[: max(0, count - start)] for (own, start), count in parts]
 
     def remember(*_: object) -> None:
         before[:] = [part.clone() for part in rows()]
@@ -178,20 +180,9 @@ class QKClip:
             is_clipped = (max_logits > self._threshold) & (max_logits < torch.inf)  # false for NaN too
             factors = torch.where(is_clipped, self._threshold / max_logits, 1.0)
             factors = factors.sqrt().repeat(2) if has_own_keys else factors
-            _scale_rows(layer.qkv_proj.weight, factors, layer.head_dim)
+            own, start = own_rows(layer.qkv_proj.weight)  # a view
+            precise = torch.promote_types(own.dtype, torch.float32)
+            factors = factors.to(precise).repeat_interleave(layer.head_dim)[start : start + len(own)]
+            own[: len(factors)] *= factors[:, None]  # 1 keeps every bit
             counts.append(is_clipped.sum())
         return torch.stack([count.to(counts[0].device) for count in counts]).sum()
-
-
-def _scale_rows(weight: Tensor, factors: Tensor, head_dim: int) -> None:
-    """Scale the first heads of a weight in place; it may be cut into shards by FSDP2."""
-    precise = torch.promote_types(weight.dtype, torch.float32)
-    by_row = factors.to(precise).repeat_interleave(head_dim)
-    if not hasattr(weight, "device_mesh"):
-        weight[: len(by_row)] *= by_row[:, None]  # 1 keeps every bit
-        return
-    from torch.distributed.tensor import DTensor, Replicate  # slow to import, and there already
-
-    by_row = torch.cat([by_row, by_row.new_ones(len(weight) - len(by_row))])[:, None]
-    mesh: Any = weight.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-    weight *= DTensor.from_local(by_row, mesh, [Replicate()] * mesh.ndim, run_check=False)

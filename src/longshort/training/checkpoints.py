@@ -107,13 +107,14 @@ def save_shards(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     ranks: Ranks,
+    update_entropy: UpdateEntropy | None = None,
     *,
     in_background: bool = False,
 ) -> ShardsBeingSaved:
     """Begin to write `run/checkpoints/step-N` of a model that is cut into shards; all ranks call it.
 
     Args:
-        run, model, optimizer, state: as for `save_checkpoint`.
+        run, model, optimizer, state, update_entropy: as for `save_checkpoint`.
         ranks: the processes.
         in_background: copy the shards to the CPU and let a thread write them. Otherwise they are written when
             this returns, but not yet synced and renamed.
@@ -125,7 +126,9 @@ def save_shards(
         FileExistsError, OSError: as in `save_checkpoint`.
     """
     if ranks.is_main:
-        _begin(run, state)
+        partial = _begin(run, state)
+        if update_entropy is not None:
+            save_file(update_entropy.state(), partial / _ALARMS)
     ranks.barrier()  # the folder is there
     tensors = _weights(model) | {
         name: moment.reshape(1) if moment.ndim == 0 else moment
@@ -282,14 +285,13 @@ def load_checkpoint(
     state = _read_state(checkpoint / _STATE)
     optimizer.state.clear()
     if _has_shards(checkpoint):
-        assert update_entropy is None
         moments = {} if state.step == 0 else _new_moments(model)
         _read_shards(checkpoint, model, _weights(model) | moments)
     else:
         load_weights(checkpoint, model)
         moments = _read(checkpoint / _OPTIMIZER)
-        if update_entropy is not None:
-            update_entropy.restore(_read(checkpoint / _ALARMS))
+    if update_entropy is not None:
+        update_entropy.restore(_read(checkpoint / _ALARMS))
     if state.step == 0:  # AdamW has nothing yet
         return state
     for name, parameter in model.named_parameters():

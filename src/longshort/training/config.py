@@ -326,30 +326,20 @@ class TrainConfig:
                 raise ValueError(f"{flag(name)} goes only with --parallel fsdp, got {self.parallel}")
         if self.gather_memory is not None and self.context_parallel == 1:
             raise ValueError(f"--gather-memory goes only with --context-parallel, got {self.gather_memory}")
+        if self.context_parallel == 1:
+            return
         refused = {
-            "--parallel fsdp": {
-                "--alarms": self.alarms,
-                "--alarm update": self.alarm == "update",
-                "--qk-learning-rate-factor": self.qk_learning_rate_factor != 1,
-            }
-            if self.parallel == "fsdp"
-            else {},
-            "--context-parallel": {
-                "--compile": self.compile,
-                "--probe": self.probe,
-                "--monitor-row-range": self.monitor_row_range,
-                "--alarms": self.alarms,
-                "--alarm row-range": self.alarm == "row-range",
-                "--attention-precision sdpa-bf16": self.attention_precision == "sdpa-bf16",
-                "--short-convolution": self.short_convolution is not None,
-            }
-            if self.context_parallel > 1
-            else {},
+            "--compile": self.compile,
+            "--probe": self.probe,
+            "--monitor-row-range": self.monitor_row_range,
+            "--alarms": self.alarms,
+            "--alarm row-range": self.alarm == "row-range",
+            "--attention-precision sdpa-bf16": self.attention_precision == "sdpa-bf16",
+            "--short-convolution": self.short_convolution is not None,
         }
-        for mode, settings in refused.items():
-            for name, is_on in settings.items():
-                if is_on:
-                    raise ValueError(f"{name} does not go with {mode}")
+        for name, is_on in refused.items():
+            if is_on:
+                raise ValueError(f"{name} does not go with --context-parallel")
 
     def schedule_or_defaults(self) -> tuple[int, int, float]:
         """Return `warmup_steps`, `schedule_steps` and `min_learning_rate`, defaults filled in."""

@@ -31,7 +31,7 @@ from longshort.training.checkpoints import (
     save_checkpoint,
     save_shards,
 )
-from longshort.training.config import TrainConfig
+from longshort.training.config import Parallel, TrainConfig
 from longshort.training.context_report import describe_context
 from longshort.training.interrupts import Interrupts
 from longshort.training.job import Job, PrepareModel, checkpoint_activations, prepare_job
@@ -92,6 +92,10 @@ def resume(
     steps: int | None = None,
     threads: int | None = None,
     data: Path | str | None = None,
+    parallel: Parallel | None = None,
+    shards: int | None = None,
+    context_parallel: int | None = None,
+    timeout: float | None = None,
     progress: Progress | None = None,
     prepare_model: PrepareModel | None = None,
 ) -> RunOutcome:
@@ -103,6 +107,10 @@ def resume(
             the run began, and after the cosine's end the rate stays at `min_learning_rate`.
         threads: CPU threads from now on; another number may change the last bits of the losses.
         data: new path of the data folder, if it was moved.
+        parallel: new way of several processes. Their number may be another one in any case.
+        shards: new number of processes among which the model is cut.
+        context_parallel: new number of processes that share each sequence.
+        timeout: new number of seconds for which a process waits for the others.
         progress: reports what happens.
         prepare_model: the one that `train` was given; it is called before the checkpoint's weights are
             loaded.
@@ -113,8 +121,20 @@ def resume(
         BlockingIOError: another process is training this run.
         OSError: as in `train`.
     """
-    given = {"steps": steps, "threads": threads, "data": None if data is None else Path(data).absolute()}
-    changes = {name: value for name, value in given.items() if value is not None}
+    given = {
+        "steps": steps,
+        "threads": threads,
+        "data": None if data is None else Path(data).absolute(),
+        "parallel": parallel,
+        "shards": shards,
+        "context_parallel": context_parallel,
+        "timeout": timeout,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if parallel == "ddp":
+        changes |= {"shards": None, "async_checkpoints": False}
+    if context_parallel == 1:
+        changes |= {"gather_memory": None}
     planned = read_run(run)
     planned = replace(planned, training=replace(planned.training, **changes))
     progress = progress or Progress()
@@ -335,10 +355,8 @@ class _Training:
             if ranks.shards is not None:
                 self._finish_saving(wait=True)
                 in_background = self._settings.async_checkpoints
-                self._saving = (
-                    onset,
-                    save_shards(run, self._model, self._optimizer, state, ranks, in_background=in_background),
-                )
+                parts = self._model, self._optimizer, state, ranks, self._update_entropy
+                self._saving = onset, save_shards(run, *parts, in_background=in_background)
                 if not in_background:
                     self._finish_saving(wait=True)
             elif ranks.is_main:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from longshort.convolution import ShortConvolution
 from longshort.data import Batch
 from longshort.stability import scale_qk_learning_rate, z_loss
+from longshort.stability.ranks import whole
 from longshort.training.config import TrainConfig
 from longshort.training.parallel import Ranks
-from longshort.training.sharding import reshard, whole
+from longshort.training.sharding import reshard
 
 _IGNORED = -100  # torch's label of a position that nothing is predicted for
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -67,11 +67,6 @@ def initialise(model: LongShortForCausalLM, seed: int) -> None:
         elif model.initial_std(module) is None:
             model._init_weights(module)
     model.draw_weights(seed)
-
-
-def whole(value: Tensor) -> Tensor:
-    """Return the whole of a tensor that may be cut into shards; all processes call it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def is_sharded(model: nn.Module) -> bool:
