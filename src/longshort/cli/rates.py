@@ -65,5 +65,5 @@ class RateFlags:
             f"{self.attention_share:.0%} in global heads,\n"
             f"{self.local_share:.0%} in local heads; {self.node_bandwidth:g} GB/s in a node of "
             f"{self.gpus_per_node}, {self.network_bandwidth:g} GB/s a GPU between\n"
-            f"nodes; {self.latency:g} us a message; transfers hide behind {self.overlap:.0%} of the computing."
+            f"nodes; {self.latency:g} us a message; transfers hide behind {self.overlap:.0%} of computing."
         )

@@ -23,12 +23,13 @@ def boundary_bytes(setup: TrainingSetup) -> int:
 
 
 def block_bytes(setup: TrainingSetup) -> int:
-    """Count what autograd keeps of one block if no sequence is cut.
+    """Count what autograd keeps of one block, but for what `cut_bytes` counts.
 
     In fp32 are the inputs of both norms, with mean and deviation, and the maximum and the sum of each row of
     attention. In the products' dtype are the inputs of the four matrices and of GELU, and queries, keys,
     values and outputs: each once, since they are parts of one product and the input of another. If rotation,
-    norms of queries and keys, or a cast come between, those before them are others than those behind.
+    norms of queries and keys, or a cast come between, those before them are others than those behind; where
+    sequences are cut, only those queries are kept, as keys and values are copied once more.
     """
     config, e = setup.config, setup.element_size
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -44,6 +45,11 @@ def block_bytes(setup: TrainingSetup) -> int:
         kept += 2 * _FP32 * (heads + kv_heads)
     if config.short_convolution is not None:
         kept += e * qkv
+    if setup.context_parallel > 1 and setup.exchange != "ring":
+        if setup.attention_size != e:
+            kept -= setup.attention_size * 2 * shared
+        elif _is_changed(config):
+            kept -= e * (qkv + shared)
     angles = setup.part * _FP32 * width if _is_rotated(config) else 0  # of one sequence; all share them
     return setup.tokens_at_once * kept + angles
 
@@ -53,8 +59,8 @@ def cut_bytes(setup: TrainingSetup, layout: HeadLayout, *, arrived_only: bool) -
 
     Keys and values of local heads are joined with those before the part, and of global heads they are kept as
     they arrived and in the order of the sequence; borrowed queries and their outputs are kept, and the
-    outputs of all heads once more, joined. Where rotation, norms or a cast come before, what was before them
-    is not kept then. Of an all-gather of all heads its result is taken to be kept, of a ring nothing.
+    outputs of all heads once more, joined. Of an all-gather of all heads its result is taken to be kept, of a
+    ring nothing.
 
     Args:
         setup: the model, the batch and the GPUs.
@@ -74,13 +80,8 @@ def cut_bytes(setup: TrainingSetup, layout: HeadLayout, *, arrived_only: bool) -
             continue
         before = min((setup.context_parallel - 1) * setup.part, group.window - 1 + layout.sink_tokens)
         kept += 2 * len(group.kv_heads) * (before if arrived_only else 2 * before + setup.part) * row
-    if arrived_only:
-        return kept
-    if setup.attention_size != e:
-        return kept - 2 * kv_heads * setup.part * row
-    if _is_changed(config):
-        return kept - (heads + 3 * kv_heads) * setup.part * row
-    return kept + heads * setup.part * row
+    joined = setup.attention_size == e and not _is_changed(config)
+    return kept + (heads * setup.part * row if joined and not arrived_only else 0)
 
 
 def block_backward_bytes(setup: TrainingSetup, layout: HeadLayout) -> int:
