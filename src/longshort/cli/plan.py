@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
-from rich.table import Table
 
 from longshort.checks import check_fields
+from longshort.cli import plan_paper_runs, plan_training
 from longshort.cli.console import console
 from longshort.cli.flags import parse
+from longshort.cli.tables import plain_table
 from longshort.cli.units import format_bytes, format_count, parse_bytes
 from longshort.model import parameter_count, plan_layouts, preset
 
@@ -28,6 +29,9 @@ class PlanFlags:
 
     Decoding reads the weights and the cache for each token. If memory bandwidth is the limit, the time
     relative to MHSA is at least the bytes relative to MHSA. Positions and activations are not counted.
+
+    With --ranks the command plans training on many GPUs instead, and with --paper-runs it prints the paper's
+    trainings; `longshort plan --ranks --help` and `longshort plan --paper-runs --help` explain them.
     """
 
     length: Annotated[int, Ge(1)]
@@ -88,6 +92,11 @@ class PlanFlags:
 
 
 def run(arguments: list[str]) -> int:
+    given = {argument.partition("=")[0] for argument in arguments}
+    if "--ranks" in given:
+        return plan_training.run(arguments)
+    if "--paper-runs" in given:
+        return plan_paper_runs.run(arguments)
     flags = parse(PlanFlags, "plan", arguments)
     config = _config(flags)
     window = config.local_window
@@ -151,10 +160,12 @@ def _print_tables(flags: PlanFlags, config: LongShortConfig, weights: int, plans
         markup=False,
     )
     mhsa = plans[0]
-    memory = _table("memory", "cache", "of MHSA's", "read per step", "of MHSA's")
+    memory = plain_table("memory", "cache", "of MHSA's", "read per step", "of MHSA's")
     if flags.memory is not None:
         memory.add_column(f"longest in {flags.memory}", justify="right")
-    operations = _table("FLOPs", "prefill matrices", "attention", "of MHSA's", "decode matrices", "attention")
+    operations = plain_table(
+        "FLOPs", "prefill matrices", "attention", "of MHSA's", "decode matrices", "attention"
+    )
     for plan in plans:
         cells = [
             format_bytes(plan.cache_bytes),
@@ -170,14 +181,6 @@ def _print_tables(flags: PlanFlags, config: LongShortConfig, weights: int, plans
     output.print(memory)
     output.print()
     output.print(operations)
-
-
-def _table(name: str, *columns: str) -> Table:
-    table = Table(box=None)
-    table.add_column(name)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
 
 
 def _split(flops: Flops) -> list[str]:

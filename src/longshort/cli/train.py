@@ -99,13 +99,19 @@ def run(arguments: list[str]) -> int:
                 progress=display,
             )
         else:
-            outcome = train(_parse_settings(arguments), progress=display)
+            outcome = train(parse_settings(arguments), progress=display)
     if display.is_main and read_metrics(outcome.run):
         display.on_message(f"report: {write_report(outcome.run)}")
     return outcome.exit_code
 
 
-def _parse_settings(arguments: list[str]) -> TrainConfig:
+def parse_settings(arguments: list[str]) -> TrainConfig:
+    """Parse the arguments of `longshort train`, without `--resume`, into settings.
+
+    Raises:
+        SystemExit: with 2 and a message on stderr, if a flag or its value is wrong.
+        UsageError: two flags, or a flag and the preset, do not fit.
+    """
     flags = parse(TrainFlags, "train", arguments, _DESCRIPTION)
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     for name, (other, value) in _GO_ONLY_WITH.items():

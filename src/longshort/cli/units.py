@@ -34,6 +34,19 @@ def format_count(count: int) -> str:
     return _three_digits(count, 1000, ("", "k", "M", "G", "T", "P")).rstrip()
 
 
+def format_seconds(seconds: float) -> str:
+    """Format seconds with three digits, in s, ms or us."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+        if seconds * factor >= 0.9995:
+            return f"{_digits(seconds * factor)} {unit}"
+    return "< 1 us" if seconds else "0 s"
+
+
+def _digits(value: float) -> str:
+    """Format a number with three digits, or whole if it has more."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
 def _three_digits(size: int, step: int, units: tuple[str, ...]) -> str:
     """Format a size in the smallest unit in which it has at most three digits, or in the largest unit."""
     value, unit = float(size), units[0]
@@ -41,4 +54,4 @@ def _three_digits(size: int, step: int, units: tuple[str, ...]) -> str:
         if value < 999.5:  # 999.5 would be rounded to four digits
             break
         value, unit = value / step, larger
-    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
+    return f"{_digits(value)} {unit}"
