@@ -85,7 +85,7 @@ class FailureWatch:
             self._store.set(f"beat-{self._rank}", "over")
 
     def _wait_until_heard(self) -> None:
-        """Give the main process the time to hear of a failure: torchrun ends it as soon as this one is gone."""
+        """Give the main process time to hear of a failure: torchrun ends it as soon as this one is gone."""
         until = time.monotonic() + _GRACE
         with suppress(RuntimeError):
             while not self._store.check([_HEARD]) and time.monotonic() < until:
