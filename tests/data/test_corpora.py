@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longshort.data.corpora import Document, Skipped, open_corpus
+from longshort.data import Document, Skipped, open_corpus
 
 
 def write_jsonl(path: Path, records: list[object]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_processes_train_what_one_does(mode: str, model: str, settings_for: Sett
     assert not list(folder.rglob(".metadata"))
 
 
-def test_checkpoints_go_from_mode_to_mode(settings_for: SettingsFor, tmp_path: Path, fails: Any) -> None:
+def test_shards_are_exported(settings_for: SettingsFor, tmp_path: Path, fails: Any) -> None:
     settings = settings_for(parallel="fsdp", steps=6, checkpoint_every=3)
     code, output = finish(start(settings, torchrun(2)))
     assert code == 0, output
@@ -103,7 +104,22 @@ def test_checkpoints_go_from_mode_to_mode(settings_for: SettingsFor, tmp_path: P
     assert "holds no exported model" in fails(1, "export", run, run, "--overwrite")
     assert "no checkpoint of step 4, only of 3, 6" in fails(1, "export", run, tmp_path / "x", "--step", "4")
     assert main(["generate", str(run), "--prompt", "the ", "--max-new-tokens", "3"]) == 0
+    broken = tmp_path / "broken"
+    for missing in ("1", "2"):
+        shutil.copytree(run, broken)
+        next((broken / "checkpoints/step-6").glob(f"shard-0000{missing}-*")).unlink()
+        with pytest.raises(OSError, match="is damaged, or of another model"):
+            open_trained(broken)
+        shutil.rmtree(broken)
 
+
+@pytest.mark.slow
+def test_checkpoints_go_from_mode_to_mode(settings_for: SettingsFor) -> None:
+    one_head = {"heads": 1, "head_dim": 32, "sink_logits": True}  # AdamW's `step` has as many elements
+    settings = settings_for(parallel="fsdp", steps=6, checkpoint_every=3, **one_head)
+    code, output = finish(start(settings, torchrun(2)))
+    assert code == 0, output
+    run = settings.out
     for changes, launcher in (
         ({"parallel": "ddp", "steps": 8}, ()),  # one process
         ({"parallel": "fsdp", "steps": 10}, torchrun(2)),  # from whole files to shards
@@ -111,10 +127,9 @@ def test_checkpoints_go_from_mode_to_mode(settings_for: SettingsFor, tmp_path: P
     ):
         flags = [f"--{name}={value}" for name, value in changes.items()]
         command = [*launcher, sys.executable, "-m", "longshort", "train", "--resume", str(run), *flags]
-        code, output = finish(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    whole = settings_for("whole", steps=12, checkpoint_every=3, warmup_steps=0, schedule_steps=6)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+    whole = settings_for("whole", steps=12, checkpoint_every=3, warmup_steps=0, schedule_steps=6, **one_head)
     train(whole)
     assert losses(run) == pytest.approx(losses(whole.out), rel=1e-5)
 
@@ -139,6 +154,7 @@ loop.train(TrainConfig(**json.loads(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_shards_roll_back_as_one_process_does(settings_for: SettingsFor) -> None:
     spiky: dict[str, Any] = {
         "learning_rate": 1e-2, "evaluate_every": 0, "steps": 24, "checkpoint_every": 4, "alarms": True,
@@ -181,7 +197,7 @@ with _connected(settings) as ranks:
 """
 
 
-@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("is_tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_initial_shards_are_those_of_one_process(
     is_tied: bool, settings_for: SettingsFor, tmp_path: Path
 ) -> None:
@@ -192,4 +208,57 @@ def test_initial_shards_are_those_of_one_process(
     )
     arguments = json.dumps(vars(settings), default=str)
     code, output = finish(start_program(INITIAL, arguments, launcher=torchrun(2)))
+    assert code == 0, output
+
+
+_TIMEOUTS = """
+from datetime import timedelta
+import torch
+from longshort.training.parallel import connect
+from longshort.training.sharding import new_groups
+
+with connect("cpu", context_parallel=2, timeout=20.0) as ranks:
+    groups = [ranks.context.group, new_groups(torch.arange(2).view(2, 1), ranks.timeout)]
+    for group in groups:
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=20)
+"""
+
+
+def test_all_groups_have_the_time_out() -> None:
+    code, output = finish(start_program(_TIMEOUTS, launcher=torchrun(2)))
+    assert code == 0, output
+
+
+_SPIKE = """
+import json, sys, time
+from longshort.stability import Spike, SpikeDetector
+from longshort.training.config import TrainConfig
+from longshort.training.loop import train
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+steps = []
+
+def observe(self, step, *_arguments):
+    steps.append(step)
+    return Spike(step, step, ("planted",)) if step == 6 and steps.count(6) == 1 else None
+
+def write(self, *arguments):
+    time.sleep(1)
+    return write_data(self, *arguments)
+
+write_data, HuggingFaceStorageWriter.write_data = HuggingFaceStorageWriter.write_data, write
+SpikeDetector.observe = observe
+outcome = train(TrainConfig(**json.loads(sys.argv[1])))
+assert outcome.step == 6, outcome
+assert steps == [1, 2, 3, 4, 5, 6, 4, 5, 6], steps
+"""
+
+
+def test_a_rollback_waits_for_the_checkpoint_and_forgets_the_goal(settings_for: SettingsFor) -> None:
+    settings = settings_for(
+        parallel="fsdp", async_checkpoints=True, checkpoint_every=3, on_spike="rollback", rollback_steps=2,
+        evaluate_every=6, stop_at_loss=99.0, log_every=5, monitor_every=0,
+    )  # fmt: skip
+    arguments = json.dumps(vars(settings), default=str)
+    code, output = finish(start_program(_SPIKE, arguments, launcher=torchrun(2)))
     assert code == 0, output

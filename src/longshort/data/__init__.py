@@ -1,11 +1,13 @@
 """Text corpora, tokenizers, token files and batches."""
 
 from longshort.data.batches import Batch, Batches, TokenOrder, copying_windows, validation_windows
-from longshort.data.corpora import Corpus, Document, Skipped, open_corpus
+from longshort.data.corpora import open_corpus
+from longshort.data.corpus import Corpus, Document, Skipped
 from longshort.data.documents import DocumentStart, begins_with_end_of_text, document_segments
 from longshort.data.prepare import Prepared, PreparedSplit, Progress, prepare
 from longshort.data.token_files import DataFolder, TokenFile, TokenFileWriter
 from longshort.data.tokenization import byte_tokenizer, load_tokenizer, tokenizer_hash, train_bpe
+from longshort.data.workspace import interrupted_work
 
 __all__ = [
     "Batch",
@@ -25,6 +27,7 @@ __all__ = [
     "byte_tokenizer",
     "copying_windows",
     "document_segments",
+    "interrupted_work",
     "load_tokenizer",
     "open_corpus",
     "prepare",

@@ -4,126 +4,29 @@ A source is one of
 
 - ``stdlib``: the ``*.py`` files of the running Python's standard library, so that no download is needed;
 - a folder (all its files, recursively), a file, or a glob pattern (``**`` recurses);
-- ``hf:NAME`` or ``hf:NAME:CONFIG``: the ``train`` split of a Hugging Face dataset, streamed.
+- ``hf:NAME`` or ``hf:NAME:CONFIG``: the ``train`` split of a Hugging Face dataset, streamed; also just
+  ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, where there is no local file or folder ``OWNER``.
 
-`longshort.data.formats` reads the files: text, JSONL and parquet, also compressed.
+`longshort.data.formats` reads the files: text, JSONL and parquet, also compressed; `longshort.data.hub` reads
+the datasets.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
+import re
 import sysconfig
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longshort.data.formats import NoText, no_such_field, read_texts, require_packages, text_of
+from longshort.data.corpus import Corpus
+from longshort.data.formats import NoText, Place, read_texts, require_packages
+from longshort.data.hub import HubCorpus
 
-_RECORDS_WITHOUT_TEXT = 10_000
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text of a corpus."""
-
-    name: str
-    """The same on every machine: a relative path, `path:line` or `path:row`, or `split:row`."""
-    text: str
-    """Not empty, and encodable as UTF-8."""
-
-
-@dataclass
-class Skipped:
-    """The files and records that one pass over a corpus left out."""
-
-    hidden: int = 0
-    """Files and folders of a source folder whose name begins with a dot."""
-    not_text: int = 0
-    """Files and records that are not UTF-8 text (a NUL byte counts as not text)."""
-    without_text: int = 0
-    """Records that have no text field, or something else than a string in it."""
-    empty: int = 0
-    """Files and records whose text has no character."""
-    first_not_text: str | None = None
-    """A sentence about the first one that is not text: its file, its line or row, and what it is instead."""
-    first_without_text: str | None = None
-
-    def __str__(self) -> str:
-        return (
-            f"{self.hidden} hidden, {self.not_text} not UTF-8 text, {self.without_text} without text, "
-            f"{self.empty} empty"
-        )
-
-    @property
-    def examples(self) -> list[str]:
-        """Return a sentence about the first of each kind."""
-        return [reason for reason in (self.first_not_text, self.first_without_text) if reason is not None]
-
-    def note(self, found: NoText) -> None:
-        """Count a file or a record that gives no document."""
-        if found.kind == "not text":
-            self.not_text += 1
-            self.first_not_text = self.first_not_text or found.reason
-        else:
-            self.without_text += 1
-            self.first_without_text = self.first_without_text or found.reason
-
-
-class Corpus(ABC):
-    """Documents in a fixed order, one in memory at a time. Each iteration yields the same documents again."""
-
-    source: str
-    """The source as the user gave it."""
-    size: int | None
-    """Bytes to read in one pass; None if that is not known beforehand."""
-    position: int
-    """Bytes read so far in the present pass."""
-    skipped: Skipped
-    """The files and records that the present pass has left out so far."""
-
-    def __init__(self, source: str, size: int | None, strict: bool, hidden: int = 0) -> None:
-        self.source = source
-        self.size = size
-        self._strict = strict
-        self._hidden = hidden
-        self._begin()
-
-    def __iter__(self) -> Iterator[Document]:
-        """Yield the documents.
-
-        Raises:
-            ValueError: something cannot be read: a file is damaged, a line is not JSON, a parquet file lacks
-                the column, the first 10,000 records have no text; or, if the corpus is strict, a file or
-                record is not text, or a record has none.
-        """
-        self._begin()
-        has_documents = False
-        for name, text in self._read():
-            if isinstance(text, NoText):
-                if self._strict:
-                    raise ValueError(f"{text.reason}; strict does not leave it out")
-                self.skipped.note(text)
-                if not has_documents and self.skipped.without_text == _RECORDS_WITHOUT_TEXT:
-                    raise ValueError(
-                        f"source {self.source!r} begins with {_RECORDS_WITHOUT_TEXT:,} records without text: "
-                        f"{self.skipped.first_without_text}"
-                    )
-            elif not text:
-                self.skipped.empty += 1
-            else:
-                has_documents = True
-                yield Document(name, text)
-
-    def _begin(self) -> None:
-        self.position = 0
-        self.skipped = Skipped(hidden=self._hidden)
-
-    @abstractmethod
-    def _read(self) -> Iterator[tuple[str, str | NoText]]:
-        """Yield names and texts, or why there is no text, and advances `position`."""
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", re.ASCII)
 
 
 class FileCorpus(Corpus):
@@ -137,53 +40,79 @@ class FileCorpus(Corpus):
         self._root = root
         self._names = names
         self._text_field = text_field
+        self._seen = _digest()
+        self._stands = (0, Place())
 
-    def _read(self) -> Iterator[tuple[str, str | NoText]]:
+    def changed_since(self, state: dict[str, Any]) -> str | None:
+        read = state["reader"]["files"]
+        digest = _digest()
+        for name in self._names[:read]:
+            _note_file(digest, self._root / name, name)
+        if digest.hexdigest() == state["reader"]["digest"]:
+            return None
+        return f"of the {read:,} files read before, some are not the same now (by name, size or time)"
+
+    def _read(self, state: dict[str, Any] | None) -> Iterator[tuple[str, str | NoText]]:
+        first = state["files"] - 1 if state else 0  # the file in which reading stood
+        start = Place(state["records"], state["byte"]) if state else Place()
+        self._seen = _digest()
         finished = 0
-        for name in self._names:
+        for index, name in enumerate(self._names):
             path = self._root / name
-            size = path.stat().st_size
-            if not size:  # empty in every format
-                yield name, ""
-                continue
-            with open(path, "rb") as file:
-                for document_name, text in read_texts(path, name, file, self._text_field):
-                    self.position = finished + file.tell()
+            size = _note_file(self._seen, path, name)
+            if index >= first:
+                for place, document_name, text in self._read_file(name, size, start):
+                    self.position = finished + place.byte
+                    self._stands = (index + 1, place)
                     yield document_name, text
+                start = Place()
+                self.position = finished + size
             finished += size
+
+    def _read_sample(self, size: int) -> Iterator[tuple[str, str | NoText]]:
+        assert self.size is not None
+        taken = finished = 0
+        for name in self._names:
+            bytes_in_file = (self._root / name).stat().st_size
+            due = size * (finished + bytes_in_file) / max(self.size, 1)
+            if taken < due:
+                for place, document_name, text in self._read_file(name, bytes_in_file, Place()):
+                    self.position = finished + place.byte
+                    taken += len(text.encode()) if isinstance(text, str) else 0
+                    yield document_name, text
+                    if taken >= due:
+                        break
+            finished += bytes_in_file
             self.position = finished
 
+    def _read_file(self, name: str, size: int, start: Place) -> Iterator[tuple[Place, str, str | NoText]]:
+        path = self._root / name
+        if not size:  # empty in every format
+            yield Place(), name, ""
+            return
+        with open(path, "rb") as file:
+            for records, document_name, text in read_texts(path, name, file, self._text_field, start):
+                yield Place(records, file.tell()), document_name, text
 
-class HubCorpus(Corpus):
-    """The `train` split of a Hugging Face dataset, by name on the Hub or by folder, streamed."""
+    def _reader_state(self) -> dict[str, Any]:
+        files, place = self._stands
+        return {
+            "files": files,
+            "records": place.records,
+            "byte": place.byte,
+            "digest": self._seen.hexdigest(),
+        }
 
-    def __init__(self, source: str, text_field: str, strict: bool) -> None:
-        super().__init__(source, size=None, strict=strict)
-        self._text_field = text_field
-        name, _, config = source.removeprefix("hf:").partition(":")
-        if not name:
-            raise ValueError(f"source {source!r} names no dataset; write hf:NAME or hf:NAME:CONFIG")
-        from datasets import load_dataset
 
-        try:
-            self._rows = load_dataset(name, config or None, split="train", streaming=True)
-        except Exception as error:  # the Hub's client raises errors of a dozen unrelated kinds
-            raise ValueError(f"source {source!r}: the dataset cannot be opened: {error}") from error
-        columns = self._rows.column_names
-        if columns is not None and text_field not in columns:
-            raise ValueError(no_such_field(text_field, columns, f"source {source!r}"))
+def _digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=16)
 
-    def _read(self) -> Iterator[tuple[str, str | NoText]]:
-        for index, row in enumerate(self._checked_rows()):
-            text = text_of(row, self._text_field, f"source {self.source!r}, row {index}")
-            self.position += len(text.encode()) if isinstance(text, str) else 0
-            yield f"train:{index}", text
 
-    def _checked_rows(self) -> Iterator[Any]:
-        try:
-            yield from self._rows
-        except Exception as error:
-            raise ValueError(f"source {self.source!r}: the dataset cannot be read: {error}") from error
+def _note_file(digest: hashlib.blake2b, path: Path, name: str) -> int:
+    """Add what tells whether a file has changed to a digest; return the file's size."""
+    found = path.stat()
+    digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+    return found.st_size
 
 
 def open_corpus(source: str | os.PathLike[str], text_field: str = "text", *, strict: bool = False) -> Corpus:
@@ -192,7 +121,8 @@ def open_corpus(source: str | os.PathLike[str], text_field: str = "text", *, str
     Args:
         source: `stdlib`, a folder, a file, a glob pattern, or `hf:NAME[:CONFIG]`. A folder that is itself
             called `stdlib` is written `./stdlib`. In a folder, what is hidden is left out, and links to
-            folders are not followed.
+            folders are not followed. `OWNER/NAME[:CONFIG]` is a dataset too, if there is no such file or
+            folder, and none called OWNER.
         text_field: the field that holds the text in JSONL records, parquet files and datasets.
         strict: reading fails at the first file or record that is not text, or has none. Otherwise these are
             left out, and counted.
@@ -213,7 +143,7 @@ def open_corpus(source: str | os.PathLike[str], text_field: str = "text", *, str
             raise FileNotFoundError(f"source 'stdlib': this Python keeps no *.py files in {root}")
         return FileCorpus(source, root, names, text_field, strict)
     if source.startswith("hf:"):
-        return HubCorpus(source, text_field, strict)
+        return HubCorpus(source, source.removeprefix("hf:"), text_field, strict)
     path = Path(source)
     if source and path.is_dir():
         names, hidden = _files_under(path)
@@ -224,6 +154,8 @@ def open_corpus(source: str | os.PathLike[str], text_field: str = "text", *, str
         return FileCorpus(source, path, names, text_field, strict, hidden)
     if path.is_file():
         return FileCorpus(source, path.parent, [path.name], text_field, strict)
+    if _HUB_NAME.fullmatch(source) and not os.path.lexists(path.parts[0]):
+        return HubCorpus(source, source, text_field, strict)
     if not _is_pattern(source):
         raise FileNotFoundError(
             f"source: there is no file or folder {source!r} (other sources: stdlib, a glob pattern, hf:NAME)"

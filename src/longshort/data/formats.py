@@ -6,6 +6,9 @@
 
 All but parquet may be compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``, as in ``.jsonl.zst``. Case does not
 matter. Files are read as streams, which hold one text and a buffer in memory, or a few rows of parquet.
+
+Reading can begin anywhere: lines that are not compressed at their byte, parquet at a group of rows; of
+compressed lines the beginning is read again, without parsing it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 if TYPE_CHECKING:
     import pyarrow
+    from pyarrow.parquet import ParquetFile
 
 READABLE = "UTF-8 text, .jsonl and .ndjson, each also as .gz, .bz2, .xz or .zst, and .parquet"
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -47,6 +51,19 @@ class NoText:
     """A sentence that names the file, and the line or row."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where reading a file stands."""
+
+    records: int = 0
+    """Lines or rows that have been read; 1 for a file that is one text."""
+    byte: int = 0
+    """Position in the file; only that of uncompressed lines counts."""
+
+
+_BEGINNING = Place()
+
+
 def require_packages(names: list[str]) -> None:
     """Raise an error, before anything is read, if one of these files needs a package that is missing.
 
@@ -66,8 +83,10 @@ def require_packages(names: list[str]) -> None:
             ) from error
 
 
-def read_texts(path: Path, name: str, file: BinaryIO, text_field: str) -> Iterator[tuple[str, str | NoText]]:
-    """Yield the name and the text of each document of a file.
+def read_texts(
+    path: Path, name: str, file: BinaryIO, text_field: str, start: Place = _BEGINNING
+) -> Iterator[tuple[int, str, str | NoText]]:
+    """Yield, for each document of a file, the number of records read with it, its name and its text.
 
     Args:
         path: path of the file, for messages.
@@ -75,6 +94,7 @@ def read_texts(path: Path, name: str, file: BinaryIO, text_field: str) -> Iterat
             `name:line`, from 1, or `name:row`, from 0.
         file: the opened file; its position shows how far it is read.
         text_field: the field of a JSONL record, or the parquet column, that holds the text.
+        start: where to begin, for a file that has been read up to there.
 
     Raises:
         ValueError: a compressed file or a parquet file is damaged or not one, a line is not JSON, or a
@@ -82,18 +102,23 @@ def read_texts(path: Path, name: str, file: BinaryIO, text_field: str) -> Iterat
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from _read_parquet(path, name, file, text_field)
+        yield from _read_parquet(path, name, file, text_field, start.records)
         return
     of_content = Path(path.stem).suffix.lower() if suffix in _OPENERS else suffix
     with _decompressed(path, file) as stream:
         if of_content in _JSONL_SUFFIXES:
-            yield from _read_jsonl(path, name, stream, text_field)
-        else:
+            if stream is file:
+                file.seek(start.byte)
+            else:
+                for _ in range(start.records):
+                    next(stream, None)
+            yield from _read_jsonl(path, name, stream, text_field, start.records)
+        elif not start.records:
             text = _read_text(path, stream)
             if isinstance(text, NoText) and suffix in _OPENERS:
                 while stream.read(_BUFFER_BYTES):  # only at the end is it known that it is not damaged
                     pass
-            yield name, text
+            yield 1, name, text
 
 
 def text_of(record: Any, text_field: str, where: str) -> str | NoText:
@@ -154,9 +179,9 @@ def _binary(path: Path) -> NoText:
 
 
 def _read_jsonl(
-    path: Path, name: str, stream: BinaryIO, text_field: str
-) -> Iterator[tuple[str, str | NoText]]:
-    for line_number, line in enumerate(stream, start=1):
+    path: Path, name: str, stream: BinaryIO, text_field: str, lines_read: int
+) -> Iterator[tuple[int, str, str | NoText]]:
+    for line_number, line in enumerate(stream, start=lines_read + 1):
         if line_number == 1:
             line = line.removeprefix(_BYTE_ORDER_MARK)
         if not line or line.isspace():
@@ -166,34 +191,48 @@ def _read_jsonl(
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
-        yield f"{name}:{line_number}", text_of(record, text_field, where)
+        yield line_number, f"{name}:{line_number}", text_of(record, text_field, where)
 
 
 def _read_parquet(
-    path: Path, name: str, file: BinaryIO, text_field: str
-) -> Iterator[tuple[str, str | NoText]]:
+    path: Path, name: str, file: BinaryIO, text_field: str, rows_read: int
+) -> Iterator[tuple[int, str, str | NoText]]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:
         table = ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)  # not the whole column at once
         _require_strings(path, table.schema_arrow, text_field)
-        row = 0
-        for batch in table.iter_batches(_ROWS, columns=[text_field], use_threads=False):
+        groups, row = _groups_from(table, rows_read)
+        for batch in table.iter_batches(_ROWS, groups, columns=[text_field], use_threads=False):
             for value in batch.column(0):
+                if row < rows_read:
+                    row += 1
+                    continue
                 where = f"{path}, row {row}"
                 try:
                     text = text_of({text_field: value.as_py()}, text_field, where)
                 except UnicodeDecodeError:
                     text = NoText("not text", f"{where}: field {text_field!r} is not UTF-8 text")
-                yield f"{name}:{row}", text
                 row += 1
+                yield row, f"{name}:{row - 1}", text
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is not a whole parquet file: {error}") from error
     except OSError as error:
         if error.errno is not None:
             raise
         raise ValueError(f"{path} is not a whole parquet file: {error}") from error
+
+
+def _groups_from(table: ParquetFile, rows_read: int) -> tuple[list[int], int]:
+    """Return the groups of rows of which some row is not read, and the number of the first of their rows."""
+    first = 0
+    for group in range(table.num_row_groups):
+        rows = table.metadata.row_group(group).num_rows
+        if first + rows > rows_read:
+            return list(range(group, table.num_row_groups)), first
+        first += rows
+    return [], first
 
 
 def _require_strings(path: Path, schema: pyarrow.Schema, text_field: str) -> None:

@@ -1,26 +1,31 @@
 """Preparation of a data folder: train.bin, train.json, validation.bin, validation.json and tokenizer/.
 
-One pass over the corpus (two for BPE, whose tokenizer is trained first), with one document in memory beside a
-batch of about a megabyte. Everything is written into a hidden folder beside `out` and renamed at the end.
+One pass over the corpus, for BPE after the training of the tokenizer on a sample. One process reads and
+writes, and others may encode; memory holds a few portions for each, of about a megabyte of text or one
+document.
+
+Everything is written into a hidden folder beside `out`, which is renamed at the end. After every part, 64 MB
+of text, all that is finished is put on the disk, so that a preparation that was killed goes on there. What is
+written depends neither on where that is, nor on the number of processes.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from longshort.data.corpora import Corpus, Document, Skipped, open_corpus
-from longshort.data.files import sync_folder, sync_tree
-from longshort.data.token_files import SPLITS, TOKENIZER, TokenFileWriter, is_token_description
+from longshort.data.corpora import open_corpus
+from longshort.data.corpus import Corpus, Document, Skipped
+from longshort.data.files import sync_tree
+from longshort.data.processes import EncodingProcesses
+from longshort.data.splitting import Splitter
+from longshort.data.token_files import SPLITS, TOKENIZER, TokenFileWriter
 from longshort.data.tokenization import (
     SMALLEST_BPE_VOCABULARY,
     Encoder,
@@ -30,12 +35,17 @@ from longshort.data.tokenization import (
     train_bpe,
     vocabulary_size,
 )
+from longshort.data.workspace import Workspace, check_out, interrupted_work, open_workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_BATCH_CHARACTERS = 1 << 20
-_BATCH_DOCUMENTS = 1024
+BPE_SAMPLE = 256 << 20
+"""Bytes of text that a BPE tokenizer is trained on, unless told otherwise."""
+_PORTION_CHARACTERS = 1 << 20
+_PORTION_DOCUMENTS = 1024
+_PART_CHARACTERS = 1 << 26
+_NOTHING = {"documents": 0, "tokens": 0, "text_bytes": 0}
 
 
 class Progress(Protocol):
@@ -70,6 +80,24 @@ class Prepared:
     validation: PreparedSplit
     skipped: Skipped
     vocab_size: int
+    resumed_tokens: int = 0
+    """Tokens that an interrupted preparation had written before."""
+
+
+@dataclass
+class _Portion:
+    """Documents that are encoded together."""
+
+    documents: list[tuple[Document, str]] = field(default_factory=list)
+    characters: int = 0
+    position: int = 0
+    """That of the corpus after it."""
+    reading: dict[str, Any] | None = None
+    """At the end of a part: where reading goes on after it."""
+
+    @property
+    def texts(self) -> list[str]:
+        return [document.text for document, _ in self.documents]
 
 
 def prepare(
@@ -78,14 +106,19 @@ def prepare(
     *,
     tokenizer: str | os.PathLike[str] = "bytes",
     vocab_size: int = 10_000,
+    bpe_sample: int = BPE_SAMPLE,
     validation_fraction: float = 0.05,
     text_field: str = "text",
     seed: int = 0,
+    processes: int = 1,
     overwrite: bool = False,
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
     """Tokenize a corpus into a data folder that `DataFolder.open` reads.
+
+    If it was killed, or failed, after it had finished a part (64 MB of text), the same call goes on there,
+    and writes the same bytes as one that was not. What has been read may not have changed since.
 
     Args:
         source: see `open_corpus`.
@@ -93,18 +126,23 @@ def prepare(
         tokenizer: "bytes"; "bpe", trained on this corpus' training documents; or a folder with a saved
             Hugging Face tokenizer.
         vocab_size: pieces of a BPE tokenizer; not used for the others.
+        bpe_sample: bytes of text that a BPE tokenizer is trained on, at most; see `Corpus.sample`.
         validation_fraction: probability, between 0 and 1, that a document is used for validation. The choice
             depends on the seed and the document's name alone, and each split gets at least one document.
         text_field: the field that holds the text in JSONL records, parquet files and datasets.
         seed: chooses the validation documents.
+        processes: 1: this process encodes, with a thread per core; more: so many others do, with one thread
+            each, while this one reads and writes. "bytes" needs none. What is written is the same.
         overwrite: replace `out` if it is a data folder; the old one goes only after the new one is complete.
+            Also: begin anew where an interrupted preparation had other settings or its source has changed.
         strict: fail at the first file or record that is not text, or has none; otherwise these are left out,
             and `Prepared.skipped` counts them.
         progress: called after every batch of documents.
 
     Raises:
+        ChildProcessError: a process that encodes has died.
         FileExistsError: `out` is not empty and `overwrite` is not set, or it is not a data folder, or
-            another process is preparing it.
+            another process is preparing it, or an interrupted preparation cannot go on so.
         FileNotFoundError: there is no such source or tokenizer folder.
         ModuleNotFoundError: a package is missing that one of the source's files needs.
         ValueError: an argument is not usable, a part of the corpus cannot be read (see `Corpus.__iter__`), or
@@ -117,13 +155,17 @@ def prepare(
     for name, number in (("vocab_size", vocab_size), ("seed", seed)):
         if isinstance(number, bool) or not isinstance(number, int):
             raise ValueError(f"{name} must be an integer, got {number!r}")
+    for name, number in (("processes", processes), ("bpe_sample", bpe_sample)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {number!r}")
     if tokenizer == "bpe" and vocab_size < SMALLEST_BPE_VOCABULARY:
         raise ValueError(f"vocab_size must be at least {SMALLEST_BPE_VOCABULARY} for BPE, got {vocab_size}")
     for name, path in (("source", source), ("out", out), ("tokenizer", tokenizer)):
         if not isinstance(path, str | os.PathLike):
             raise ValueError(f"{name} must be a string or a path, got {path!r}")
     out = Path(out)
-    _check_out(out, overwrite)
+    if interrupted_work(out) is None:
+        check_out(out, overwrite)
     ready = None
     if tokenizer not in ("bytes", "bpe"):
         if not Path(tokenizer).is_dir():
@@ -132,178 +174,172 @@ def prepare(
             )
         ready = load_tokenizer(tokenizer)
     corpus = open_corpus(source, text_field, strict=strict)
-    is_folder = source != "stdlib" and Path(source).is_dir()
-    if is_folder and out.resolve().is_relative_to(Path(source).resolve()):
+    folder = os.fspath(source).removeprefix("hf:")
+    if source != "stdlib" and folder and os.path.isdir(folder) and _is_inside(out, folder):
         raise ValueError(
             f"out {str(out)!r} is inside the source folder, and would be part of the corpus next time"
         )
+    settings = {
+        "source": corpus.source,
+        "text_field": text_field,
+        "validation_fraction": validation_fraction,
+        "seed": seed,
+        "strict": strict,
+        "tokenizer": str(tokenizer) if ready is None else tokenizer_hash(tokenizer),
+    }
+    if tokenizer == "bpe":
+        settings |= {"vocab_size": vocab_size, "bpe_sample": bpe_sample}
+    with open_workspace(out, overwrite, settings) as work:
+        if not work.is_renamed:
+            _go_on_or_begin(work, corpus, out, overwrite)
+            preparation = _Preparation(corpus, validation_fraction, seed, work, progress)
+            if work.progress is not None:
+                ready = load_tokenizer(work.new / TOKENIZER)
+            elif tokenizer == "bytes":
+                ready = preparation.save(byte_tokenizer())
+            elif tokenizer == "bpe":
+                ready = preparation.save(preparation.train_bpe(vocab_size, bpe_sample))
+            else:
+                assert ready is not None
+                preparation.save(ready)
+            work.complete(preparation.write(ready, processes))
+        assert work.result is not None
+        result = work.result
+    train, validation = (PreparedSplit(**result[split]) for split in SPLITS)
+    skipped = Skipped(**result["skipped"])
+    return Prepared(out, train, validation, skipped, result["vocab_size"], result["resumed_tokens"])
 
-    def batches(stage: str) -> Iterator[list[tuple[Document, str]]]:
-        for batch in _batched(_split(corpus, validation_fraction, seed)):
-            yield batch
-            if progress is not None:
-                progress(stage, corpus.position, corpus.size)
 
-    with _replacing(out, overwrite) as folder:
-        if tokenizer == "bytes":
-            ready = byte_tokenizer()
-        elif tokenizer == "bpe":
-            training = (
-                [document.text for document, split in batch if split == "train"]
-                for batch in batches("training the tokenizer")
-            )
-            ready = train_bpe(training, vocab_size)
-        assert ready is not None
-        ready.save_pretrained(folder / TOKENIZER)
-        splits = _write(batches("writing tokens"), folder, ready, corpus.source)
-    return Prepared(out, splits["train"], splits["validation"], corpus.skipped, vocabulary_size(ready))
+def _is_inside(path: Path, folder: str) -> bool:
+    return path.resolve().is_relative_to(Path(folder).resolve())
 
 
-def _write(
-    batches: Iterator[list[tuple[Document, str]]],
-    folder: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    source: str,
-) -> dict[str, PreparedSplit]:
-    encoder = Encoder(tokenizer)
-    end_of_text = np.array([tokenizer.eos_token_id], dtype=np.uint32)
-    digest = tokenizer_hash(folder / TOKENIZER)
-    with ExitStack() as stack:
-        writers = {
+def _go_on_or_begin(work: Workspace, corpus: Corpus, out: Path, overwrite: bool) -> None:
+    reading = work.progress and work.progress["reading"]
+    changed = corpus.changed_since(reading["corpus"]) if reading else None
+    if changed is None:
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"out {str(out)!r}: an interrupted preparation cannot go on, since its source "
+            f"{corpus.source!r} has changed: {changed}; overwrite starts anew (--overwrite)"
+        )
+    work.clear()
+    work.new.mkdir(parents=True)
+
+
+class _Preparation:
+    """The steps of a preparation in its workspace."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        validation_fraction: float,
+        seed: int,
+        work: Workspace,
+        progress: Progress | None,
+    ) -> None:
+        self._corpus = corpus
+        self._validation_fraction = validation_fraction
+        self._seed = seed
+        self._work = work
+        self._progress = progress
+
+    def train_bpe(self, vocab_size: int, sample: int) -> PreTrainedTokenizerFast:
+        splitter = Splitter(self._validation_fraction, self._seed)
+
+        def training() -> Iterator[list[str]]:
+            for portion in self._portions(self._corpus.sample(sample), splitter):
+                yield [document.text for document, split in portion.documents if split == "train"]
+                self._report("training the tokenizer", portion)
+
+        return train_bpe(training(), vocab_size)
+
+    def save(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+        folder = self._work.new / TOKENIZER
+        tokenizer.save_pretrained(folder)
+        if self._corpus.position >= _PART_CHARACTERS:  # it was trained on so much that it is worth keeping
+            sync_tree(self._work.new)
+            self._work.keep({"reading": None})
+        return tokenizer
+
+    def write(self, tokenizer: PreTrainedTokenizerFast, processes: int) -> dict[str, Any]:
+        """Write both splits, from where an interrupted preparation stood; return the result, as JSON."""
+        reading = self._work.progress and self._work.progress["reading"]
+        splitter = Splitter(self._validation_fraction, self._seed, reading and reading["splitter"])
+        documents = self._corpus.read(reading and reading["corpus"])
+        portions = self._portions(documents, splitter)
+        end_of_text = np.array([tokenizer.eos_token_id], dtype=np.uint32)
+        vocab_size = vocabulary_size(tokenizer)
+        encoder = Encoder(tokenizer)
+        with ExitStack() as stack:
+            writers = self._writers(stack, vocab_size)
+            resumed = sum(writer.tokens for writer in writers.values())
+            if processes == 1 or encoder.is_bytes:
+                encoded = ((portion, encoder.encode(portion.texts)) for portion in portions)
+            else:
+                encoded = stack.enter_context(EncodingProcesses(encoder, processes)).encode(portions)
+            for portion, ids in encoded:
+                for (document, split), document_ids in zip(portion.documents, ids, strict=True):
+                    with_end = np.concatenate((document_ids, end_of_text))
+                    writers[split].add(with_end, len(document.text.encode()))
+                if portion.reading is not None:
+                    committed = {split: writer.commit() for split, writer in writers.items()}
+                    sync_tree(self._work.new / TOKENIZER)
+                    self._work.keep({"reading": portion.reading, "committed": committed})
+                self._report("writing tokens", portion)
+            if splitter.documents < 2:
+                skipped = self._corpus.skipped
+                left_out = "; ".join([str(skipped), *skipped.examples])
+                raise ValueError(
+                    f"source {self._corpus.source!r} has {splitter.documents} documents "
+                    f"(left out: {left_out}); a training and a validation split need at least 2"
+                )
+        splits = {
+            split: {"documents": writer.documents, "tokens": writer.tokens, "bytes": writer.text_bytes}
+            for split, writer in writers.items()
+        }
+        skipped = asdict(self._corpus.skipped)
+        return splits | {"skipped": skipped, "vocab_size": vocab_size, "resumed_tokens": resumed}
+
+    def _writers(self, stack: ExitStack, vocab_size: int) -> dict[str, TokenFileWriter]:
+        work = self._work
+        committed = (work.progress or {}).get("committed", {})
+        digest = tokenizer_hash(work.new / TOKENIZER)
+        return {
             split: stack.enter_context(
-                TokenFileWriter(folder / split, vocabulary_size(tokenizer), digest, source)
+                TokenFileWriter(
+                    work.new / split,
+                    vocab_size,
+                    digest,
+                    self._corpus.source,
+                    journal=work.folder / f"{split}.documents",
+                    committed=committed.get(split, _NOTHING if work.progress else None),
+                )
             )
             for split in SPLITS
         }
-        for batch in batches:
-            ids = encoder.encode([document.text for document, _ in batch])
-            for (document, split), document_ids in zip(batch, ids, strict=True):
-                writers[split].add(np.concatenate((document_ids, end_of_text)), len(document.text.encode()))
-    return {
-        split: PreparedSplit(writer.documents, writer.tokens, writer.text_bytes)
-        for split, writer in writers.items()
-    }
 
+    def _portions(self, documents: Iterable[Document], splitter: Splitter) -> Iterator[_Portion]:
+        """Yield documents in portions of about a megabyte; the last of a part notes where reading stands."""
+        portion, since_part = _Portion(), 0
+        for document in documents:
+            assigned = splitter.add(document)
+            portion.documents += assigned
+            portion.characters += sum(len(document.text) for document, _ in assigned)
+            if portion.characters >= _PORTION_CHARACTERS or len(portion.documents) >= _PORTION_DOCUMENTS:
+                portion.position = self._corpus.position
+                since_part += portion.characters
+                if since_part >= _PART_CHARACTERS:
+                    portion.reading = {"corpus": self._corpus.state, "splitter": splitter.state}
+                    since_part = 0
+                yield portion
+                portion = _Portion()
+        portion.documents += splitter.finish()
+        if portion.documents:
+            portion.position = self._corpus.position
+            yield portion
 
-def _split(corpus: Corpus, validation_fraction: float, seed: int) -> Iterator[tuple[Document, str]]:
-    """Yield each document with its split's name.
-
-    A document is used for validation if its hash, in [0, 1), is below the fraction. Until both splits have a
-    document, the one whose hash is nearest to the empty split is held back, so that at the end neither is
-    empty. Nothing else changes the order.
-    """
-    held: Document | None = None
-    held_hash = 0.0
-    held_split = ""
-    filled: set[str] = set()
-    documents = 0
-    for documents, document in enumerate(corpus, start=1):  # noqa: B007
-        value = _hash(seed, document.name)
-        split = "validation" if value < validation_fraction else "train"
-        filled.add(split)
-        if len(filled) == 2:
-            if held is not None:
-                yield held, held_split
-                held = None
-            yield document, split
-        elif held is None:
-            held, held_hash, held_split = document, value, split
-        else:
-            # All so far fell into one split; the held one is nearest to the other.
-            nearer = value < held_hash if split == "train" else value > held_hash
-            if nearer:
-                held, held_hash, document = document, value, held
-            yield document, split
-    if documents < 2:
-        left_out = "; ".join([str(corpus.skipped), *corpus.skipped.examples])
-        raise ValueError(
-            f"source {corpus.source!r} has {documents} documents (left out: {left_out}); "
-            "a training and a validation split need at least 2"
-        )
-    if held is not None:
-        yield held, "validation" if held_split == "train" else "train"
-
-
-def _hash(seed: int, name: str) -> float:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53
-
-
-def _batched(documents: Iterator[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:
-    batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document[0].text)
-        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-@contextmanager
-def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield an empty folder, which replaces `out` if the block succeeds and is removed otherwise.
-
-    A killed process leaves a hidden folder, which the next preparation of the same `out` finishes or removes.
-    """
-    target = out.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workspace = target.with_name(f".{target.name}.preparing")
-    new, old = workspace / "new", workspace / "old"
-
-    def settle() -> None:
-        # The old folder is moved away only once the new one is complete, so the new one may replace it.
-        if old.exists() and not target.exists():
-            new.rename(target)
-        shutil.rmtree(workspace, ignore_errors=True)
-
-    with _lock(target.with_name(f".{target.name}.lock"), out):
-        settle()
-        _check_out(out, overwrite)
-        try:
-            new.mkdir(parents=True)
-            yield new
-            sync_tree(new)
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
-            sync_folder(target.parent)
-        finally:
-            settle()
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"out {str(out)!r} exists; choose another folder or overwrite it (--overwrite)")
-    if not out.is_dir():
-        raise FileExistsError(f"out {str(out)!r} is not a folder; it stays as it is")
-    entries = {entry.name for entry in out.iterdir()}
-    own = {TOKENIZER, *(f"{split}{suffix}" for split in SPLITS for suffix in (".bin", ".json"))}
-    strangers = sorted(entries - own)
-    if strangers:
-        raise FileExistsError(
-            f"out {str(out)!r} holds more than prepared data ({strangers[0]!r}); it stays as it is"
-        )
-    if not any(is_token_description(out / f"{split}.json") for split in SPLITS):
-        raise FileExistsError(f"out {str(out)!r} does not look like prepared data; it stays as it is")
-
-
-@contextmanager
-def _lock(path: Path, out: Path) -> Iterator[None]:
-    """Lock the file `path`, and remove it at the end. A killed process leaves the file, not the lock."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed the file between our opening and locking it.
-            held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except BlockingIOError:
-            held = False
-        if not held:
-            raise FileExistsError(f"out {str(out)!r} is being prepared by another process")
-        try:
-            yield
-        finally:
-            path.unlink()
+    def _report(self, stage: str, portion: _Portion) -> None:
+        if self._progress is not None:
+            self._progress(stage, portion.position, self._corpus.size)

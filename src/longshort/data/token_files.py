@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,27 +25,39 @@ from longshort.data.tokenization import tokenizer_hash
 FORMAT = "longshort tokens 1"
 SPLITS = ("train", "validation")
 TOKENIZER = "tokenizer"
+_JOURNAL_ENTRY = 16  # bytes: two int64
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 class TokenFileWriter:
     """Writes documents one after another; use it in a `with` block.
 
-    Leaving the block completes both files and syncs them to disk; an exception in it removes them.
+    Leaving the block completes both files and syncs them to disk; an exception in it removes them, unless
+    `commit` was called.
 
     Args:
         path: path to write to, without suffix.
         vocab_size: ids are below it; they take two bytes if it is at most 65,536, else four.
         tokenizer_hash: `tokenizer_hash(folder)` of the tokenizer that made the ids.
         source: source of the text, for the reader's information.
+        journal: file for the lengths of the documents, which `commit` needs; None: they stay in memory.
+        committed: what a `commit` returned, to go on there: what came after it is removed.
 
     Raises:
-        FileExistsError: one of the two files exists.
-        ValueError: `vocab_size` is not in 1 … 2³²; on leaving the block: no document was written.
+        FileExistsError: one of the two files exists, and `committed` is None.
+        ValueError: `vocab_size` is not in 1 … 2³²; a file is shorter than what was committed; on leaving the
+            block: no document was written.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], vocab_size: int, tokenizer_hash: str, source: str
+        self,
+        path: str | os.PathLike[str],
+        vocab_size: int,
+        tokenizer_hash: str,
+        source: str,
+        *,
+        journal: Path | None = None,
+        committed: dict[str, int] | None = None,
     ) -> None:
         if not 1 <= vocab_size <= 2**32:
             raise ValueError(f"vocab_size must be in 1 … 2**32, got {vocab_size}")
@@ -53,23 +66,20 @@ class TokenFileWriter:
         self._tokenizer_hash = tokenizer_hash
         self._source = source
         self._dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-        self._offsets = array("q", [0])
-        self._bytes = array("q")
-        if self._json.exists():
+        self._journal = journal
+        self._pending = array("q")  # tokens and bytes of each document after the last commit
+        self.documents = self.tokens = self.text_bytes = 0
+        self._in_journal = 0
+        if committed is not None:
+            assert journal is not None
+            self.documents = self._in_journal = committed["documents"]
+            self.tokens, self.text_bytes = committed["tokens"], committed["text_bytes"]
+            self._json.unlink(missing_ok=True)
+            _cut_off(self._bin, self.tokens * _DTYPES[self._dtype].itemsize)
+            _cut_off(journal, self.documents * _JOURNAL_ENTRY)
+        elif self._json.exists():
             raise FileExistsError(f"{self._json} exists")
-        self._file = open(self._bin, "xb")  # noqa: SIM115 (closed by __exit__)
-
-    @property
-    def documents(self) -> int:
-        return len(self._bytes)
-
-    @property
-    def tokens(self) -> int:
-        return self._offsets[-1]
-
-    @property
-    def text_bytes(self) -> int:
-        return sum(self._bytes)
+        self._file = open(self._bin, "xb" if committed is None else "ab")  # noqa: SIM115 (closed by __exit__)
 
     def add(self, token_ids: NDArray[np.integer], text_bytes: int) -> None:
         """Append one document.
@@ -91,8 +101,23 @@ class TokenFileWriter:
         if text_bytes < 0:
             raise ValueError(f"text_bytes must not be negative, got {text_bytes}")
         self._file.write(token_ids.astype(_DTYPES[self._dtype]).tobytes())
-        self._offsets.append(self._offsets[-1] + token_ids.size)
-        self._bytes.append(text_bytes)
+        self._pending.extend((token_ids.size, text_bytes))
+        self.documents += 1
+        self.tokens += token_ids.size
+        self.text_bytes += text_bytes
+
+    def commit(self) -> dict[str, int]:
+        """Wait until all documents so far are on the disk; return what `committed` takes, as JSON."""
+        assert self._journal is not None, "without a journal there is nothing to go on from"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        with open(self._journal, "ab") as file:
+            file.write(np.array(self._pending, dtype="<i8").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        self._in_journal = self.documents
+        self._pending = array("q")
+        return {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.text_bytes}
 
     def __enter__(self) -> Self:
         return self
@@ -109,11 +134,12 @@ class TokenFileWriter:
         finally:
             self._file.close()
             if error is not None:
-                self._bin.unlink(missing_ok=True)
                 self._json.unlink(missing_ok=True)
+                if not self._in_journal:
+                    self._bin.unlink(missing_ok=True)
 
     def _complete(self) -> None:
-        if not self._bytes:
+        if not self.documents:
             raise ValueError(f"{self._bin}: no document was written")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -124,13 +150,33 @@ class TokenFileWriter:
             "vocab_size": self._vocab_size,
             "tokenizer_hash": self._tokenizer_hash,
             "source": self._source,
-            "document_offsets": self._offsets.tolist(),
-            "document_bytes": self._bytes.tolist(),
         }
         with open(self._json, "x", encoding="utf-8") as file:
-            json.dump(description, file)
+            file.write(json.dumps(description)[:-1])
+            file.write(', "document_offsets": [0')
+            offset = 0
+            for entries in self._entries():  # in parts, as there may be many millions
+                offsets = offset + np.cumsum(entries[:, 0])
+                file.writelines(f", {number}" for number in offsets.tolist())
+                offset = int(offsets[-1])
+            file.write('], "document_bytes": [')
+            separator = ""
+            for entries in self._entries():
+                file.write(separator + ", ".join(map(str, entries[:, 1].tolist())))
+                separator = ", "
+            file.write("]}")
             file.flush()
             os.fsync(file.fileno())
+
+    def _entries(self) -> Iterator[NDArray[np.int64]]:
+        """Yield the tokens and bytes of each document, in order: (documents, 2), a part at a time."""
+        if self._in_journal:
+            assert self._journal is not None
+            with open(self._journal, "rb") as file:
+                while content := file.read(_JOURNAL_ENTRY << 16):
+                    yield np.frombuffer(content, dtype="<i8").reshape(-1, 2)
+        if self._pending:
+            yield np.array(self._pending, dtype=np.int64).reshape(-1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,6 +301,14 @@ def is_token_description(path: Path) -> bool:
 
 def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     return Path(f"{os.fspath(path)}.bin"), Path(f"{os.fspath(path)}.json")
+
+
+def _cut_off(path: Path, size: int) -> None:
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise ValueError(f"{path} has {found} bytes, but {size} were written and committed")
+    if path.exists():
+        os.truncate(path, size)
 
 
 def _read_description(path: Path) -> dict[str, Any]:

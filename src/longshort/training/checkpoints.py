@@ -29,6 +29,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
@@ -299,15 +300,15 @@ def load_checkpoint(
         if missing:
             raise ValueError(f"{checkpoint / _OPTIMIZER} does not fit the model of this run: no {missing[0]}")
         optimizer.state[parameter] = {
-            moment: _own(moments[f"{name}.{moment}"], parameter) for moment in _MOMENTS
+            moment: _own(moment, moments[f"{name}.{moment}"], parameter) for moment in _MOMENTS
         }
     return state
 
 
-def _own(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of AdamW's state as the optimizer of a parameter holds it."""
-    if moment.numel() == 1 and parameter.numel() != 1:
-        moment = moment.reshape(())  # the number of steps
+def _own(name: str, moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of AdamW's state, of this name, as the optimizer of a parameter holds it."""
+    if name == "step":
+        moment = moment.reshape(())
     elif isinstance(parameter, DTensor) and not isinstance(moment, DTensor):
         part = torch.zeros_like(parameter.detach())
         put_values(part, moment)
@@ -377,11 +378,20 @@ def _read_shards(checkpoint: Path, model: nn.Module, tensors: dict[str, torch.Te
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be here
+            _require_all_parts(reader)
             load(tensors, storage_reader=reader, no_dist=not is_sharded(model))
     except (CheckpointException, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]
         raise OSError(f"{checkpoint} is damaged, or of another model: {error}") from error
+
+
+def _require_all_parts(reader: HuggingFaceStorageReader) -> None:
+    """Raise a ValueError if a file is missing: torch would leave its part of each tensor as it was."""
+    for name, found in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(found, TensorStorageMetadata)
+        if sum(chunk.sizes.numel() for chunk in found.chunks) < found.size.numel():
+            raise ValueError(f"a part of {name} is missing")
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:

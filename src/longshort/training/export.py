@@ -29,6 +29,7 @@ def export_run(run: Path | str, out: Path | str, *, step: int | None = None, ove
     out = Path(out).absolute()
     is_taken = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
     is_exported = out.is_dir() and all((out / name).is_file() for name in _FILES)
+    is_exported = is_exported and not (out / "state.json").exists()  # that is a checkpoint
     if is_taken and not overwrite:
         raise FileExistsError(f"{out} exists already; --overwrite replaces an exported model")
     if is_taken and not is_exported:

@@ -8,10 +8,12 @@ end within seconds, whatever they wait for: without this, a GPU would wait for a
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -19,12 +21,13 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 _BEAT = 1.0
-_SILENCE = 30.0
+_SILENCE = 60.0
 _GRACE = 5.0
 """Seconds between heartbeats; without one, until a process counts as dead; and from another's failure until a
 process ends that has not raised an error itself."""
 
-_FAILURE = "failure"
+_FAILURE, _HEARD = "failure", "heard"
+_STORE_IS_GONE = "the process that held the store is gone"
 
 
 class FailureWatch:
@@ -51,25 +54,42 @@ class FailureWatch:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is None or isinstance(error, SystemExit):
+        if error is None:
             self._end()
             return
-        is_own = not isinstance(error, RuntimeError)  # as the collectives of all backends raise
-        cause = None if is_own else self._failure(wait=_GRACE)
-        if cause is None:
-            self._report(f"rank {self._rank} failed: {type(error).__name__}: {error}")
-        self._end()
-        if cause is None:
+        with _without_termination():
+            is_own = not isinstance(error, RuntimeError)  # as the collectives of all backends raise
+            cause = None if is_own else self._failure(wait=_GRACE)
+            lost = str(error).partition("\n")[0]
+            if cause is None:
+                what = f"rank {self._rank} failed: {type(error).__name__}: {error}"
+                self._report(what if is_own else f"the connection to another process was lost: {lost}")
+            self._end()
+            if cause is None and self._rank:
+                self._wait_until_heard()
+        if cause is None and is_own:
             return
-        if self._rank == 0:
-            raise ChildProcessError(cause) from error
+        if cause is None or self._speaks(cause):
+            text = cause or f"the connection to another process, which may have died, was lost: {lost}"
+            raise ChildProcessError(text) from error
         raise SystemExit(1) from error
+
+    def _speaks(self, cause: str) -> bool:
+        """Return whether this process reports: the main one does, and all if it may be the one that died."""
+        return self._rank == 0 or cause.startswith(_STORE_IS_GONE)
 
     def _end(self) -> None:
         self._is_over.set()
         self._thread.join(_GRACE)
         with suppress(RuntimeError):  # the process that held the store may be gone
             self._store.set(f"beat-{self._rank}", "over")
+
+    def _wait_until_heard(self) -> None:
+        """Give the main process the time to hear of a failure: torchrun ends it as soon as this one is gone."""
+        until = time.monotonic() + _GRACE
+        with suppress(RuntimeError):
+            while not self._store.check([_HEARD]) and time.monotonic() < until:
+                time.sleep(0.1)
 
     def _report(self, text: str) -> None:
         with suppress(RuntimeError):
@@ -81,9 +101,11 @@ class FailureWatch:
         while True:
             try:
                 if self._store.check([_FAILURE]):
+                    if self._rank == 0:
+                        self._store.set(_HEARD, "yes")
                     return self._store.get(_FAILURE).decode()
             except RuntimeError as error:
-                return f"the process that held the store is gone: {error}"
+                return f"{_STORE_IS_GONE}: {error}"
             if time.monotonic() >= until:
                 return None
             time.sleep(0.1)
@@ -97,7 +119,7 @@ class FailureWatch:
             if cause is None:
                 cause = self._beat(beats, seen)
             if cause is not None and not self._is_over.wait(_GRACE):
-                if self._rank == 0:
+                if self._speaks(cause):
                     print(f"longshort: error: {cause}", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread waits for a process that is gone
 
@@ -117,8 +139,20 @@ class FailureWatch:
                     self._report(cause)
                     return cause
         except RuntimeError as error:
-            return f"the process that held the store is gone: {error}"
+            return f"{_STORE_IS_GONE}: {error}"
         return None
+
+
+@contextmanager
+def _without_termination() -> Iterator[None]:
+    """Ignore SIGTERM, which torchrun sends as soon as one process has ended: this one has yet to say why."""
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def meet(timeout: timedelta) -> tuple[Any, int, int]:

@@ -159,8 +159,15 @@ def _connected(settings: TrainConfig) -> AbstractContextManager[Ranks]:
         gather_memory=settings.gather_memory,
         timeout=settings.timeout,
         saves_in_background=settings.async_checkpoints,
-        facts={flag(name): value for name, value in vars(settings).items()} | current_versions(),
+        facts=_facts(settings),
     )
+
+
+def _facts(settings: TrainConfig) -> dict[str, Any]:
+    """Return what all processes must agree on: not where files are on each machine, nor its threads."""
+    own = ("data", "out", "threads", "peak_tflops")
+    facts = {flag(name): value for name, value in vars(settings).items() if name not in own}
+    return facts | current_versions()
 
 
 def _run_steps(job: Job, ranks: Ranks, progress: Progress) -> RunOutcome:
@@ -310,7 +317,11 @@ class _Training:
         if is_monitored and self._settings.alarm is not None:
             by_head = getattr(reading, MEASUREMENTS[self._settings.alarm])
         spike = self._detector.observe(state.step, loss, norm, max_logit, by_head)
-        return None if spike is None else respond(spike, self._settings, state)
+        if spike is None:
+            return None
+        if self._settings.on_spike == "rollback":
+            self._finish_saving(wait=True)  # the response must not depend on how fast the disk is
+        return respond(spike, self._settings, state)
 
     def _checkpoint(self, state: TrainState, is_interrupted: bool, is_done: bool, is_stopped: bool) -> None:
         """Write a checkpoint, if one is due or the run ends here."""

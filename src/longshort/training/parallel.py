@@ -12,14 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from longshort.data import Batch
 from longshort.distributed import ContextParallel, require_agreement
 from longshort.stability.ranks import max_over_ranks, sum_over_ranks
 from longshort.training.failures import FailureWatch, meet
-from longshort.training.sharding import accumulating, shard
+from longshort.training.sharding import accumulating, new_groups, shard
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Ranks:
         context: attention across the processes that share sequences; None if each has whole ones.
         shards: processes among which the model is cut; None if each has a copy.
         saving_group: the processes, for a thread that saves while they train; None if there is none.
+        timeout: for which the processes wait for each other; None: torch's own.
     """
 
     device: torch.device
@@ -43,6 +43,7 @@ class Ranks:
     context: ContextParallel | None = field(default=None, compare=False)
     shards: int | None = None
     saving_group: dist.ProcessGroup | None = field(default=None, compare=False)
+    timeout: timedelta | None = None
 
     @property
     def is_main(self) -> bool:
@@ -75,7 +76,7 @@ class Ranks:
     def shard(self, model: nn.Module) -> None:
         """Cut a model into shards on this process's device, in place; one on the meta device gets memory."""
         assert self.shards is not None
-        shard(model, self.device.type, self.world_size, self.shards)
+        shard(model, self.device.type, self.world_size, self.shards, self.timeout)
 
     def accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
         """Make a context for one micro-batch: gradients are exchanged with the last of a step only."""
@@ -198,11 +199,10 @@ def connect(
         require_agreement(facts or {}, everyone, torch.device("cpu"))
         context = None
         if context_parallel > 1:  # batches are a function of seed and step, so the ranks agree
-            shape = (world_size // context_parallel, context_parallel)
-            mesh = init_device_mesh(kind, shape, mesh_dim_names=("data", "context"))
-            context = ContextParallel(mesh.get_group("context"), gather_memory=gather_memory, check=False)
+            group = new_groups(torch.arange(world_size).view(-1, context_parallel), wait)
+            context = ContextParallel(group, gather_memory=gather_memory, check=False)
         saving: Any = dist.new_group(backend="gloo", timeout=wait) if saves_in_background else None
-        ranks = Ranks(here, rank, world_size, context, shards, saving)
+        ranks = Ranks(here, rank, world_size, context, shards, saving, wait)
         yield ranks
         ranks.barrier()  # a process that exits while others still communicate can make them fail
         dist.destroy_process_group()  # after an error it could wait for others

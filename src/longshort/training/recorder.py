@@ -74,6 +74,7 @@ class Recorder:
         self._was_finite = True
         self.start_interval()
         self._max_logits: dict[str, Any] = {}  # as last measured
+        self.is_at_goal = False
         if self._log is not None:
             last_line = self._log.begin(state.step, self._settings.tensorboard, state.attempt) or {}
             self._max_logits = {name: last_line[name] for name in MAX_LOGITS if name in last_line}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -17,7 +19,9 @@ from longshort.distributed import put_values
 from longshort.model import LongShortForCausalLM
 
 
-def shard(model: nn.Module, device: str, world_size: int, shards: int) -> None:
+def shard(
+    model: nn.Module, device: str, world_size: int, shards: int, timeout: timedelta | None = None
+) -> None:
     """Cut a `LongShortForCausalLM` into shards, in place: each block by itself, and the rest.
 
     Gradients are averaged over all processes. A model on the meta device gets memory, not values.
@@ -27,9 +31,14 @@ def shard(model: nn.Module, device: str, world_size: int, shards: int) -> None:
         device: type of the device.
         world_size: number of processes.
         shards: processes among which it is cut; with fewer than all, groups of so many hold copies (HSDP).
+        timeout: of the groups' collectives.
     """
-    shape = (world_size,) if shards == world_size else (world_size // shards, shards)
-    mesh = init_device_mesh(device, shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
+    if shards == world_size:
+        mesh = init_device_mesh(device, (world_size,), mesh_dim_names=("shard",))
+    else:  # groups that `init_device_mesh` makes have torch's own time-out
+        ranks = torch.arange(world_size).view(-1, shards)
+        groups = [new_groups(table, timeout) for table in (ranks.T, ranks)]
+        mesh = DeviceMesh.from_group(groups, device, ranks, mesh_dim_names=("copy", "shard"))
     is_meta = any(parameter.is_meta for parameter in model.parameters())
     inner: Any = model
     for block in inner.model.layers:
@@ -37,6 +46,13 @@ def shard(model: nn.Module, device: str, world_size: int, shards: int) -> None:
     fully_shard(model, mesh=mesh)
     if is_meta:
         model.to_empty(device=device)
+
+
+def new_groups(table: Tensor, timeout: timedelta | None) -> dist.ProcessGroup:
+    """Make a group of the processes of each row; return that of this process. All call it."""
+    group, _ = dist.new_subgroups_by_enumeration(table.tolist(), timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 @contextmanager
