@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from longshort.distributed import plan_context
 from longshort.model import preset, training_flops
 from longshort.model.scaling import (
     Rates,
@@ -174,3 +175,12 @@ def test_rates_beyond_their_range_are_refused() -> None:
         with pytest.raises(ValueError, match=f"^{name} must be a finite number .*got -1"):
             rates(name, -1)
         rates(name, 0.0)
+
+
+def test_the_slowest_rank_counts() -> None:
+    setup = TrainingSetup(preset("tiny"), 100, 1, 8, context_parallel=8)
+    uneven = plan_context(8, 104).imbalance
+    assert uneven > 1
+    flops, time = step_flops(setup), step_time(setup, ROUND)
+    assert time.global_attention == pytest.approx(uneven * flops.global_attention / 8 / 0.25e12)
+    assert time.local_attention == pytest.approx(flops.local_attention / 8 / 0.125e12)
