@@ -39,7 +39,7 @@ def test_one_line_for_each_number_of_gpus(capsys):
     assert [row[2] for row in rows] == ["1"] * 2 + ["4"] * 3 + ["256"] * 3
     assert [row[0] for row in rows] == ["4"] * 8
     names = [" ".join(row[-2:]) for row in rows[2:5]]
-    assert names[0].endswith(" LS-attention") and names[1:] == ["MHSA, all-gather", "MHSA, ring"]
+    assert names[0].endswith(" LS") and names[1:] == ["MHSA, gather", "MHSA, ring"]
     assert max(map(len, out.splitlines())) <= 80
 
 

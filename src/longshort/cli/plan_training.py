@@ -68,6 +68,8 @@ _TIME_ROWS = {
     "total": "step",
 }
 
+_SHORT_NAMES = {"LS-attention": "LS", "MHSA, all-gather": "MHSA, gather"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlanFlags(RateFlags):
@@ -318,7 +320,7 @@ def _print_scan(output: Any, compared: Sequence[Sequence[TrainingPlan]], limit: 
                 format_seconds(time.exposed_keys + time.exposed_weights),
                 format_seconds(time.total),
                 format_count(round(time.tokens_per_second)),
-                plan.name,
+                _SHORT_NAMES.get(plan.name, plan.name),
             )
     output.print(table)
     _print_mark(output, [plan for plans in compared for plan in plans], limit)
