@@ -56,6 +56,9 @@ def test_a_seed_chooses_the_validation_documents(corpus, tmp_path):
         (["--out", "d", "--validation-fraction", "1"], "between 0 and 1, got 1.0"),
         (["--out", "d", "--validation-fraction", "much"], "much"),
         (["--out", "d", "--seed", "-1"], "--seed"),
+        (["--out", "d", "--processes", "0"], "--processes"),
+        (["--out", "d", "--bpe-sample", "0", "--tokenizer", "bpe"], "--bpe-sample"),
+        (["--out", "d", "--bpe-sample", "5"], "--bpe-sample goes with --tokenizer bpe alone, got bytes"),
         (["--out", "d", "--vocab-size", "300"], "--tokenizer bpe alone, got bytes"),
         (["--out", "d", "--tokenizer", "bpe", "--vocab-size", "10"], "--vocab-size"),
         (["one", "two", "--out", "d"], "two"),
@@ -120,3 +123,26 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(corpus, fails, tmp_pat
     assert (out / "train.json").read_bytes() == before
     assert main(["data", str(corpus), "--out", str(out), "--seed", "5", "--overwrite"]) == 0
     assert (out / "train.json").read_bytes() != before
+
+
+def test_a_preparation_that_failed_goes_on(fails, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["longshort.data.prepare"], "_PART_CHARACTERS", 10_000)
+    monkeypatch.setattr(sys.modules["longshort.data.prepare"], "_PORTION_CHARACTERS", 1_000)
+    source = tmp_path / "texts"
+    source.mkdir()
+    (source / "a.jsonl").write_text("".join(f'{{"text": "{"word " * 20}{i}"}}\n' for i in range(500)))
+    (source / "b.jsonl").write_text("{broken\n")
+    command = ["data", str(source), "--out", str(tmp_path / "data")]
+    failure = fails(1, *command)
+    assert f"Finished parts are kept in {tmp_path / '.data.preparing'}; the same command goes on." in failure
+    assert "b.jsonl, line 1 is not JSON" in failure
+    other = fails(1, *command, "--seed", "1")
+    assert "an interrupted preparation has other settings: seed was 0, is 1" in other
+    assert "kept in" not in other
+    (source / "b.jsonl").write_text('{"text": "whole"}\n')
+    assert main([*command, "--processes", "2"]) == 0
+    assert "tokens were there from before an interruption" in capsys.readouterr().out
+    assert not (tmp_path / ".data.preparing").exists()
+    assert main(["data", str(source), "--out", str(tmp_path / "again")]) == 0
+    for name in ("train.bin", "train.json", "validation.bin", "validation.json"):
+        assert (tmp_path / "data" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()

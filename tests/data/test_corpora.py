@@ -5,8 +5,11 @@ import sysconfig
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pytest
+from datasets import load_dataset_builder
 
 from longshort.data import Document, Skipped, open_corpus
 
@@ -199,6 +202,59 @@ def test_hugging_face_errors_name_the_source(tmp_path: Path) -> None:
         open_corpus(f"hf:{tmp_path}:other")
     with pytest.raises(ValueError, match="names no dataset"):
         open_corpus("hf:")
+    (tmp_path / "a.jsonl").rename(tmp_path / "test.jsonl")
+    with pytest.raises(ValueError, match=r"the dataset cannot be opened: .*split.*train"):
+        open_corpus(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("source", "config"), [("owner/name", None), ("owner/na.me:some-config", "some-config")]
+)
+def test_a_name_of_the_hub_needs_no_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, config: str | None
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    monkeypatch.chdir(tmp_path)
+    asked: list[object] = []
+
+    def load(name: str, config: str | None, revision: str | None) -> object:
+        asked.append((name, config, revision))
+        return load_dataset_builder("json", data_files="a.jsonl")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    assert texts(source) == {"train:0": "x"}
+    assert asked == [(source.partition(":")[0], config, None)]
+    (tmp_path / "owner").mkdir()
+    with pytest.raises(FileNotFoundError, match=re.escape(f"there is no file or folder {source!r}")):
+        open_corpus(source)
+
+
+def test_a_dataset_of_the_hub_is_read_on_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i}"} for i in range(9)])
+    revisions: list[str | None] = []
+
+    def load(name: str, config: str | None, revision: str | None = None) -> object:
+        revisions.append(revision)
+        local = load_dataset_builder("json", data_files=str(path))
+        at = f"hf://datasets/owner/name@{revision or now}/a.jsonl"
+        fake = SimpleNamespace(config=SimpleNamespace(data_files={"train": [at]}))
+        fake.as_streaming_dataset = local.as_streaming_dataset
+        return fake
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    now = "a" * 40
+    corpus = open_corpus("owner/name")
+    documents = iter(corpus)
+    first = [next(documents).text for _ in range(4)]
+    state = json.loads(json.dumps(corpus.state))
+    now = "b" * 40
+    later = open_corpus("hf:owner/name")
+    assert later.changed_since(state) is None
+    assert revisions == [None, None, "a" * 40]
+    assert first + [document.text for document in later.read(state)] == [f"{i}" for i in range(9)]
+    assert open_corpus("hf:owner/name", "text").changed_since(
+        state | {"reader": state["reader"] | {"digest": ""}}
+    )
 
 
 def test_a_hugging_face_dataset_that_breaks_midway_names_the_source(tmp_path: Path) -> None:

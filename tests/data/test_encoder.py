@@ -1,5 +1,6 @@
 """Long texts are encoded in pieces, and the tokens are those of the whole text."""
 
+import itertools
 import json
 import tracemalloc
 from typing import Any
@@ -13,8 +14,29 @@ from longshort.data import encoder as module
 from longshort.data import train_bpe
 from longshort.data.encoder import TextEncoder, can_be_cut, cuts
 
-WORDS = "the quick brown fox can't re'd 12345 x1y2\n\n  def f(x):\r\n\treturn x.\n e\u0301 größer ... 's 'S  \n \n"
-PIECES = st.sampled_from([*WORDS.split(" "), " ", "  ", "\n", " \n", "\t", "\r\n", "a", "Z", "'", "é", "\u00a0", "\u2003", "7", "."])
+WORDS = (
+    "the quick brown fox can't re'd 12345 x1y2\n\n  "
+    "def f(x):\r\n\treturn x.\n e\u0301 größer ... 's 'S  \n \n"
+)
+PIECES = st.sampled_from(
+    [
+        *WORDS.split(" "),
+        " ",
+        "  ",
+        "\n",
+        " \n",
+        "\t",
+        "\r\n",
+        "a",
+        "Z",
+        "'",
+        "é",
+        "\u00a0",
+        "\u2003",
+        "7",
+        ".",
+    ]
+)
 TEXTS = st.lists(PIECES | st.text(max_size=3), max_size=60).map("".join)
 
 
@@ -24,7 +46,9 @@ def bpe() -> Any:
 
 def split(pattern: str) -> Any:
     by_pattern = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return pre_tokenizers.Sequence([by_pattern, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [by_pattern, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def gpt2() -> Any:
@@ -49,9 +73,7 @@ def tokenizer(before: Any, **changes: Any) -> Tokenizer:
 
 @pytest.mark.parametrize("name", BEFORE)
 @pytest.mark.parametrize("piece", [1, 7])
-def test_pieces_give_the_tokens_of_the_whole(
-    name: str, piece: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_give_the_tokens_of_the_whole(name: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", piece)
     made = tokenizer(BEFORE[name](), normalizer=normalizers.NFC() if name == "qwen-2" else None)
     encoder = TextEncoder(made.to_str(), is_bytes=False)
@@ -119,7 +141,7 @@ def test_cuts_are_far_apart_and_lie_between_a_letter_and_a_space() -> None:
     text = "some words, " * 30_000 + "x" * 200_000 + "\nend" + "y z" * 50_000
     places = [0, *cuts(text)]
     assert all(text[place - 1].isalpha() and text[place] in " \n" for place in places[1:])
-    assert all(b - a >= 1 << 16 for a, b in zip(places, places[1:], strict=False))
+    assert all(b - a >= 1 << 16 for a, b in itertools.pairwise(places))
     assert len(places) == 9
     assert list(cuts("x" * 1_000_000)) == []
 

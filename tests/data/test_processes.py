@@ -55,18 +55,24 @@ def test_items_come_in_order_with_the_same_ids(encoder: Encoder, count: int) -> 
 def test_a_text_larger_than_a_pipe(encoder: Encoder) -> None:
     with EncodingProcesses(encoder, 2) as processes:
         long = [Texts(["some text " * 30_000]) for _ in range(5)]
-        assert [len(ids[0]) for _, ids in processes.encode(long)] == [len(encoder.encode(long[0].texts)[0])] * 5
+        assert [len(ids[0]) for _, ids in processes.encode(long)] == [
+            len(encoder.encode(long[0].texts)[0])
+        ] * 5
 
 
 def test_a_process_that_dies_is_an_error(encoder: Encoder) -> None:
-    with (
-        pytest.raises(ChildProcessError, match=r"was killed by signal 9; it may have run out of memory"),
-        EncodingProcesses(encoder, 2) as processes,
-    ):
-        for number, _ in enumerate(processes.encode(ITEMS)):
-            if number == 3:
-                processes._processes[0].kill()
-    assert all(child.returncode is not None for child in processes._processes)
+    children: list[subprocess.Popen[bytes]] = []
+
+    def kill_one() -> None:
+        with EncodingProcesses(encoder, 2) as processes:
+            children.extend(processes._processes)
+            for number, _ in enumerate(processes.encode(ITEMS)):
+                if number == 3:
+                    children[0].kill()
+
+    with pytest.raises(ChildProcessError, match=r"was killed by signal 9; it may have run out of memory"):
+        kill_one()
+    assert all(child.returncode is not None for child in children)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])

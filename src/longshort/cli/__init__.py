@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else _FAILURE
     except UsageError as error:
         return _report_error(str(error), _USAGE)
-    except KeyboardInterrupt:
-        return _report_error("interrupted", _INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return _report_error(". ".join(["interrupted", *_notes(interrupt)]), _INTERRUPTED)
     except BrokenPipeError:
         from longshort.cli.console import discard_output
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("LONGSHORT_DEBUG", "0") not in ("", "0"):
             raise
-        return _report_error(_describe(error), _FAILURE)
+        return _report_error(". ".join([_describe(error), *_notes(error)]), _FAILURE)
 
 
 def _run(arguments: list[str]) -> int:
@@ -109,6 +109,10 @@ def _run(arguments: list[str]) -> int:
 def _report_error(message: str, code: int) -> int:
     print(f"longshort: error: {message}", file=sys.stderr)
     return code
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def _describe(error: Exception) -> str:

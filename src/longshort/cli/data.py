@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,14 +120,14 @@ def run(arguments: list[str]) -> int:
 
 @contextmanager
 def _hint_at_interrupted_work(out: Path) -> Iterator[None]:
-    """Say, where an error or Ctrl-C ends the command, that it can go on."""
+    """Note on an error, or on Ctrl-C, that the command can go on, if it can."""
     from longshort.data import interrupted_work
 
     try:
         yield
     except FileExistsError:  # which says itself what to do
         raise
-    except BaseException:
+    except BaseException as error:
         if (folder := interrupted_work(out)) is not None:
-            print(f"finished parts are kept in {folder}; the same command goes on", file=sys.stderr)
+            error.add_note(f"Finished parts are kept in {folder}; the same command goes on.")
         raise
