@@ -152,7 +152,7 @@ def other_models() -> list[float]:
     """Return how far a decoder of transformers across ranks is from one process: loss and gradients."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from longshort.huggingface import apply, distribute
+    from longshort.huggingface import LogitMonitor, apply, distribute
 
     context = ContextParallel()
     found: list[float] = []
@@ -175,6 +175,8 @@ def other_models() -> list[float]:
             part.pop("segment_ids")
             loss = model(**part, labels=part["input_ids"], use_cache=False).loss
             loss.backward()
+        with LogitMonitor(model), pytest.raises(ValueError, match="cut across ranks"):
+            model(ids[:, :12], use_cache=False)
         for parameter, one in zip(model.parameters(), expected, strict=True):
             dist.all_reduce(parameter.grad)
             error = (parameter.grad / context.ranks - one).norm() / one.norm().clamp_min(1e-6)

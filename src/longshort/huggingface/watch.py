@@ -15,6 +15,7 @@ from longshort.checks import require_integer
 from longshort.huggingface.calls import layout_visibility, visibility_of, windows_of
 from longshort.huggingface.dispatch import AttentionCall, layer_name, listen, stop_listening
 from longshort.huggingface.head_statistics import HeadStatistics, measure
+from longshort.huggingface.interface import CONTEXT
 from longshort.layers import LongShortAttention, Observation
 from longshort.stability import Reading
 from longshort.stability.ranks import max_over_ranks, sum_over_ranks
@@ -121,7 +122,15 @@ class LogitMonitor:
         return id(module) in self._names
 
     def on_call(self, call: AttentionCall) -> None:
-        """Measure a call of a layer's attention."""
+        """Measure a call of a layer's attention.
+
+        Raises:
+            ValueError: the layer attends across ranks, of which each has a part of the keys alone.
+        """
+        if hasattr(call.module, CONTEXT):
+            raise ValueError(
+                f"{call.name} attends to a sequence cut across ranks, of which a LogitMonitor sees a part"
+            )
         found = call.findings.get("statistics")
         if found is None:
             scale, softcap = call.options.get("scaling"), call.options.get("softcap")
