@@ -23,7 +23,8 @@ def test_config_is_resolved_and_comes_back(settings_for: SettingsFor) -> None:
     training = json.loads((out / "config.json").read_text())["training"]
     unresolved = {name for name, value in training.items() if value is None}
     assert unresolved == {
-        "micro_batch_size", "global_position_embedding", "keep_checkpoints", "gather_memory", "shards", "short_convolution", "qk_clip",
+        "micro_batch_size", "global_position_embedding", "keep_checkpoints", "gather_memory", "shards",
+        "short_convolution", "qk_clip",
         "on_spike", "alarm", "decay_steps", "stop_at_loss", "peak_tflops",
     }  # fmt: skip
     assert (training["warmup_steps"], training["schedule_steps"], training["threads"]) == (4, 40, 1)
