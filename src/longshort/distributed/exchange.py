@@ -22,18 +22,24 @@ _OPERATORS = torch.ops._c10d_functional
 
 
 class Pending:
-    """An exchange that has begun: what arrives may be read after its end alone.
-
-    Attributes:
-        tensor: what arrives, in the graph.
-    """
-
-    tensor: Tensor
+    """An exchange that has begun: what arrives may be read after its end alone."""
 
     begin_reverse: Callable[[Tensor], Tensor]
 
     def __init__(self) -> None:
         self.reverse: Tensor | None = None
+        self._arriving: Tensor | None = None
+
+    def begun(self, arriving: Any) -> Pending:
+        """Keep what arrives, in the graph, and return itself."""
+        self._arriving = arriving
+        return self
+
+    def take(self) -> Tensor:
+        """Return what arrives, once: it is not kept for the backward pass, in which `self` lives on."""
+        assert self._arriving is not None
+        arriving, self._arriving = self._arriving, None
+        return arriving
 
 
 def begin_exchange(
@@ -48,27 +54,23 @@ def begin_exchange(
         group: the ranks.
     """
     pending = Pending()
-    begun: Any = _Begin.apply(message, pending, list(send), list(receive), group.group_name)
-    pending.tensor = begun
-    return pending
+    return pending.begun(_Begin.apply(message, pending, list(send), list(receive), group.group_name))
 
 
 def end_exchange(pending: Pending) -> Tensor:
     """Wait for the parts that the ranks sent: (sum of receive,)."""
-    return _End.apply(pending.tensor, pending)  # pyright: ignore[reportReturnType]
+    return _End.apply(pending.take(), pending)  # pyright: ignore[reportReturnType]
 
 
 def begin_gather(part: Tensor, group: dist.ProcessGroup) -> Pending:
     """Begin to gather a tensor of one shape from all ranks."""
     pending = Pending()
-    begun: Any = _BeginGather.apply(part, pending, group.size(), group.group_name)
-    pending.tensor = begun
-    return pending
+    return pending.begun(_BeginGather.apply(part, pending, group.size(), group.group_name))
 
 
 def end_gather(pending: Pending) -> Tensor:
     """Wait for the tensors of all ranks: (ranks, elements)."""
-    return _End.apply(pending.tensor, pending)  # pyright: ignore[reportReturnType]
+    return _End.apply(pending.take(), pending)  # pyright: ignore[reportReturnType]
 
 
 def gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:

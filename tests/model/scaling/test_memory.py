@@ -89,13 +89,13 @@ def test_activations_are_within_3_percent_of_the_measured_peak(
 @pytest.mark.parametrize("name", ["long-short", "mhsa", "grouped", "rope", "attention in bf16"])
 @pytest.mark.parametrize(("precision", "again"), STEPS)
 def test_of_cut_sequences_the_peak_is_near(name: str, precision: Any, again: bool) -> None:
-    """Ranks differ, and kernels' gradients of gathered keys come and go: 0.8 to 1.25 of the largest."""
+    """Kernels' gradients of gathered keys come and go: 0.97 to 1.2 of the rank that needs most."""
     setup = setup_of(
         MODELS[name], 1024, batch=2, ranks=4, context_parallel=4, parallel="ddp",
         precision=precision, checkpointing=again,
     )  # fmt: skip
     peak = max(measured(setup, rank).peak for rank in (0, 3))
-    assert 0.8 * peak < beside_states(setup) < 1.25 * peak
+    assert 0.97 * peak < beside_states(setup) < 1.2 * peak
 
 
 @pytest.mark.parametrize(("precision", "again"), STEPS)

@@ -12,9 +12,7 @@ from longshort.model.scaling.keys import borrowed_rows, context_plan
 from longshort.model.scaling.setup import TrainingSetup
 
 _FP32 = 4
-_GRADIENTS_OF_GATHERED = (
-    4  # sums over calls, and copies on their way back: what is alive at once in the tests
-)
+_GRADIENTS_OF_GATHERED = 2  # their sum over calls, and a copy on its way back
 
 
 def boundary_bytes(setup: TrainingSetup) -> int:
@@ -57,10 +55,10 @@ def block_bytes(setup: TrainingSetup) -> int:
 def cut_bytes(setup: TrainingSetup, layout: HeadLayout, *, arrived_only: bool) -> int:
     """Count what is kept of one block besides because sequences are cut.
 
-    Keys and values of local heads are joined with those before the part, and of global heads they are kept as
-    they arrived and in the order of the sequence; borrowed queries and their outputs are kept, and the
-    outputs of all heads once more, joined. Of an all-gather of all heads its result is taken to be kept, of a
-    ring nothing.
+    Keys and values of local heads are joined with those before the part, and of global heads they are put in
+    the order of the sequence, of which what arrived is kept with checkpointing; borrowed queries and their
+    outputs are kept, and the outputs of all heads once more, joined. Of an all-gather of all heads its result
+    is taken to be kept, of a ring nothing.
 
     Args:
         setup: the model, the batch and the GPUs.
@@ -76,7 +74,7 @@ def cut_bytes(setup: TrainingSetup, layout: HeadLayout, *, arrived_only: bool) -
     kept = 2 * len(layout.global_heads) * borrowed_rows(context_plan(setup)) * row
     for group in layout.groups:
         if group.window is None:
-            kept += (1 if arrived_only else 2) * _gathered_bytes(setup, len(group.kv_heads))
+            kept += _gathered_bytes(setup, len(group.kv_heads))
             continue
         before = min((setup.context_parallel - 1) * setup.part, group.window - 1 + layout.sink_tokens)
         kept += 2 * len(group.kv_heads) * (before if arrived_only else 2 * before + setup.part) * row
