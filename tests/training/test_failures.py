@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from tests.training.runs import SettingsFor, finish, losses, start, start_program
 from tests.training.test_sharding import torchrun
 
@@ -28,7 +32,7 @@ def fail(*_arguments):
     global calls
     calls += 1
     if calls == 3 and int(os.environ["RANK"]) == failing:
-        raise ArithmeticError(f"planted in {place}")
+        raise {"data": OSError, "backward": ArithmeticError}.get(place, RuntimeError)(f"planted in {place}")
 
 if place == "forward":
     forward = optimization.Objective.forward
@@ -78,10 +82,51 @@ def test_all_end_when_one_raises(
         )
         assert not settings.out.exists()
         return
-    assert f"planted in {place}" in output
+    assert output.count(f"planted in {place}") == 1
     if failing:
-        assert f"rank 1 failed: ArithmeticError: planted in {place}" in output
+        assert re.search(rf"rank 1 failed: \w+: planted in {place}", output)
     assert {path.name for path in (settings.out / "checkpoints").glob("step-*")} == {"step-1", "step-2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "run", "--steps", "0"], "--steps must be"),
+        (["--out", "taken"], "taken exists already"),
+        *(
+            pytest.param(["--out", "run", *arguments], message, marks=pytest.mark.slow)
+            for arguments, message in (
+                (["--shards", "3"], "goes only with --parallel fsdp"),
+                (["--context-parallel", "3"], "must divide the 2 processes, got 3"),
+                (["--device", "cuda"], "got cuda, but torch sees no CUDA device"),
+            )
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_all_find_is_printed_once(
+    arguments: list[str], message: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    command = [
+        *torchrun(2),
+        sys.executable,
+        "-m",
+        "longshort",
+        "train",
+        "tiny",
+        "--data",
+        str(data),
+        *arguments,
+    ]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+    assert result.returncode
+    assert result.stderr.count(message) == 1, result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def kill_and_resume(settings: TrainConfig, processes: int, kills: int, choose: random.Random) -> None:

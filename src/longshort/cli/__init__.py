@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from longshort.cli.errors import UsageError
+from longshort.cli.errors import UsageError, is_first_of_node
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # the parser of flags, after --help or its own message
         return stop.code if isinstance(stop.code, int) else _FAILURE
     except UsageError as error:
-        return _report_error(str(error), _USAGE)
+        return _report_error(str(error), _USAGE) if is_first_of_node() else _USAGE
     except KeyboardInterrupt as interrupt:
         return _report_error(". ".join(["interrupted", *_notes(interrupt)]), _INTERRUPTED)
     except BrokenPipeError:

@@ -8,6 +8,7 @@ end within seconds, whatever they wait for: without this, a GPU would wait for a
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
+from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -27,6 +29,9 @@ _GRACE = 5.0
 process ends that has not raised an error itself."""
 
 _FAILURE, _HEARD = "failure", "heard"
+_COMMUNICATION = re.compile(
+    r"\b(gloo|nccl|connection|peer|timed out|timeout|socket|(tcp)?store)\b", re.IGNORECASE
+)
 _STORE_IS_GONE = "the process that held the store is gone"
 
 
@@ -40,7 +45,8 @@ class FailureWatch:
 
     Raises:
         ChildProcessError: in place of an error of communication, on the main process: another one failed.
-        SystemExit: likewise, on all others.
+        SystemExit: on all others, in place of an error that the main process reports. With LONGSHORT_DEBUG=1
+            in the environment those that failed themselves raise their errors as they are.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
@@ -57,17 +63,19 @@ class FailureWatch:
         if error is None:
             self._end()
             return
+        is_own = not _is_of_communication(error)
+        lost = str(error).partition("\n")[0]
+        is_heard = False
         with _without_termination():
-            is_own = not isinstance(error, RuntimeError)  # as the collectives of all backends raise
             cause = None if is_own else self._failure(wait=_GRACE)
-            lost = str(error).partition("\n")[0]
             if cause is None:
                 what = f"rank {self._rank} failed: {type(error).__name__}: {error}"
                 self._report(what if is_own else f"the connection to another process was lost: {lost}")
+                is_heard = self._hear() if self._rank == 0 else self._wait_until_heard()
             self._end()
-            if cause is None and self._rank:
-                self._wait_until_heard()
         if cause is None and is_own:
+            if self._rank and is_heard and os.environ.get("LONGSHORT_DEBUG", "0") in ("", "0"):
+                raise SystemExit(1) from error
             return
         if cause is None or self._speaks(cause):
             text = cause or f"the connection to another process, which may have died, was lost: {lost}"
@@ -84,12 +92,21 @@ class FailureWatch:
         with suppress(RuntimeError):  # the process that held the store may be gone
             self._store.set(f"beat-{self._rank}", "over")
 
-    def _wait_until_heard(self) -> None:
+    def _hear(self) -> bool:
+        """Write, on the main process, that it reports a failure."""
+        with suppress(RuntimeError):
+            self._store.set(_HEARD, "yes")
+        return True
+
+    def _wait_until_heard(self) -> bool:
         """Give the main process time to hear of a failure: torchrun ends it as soon as this one is gone."""
         until = time.monotonic() + _GRACE
         with suppress(RuntimeError):
-            while not self._store.check([_HEARD]) and time.monotonic() < until:
+            while time.monotonic() < until:
+                if self._store.check([_HEARD]):
+                    return True
                 time.sleep(0.1)
+        return False
 
     def _report(self, text: str) -> None:
         with suppress(RuntimeError):
@@ -102,7 +119,7 @@ class FailureWatch:
             try:
                 if self._store.check([_FAILURE]):
                     if self._rank == 0:
-                        self._store.set(_HEARD, "yes")
+                        self._hear()
                     return self._store.get(_FAILURE).decode()
             except RuntimeError as error:
                 return f"{_STORE_IS_GONE}: {error}"
@@ -141,6 +158,13 @@ class FailureWatch:
         except RuntimeError as error:
             return f"{_STORE_IS_GONE}: {error}"
         return None
+
+
+def _is_of_communication(error: BaseException) -> bool:
+    """Return whether an error may be due to another process: gloo and the store raise a RuntimeError."""
+    if isinstance(error, DistError):
+        return True
+    return type(error) is RuntimeError and bool(_COMMUNICATION.search(str(error)))
 
 
 @contextmanager

@@ -170,30 +170,24 @@ def connect(
             differ.
         ChildProcessError: another process failed.
     """
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise ValueError("--device: got cuda, but torch sees no CUDA device here; cpu and auto are allowed")
-    kind = ("cuda" if has_cuda else "cpu") if device == "auto" else device
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    here = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if parallel != "fsdp":
         shards = None
     elif shards is None:
         shards = world_size
-    _check_sizes(world_size, parallel, shards, context_parallel)
-    if kind == "cuda":
-        torch.cuda.set_device(here)
     if world_size == 1:
-        yield Ranks(here)
+        _check_sizes(1, parallel, shards, context_parallel)
+        yield Ranks(_own_device(device))
         return
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     wait = timedelta(seconds=timeout)
     store, rank, _ = meet(wait)
     with FailureWatch(store.clone(), rank, world_size):
+        _check_sizes(world_size, parallel, shards, context_parallel)
+        here = _own_device(device)
+        is_gpu = here.type == "cuda"
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=wait,
-            device_id=here if kind == "cuda" else None,
+            "cpu:gloo,cuda:nccl" if is_gpu else "gloo", store=store, rank=rank, world_size=world_size,
+            timeout=wait, device_id=here if is_gpu else None,
         )  # fmt: skip
         everyone: Any = dist.group.WORLD
         require_agreement(facts or {}, everyone, torch.device("cpu"))
@@ -206,6 +200,17 @@ def connect(
         yield ranks
         ranks.barrier()  # a process that exits while others still communicate can make them fail
         dist.destroy_process_group()  # after an error it could wait for others
+
+
+def _own_device(device: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ValueError("--device: got cuda, but torch sees no CUDA device here; cpu and auto are allowed")
+    if device == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(here)
+    return here
 
 
 def _check_sizes(world_size: int, parallel: str, shards: int | None, context_parallel: int) -> None:
