@@ -322,6 +322,10 @@ class LongShortAttention(nn.Module):
     def _adapted(self, cache: KeyValueCache | UpdatableCache) -> KeyValueCache:
         """A cache as this layer uses it; raises unless it can serve the layer."""
         kind = type(cache).__name__
+        if getattr(self.function, "is_across_ranks", False):
+            raise ValueError(
+                f"cache must be None (use_cache=False) while sequences are cut across ranks, got {kind}"
+            )
         if self.short_convolution is not None:
             raise ValueError(f"cache must be None: short_convolution keeps no state for decoding, got {kind}")
         adapted = cache if isinstance(cache, KeyValueCache) else UpdatedCache(cache, self.layout)

@@ -12,7 +12,8 @@ from tests.distributed.cases import Case, on_one_process, random_case
 from tests.distributed.processes import run_ranks
 from torch import Tensor
 
-from longshort.distributed import context_attention, take_part
+from longshort import HeadLayout
+from longshort.distributed import context_attention, take_part, visible_pairs
 
 
 def attend_in_parts(case: Case) -> dict[str, Tensor]:
@@ -73,3 +74,97 @@ def test_random_calls_equal_one_process(ranks: int, dtype: torch.dtype, count: i
     limit = 1e-12 if dtype == torch.float64 else 1e-6
     worst = [entry for result in results for entry in result if not entry[2] <= max(limit, 2 * entry[3])]
     assert not worst, worst
+
+
+def some_gradients() -> list[tuple[str, float]]:
+    """Compute gradients of some tensors alone; return how far they are from those with all."""
+    cut: dict[str, Any] = {"rank": dist.get_rank(), "ranks": dist.get_world_size()}
+    whole = torch.randn(3, 1, 4, 32, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parts = dict(zip("qkv", take_part(whole, dim=3, **cut), strict=True)) | {
+        "sink_logits": torch.ones(4).double()
+    }
+    layout = HeadLayout((3, 3, None, None))
+
+    def gradients(names: tuple[str, ...], **options: Any) -> list[Tensor]:
+        tensors = {name: x.clone().requires_grad_(name in names) for name, x in parts.items()}
+        q, k, v, sink_logits = tensors.values()
+        out = context_attention(q, k, v, layout, sink_logits=sink_logits, **options)
+        out.sin().sum().backward()
+        return [x.grad for x in tensors.values() if x.grad is not None]
+
+    found = []
+    for options in ({}, {"gather_memory": 0}):
+        expected = dict(zip(parts, gradients(tuple(parts), **options), strict=True))
+        for names in (("q",), ("k",), ("v",), ("sink_logits",), ("k", "sink_logits")):
+            for name, gradient in zip(names, gradients(names, **options), strict=True):
+                found.append((f"{name} of {names}", float((gradient - expected[name]).abs().max())))
+    return found
+
+
+def test_gradients_of_some_tensors_alone(tmp_path: Path) -> None:
+    """Some ranks send nothing that needs gradients, and still take part in the backward pass."""
+    for found in run_ranks(some_gradients, 4, tmp_path):
+        assert all(error < 1e-12 for _, error in found), found
+
+
+def empty_calls() -> None:
+    for batch, part in ((0, 3), (2, 0)):
+        q = torch.randn(batch, 2, part, 4, requires_grad=True)
+        ids = torch.zeros(batch, part, dtype=torch.int64)
+        out = context_attention(q, q, q, HeadLayout((2, None)), segment_ids=ids)
+        assert out.shape == q.shape
+
+
+def test_empty_batches_and_sequences(tmp_path: Path) -> None:
+    run_ranks(empty_calls, 2, tmp_path)
+
+
+def half_errors() -> dict[str, tuple[float, float]]:
+    """Return the largest errors in bfloat16 across ranks, and those of plain PyTorch on one process."""
+    cut: dict[str, Any] = {"rank": dist.get_rank(), "ranks": dist.get_world_size()}
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(4, 1, 4, 128, 16, generator=generator, dtype=torch.float64).bfloat16()
+    layout = HeadLayout((9, 9, None, None))
+    seen = visible_pairs(layout, 128)
+
+    def of(function: Any, tensors: Any, weights: Tensor) -> list[Tensor]:
+        q, k, v = (x.clone().requires_grad_() for x in tensors)
+        out = function(q, k, v)
+        out.backward(weights)
+        return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
+        return scores.softmax(-1) @ v
+
+    truth = of(plain, whole[:3].double(), whole[3].double())
+    usual = of(plain, whole[:3], whole[3])
+    *tensors, weights = take_part(whole, dim=3, **cut)
+    ours = of(lambda q, k, v: context_attention(q, k, v, layout), tensors, weights)
+    return {
+        name: (
+            float((mine.double() - take_part(one, dim=2, **cut)).abs().max()),
+            float((other.double() - one).abs().max()),
+        )
+        for name, mine, other, one in zip(("out", "q", "k", "v"), ours, usual, truth, strict=True)
+    }
+
+
+def test_half_precision_errs_at_most_twice_as_much_as_plain_pytorch(tmp_path: Path) -> None:
+    for found in run_ranks(half_errors, 4, tmp_path):
+        assert all(mine <= 2 * usual for mine, usual in found.values()), found
+
+
+def autocast_statistics() -> tuple[Tensor, Tensor]:
+    q, k, v = torch.randn(3, 1, 2, 16, 8, generator=torch.Generator().manual_seed(dist.get_rank())).mul(3)
+    found = []
+    for options in ({}, {"gather_memory": 0}):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, stats = context_attention(q, k, v, HeadLayout((None, None)), return_stats=True, **options)
+        found.append(torch.cat([stats.max_logit, stats.entropy]))
+    return found[0], found[1]
+
+
+def test_statistics_of_a_ring_are_precise_under_autocast(tmp_path: Path) -> None:
+    for gathered, ring in run_ranks(autocast_statistics, 2, tmp_path):
+        torch.testing.assert_close(ring, gathered, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from longshort.distributed import (
     plan_context,
     take_part,
 )
+from longshort.distributed.exchange import Pending
 from longshort.model import LongShortConfig, LongShortForCausalLM
 
 _LAYOUT = HeadLayout.split(12, 1, 100)
@@ -65,7 +68,7 @@ def test_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
     for (forward, _), plan in zip(counted, planned, strict=True):
         assert forward == plan.total
     mean = Traffic.mean(planned).total
-    assert sum(backward for _, backward in counted) / 4 <= 1.02 * mean
+    assert 0.98 * mean <= sum(backward for _, backward in counted) / 4 <= 1.02 * mean
 
 
 def recomputed() -> list[tuple[int, torch.Tensor]]:
@@ -94,7 +97,7 @@ def recomputed() -> list[tuple[int, torch.Tensor]]:
 
 def test_checkpointing_keeps_what_was_exchanged(tmp_path: Path) -> None:
     for (repeated, again), (kept, same), (plain, expected) in run_ranks(recomputed, 2, tmp_path):
-        assert kept == plain
+        assert kept == plain > 0
         assert repeated > plain
         assert torch.equal(again, expected)
         assert torch.equal(same, expected)
@@ -107,6 +110,10 @@ def disagreements() -> list[str]:
     short = q[:, :, :7] if is_odd else q
     layout, other = HeadLayout((2, None)), HeadLayout((3, None))
     ids = torch.zeros(1, 8, dtype=torch.int64)
+    plans = [plan_context(2, 16, batch=batch) for batch in (1, 2)]
+    unlike: Any = context_attention  # what a type checker would refuse
+    leaf = q.clone().requires_grad_()
+    context = ContextParallel(gather_memory=1 if is_odd else None)
     calls: list[Any] = [
         lambda: context_attention(short, short, short, layout),
         lambda: context_attention(q, q, q, other if is_odd else layout),
@@ -117,13 +124,25 @@ def disagreements() -> list[str]:
         lambda: context_attention(q, q, q, layout, causal=False),
         lambda: context_attention(q, q, q, HeadLayout((2, 2), sink_tokens=1), alibi_slopes=torch.ones(2)),
         lambda: context_attention(q, q, q, layout, gather_memory=0, alibi_slopes=torch.ones(2)),
+        lambda: context_attention(q, leaf, q, layout) if is_odd else context_attention(leaf, q, q, layout),
+        lambda: context_attention(q, q, q, layout, gather_memory=1 if is_odd else None),
+        lambda: context_attention(q, q, q, layout, lend=not is_odd),
+        lambda: context_attention(q, q, q, layout, causal=not is_odd),
+        lambda: unlike(q, None if is_odd else q, q, layout),
+        lambda: unlike(q, q[0] if is_odd else q, q, layout),
+        lambda: context_attention(q, q, q, layout, plan=plans[is_odd]),
+        lambda: context_attention(q, q, q, layout, plan=plans[0], segment_ids=ids),
+        lambda: context.sequence(1, 16).__enter__(),
+        lambda: ContextParallel().sequence(1, 16, unlike if is_odd else None).__enter__(),
     ]
     found = []
     for call in calls:
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises((TypeError, ValueError)) as caught:
             call()
         found.append(str(caught.value))
-    assert context_attention(q, q, q, layout).shape == q.shape  # the ranks are still together
+    options = {"scale": 0.5, "softcap": 2.0}  # in another order on another rank, and one that is None
+    ordered = dict(reversed(options.items())) | {"sink_logits": None} if is_odd else options
+    assert context_attention(q, q, q, layout, **ordered).shape == q.shape  # the ranks are still together
     return found
 
 
@@ -134,13 +153,23 @@ def test_ranks_that_disagree_all_raise(tmp_path: Path) -> None:
         (
             "shape of q must be the same on all ranks, got (1, 2, 8, 4) on rank 0 and (1, 2, 7, 4) on rank 1",
             "layout must be the same on all ranks",
-            "requires_grad of q, k or v must be the same on all ranks, got False on rank 0 and True on",
+            "requires_grad of q must be the same on all ranks, got False on rank 0 and True on",
             "segment_ids must be the same on all ranks, got 'none' on rank 0 and 'given' on rank 1",
             "scale must be the same on all ranks, got 0.25 on rank 0 and 0.5 on rank 1",
             "the error must be the same on all ranks, got None on rank 0 and ValueError",
             "causal must be True across ranks, got False",
             "alibi_slopes do not go with sink_tokens across ranks",
             "alibi_slopes do not go with a ring",
+            "requires_grad of q must be the same on all ranks, got True on rank 0 and False on rank 1",
+            "gather_memory must be the same on all ranks, got None on rank 0 and 1 on rank 1",
+            "lend must be the same on all ranks, got True on rank 0 and False on rank 1",
+            "the error must be the same on all ranks, got None on rank 0 and ValueError",
+            "the error must be the same on all ranks, got None on rank 0 and TypeError",
+            "the error must be the same on all ranks, got None on rank 0 and ValueError",
+            "the error must be the same on all ranks, got None on rank 0 and ValueError",
+            "segment_ids must be None with a plan",
+            "gather_memory must be the same on all ranks",
+            "segment_ids must be",
         ),
         strict=True,
     ):
@@ -187,6 +216,92 @@ def other_models() -> list[float]:
 def test_decoders_of_others_go_across_ranks(tmp_path: Path) -> None:
     for errors in run_ranks(other_models, 2, tmp_path):
         assert max(errors) < 1e-5
+
+
+def kept_exchanges() -> int:
+    """Count the exchanges that are alive after passes whose results are gone, without garbage collection."""
+    ranks = dist.get_world_size()
+    q = torch.randn(1, 2, 16, 4, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    for _ in range(3):
+        context_attention(
+            q, q, q, HeadLayout((3, None)), plan=plan_context(ranks, 16 * ranks)
+        ).sum().backward()
+    return sum(isinstance(found, Pending) for found in gc.get_objects())
+
+
+def test_exchanges_end_with_their_graph(tmp_path: Path) -> None:
+    assert run_ranks(kept_exchanges, 2, tmp_path) == [0, 0]
+
+
+def misused() -> list[str]:
+    """Use models and attention across ranks in ways that would give wrong numbers; return what is said."""
+    context = ContextParallel()
+    config = LongShortConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, local_window=2,
+        num_global_heads=1,
+    )  # fmt: skip
+    model: Any = LongShortForCausalLM(config).eval()
+    context.distribute(model)
+    assert copy.deepcopy(model).model.layers[0].attention.function is context
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    q = torch.randn(1, 2, 4, 4, requires_grad=True)
+    layout = HeadLayout((2, None))
+
+    def second_gradients(**options: Any) -> None:
+        out = context_attention(q, q, q, layout, **options)
+        torch.autograd.grad(out.square().sum(), q, create_graph=True)
+
+    found = []
+    for use in (
+        lambda: model(ids, use_cache=True),
+        lambda: model(ids, use_cache=False, segment_ids=ids),
+        second_gradients,
+        lambda: second_gradients(gather_memory=0),
+        lambda: plan_context(2, 8, segment_ids=torch.ones(1, 8, dtype=torch.bool)),
+    ):
+        with pytest.raises((ValueError, NotImplementedError)) as caught, context.sequence(1, 8):
+            use()
+        found.append(str(caught.value))
+    return found
+
+
+def test_what_would_give_wrong_numbers_is_refused(tmp_path: Path) -> None:
+    for found in run_ranks(misused, 2, tmp_path):
+        for text, part in zip(
+            found,
+            (
+                "cache must be None (use_cache=False) while sequences are cut across ranks",
+                "segment_ids must be given to `sequence` too",
+                "create_graph must be False",
+                "create_graph must be False",
+                "segment_ids must be integers",
+            ),
+            strict=True,
+        ):
+            assert part in text
+
+
+def hybrid() -> str:
+    """Distribute a decoder with short convolutions, which have no halo."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    from longshort.huggingface import apply, distribute
+
+    config = Lfm2Config(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    model: Any = Lfm2ForCausalLM(config)
+    apply(model, num_global_heads=2, window=5)
+    with pytest.raises(ValueError) as caught:
+        distribute(model, ContextParallel())
+    return str(caught.value)
+
+
+def test_decoders_that_mix_tokens_in_other_ways_are_refused(tmp_path: Path) -> None:
+    assert "model must mix tokens by attention alone to go across ranks" in run_ranks(hybrid, 1, tmp_path)[0]
 
 
 def refused() -> list[str]:

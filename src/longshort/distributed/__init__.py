@@ -1,7 +1,7 @@
 """Attention over a sequence that is cut across ranks: only the keys of the global heads travel far."""
 
 from longshort.distributed.agreement import require_agreement
-from longshort.distributed.attention import context_attention
+from longshort.distributed.attention import context_attention, uses_ring
 from longshort.distributed.context import ContextParallel
 from longshort.distributed.costs import Traffic, all_gather_bytes, layer_traffic
 from longshort.distributed.exchange import keep_exchanges
@@ -27,5 +27,6 @@ __all__ = [
     "put_values",
     "require_agreement",
     "take_part",
+    "uses_ring",
     "visible_pairs",
 ]

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from longshort.distributed.exchange import gather
 
+_LONGEST = 500  # characters of a value in a message
+
 
 def require_agreement(facts: Mapping[str, Any], group: dist.ProcessGroup, device: torch.device) -> None:
     """Raise on every rank unless the facts are equal on all of them. All ranks must call it.
@@ -24,8 +26,9 @@ def require_agreement(facts: Mapping[str, Any], group: dist.ProcessGroup, device
     Raises:
         ValueError: a fact differs; the message names it, and the ranks that hold each value.
     """
-    text = json.dumps({name: repr(value) for name, value in facts.items()}).encode()
-    digest = int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
+    told = {name: repr(value) for name, value in facts.items()}
+    text, in_order = json.dumps(told).encode(), json.dumps(told, sort_keys=True).encode()
+    digest = int.from_bytes(hashlib.sha256(in_order).digest()[:7], "little")
     mine = torch.tensor([digest, len(text)], device=device)
     both = gather(mine, group).cpu()
     if bool((both == both[0]).all()):
@@ -47,9 +50,13 @@ def describe_difference(found: list[dict[str, str]]) -> str:
         for rank, one in enumerate(found):
             holders.setdefault(one.get(name, "nothing"), []).append(rank)
         if len(holders) > 1:
-            parts = [f"{value} on {_ranks(ranks)}" for value, ranks in holders.items()]
+            parts = [f"{_shortened(value)} on {_ranks(ranks)}" for value, ranks in holders.items()]
             return f"{name} must be the same on all ranks, got {' and '.join(parts)}"
     raise AssertionError("nothing differs")
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longshort.attention import AttentionStats, attention, cast_as_autocast, check_call
+from longshort.checks import require_integer
 from longshort.distributed.agreement import require_agreement
 from longshort.distributed.exchange import (
     Pending,
@@ -84,48 +85,59 @@ def context_attention(
     if group is None:
         raise ValueError("group must be given, or torch.distributed initialized, got neither")
     q, k, v = cast_as_autocast(q, k, v)
-    backend = options.pop("backend", "auto")
-    if options.pop("causal", True) is not True:
-        raise ValueError("causal must be True across ranks, got False")
-    if return_stats not in (True, False):
-        raise ValueError(f"return_stats must be True or False, got {return_stats!r}")
-    refused = refusal(layout, options.get("alibi_slopes"))
+    backend, causal = options.pop("backend", "auto"), options.pop("causal", True)
     error = None
     try:
-        if refused is not None:
-            raise ValueError(refused)
-        if k.shape[2] != q.shape[2]:
-            raise ValueError(f"k must be as long as q ({q.shape[2]}): no cache is cut, got {k.shape[2]}")
-        own_ids = None if plan is not None else segment_ids
         check_call(
-            q, k, v, layout, segment_ids=own_ids, backend=backend, return_stats=return_stats, **options
-        )
+            q, k, v, layout, segment_ids=segment_ids, backend=backend, return_stats=return_stats,
+            causal=causal, **options,
+        )  # fmt: skip
+        _check_cut(q, k, layout, segment_ids, plan, gather_memory, group, causal, options)
     except (TypeError, ValueError) as caught:
         error = caught
     if check:
-        _compare(q, k, v, layout, segment_ids, plan, return_stats, options, group, error)
+        asked = {"return_stats": return_stats, "gather_memory": gather_memory, "lend": lend, **options}
+        _compare(q, k, v, layout, segment_ids, plan, asked, group, error)
     if error is not None:
         raise error
     if plan is None:
         plan = plan_of_parts(segment_ids, q.shape[0], q.shape[2], group, lend=lend)
-    elif (plan.batch, plan.part, plan.ranks) != (q.shape[0], q.shape[2], group.size()):
-        raise ValueError(
-            f"plan must be of (batch, part, ranks) = {(q.shape[0], q.shape[2], group.size())}, got "
-            f"{(plan.batch, plan.part, plan.ranks)}"
-        )
-    gathered = gathered_bytes(layout, plan, q.shape[3], q.element_size())
-    uses_ring = gather_memory is not None and gathered > gather_memory
-    if uses_ring and options.get("alibi_slopes") is not None:
+    is_ring = uses_ring(layout, plan, q.shape[3], q.element_size(), gather_memory)
+    if is_ring and options.get("alibi_slopes") is not None:
+        gathered = gathered_bytes(layout, plan, q.shape[3], q.element_size())
         raise ValueError(
             f"alibi_slopes do not go with a ring: gather_memory is {gather_memory}, needed {gathered}"
         )
-    if uses_ring or not layout.global_heads:
+    if is_ring or not layout.global_heads:
         plan = plan.without_lending()
     if not q.numel():
         return attention(q, k, v, layout, return_stats=return_stats, backend=backend, **options)
-    return _Call(layout, plan, group, uses_ring, return_stats, {**options, "backend": backend}).attend(
-        q, k, v
-    )
+    return _Call(layout, plan, group, is_ring, return_stats, {**options, "backend": backend}).attend(q, k, v)
+
+
+def _check_cut(
+    q: Tensor, k: Tensor, layout: HeadLayout, segment_ids: Tensor | None, plan: Any, gather_memory: Any,
+    group: dist.ProcessGroup, causal: bool, options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Refuse what goes on one rank alone, in a call that `check_call` has passed."""
+    if not causal:
+        raise ValueError("causal must be True across ranks, got False")
+    refused = refusal(layout, options.get("alibi_slopes"))
+    if refused is not None:
+        raise ValueError(refused)
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k must be as long as q ({q.shape[2]}): no cache is cut, got {k.shape[2]}")
+    if gather_memory is not None:
+        require_integer("gather_memory", gather_memory, minimum=0)
+    if plan is None:
+        return
+    if not isinstance(plan, ContextPlan):
+        raise TypeError(f"plan must be a ContextPlan or None, got {type(plan).__name__}")
+    if segment_ids is not None:
+        raise ValueError("segment_ids must be None with a plan, which has those of the whole sequence")
+    wanted, got = (q.shape[0], q.shape[2], group.size()), (plan.batch, plan.part, plan.ranks)
+    if got != wanted:
+        raise ValueError(f"plan must be of (batch, part, ranks) = {wanted}, got {got}")
 
 
 def refusal(layout: Any, alibi_slopes: Any) -> str | None:
@@ -146,6 +158,14 @@ def gathered_bytes(layout: HeadLayout, plan: ContextPlan, head_dim: int, itemsiz
     return 2 * heads * plan.batch * plan.length * head_dim * itemsize
 
 
+def uses_ring(
+    layout: HeadLayout, plan: ContextPlan, head_dim: int, itemsize: int, gather_memory: int | None
+) -> bool:
+    """Return whether the keys and values of a layer's global heads go round in a ring, since gathered they
+    would take more than `gather_memory` bytes."""
+    return gather_memory is not None and gathered_bytes(layout, plan, head_dim, itemsize) > gather_memory
+
+
 def plan_of_parts(
     segment_ids: Tensor | None, batch: int, part: int, group: dist.ProcessGroup, *, lend: bool = True
 ) -> ContextPlan:
@@ -154,13 +174,13 @@ def plan_of_parts(
     if segment_ids is None:
         return plan_context(ranks, ranks * part, batch=batch, lend=lend)
     ids = gather(segment_ids.to(torch.int64), group).cpu()
-    whole = ids.movedim(0, 1).reshape(batch, -1)
+    whole = ids.movedim(0, 1).reshape(batch, ranks * part)
     return plan_context(ranks, ranks * part, batch=batch, segment_ids=whole, lend=lend)
 
 
 def _compare(
     q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, segment_ids: Any, plan: ContextPlan | None,
-    return_stats: bool, options: dict[str, Any], group: dist.ProcessGroup, error: Exception | None,
+    asked: dict[str, Any], group: dist.ProcessGroup, error: Exception | None,
 ) -> None:  # fmt: skip
     """Raise the error of this rank, or one that says how the ranks differ."""
     facts = {"the error": error}
@@ -171,15 +191,19 @@ def _compare(
             **{f"shape of {name}": tuple(x.shape) for name, x in (("q", q), ("k", k), ("v", v))},
             "dtype": q.dtype,
             "layout": layout,
-            "requires_grad of q, k or v": has_gradients and any(x.requires_grad for x in (q, k, v)),
+            # of each: an exchange is in a rank's graph if what it sends is
+            **{
+                f"requires_grad of {name}": has_gradients and x.requires_grad
+                for name, x in (("q", q), ("k", k), ("v", v))
+            },
             "segment_ids": "none" if segment_ids is None else "given",
             "plan": None if plan is None else (plan.part, plan.blocks, plan.digest),
-            "return_stats": return_stats,
             **{
                 name: ("a tensor", value.requires_grad and has_gradients)
                 if isinstance(value, Tensor)
                 else value
-                for name, value in options.items()
+                for name, value in asked.items()
+                if value is not None or name == "gather_memory"
             },
         }
     try:
@@ -203,7 +227,7 @@ class _Call:
     layout: HeadLayout
     plan: ContextPlan
     group: dist.ProcessGroup
-    uses_ring: bool
+    is_ring: bool
     return_stats: bool
     options: dict[str, Any]
 
@@ -218,8 +242,8 @@ class _Call:
         global_heads = next((group for group in layout.groups if group.window is None), None)
         if has_local or plan.blocks:
             message = Message(plan, layout, rank, self.group, q.shape[3])
-            message.begin(q, k, v)
-        if global_heads is not None and not self.uses_ring:
+            message.begin(q, k, v, self.options.get("sink_logits"))
+        if global_heads is not None and not self.is_ring:
             own = torch.stack([select_heads(x, global_heads.kv_heads) for x in (k, v)])
             gathering = begin_gather(own, self.group)
         if message is not None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longshort.attention import attention
+from longshort.attention import attention, require_tensor
 from longshort.checks import require_integer
 from longshort.distributed.agreement import require_agreement
 from longshort.distributed.attention import context_attention, plan_of_parts, refusal
@@ -54,6 +54,9 @@ class ContextParallel:
         ValueError: gather_memory is not an integer >= 0, or there is no group.
     """
 
+    is_across_ranks = True
+    """Layers look at it: a part of a sequence has no cache."""
+
     def __init__(
         self,
         group: dist.ProcessGroup | None = None,
@@ -88,8 +91,7 @@ class ContextParallel:
             "the layouts of the layers": [layer.layout for layer in layers],
             "requires_grad of the parameters": [parameter.requires_grad for parameter in model.parameters()],
         }
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        require_agreement(facts, self.group, torch.device("cpu") if device.type == "meta" else device)
+        require_agreement(facts, self.group, self.device)
         for layer in layers:
             layer.function = self  # pyright: ignore[reportAttributeAccessIssue]  # it is called alike
 
@@ -129,8 +131,10 @@ class ContextParallel:
         """
         plan, error = None, None
         try:
+            if segment_ids is not None:
+                require_tensor("segment_ids", segment_ids)
             plan = self.plan(batch, length, segment_ids)
-        except ValueError as caught:
+        except (TypeError, ValueError) as caught:
             error = caught
         if self._check:
             facts = {
@@ -138,9 +142,11 @@ class ContextParallel:
                 "(batch, length)": (batch, length),
                 "segment_ids": None if plan is None else plan.digest,
                 "grad mode": torch.is_grad_enabled(),
+                "gather_memory": self._gather_memory,
+                "lend": self._lend,
             }
             try:
-                require_agreement(facts, self.group, self._device())
+                require_agreement(facts, self.group, self.device)
             except ValueError as difference:
                 raise (error or difference) from None
         if error is not None:
@@ -202,8 +208,10 @@ class ContextParallel:
     ) -> Any:
         """Attend across the ranks; see `context_attention`."""
         plan = self._plan_for(q.shape[0], q.shape[2])
+        if plan is not None and plan.segment_ids is None and segment_ids is not None:
+            raise ValueError("segment_ids must be given to `sequence` too, which was told of none")
         return context_attention(
-            q, k, v, layout, group=self.group, plan=plan, segment_ids=None if plan else segment_ids,
+            q, k, v, layout, group=self.group, plan=plan, segment_ids=segment_ids if plan is None else None,
             gather_memory=self._gather_memory, lend=self._lend, return_stats=return_stats,
             check=self._check and plan is None, **options,
         )  # fmt: skip
@@ -241,7 +249,13 @@ class ContextParallel:
             )
         return plan
 
-    def _device(self) -> torch.device:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextParallel:
+        """Return itself: a copy of a model stays with the same ranks."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """A device that the group's backend serves, the CPU where it can be."""
         is_cuda = "nccl" in str(dist.get_backend(self.group)) and "gloo" not in str(
             dist.get_backend(self.group)
         )

@@ -36,7 +36,7 @@ class Pending:
         return self
 
     def take(self) -> Tensor:
-        """Return what arrives, once: it is not kept for the backward pass, in which `self` lives on."""
+        """Return what arrives and forget it: its graph holds this object, which else would hold the graph."""
         assert self._arriving is not None
         arriving, self._arriving = self._arriving, None
         return arriving
@@ -58,7 +58,7 @@ def begin_exchange(
 
 
 def end_exchange(pending: Pending) -> Tensor:
-    """Wait for the parts that the ranks sent: (sum of receive,)."""
+    """Wait for the parts that the ranks sent: (sum of receive,). An exchange ends once."""
     return _End.apply(pending.take(), pending)  # pyright: ignore[reportReturnType]
 
 
@@ -69,14 +69,14 @@ def begin_gather(part: Tensor, group: dist.ProcessGroup) -> Pending:
 
 
 def end_gather(pending: Pending) -> Tensor:
-    """Wait for the tensors of all ranks: (ranks, elements)."""
+    """Wait for the tensors of all ranks: (ranks, elements). A gather ends once."""
     return _End.apply(pending.take(), pending)  # pyright: ignore[reportReturnType]
 
 
 def gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Gather a tensor of one shape from all ranks: (ranks, *shape), without gradients."""
     with torch.no_grad():
-        return end_gather(begin_gather(part, group)).view(-1, *part.shape)
+        return end_gather(begin_gather(part, group)).view(group.size(), *part.shape)
 
 
 def keep_exchanges() -> Callable[[], Any]:
@@ -137,8 +137,15 @@ class _End(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        require_first_derivatives()
         ctx.pending.reverse = ctx.pending.begin_reverse(gradients[0])
         return gradients[0], None  # only carries the order of the graph: what counts is in `pending`
+
+
+def require_first_derivatives() -> None:
+    """Refuse a backward pass that is to be differentiated, on every rank before it sends anything."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError("create_graph must be False: there are no second gradients across ranks")
 
 
 def _arrived(pending: Pending) -> Tensor:

@@ -45,6 +45,7 @@ def check_influence(
     segment_ids: Int[Tensor, " length"] | None = None,
     head_dim: int = 8,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Raise unless the gradient of each row of the output reaches exactly the keys and values that it sees.
 
@@ -61,6 +62,7 @@ def check_influence(
         segment_ids: of the whole sequence, on the CPU.
         head_dim: width of a head.
         seed: of the random q, k and v.
+        device: where they are, one that the group's backend serves.
 
     Raises:
         AssertionError: an influence is missing, or should not be there; the message names the head, the row
@@ -77,11 +79,11 @@ def check_influence(
 
     def part_of(heads: int) -> Tensor:
         whole = torch.randn(1, heads, length, head_dim, generator=generator, dtype=torch.float32)
-        return take_part(whole, rank, ranks, dim=2).clone()
+        return take_part(whole, rank, ranks, dim=2).clone().to(device)
 
     q = part_of(layout.num_heads)
     k, v = (part_of(layout.num_kv_heads).requires_grad_() for _ in range(2))
-    ids = None if segment_ids is None else take_part(segment_ids[None], rank, ranks)
+    ids = None if segment_ids is None else take_part(segment_ids[None], rank, ranks).to(device)
     part = length // ranks
     reached = []
     for row in range(length):
@@ -90,12 +92,11 @@ def check_influence(
         gradients = torch.autograd.grad(mine.sum(), (k, v))
         reached.append(torch.stack([(gradient != 0).any(-1)[0] for gradient in gradients]))
     # (rows, k or v, kv_heads, part) of each rank -> (k or v, kv_heads, rows, keys)
-    everywhere = gather(torch.stack(reached).to(torch.uint8), group).bool()
+    everywhere = gather(torch.stack(reached).to(torch.uint8), group).bool().cpu()
     found = everywhere.movedim(0, 3).flatten(3).permute(1, 2, 0, 3)
     visible = visible_pairs(layout, length, segment_ids)[:: layout.group_size]
-    several = (
-        visible.sum(-1, keepdim=True) > 1
-    )  # the only key that a row sees has probability 1 whatever it is
+    # the only key that a row sees has probability 1 whatever it is
+    several = visible.sum(-1, keepdim=True) > 1
     for name, influence, expected in (("v", found[1], visible), ("k", found[0], visible & several)):
         wrong = (influence != expected).nonzero()
         if len(wrong):

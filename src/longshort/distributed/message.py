@@ -53,11 +53,14 @@ class Message:
         self._send = [_numel(items) for items in self._outgoing]
         self._receive = [_numel(items) for items in self._incoming]
 
-    def begin(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Begin to send this rank's halos, sinks and lent queries."""
+    def begin(self, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None = None) -> None:
+        """Begin to send this rank's halos, sinks and lent queries.
+
+        No sink logits are sent: they only bring the exchange into every rank's graph, if nothing else does.
+        """
         parts = [self._packed(item, q, k, v) for items in self._outgoing for item in items]
-        # k and v always take part, so that their gradients pass the exchange on every rank
-        empty = [x.reshape(-1)[:0] for x in (q, k, v)]
+        # all always take part, so that their gradients pass the exchange on every rank
+        empty = [x.reshape(-1)[:0].to(q.dtype) for x in (q, k, v, sink_logits) if x is not None]
         message = torch.cat([part.reshape(-1) for part in parts] + empty)
         self._pending = begin_exchange(message, self._send, self._receive, self._group)
 

@@ -252,7 +252,8 @@ def plan_context(
         raise ValueError(f"length must be a multiple of the {ranks} ranks, padding included, got {length}")
     if segment_ids is not None:
         require_tensor("segment_ids", segment_ids)
-        if tuple(segment_ids.shape) != (batch, length) or segment_ids.is_floating_point():
+        is_integer = not (segment_ids.is_floating_point() or segment_ids.is_complex())
+        if tuple(segment_ids.shape) != (batch, length) or not is_integer or segment_ids.dtype == torch.bool:
             raise ValueError(
                 f"segment_ids must be integers, (batch, length) = {(batch, length)}, got "
                 f"{tuple(segment_ids.shape)} of {segment_ids.dtype}"

@@ -18,7 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longshort.attention import attention, with_sink_logits
-from longshort.distributed.exchange import Pending, begin_exchange, end_exchange
+from longshort.distributed.exchange import (
+    Pending,
+    begin_exchange,
+    end_exchange,
+    require_first_derivatives,
+)
 from longshort.distributed.plan import ContextPlan
 from longshort.layout import HeadLayout
 
@@ -54,7 +59,8 @@ def ring_attention(
     ring = _Ring(layout, plan, group, {name: x for name, x in options.items() if x is not None})
     out, lse = _RingAttention.apply(q, k, v, ring)  # pyright: ignore[reportGeneralTypeIssues]
     zeros = lse.new_zeros(2, q.shape[1])
-    max_logit, entropy = ring.measure(q.detach(), k.detach(), lse.detach()) if with_stats else zeros
+    with torch.autocast(q.device.type, enabled=False):  # else scores would be of its dtype
+        max_logit, entropy = ring.measure(q.detach(), k.detach(), lse.detach()) if with_stats else zeros
     if sink_logits is not None:
         out = with_sink_logits(out, lse, sink_logits.to(lse.dtype))
     return out.to(q.dtype), lse, max_logit, entropy
@@ -200,6 +206,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        require_first_derivatives()
         ring: _Ring = ctx.ring
         q, k, v, out, lse = ctx.saved_tensors
         grad_out, grad_lse = gradients

@@ -115,7 +115,7 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
                 module._buffers[name] = buffer.copy_(held)
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+def trial_logits(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
     try:
         output = model(input_ids=ids, **options)
     except ValueError:
@@ -126,7 +126,7 @@ def _logits(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
-def _trial_tokens(model: PreTrainedModel, config: Any) -> Tensor:
+def trial_tokens(model: PreTrainedModel, config: Any) -> Tensor:
     device: Any = model.get_input_embeddings().weight.device
     return torch.arange(3, 3 + _TOKENS, device=device)[None] % config.vocab_size
 
@@ -134,7 +134,7 @@ def _trial_tokens(model: PreTrainedModel, config: Any) -> Tensor:
 def try_all_global(model: PreTrainedModel, config: Any) -> list[AttentionLayer]:
     """Attend with all heads global; find the layers, and refuse a model whose logits are others then, or in
     half precision one that has a layer whose outputs are."""
-    ids = _trial_tokens(model, config)
+    ids = trial_tokens(model, config)
     implementation = config._attn_implementation
     state = stored_state(config)
     try:
@@ -143,7 +143,7 @@ def try_all_global(model: PreTrainedModel, config: Any) -> list[AttentionLayer]:
         config.__dict__.pop(NAME, None)
         model.eval()
         own = config._attn_implementation
-        truth = _logits(model, ids, use_cache=False)
+        truth = trial_logits(model, ids, use_cache=False)
         set_implementation(model, config, NAME)
         calls, logits = _recorded(model, ids)
         layers = _checked_layers(model, config, calls)
@@ -154,7 +154,7 @@ def try_all_global(model: PreTrainedModel, config: Any) -> list[AttentionLayer]:
             trial = MixerTrial({call.module: _path(model, call.module) for call in calls}, bound)
             set_implementation(model, config, own)
             with trial.recording():
-                _logits(model, ids, use_cache=False)
+                trial_logits(model, ids, use_cache=False)
             set_implementation(model, config, NAME)
             with trial.comparing(how):
                 _recorded(model, ids)
@@ -189,7 +189,7 @@ def _recorded(model: PreTrainedModel, ids: Tensor) -> tuple[list[Call], Tensor]:
         return within_sliding_window(layout, call.sliding_window)
 
     with recording(all_global):
-        logits = _logits(model, ids, use_cache=False)
+        logits = trial_logits(model, ids, use_cache=False)
     return calls, logits
 
 
@@ -246,16 +246,16 @@ def try_with_caches(model: PreTrainedModel) -> str | None:
         Why a `SplitCache` cannot serve the model; None if it can.
     """
     config = text_config(model)
-    ids = _trial_tokens(model, config)
+    ids = trial_tokens(model, config)
     model.eval()
     trial = None
     bound = _half_rounding(model)
     if bound is not None:
         with suppress(ValueError), noting_cache_users(model) as users:  # the error will come again
-            _logits(model, ids, past_key_values=DynamicCache(config=config), use_cache=True)
+            trial_logits(model, ids, past_key_values=DynamicCache(config=config), use_cache=True)
         trial = MixerTrial(users, bound)
     with nullcontext() if trial is None else trial.recording():
-        truth = _logits(model, ids, use_cache=False)
+        truth = trial_logits(model, ids, use_cache=False)
     caches: dict[str, Cache] = {"with a DynamicCache": DynamicCache(config=config)}
     state = stored_state(config)
     assert state is not None
@@ -266,7 +266,7 @@ def try_with_caches(model: PreTrainedModel) -> str | None:
         parts = ids.split([_TOKENS - 3, 1, 2], dim=1)
         with nullcontext() if trial is None else trial.comparing(how):
             try:
-                logits = [_logits(model, part, past_key_values=cache, use_cache=True) for part in parts]
+                logits = [trial_logits(model, part, past_key_values=cache, use_cache=True) for part in parts]
             except LayerError:
                 raise
             except ValueError as error:

@@ -19,8 +19,8 @@ Exchange = Literal["long-short", "all-gather", "ring"]
 """How context parallelism brings keys to queries: ours, by head; or those of all heads, gathered or passed
 on from rank to rank."""
 
-_ATTENTION_SIZES = {"fp64": 8, "fp32": 4, "bf16": 2, "bf16-flash": 2, "sdpa-bf16": 2}
-"""By `attention_precision`; "input" takes the products' dtype."""
+ATTENTION_SIZES = {"fp64": 8, "fp32": 4, "bf16": 2, "bf16-flash": 2, "sdpa-bf16": 2}
+"""Bytes of a number of queries, keys and values; "input" takes the products' dtype."""
 
 
 @dataclass(frozen=True)
@@ -153,4 +153,4 @@ class TrainingSetup:
     @property
     def attention_size(self) -> int:
         """Bytes of a number of queries, keys and values."""
-        return _ATTENTION_SIZES.get(self.config.attention_precision, self.element_size)
+        return ATTENTION_SIZES.get(self.config.attention_precision, self.element_size)
