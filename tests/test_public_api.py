@@ -1,8 +1,8 @@
 """The public names of longshort, with their signatures, and its commands, with their flags, are those of
 tests/public_api.txt; `python tests/test_public_api.py --write` renews it.
 
-The listing is the same with every supported Python, torch and transformers: annotations are as they are written,
-and members are those that longshort itself defines.
+The listing is the same with every supported Python, torch and transformers: annotations are as they are
+written, and members are those that longshort itself defines.
 """
 
 from __future__ import annotations
