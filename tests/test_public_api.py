@@ -160,7 +160,7 @@ def commands() -> list[list[str]]:
     """Each command, and each benchmark, as its arguments."""
     names = [[name] for name in listed("--help") if name != "bench"]
     forms = [[name, flag] for name, flags in OTHER_FORMS.items() for flag in flags]
-    return names + [["bench", name] for name in listed("bench", "--help")] + forms
+    return sorted([*names, *(["bench", name] for name in listed("bench", "--help")), *forms])
 
 
 def listed(*arguments: str) -> list[str]:
