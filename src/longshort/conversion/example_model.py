@@ -36,7 +36,7 @@ def write_example_model(folder: Path) -> Path:
         return folder
     require_new_folder(folder)
     weights = _find_weights()
-    options = {"gguf_file": weights.name}
+    options = {"gguf_file": weights.name, "trust_remote_code": False}
     with without_progress_bars(), redirect_stderr(io.StringIO()):  # a progress bar that nothing turns off
         quantized: Any = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, **options)

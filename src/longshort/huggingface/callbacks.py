@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+__all__ = ["LogitCallback", "QKClipCallback", "ZLossCallback", "attach"]
+
 _IGNORED = -100
 _WEIGHTS = "alarms.safetensors"
 _LOGGED = ("loss", "learning_rate", "grad_norm", "epoch")

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_utils import TrainOutput
 
+__all__ = ["OnSpike", "SpikeCallback"]
+
 OnSpike = Literal["report", "stop", "rollback"]
 
 _STATE_FILE = "trainer_state.json"
