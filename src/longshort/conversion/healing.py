@@ -21,6 +21,7 @@ from annotated_types import Ge, Gt, Le
 from longshort.checks import check_fields
 from longshort.conversion.heads import find_heads
 from longshort.conversion.losses import attending, mean_loss
+from longshort.conversion.model_card import write_healing_card
 from longshort.conversion.models import save_into
 from longshort.conversion.short_training import STATE_FILE, Progressed, Recipe, ShortTraining
 from longshort.data import Batches, DataFolder, load_tokenizer, prepare, validation_windows
@@ -171,13 +172,15 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
     if settings.reference:
         reference = _train_original(settings, healed, batches, held_out, device, say)
     is_complete = reference is None or reference.is_done
+    healing = Healing(original, healed, reference, is_complete)
     if is_complete:
         replace_weights(settings.model, pretrained._replace(model=trained))
+        write_healing_card(settings, trained, data.train.source, healing)
         (folder / REPORT_FILE).unlink(missing_ok=True)  # of an interruption
         replace_file(outcome, strict_json(_content(settings, original, healed, reference)).encode())
         for state in folder.rglob(STATE_FILE):
             state.unlink()
-    return Healing(original, healed, reference, is_complete)
+    return healing
 
 
 def read_healing(model: Path) -> Healing | None:

@@ -93,14 +93,14 @@ def write_model_card(model: PreTrainedModel, folder: Path | str, facts: CardFact
         facts: what is known about it.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder holds no saved model.
         TypeError: model is no model of transformers.
         ValueError: it has no layouts.
         OSError: the file could not be written.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder must hold a saved model, got {folder}, which does not exist")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"folder must hold a saved model, got {folder} without a config.json")
     card = _card(model, folder, facts or CardFacts(), folder.resolve().name)
     path = folder / CARD_FILE
     if os.path.lexists(path) and not _is_untouched(path):
@@ -240,7 +240,7 @@ def _card(model: PreTrainedModel, folder: Path, facts: CardFacts, name: str, tag
     properties = [
         ("architecture", type(model).__name__),
         ("parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}"),
-        ("weights", str(model.dtype).removeprefix("torch.")),
+        ("weights", json.loads((folder / "config.json").read_text())["dtype"]),
         ("layers", f"{len(layouts):,}"),
         ("context length", None if context is None else f"{context:,} tokens"),
         ("positions", _positions(config) if own else None),

@@ -116,7 +116,7 @@ class LongShortPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, *args, **options)
         if not self.should_save_on_this_rank(is_main_process):
             return
-        if model_card and os.path.isdir(save_directory):
+        if model_card and os.path.isfile(os.path.join(save_directory, "config.json")):  # else adapters alone
             write_model_card(self, os.fspath(save_directory))
         if push_to_hub:
             hub.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))

@@ -26,7 +26,7 @@ _LOGITS = {
     "max_logit": "largest attention logit",
     "max_logit_local": "largest attention logit of the local heads",
     "max_logit_global": "largest attention logit of the global heads",
-    "max_logit_global_in_band": "largest attention logit of the global heads inside the band of the local ones",
+    "max_logit_global_in_band": "largest attention logit of the global heads in the band of the local ones",
 }
 
 
@@ -45,7 +45,7 @@ def run_facts(run: Path | str, config: RunConfig, step: int) -> CardFacts:
     metrics = read_metrics(run) if (run / METRICS_FILE).is_file() else []
     lines = [line for line in metrics if line["step"] <= step]
     source = _source(config)
-    data = f"data folder {config.training.data.name}" if source is None else _public(source)
+    data = f"data folder {config.training.data.name}" if source is None else public_name(source)
     return CardFacts(
         datasets=[] if source is None else _datasets(source),
         of=f"step {step:,}",
@@ -62,7 +62,7 @@ def _source(config: RunConfig) -> str | None:
         return None
 
 
-def _public(source: str) -> str:
+def public_name(source: str) -> str:
     """Return the name of a source without the folders of the machine that it was read on."""
     return Path(source).name if source.removeprefix("hf:").startswith(("/", "~", "..")) else source
 
