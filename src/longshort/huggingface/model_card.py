@@ -16,8 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub import (
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from transformers.utils import logging
 
 from longshort import __version__
@@ -221,6 +228,7 @@ def _card(model: PreTrainedModel, folder: Path, facts: CardFacts, name: str, tag
     layouts = _require_layouts(model)
     config = text_config(model)
     own = config.model_type == "longshort"
+    is_causal_lm = model.can_generate() and config is model.config
     base_model = facts.base_model or _loaded_from(model)
     context = getattr(config, "max_position_embeddings", None)
     has_local = any(window is not None for layout in layouts if layout for window in layout.windows)
@@ -230,7 +238,7 @@ def _card(model: PreTrainedModel, folder: Path, facts: CardFacts, name: str, tag
         datasets=list(facts.datasets) or None,
         license=facts.license,
         library_name="longshort",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if is_causal_lm else None,
         tags=["longshort", *(["ls-attention"] if has_local else []), *tags],
         model_name=title,
         eval_results=[_result(entry) for entry in facts.measurements if _is_result(entry)] or None,
@@ -259,6 +267,7 @@ def _card(model: PreTrainedModel, folder: Path, facts: CardFacts, name: str, tag
         layouts=_layout_rows(layouts),
         training=[(_text(entry), _text(value)) for entry, value in facts.training],
         measurements=[_measurement_row(entry, facts.of) for entry in facts.measurements],
+        loader="AutoModelForCausalLM" if is_causal_lm else "AutoModel" if own else type(model).__name__,
         module="longshort.model" if own else "longshort.huggingface",
         location=json.dumps(name if "/" in name else f"path/to/{title}"),
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
@@ -282,8 +291,14 @@ def _require_layouts(model: PreTrainedModel) -> list[HeadLayout | None]:
 
 def _loaded_from(model: PreTrainedModel) -> str | None:
     """Return the identifier on the Hub of the model that this one was loaded from; None: not from the Hub."""
-    # Only files of the Hub have a commit; the name alone could be that of a folder.
-    return model.name_or_path if getattr(model.config, "_commit_hash", None) else None
+    name = model.name_or_path
+    if not name or Path(name).exists():  # a folder is what transformers takes first
+        return None
+    try:
+        is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:  # the name of a folder that is gone
+        return None
+    return name if is_cached else None
 
 
 def _positions(config: Any) -> str:
