@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub, in memory: what uploads and downloads of models ask of its HTTP API."""
+"""A stand-in for the Hugging Face Hub, in memory: what uploads and downloads of models ask of its API."""
 
 import base64
 import hashlib

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from tests.huggingface.hub import serve_hub
@@ -50,8 +51,8 @@ def run(program: str, folder: Path, url: str) -> str:
     return done.stdout + done.stderr
 
 
-def card_of(files: dict[str, bytes]) -> ModelCard:
-    return ModelCard(files["README.md"].decode())
+def card_of(content: bytes) -> Any:
+    return ModelCard(content.decode())
 
 
 def test_a_model_comes_back_from_the_hub_bit_for_bit(tmp_path: Path) -> None:
@@ -73,14 +74,14 @@ model.push_to_hub('user/second')
         assert hub.unknown == []
         assert hub.commits == [f"user/{name}" for name in ("first", "second", "first", "second", "second")]
         first, second = (hub.repositories[f"user/{name}"] for name in ("first", "second"))
-    card = card_of(first)
+    card = card_of(first["README.md"])
     assert card.data.library_name == "longshort" and card.data.base_model is None
     assert card.data.tags == ["longshort", "ls-attention", "more"]
     assert 'name = "user/first"' in card.text
     assert second["README.md"] == b"Mine."  # since a user wrote it
     assert "README.md of user/second stays as it is" in said
-    folder = ModelCard.load(tmp_path / "folder" / "README.md")
-    assert folder.data.base_model == "user/first"
+    saved = card_of((tmp_path / "folder" / "README.md").read_bytes())
+    assert saved.data.base_model == "user/first"
 
 
 def test_a_decoder_with_layouts_comes_back_from_the_hub_bit_for_bit(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ except ValueError as error:
         assert hub.unknown == []
         assert hub.commits == ["user/name", "user/name"]
         assert hub.repositories.keys() == {"user/name"}
-        card = card_of(hub.repositories["user/name"])
+        card = card_of(hub.repositories["user/name"]["README.md"])
     assert card.data.library_name == "longshort"
     assert "import longshort.huggingface" in card.text and "tokenizer = " in card.text
     assert "model must have layouts, got LlamaForCausalLM without" in said
