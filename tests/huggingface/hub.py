@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 
 class _Hub(ThreadingHTTPServer):
-    """Repositories by name, each with its files; one branch, whose commit is the digest of all files."""
+    """Files by repository, of other branches than main by NAME@BRANCH; a commit is the digest of all."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -42,7 +42,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml":
             ModelCard(json.loads(body)["content"])  # raises an error if it is damaged
             self._send_json({"errors": [], "warnings": []})
-        elif re.fullmatch(r"/api/models/(.+)/preupload/main", self.path):
+        elif found := re.fullmatch(r"/api/models/(.+)/branch/(.+)", self.path):
+            files = self.server.repositories[found[1]]
+            self.server.repositories.setdefault(f"{found[1]}@{found[2]}", dict(files))
+            self._send_json({})
+        elif re.fullmatch(r"/api/models/(.+)/preupload/(.+)", self.path):
             files = json.loads(body)["files"]
             modes = {True: "lfs", False: "regular"}
             uploads = [
@@ -56,8 +60,8 @@ class _Handler(BaseHTTPRequestHandler):
                 for entry in json.loads(body)["objects"]
             ]
             self._send_json({"transfer": "basic", "objects": objects})
-        elif found := re.fullmatch(r"/api/models/(.+)/commit/main", self.path):
-            name = found[1]
+        elif found := re.fullmatch(r"/api/models/(.+)/commit/(.+)", self.path):
+            name = self._branch(found[1], found[2])
             files = self.server.repositories[name]
             for line in body.splitlines():
                 entry = json.loads(line)
@@ -91,8 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if found := re.fullmatch(r"/(.+?)/resolve/[^/]+/(.+)", path):
-            return self._send_file(found[1], found[2])
+        if found := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
+            return self._send_file(self._branch(found[1], found[2]), found[3])
         if found := re.fullmatch(r"/api/models/(.+?)/tree/[^/]+(?:/(.*))?", path):
             folder = f"{found[2]}/" if found[2] else ""
             files = self.server.repositories.get(found[1], {})
@@ -121,6 +125,10 @@ class _Handler(BaseHTTPRequestHandler):
     @staticmethod
     def _owned(wanted: dict[str, Any]) -> str:
         return f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+
+    def _branch(self, name: str, revision: str) -> str:
+        branch = f"{name}@{revision}"
+        return branch if branch in self.server.repositories else name
 
     def _commit(self, name: str) -> str:
         digest = hashlib.sha1()

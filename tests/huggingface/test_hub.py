@@ -68,11 +68,14 @@ require_equal(model, AutoModelForCausalLM.from_pretrained('user/second'))
 loaded.push_to_hub('user/first', tags=['more'])
 HfApi().upload_file(path_or_fileobj=b'Mine.', path_in_repo='README.md', repo_id='user/second')
 model.push_to_hub('user/second')
+model.push_to_hub('user/second', revision='dev', commit_message='Try it')
 """
     with serve_hub() as hub:
         said = run(program, tmp_path, hub.url)
         assert hub.unknown == []
-        assert hub.commits == [f"user/{name}" for name in ("first", "second", "first", "second", "second")]
+        names = ["first", "second", "first", "second", "second", "second@dev"]
+        assert hub.commits == [f"user/{name}" for name in names]
+        assert hub.repositories["user/second@dev"]["README.md"] == b"Mine."
         first, second = (hub.repositories[f"user/{name}"] for name in ("first", "second"))
     card = card_of(first["README.md"])
     assert card.data.library_name == "longshort" and card.data.base_model is None

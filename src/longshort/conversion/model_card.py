@@ -14,8 +14,9 @@ from longshort.huggingface.model_card import known_facts
 from longshort.training.model_card import public_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from longshort.conversion.converting import Conversion
-    from longshort.conversion.healing import Healing, HealSettings
 
 _SPLIT = "held-out"
 
@@ -52,39 +53,33 @@ def write_conversion_card(
     return write_model_card(model, out, facts)
 
 
-def write_healing_card(settings: HealSettings, model: Any, text: str, healing: Healing) -> bool:
-    """Write MODEL/README.md, see `write_model_card`; return whether it was written.
+def write_healing_card(
+    folder: Path,
+    model: Any,
+    text: str,
+    length: int,
+    losses: Sequence[tuple[float, str | None]],
+    training: Sequence[tuple[str, str]],
+) -> bool:
+    """Write README.md of a healed model, see `write_model_card`; return whether it was written.
 
     Args:
-        settings: of the healing.
+        folder: its folder. The card there gives license and base model.
         model: the healed model.
-        text: source of the training text.
-        healing: how it went.
+        text: source of the text that it was trained on.
+        length: tokens of a held-out window.
+        losses: on held-out windows, each with what it is of; None: of the healed model.
+        training: names and values of the settings.
     """
-    data, name = public_name(text), "loss (nats per token) in windows of "
-    name += f"{settings.sequence_length:,} tokens"
-    losses = [(healing.healed.last_held_out, None), (healing.original, "the original")]
-    losses.append((healing.healed.lines[0]["held_out_loss"], "the converted model before the training"))
-    if healing.reference is not None:
-        losses.append((healing.reference.last_held_out, "the original, trained as long"))
-    recipe = settings.recipe
-    optional = {
-        "trained factors (LoRA) of rank": settings.lora,
-        "share of a teacher's logits in the loss": recipe.distill_weight or None,
-    }
-    training = [
-        ("weights", "those of the original, trained by longshort heal after longshort convert"),
-        ("text", data),
-        ("optimizer steps", f"{healing.healed.step:,}"),
-        ("sequences per step", f"{settings.batch_size:,}"),
-        ("tokens per sequence", f"{settings.sequence_length:,}"),
-        ("optimizer", "AdamW, without decay"),
-        ("largest learning rate", f"{recipe.learning_rate:g}"),
-        *((entry, str(value)) for entry, value in optional.items() if value is not None),
-        ("precision", "fp32"),
-        ("seed", str(settings.seed)),
-        ("trained with", f"longshort {__version__}, torch {torch.__version__}"),
-    ]
-    measurements = [Measurement(name, loss, of, "loss", data, _SPLIT) for loss, of in losses]
-    facts = replace(known_facts(settings.model), training=training, measurements=measurements)
-    return write_model_card(model, settings.model, facts)
+    data, name = public_name(text), f"loss (nats per token) in windows of {length:,} tokens"
+    facts = replace(
+        known_facts(folder),
+        training=[
+            ("weights", "those of the original, trained by longshort heal after longshort convert"),
+            ("text", data),
+            *training,
+            ("trained with", f"longshort {__version__}, torch {torch.__version__}"),
+        ],
+        measurements=[Measurement(name, loss, of, "loss", data, _SPLIT) for loss, of in losses],
+    )
+    return write_model_card(model, folder, facts)
