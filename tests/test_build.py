@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -23,4 +24,10 @@ def test_without_a_compiler_the_rest_is_installed(tmp_path: Path) -> None:
     environment = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}
     built = subprocess.run([*command, str(source)], capture_output=True, text=True, env=environment)
     assert built.returncode == 0, built.stderr
-    assert [wheel.name.split("-", 2)[2] for wheel in tmp_path.glob("*.whl")] == ["py3-none-any.whl"]
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.split("-", 2)[2] == "py3-none-any.whl"
+    templates = {name for name in zipfile.ZipFile(wheel).namelist() if "/templates/" in name}
+    assert templates == {
+        "longshort/huggingface/templates/model_card.md",
+        "longshort/reporting/templates/report.html",
+    }

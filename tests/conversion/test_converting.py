@@ -1,6 +1,7 @@
 """Conversion: the folder loads as a model of transformers, and its report says what one can measure."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tests.conversion.conftest import CONVERT, WINDOW
 from tests.conversion.models import random_llama, save_short_gpt2
@@ -368,3 +370,28 @@ def test_a_layout_of_another_model_is_refused_before_anything_is_written(origina
 def test_flags_of_an_inspection_do_not_go_with_a_layout(fails, options):
     message = fails(2, "convert", "a", "b", "--layout", "layout.json", *options)
     assert f"--layout is a layout: it does not go with {options[0]}, of an inspection" in message
+
+
+def test_the_card_has_the_losses_of_the_report(converted_once, original):
+    card: Any = ModelCard.load(converted_once / "README.md")
+    losses = json.loads((converted_once / "conversion.json").read_text())["losses"]
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert found == {
+        f"loss (nats per token) in windows of {length} tokens": both["after"]["loss"]
+        for length, both in losses.items()
+    }
+    assert {result.dataset_name for result in card.data.eval_results} == {"text.txt"}
+    before = losses["64"]["before"]["loss"]
+    assert f"| loss (nats per token) in windows of 64 tokens | {before:.4f} | the original |" in card.text
+    assert card.data.base_model is None and str(original.parent) not in str(card)
+    assert "tokenizer = AutoTokenizer" in card.text
+
+
+def test_the_card_of_the_original_gives_its_license(original, text, layout, tmp_path):
+    source, out = shutil.copytree(original, tmp_path / "source"), tmp_path / "out"
+    (source / "README.md").write_text("---\nlicense: mit\nbase_model: user/base\n---\n# Mine\n")
+    assert convert(source, out, "--layout", layout, "--text", text, "--no-report") == 0
+    card: Any = ModelCard.load(out / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", "user/base")
+    assert card.data.eval_results is None
+    assert "those of the original" in card.text

@@ -3,9 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -312,3 +314,24 @@ def test_a_report_that_was_not_written_is_made_of_the_outcome(converted, data, m
 )
 def test_bad_flags_are_usage_errors(fails, options, message):
     assert message in fails(2, "heal", "model", "--data", "data", *options)
+
+
+def test_the_card_has_the_losses_of_the_healing(converted, data):
+    result = heal(settings(converted, data, reference=True))
+    card: Any = ModelCard.load(converted / "README.md")
+    (healed,) = card.data.eval_results
+    assert (healed.metric_value, healed.dataset_name) == (result.healed.last_held_out, "texts")
+    assert result.reference is not None
+    for loss, of in (
+        (result.original, "the original"),
+        (result.healed.lines[0]["held_out_loss"], "the converted model before the training"),
+        (result.reference.last_held_out, "the original, trained as long"),
+    ):
+        assert f"| {loss:.4f} | {of} |" in card.text
+    assert "| optimizer steps | 6 |" in card.text and str(data.parent) not in str(card)
+
+
+def test_a_card_that_was_changed_stays(converted, data):
+    (converted / "README.md").write_text("Mine.")
+    heal(settings(converted, data))
+    assert (converted / "README.md").read_text() == "Mine."

@@ -18,6 +18,7 @@ from longshort.cli.pretrained import SearchFlags, Show, cut_windows, open_with_t
 from longshort.conversion.converting import ReportSizes, add_converted, fit_sizes, measure_conversion
 from longshort.conversion.journal import Journal, fingerprint, hash_tokens
 from longshort.conversion.layout_file import read_layouts
+from longshort.conversion.model_card import write_conversion_card
 from longshort.conversion.reports import (
     CONVERSION_FILE,
     JOURNAL_FILE,
@@ -112,6 +113,7 @@ def run(arguments: list[str]) -> int:
             add_converted(pretrained, flags.out)
             output.print(f"model:  {flags.out}", markup=False)
             if sizes is None:
+                write_conversion_card(flags.out, pretrained.model, flags.model, flags.text, None)
                 finish_conversion(flags.out, layouts, {"model": flags.model, "text": flags.text})
                 return 0
             remove(pretrained.model)
@@ -180,5 +182,6 @@ def _report(
     for row in loss_rows(conversion):
         table.add_row(*row)
     output.print(table)
+    write_conversion_card(flags.out, pretrained.model, flags.model, flags.text, conversion)
     about = {"model": flags.model, "text": flags.text}
     return write_conversion(flags.out, conversion, layouts, about)

@@ -21,6 +21,7 @@ from annotated_types import Ge, Gt, Le
 from longshort.checks import check_fields
 from longshort.conversion.heads import find_heads
 from longshort.conversion.losses import attending, mean_loss
+from longshort.conversion.model_card import write_healing_card
 from longshort.conversion.models import save_into
 from longshort.conversion.short_training import STATE_FILE, Progressed, Recipe, ShortTraining
 from longshort.data import Batches, DataFolder, load_tokenizer, prepare, validation_windows
@@ -171,13 +172,15 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
     if settings.reference:
         reference = _train_original(settings, healed, batches, held_out, device, say)
     is_complete = reference is None or reference.is_done
+    healing = Healing(original, healed, reference, is_complete)
     if is_complete:
         replace_weights(settings.model, pretrained._replace(model=trained))
+        _write_card(settings, trained, data.train.source, healing)
         (folder / REPORT_FILE).unlink(missing_ok=True)  # of an interruption
         replace_file(outcome, strict_json(_content(settings, original, healed, reference)).encode())
         for state in folder.rglob(STATE_FILE):
             state.unlink()
-    return Healing(original, healed, reference, is_complete)
+    return healing
 
 
 def read_healing(model: Path) -> Healing | None:
@@ -330,6 +333,32 @@ def _measured_last(progressed: Progressed, trained: PreTrainedModel, held_out: T
     """Let the last loss be that of the weights in files, which differs by what was rounded."""
     last = {**progressed.lines[-1], "held_out_loss": mean_loss(trained, held_out)}
     return replace(progressed, lines=[*progressed.lines[:-1], last])
+
+
+def _write_card(settings: HealSettings, model: PreTrainedModel, text: str, healing: Healing) -> None:
+    recipe = settings.recipe
+    losses: list[tuple[float, str | None]] = [
+        (healing.healed.last_held_out, None),
+        (healing.original, "the original"),
+        (healing.healed.lines[0]["held_out_loss"], "the converted model before the training"),
+    ]
+    if healing.reference is not None:
+        losses.append((healing.reference.last_held_out, "the original, trained as long"))
+    optional = {
+        "rank of the trained factors (LoRA)": settings.lora,
+        "share of a teacher's logits in the loss": recipe.distill_weight or None,
+    }
+    training = [
+        ("optimizer steps", f"{healing.healed.step:,}"),
+        ("sequences per step", f"{settings.batch_size:,}"),
+        ("tokens per sequence", f"{settings.sequence_length:,}"),
+        ("optimizer", "AdamW, without decay"),
+        ("largest learning rate", f"{recipe.learning_rate:g}"),
+        *((name, str(value)) for name, value in optional.items() if value is not None),
+        ("precision", "fp32"),
+        ("seed", str(settings.seed)),
+    ]
+    write_healing_card(settings.model, model, text, settings.sequence_length, losses, training)
 
 
 def _open_teacher(name: Path, pretrained: Pretrained, device: Any) -> nn.Module:

@@ -10,6 +10,7 @@ from longshort.huggingface.cache import GrowingLayer, SplitCache, layer_caches
 from longshort.huggingface.distribution import distribute, gather_layers
 from longshort.huggingface.generation import split_cache, use_split_caches
 from longshort.huggingface.interface import register
+from longshort.huggingface.model_card import CardFacts, Measurement, push_to_hub, write_model_card
 from longshort.huggingface.qk_clip import QKClip
 from longshort.huggingface.segments import segment_ids_from
 from longshort.huggingface.state import keep_with_config, layouts_of
@@ -17,8 +18,10 @@ from longshort.huggingface.watch import LogitMonitor
 
 __all__ = [
     "AttentionLayer",
+    "CardFacts",
     "GrowingLayer",
     "LogitMonitor",
+    "Measurement",
     "QKClip",
     "SplitCache",
     "apply",
@@ -27,9 +30,11 @@ __all__ = [
     "gather_layers",
     "layer_caches",
     "layouts_of",
+    "push_to_hub",
     "remove",
     "segment_ids_from",
     "split_cache",
+    "write_model_card",
 ]
 
 register()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from longshort.attention import require_tensor
 from longshort.convolution import ShortConvolution
-from longshort.huggingface import SplitCache, layer_caches
+from longshort.huggingface import SplitCache, layer_caches, push_to_hub, write_model_card
 from longshort.layers import LongShortAttention, Rotary, require_position_ids
 from longshort.layout import HeadLayout
 from longshort.model.config import LongShortConfig
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
+_HUB_OPTIONS = (
+    "repo_id", "private", "token", "commit_message", "commit_description", "revision", "create_pr", "tags"
+)  # fmt: skip
 # Marks the projections whose output is added to the residual stream; they start smaller.
 _ENDS_BRANCH = "ends_residual_branch"
 
@@ -85,15 +89,42 @@ class LongShortPreTrainedModel(PreTrainedModel):
         """Return an empty cache for the layouts of this model's layers; see `SplitCache`."""
         return SplitCache(_layouts(self.base_model.layers), rollback, max_length)
 
-    def save_pretrained(self, *args: Any, **options: Any) -> Any:
-        """Save config and weights, as every Hugging Face model does.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *args: Any,
+        push_to_hub: bool = False,
+        model_card: bool = True,
+        **options: Any,
+    ) -> None:
+        """Save config and weights, as every Hugging Face model does, and a model card.
+
+        Args:
+            save_directory, is_main_process, args, options: as for every Hugging Face model.
+            push_to_hub: afterwards, upload the model as `push_to_hub` does, to the repository `repo_id`, or
+                one with the name of the folder.
+            model_card: write README.md too, unless a user's is there; see
+                `longshort.huggingface.write_model_card`.
 
         Raises:
             ValueError: the config does not describe this model, since one of them was changed: loading would
                 not restore what was saved.
         """
         require_own_config(self)
-        return super().save_pretrained(*args, **options)
+        hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options} if push_to_hub else {}
+        super().save_pretrained(save_directory, is_main_process, *args, **options)
+        if not self.should_save_on_this_rank(is_main_process):
+            return
+        if model_card and os.path.isfile(os.path.join(save_directory, "config.json")):  # else adapters alone
+            write_model_card(self, os.fspath(save_directory))
+        if push_to_hub:
+            hub.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(**hub)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload the model and its card to the Hugging Face Hub; see `longshort.huggingface.push_to_hub`."""
+        return push_to_hub(self, repo_id, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

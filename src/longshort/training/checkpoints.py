@@ -95,7 +95,7 @@ def save_checkpoint(
     """
     with _new_checkpoint(run, state) as partial:
         with without_progress_bars():
-            model.save_pretrained(partial, max_shard_size="1TB")  # one file of weights
+            model.save_pretrained(partial, max_shard_size="1TB", model_card=False)  # one file of weights
         save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER)
         if update_entropy is not None:
             save_file(update_entropy.state(), partial / _ALARMS)
