@@ -140,7 +140,7 @@ def disagreements() -> list[str]:
         with pytest.raises((TypeError, ValueError)) as caught:
             call()
         found.append(str(caught.value))
-    options = {"scale": 0.5, "softcap": 2.0}  # in another order on another rank, and one that is None
+    options: dict[str, Any] = {"scale": 0.5, "softcap": 2.0}  # in another order on another rank, and one that is None
     ordered = dict(reversed(options.items())) | {"sink_logits": None} if is_odd else options
     assert context_attention(q, q, q, layout, **ordered).shape == q.shape  # the ranks are still together
     return found
