@@ -1,4 +1,4 @@
-"""Hooks of MkDocs for the site: what is written once elsewhere comes into pages, and links lead where they do on GitHub.
+"""Hooks of MkDocs: what is written once elsewhere comes into pages, and links lead where they do on GitHub.
 
 - A line `<!-- README: lead -->` becomes the text of README.md before its first section, and
   `<!-- README: first code of SECTION -->` the first block of code in a section.
@@ -87,11 +87,10 @@ def included(what: str) -> str:
 def command_help() -> str:
     """Return the help of all commands, in Markdown."""
     overview = _help_of()
-    parts = []
-    for command in _COMMAND.findall(overview):
-        parts.append(f"## longshort {command}\n\n{_as_block(_help_of(command))}")
-        inner = _COMMAND.findall(_help_of(command)) if command == "bench" else []
-        parts += [f"### longshort {command} {name}\n\n{_as_block(_help_of(command, name))}" for name in inner]
+    commands = [(command,) for command in _COMMAND.findall(overview)]
+    commands += [("bench", name) for name in _COMMAND.findall(_help_of("bench"))]
+    commands += [("train", "--resume", "RUN")]
+    parts = [f"## longshort {' '.join(it)}\n\n{_as_block(_help_of(*it))}" for it in sorted(commands)]
     return "\n\n".join([_as_block(overview), *parts])
 
 
