@@ -50,11 +50,20 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Include what is written elsewhere, and let links lead to pages or to the repository."""
     source = Path(page.file.abs_src_path)
+    if page.file.src_uri.startswith("reference/") or page.file.src_uri == "changelog.md":
+        page.meta["search"] = {"boost": 0.05}  # pages that explain come first
     if source.parent == ROOT:
         page.edit_url = f"{config.repo_url}/edit/main/{source.name}"
     here = _links_for(markdown, source.parent, page.file.src_uri, files.src_uris)
     return _INCLUDE.sub(
         lambda line: _links_for(included(line[1]), ROOT, page.file.src_uri, files.src_uris), here
+    )
+
+
+def on_page_content(html: str, **_context: Any) -> str:
+    """Let wide tables scroll, by the keyboard too."""
+    return html.replace("<table>", '<div class="wide" tabindex="0"><table>').replace(
+        "</table>", "</table></div>"
     )
 
 
