@@ -49,10 +49,15 @@ $(DOCS): requirements/docs.txt $(INSTALLED)
 	touch $@
 
 docs: $(DOCS)  ## build the documentation site, site/index.html
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The browser is the machine's Chromium.
+docs-check: docs  ## check links, accessibility, layout and search of the site in a browser
+	$(BIN)/python -m pip install --quiet -c requirements/dev.txt -r requirements/docs-check.txt
+	$(BIN)/python docs/check_site.py site
 
 docs-serve: $(DOCS)  ## show it at http://127.0.0.1:8000, built anew at each change
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 test: $(INSTALLED)  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
@@ -131,5 +136,5 @@ gpu-study:  ## train for MINUTES=2 at the author's small size, or resume
 	$(ON_GPU) longshort study progress --scale gpu --minutes $(MINUTES) --out $(GPU_OUT)/study || test $$? -eq 4
 
 clean:  ## remove .venv and all caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist site
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Checks the built site: links, anchors, public names; in a browser accessibility, layout, requests and search.
+"""Checks the built site: links, anchors, public names; in a browser accessibility, layout, requests, search.
 
     python docs/check_site.py site
     python docs/check_site.py site --pages index.html --screenshots pictures
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,13 +20,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 from shutil import which
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urljoin, urlsplit
 
 PUBLIC = ["", ".huggingface", ".stability", ".cache", ".distributed", ".model", ".data", ".evaluation"]
 """The packages whose `__all__` is the public contract."""
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
-PALETTES = ["light", "dark"]
+PALETTES: list[Literal["light", "dark"]] = ["light", "dark"]
 SEARCHES = {
     "window": ["window-semantics"],
     "sink": ["window-semantics", "reference/longshort"],
@@ -94,36 +95,33 @@ def check_files(site: Path) -> Iterator[str]:
 
 
 def check_in_browser(site: Path, names: list[str], screenshots: Path | None) -> Iterator[str]:
-    """Yield what is wrong with pages as a browser shows them, in each size and palette, and with the search."""
+    """Yield what is wrong with pages in a browser, in each size and palette, and with the search."""
     from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
 
     with serve(site) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=which("chromium"), args=["--no-sandbox"])
-        for size, (width, height) in SIZES.items():
-            for palette in PALETTES:
-                context = browser.new_context(
-                    viewport={"width": width, "height": height}, color_scheme=palette, reduced_motion="reduce"
-                )
-                page = context.new_page()
-                problems: list[str] = []
-                page.on(
-                    "request",
-                    lambda request: (
-                        None
-                        if request.url.startswith((address, "data:", "blob:"))
-                        else problems.append(f"asks {request.url}")
-                    ),
-                )
-                page.on("pageerror", lambda error: problems.append(f"error in a script: {error}"))
-                for name in names:
-                    page.goto(f"{address}/{name}", wait_until="load")
-                    problems += check_shown(page)
-                    if screenshots is not None:
-                        file = f"{name.removesuffix('.html').replace('/', '-')}-{size}-{palette}.png"
-                        page.screenshot(path=screenshots / file)
-                    yield from (f"{name} ({size}, {palette}): {problem}" for problem in problems)
-                    problems.clear()
-                context.close()
+        for (size, (width, height)), palette in itertools.product(SIZES.items(), PALETTES):
+            context = browser.new_context(
+                viewport={"width": width, "height": height}, color_scheme=palette, reduced_motion="reduce"
+            )
+            page = context.new_page()
+            requests: list[str] = []
+            errors: list[str] = []
+            page.on("request", lambda request, seen=requests: seen.append(request.url))
+            page.on("pageerror", lambda error, seen=errors: seen.append(f"error in a script: {error}"))
+            for name in names:
+                page.goto(f"{address}/{name}", wait_until="load")
+                found = check_shown(page) + errors
+                found += [
+                    f"asks {url}" for url in requests if not url.startswith((address, "data:", "blob:"))
+                ]
+                yield from (f"{name} ({size}, {palette}): {problem}" for problem in found)
+                requests.clear()
+                errors.clear()
+                if screenshots is not None:
+                    file = f"{name.removesuffix('.html').replace('/', '-')}-{size}-{palette}.png"
+                    page.screenshot(path=screenshots / file)
+            context.close()
         yield from check_search(browser.new_page(), address)
         browser.close()
 
