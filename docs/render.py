@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,18 @@ _BLOCK = re.compile(r"^```(python|console)\n(.*?)^```\n(?:\n```text\n.*?^```\n)?
 _PICTURE = re.compile(r"\]\((images/[^)]+)\)")
 
 
-def run_page(text: str, name: str) -> str:
+def run_page(text: str, name: str, given: Mapping[str, Any] | None = None) -> str:
     """Run the blocks of a page in the working directory; return the page with their output.
 
     Args:
         text: the page, in Markdown.
         name: what tracebacks call it.
+        given: values of names that its code uses and does not define.
 
     Raises:
         RuntimeError: a command failed.
     """
-    names: dict[str, Any] = {"__name__": "docs"}
+    names: dict[str, Any] = {"__name__": "docs", **(given or {})}
     parts, end = [], 0
     for block in _BLOCK.finditer(text):
         parts.append(text[end : block.start()])

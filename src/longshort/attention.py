@@ -122,8 +122,10 @@ def attention(
     rows that see it and changes no bit of other rows, except with backend="flex".
 
     Args:
-        q, k, v: float64, float32, bfloat16 or float16, the same for all, any strides; q_len <= kv_len.
-            Scores and sums are computed in fp32 (fp64 for fp64).
+        q: queries; float64, float32, bfloat16 or float16, any strides; q_len <= kv_len. Scores and sums are
+            computed in fp32 (fp64 for fp64).
+        k: keys, of the dtype of q.
+        v: values, of the dtype of q.
         layout: window of each query head; `layout.num_kv_heads` is kv_heads.
         causal: queries see no later key.
         scale: factor on q·k; None is 1/sqrt(head_dim).
@@ -182,7 +184,13 @@ def explain(
     """Return which backend `attention` would use for the same arguments, and why it would not use the others.
 
     Args:
-        q, k, v, layout, return_stats, backend, **options: as for `attention`.
+        q: as for `attention`, like all that follow.
+        k: keys.
+        v: values.
+        layout: window of each head.
+        return_stats: whether statistics are asked for.
+        backend: "auto" or a name of `BACKENDS`.
+        **options: the other arguments of `attention`.
 
     Raises:
         TypeError, ValueError: as `attention` does.

@@ -92,7 +92,8 @@ class LongShortAttention(nn.Module):
         short_convolution: kernel size >= 2 of a `ShortConvolution` on queries, keys and values, before norm
             and rotation; it keeps no state for decoding, so no cache goes with it. None: off.
         backend: "auto" or a name of `longshort.attention.BACKENDS`.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Attributes:
         observer: called with an `Observation` in every forward pass (in a checkpointed one also when it is

@@ -1,6 +1,4 @@
 import json
-import re
-from pathlib import Path
 
 import pytest
 
@@ -136,9 +134,3 @@ def test_wrong_usage(fails, flags, message):
 )
 def test_shapes_that_do_not_fit_are_failures(fails, flags, message):
     assert message in fails(1, "plan", "--length", "9", *flags)
-
-
-def test_the_table_of_the_documentation_is_what_its_command_prints(capsys):
-    page = (Path(__file__).parents[2] / "docs/inference.md").read_text()
-    command, table = re.findall(r"```\nlongshort plan (.*)\n```\n\n```text\n([^`]*)```", page)[0]
-    assert [line.rstrip() for line in planned(capsys, *command.split()).splitlines()] == table.splitlines()

@@ -41,7 +41,8 @@ def amdahl_bound(total: Times, attention: Times, pairs: Any, reference_pairs: An
     Args:
         total: time of the reference, a number or an array.
         attention: the part of it that is attention, in the same unit.
-        pairs, reference_pairs: visible pairs of the model and of the reference.
+        pairs: visible pairs of the model.
+        reference_pairs: visible pairs of the reference.
     """
     return total - attention * (1 - pairs / reference_pairs)
 

@@ -94,7 +94,8 @@ def summarize(rounds: pd.DataFrame, point: Mapping[str, Any], context: Mapping[s
     Args:
         rounds: columns named in `METRICS`, indexed by `ROUND_KEYS`; each number of a list in a cell is a
             sample. NaN and inf, such as a comparison with a missing provider, are left out.
-        point, context: columns before and after the others, the same in all rows.
+        point: columns before the others, the same in all rows.
+        context: columns after the others, the same in all rows.
     """
     names = [name for name in METRICS if name in rounds]
     cells: pd.Series = rounds[names].stack()  # pyright: ignore[reportAssignmentType]

@@ -134,14 +134,16 @@ class LayerCache(KeyValueCache):
         backend: str = "auto",
     ) -> Float[Tensor, "batch heads new head_dim"]:
         """Append the keys and values of new tokens; attend from these to all tokens, as causal
-        `longshort.attention` over the whole sequence would.
+        `longshort.attention` over the whole sequence would. The arguments without a line below are those of
+        `longshort.attention`.
 
         Args:
-            q, k, v: new >= 1; batch, head_dim, dtype and device as in the first call.
+            q: new >= 1; batch, head_dim, dtype and device as in the first call.
+            k: as q.
+            v: as q.
             segment_ids: for all tokens, the earlier ones first; for max_length tokens, of which later ones do
                 not count, where the step is compiled or captured on a GPU. With `layout.sink_tokens` a
                 sequence is one segment, with padding wherever.
-            The other arguments are those of `longshort.attention`.
 
         Raises:
             TypeError: an argument is no tensor.

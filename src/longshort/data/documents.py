@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 DocumentStart = Literal["at-end-of-text", "after-end-of-text"]
 """The segment that an end-of-text token belongs to if documents are kept separate.
 
-- "at-end-of-text": that of the next document: [a b] [E c d] [E. The first token of a document is predicted
+- "at-end-of-text": that of the next document: `[a b] [E c d] [E`. The first token of a document is predicted
   from E alone, as in evaluation and generation, which put an E before each document.
-- "after-end-of-text": that of the document that it ends: [a b E] [c d E]. The first token of a document is
+- "after-end-of-text": that of the document that it ends: `[a b E] [c d E]`. The first token of a document is
   predicted from the whole document before it. Only runs that earlier versions started train like this.
 """
 

@@ -59,7 +59,9 @@ def context_attention(
     the backward pass. Each gets the rows of its own queries, and the gradients of its own q, k and v.
 
     Args:
-        q, k, v: this rank's part; parts are of one length, see `take_part`. Otherwise as for `attention`.
+        q: this rank's part; parts are of one length, see `take_part`. Otherwise as for `attention`.
+        k: as q.
+        v: as q.
         layout: as for `attention`. ALiBi does not go with sink tokens.
         group: the ranks; None: all processes.
         segment_ids: of this rank's part, negative is padding; given on all ranks or on none.

@@ -42,7 +42,9 @@ def segment_ids_from(
     Args:
         attention_mask: 1 (True) for tokens, 0 (False) for padding, also for cached keys; any dtype.
         position_ids: integers; (1, q_len) holds for all sequences.
-        batch, q_len, kv_len: sizes of the attention call, q_len <= kv_len.
+        batch: sequences of the attention call.
+        q_len: its queries, <= kv_len.
+        kv_len: its keys.
         device: of the result.
 
     Returns:

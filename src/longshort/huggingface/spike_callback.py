@@ -67,8 +67,9 @@ class SpikeCallback(TrainerCallback, ExportableState):
         detector: its fields are used, not what it has seen; None: the default one.
         logits: measures the largest logit, and what the detector's alarm needs; attach it first. Spikes are
             then in its file, as `spike`.
-        rollback_steps, skip_batches, max_rollbacks: as in `longshort train`; a batch is what one optimizer
-            step takes.
+        rollback_steps: as in `longshort train`.
+        skip_batches: as in `longshort train`; a batch is what one optimizer step takes.
+        max_rollbacks: as in `longshort train`.
 
     Attributes:
         spikes: the spikes so far, with `step`, `onset`, `reasons`, `action` and, for a rollback, `to_step`

@@ -12,6 +12,7 @@ from longshort.layers import ATTENTION_PRECISIONS
 from longshort.layout import HeadLayout
 
 POSITION_EMBEDDINGS = ("learned", "rope", "alibi", "none")
+"""The kinds of positions that a config may name."""
 
 
 class LongShortConfig(PreTrainedConfig):

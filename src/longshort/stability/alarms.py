@@ -19,7 +19,10 @@ from longshort.layers import LongShortAttention
 from longshort.stability.ranks import whole
 
 Alarm = Literal["row-range", "entropy", "update"]
+"""The name of what an alarm watches in each head."""
+
 ALARMS: tuple[Alarm, ...] = get_args(Alarm)
+"""The names of all alarms."""
 
 MEASUREMENTS: dict[Alarm, str] = {
     "row-range": "row_range_by_head",

@@ -174,7 +174,8 @@ class AttentionMonitor:
         """Return the measurements since the last reading, and clear them.
 
         Args:
-            reduce_max, reduce_mean: combine a tensor of numbers over processes, element by element.
+            reduce_max: combines a tensor of numbers over processes, element by element, to the largest.
+            reduce_mean: the same, to the mean.
 
         Raises:
             RuntimeError: nothing was observed.

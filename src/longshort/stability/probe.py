@@ -126,8 +126,8 @@ class AttentionProbe:
         """Return the statistics of the passes since the last reading, and clear them.
 
         Args:
-            reduce_max, reduce_mean: combine a tensor of numbers over processes, element by element; the
-                percentile is then the mean of those of the processes.
+            reduce_max: combines a tensor of numbers over processes, element by element, to the largest.
+            reduce_mean: the same, to the mean; the percentile is then the mean of those of the processes.
 
         Raises:
             RuntimeError: nothing was observed.

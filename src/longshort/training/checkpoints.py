@@ -115,7 +115,11 @@ def save_shards(
     """Begin to write `run/checkpoints/step-N` of a model that is cut into shards; all ranks call it.
 
     Args:
-        run, model, optimizer, state, update_entropy: as for `save_checkpoint`.
+        run: as for `save_checkpoint`.
+        model: as for `save_checkpoint`.
+        optimizer: as for `save_checkpoint`.
+        state: as for `save_checkpoint`.
+        update_entropy: as for `save_checkpoint`.
         ranks: the processes.
         in_background: copy the shards to the CPU and let a thread write them. Otherwise they are written when
             this returns, but not yet synced and renamed.
