@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from longshort.cli.console import console
 from longshort.cli.errors import UsageError
 from longshort.cli.flags import parse
+from longshort.reporting.console import console
 
 _BENCHMARKS = {
     "attention": "Time attention: backends of this library against PyTorch's and others'.",
