@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longshort.cli.errors import UsageError, is_first_of_node
+from longshort.extras import MissingPackageError, install_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +44,7 @@ _GROUPS = {
     },
     "this installation": {
         "doctor": "Show versions, hardware, and which attention backends work here.",
+        "completion": "Print a script that lets bash, zsh or fish complete commands and flags.",
     },
 }
 COMMANDS = {name: text for group in _GROUPS.values() for name, text in group.items()}
@@ -133,12 +135,11 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _describe(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        from longshort.doctor import OPTIONAL_PACKAGES
-
-        package = (error.name or "").partition(".")[0]
-        if package in OPTIONAL_PACKAGES:
-            return f"this needs {package}: pip install 'longshort[{OPTIONAL_PACKAGES[package]}]'"
+    if isinstance(error, MissingPackageError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and (command := install_command(error.name or "")):
+        package = (error.name or "").partition(".")[0].replace("_", "-")
+        return f"this needs {package}: {command}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):

@@ -22,7 +22,7 @@ from longshort.training.report import write_report
 _DESCRIPTION = """Train a model on a folder that `longshort data` wrote.
 
 Settings of the model that are left out are the preset's. `longshort train --resume RUN` resumes a run from
-its latest checkpoint; `longshort train --resume --help` explains it."""
+its latest checkpoint; `longshort train --resume RUN --help` explains it."""
 _RESUME_DESCRIPTION = "Resume a run from its latest checkpoint, with its own settings."
 _GO_ONLY_WITH = {
     "rollback_steps": ("on_spike", "rollback"),
