@@ -30,8 +30,8 @@ class TrainingDisplay(Progress):
     """Shows loss, largest logit, speed and time left: a bar on a terminal, a line in a notebook that is
     replaced, occasional lines elsewhere.
 
-        with TrainingDisplay() as display:
-            train(settings, progress=display)
+        with TrainingDisplay() as progress:
+            train(settings, progress=progress)
 
     Attributes:
         output: the console that it prints to, stdout.
