@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from typing import Any
 
 import pexpect
 import pytest
@@ -108,7 +109,7 @@ def test_zsh_completes(script, folder):
 
 @pytest.mark.parametrize("command", [*COMMANDS, *(f"bench {name}" for name in BENCHMARKS)])
 def test_all_flags_of_the_help_are_completed_and_no_others(command, capsys):
-    parser = command_parser()
+    parser: Any = command_parser()
     for name in command.split():
         (choices,) = [action.choices for action in parser._actions if action.nargs == "A..."]
         parser = choices[name]
