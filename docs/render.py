@@ -1,6 +1,7 @@
-"""Runs a page of this documentation from top to bottom, and puts what it prints into it.
+"""Runs a page of this documentation or a notebook from top to bottom, and puts its output into it.
 
     python docs/render.py docs/how-to-spikes.md
+    python docs/render.py examples/ls_attention.ipynb
     python docs/render.py --in . docs/how-to-shrink.md
 
 A block of Python that prints something is followed by a block of text with its output, which is replaced.
@@ -21,6 +22,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
 
 from longshort.cli import main
 from longshort.reporting.files import replace_file
@@ -71,8 +75,25 @@ def _run_command(command: str) -> str:
     return "".join(line.rstrip() + "\n" for line in stdout.getvalue().splitlines())
 
 
+def run_notebook(notebook: Any, folder: Path) -> None:
+    """Run a notebook in a folder, in a kernel of its own, and put its output into it, without times.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    notebook.metadata = {name: notebook.metadata[name] for name in ("kernelspec",)}
+    for cell in notebook.cells:
+        cell.metadata.clear()
+
+
 def render(page: Path, folder: Path) -> None:
     """Run a page in a folder, and replace it by itself with its output and its pictures."""
+    if page.suffix == ".ipynb":
+        notebook = nbformat.read(page, as_version=4)
+        run_notebook(notebook, folder)
+        replace_file(page, (nbformat.writes(notebook) + "\n").encode())
+        return
     text = page.read_text()
     with contextlib.chdir(folder):
         text = run_page(text, str(page))

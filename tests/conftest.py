@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 # A machine with a GPU, for tests/cuda, need have nothing but torch and pytest.
 if find_spec("rich"):
-    from longshort.cli import console
+    from longshort.reporting import console
 
     console.SECONDS_BETWEEN_LINES = math.inf  # the output is the same on a busy machine
 if find_spec("hypothesis"):

@@ -9,6 +9,7 @@ import torch
 from longshort import __version__, doctor
 from longshort.attention import BACKENDS
 from longshort.backends import cpu
+from longshort.extras import OPTIONAL_PACKAGES
 
 
 def sections() -> dict[str, dict[str, str]]:
@@ -36,11 +37,11 @@ def test_every_optional_package_is_listed_under_the_extra_that_brings_it() -> No
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     declared = {
         requirement.split(">=")[0]: extra
-        for extra in ("hf", "train", "examples")
+        for extra in ("hf", "train", "examples", "notebook")
         for requirement in project["optional-dependencies"][extra]
         if not requirement.startswith("longshort")
     }
-    assert declared == doctor.OPTIONAL_PACKAGES
+    assert declared == OPTIONAL_PACKAGES
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -120,3 +121,43 @@ def test_missing_kernels_come_with_advice(
     row = sections()["Processor"]["C++ kernels"]
     assert row.startswith("the C++ kernels are not built")
     assert advice in row
+
+
+def test_facts_name_missing_packages_by_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = metadata.version
+
+    def missing(name: str) -> str:
+        if name in ("rich", "transformers", "tyro"):
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    found = doctor.facts()
+    assert found["missing_extras"] == {"hf": ["transformers"], "train": ["tyro", "rich"]}
+    assert found["packages"]["rich"] is None
+    assert found["packages"]["numpy"] == installed("numpy")
+
+
+def test_facts_leave_out_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setattr(cpu, "missing", lambda: "the kernels in /home/ada/lib/x.so do not load")
+    assert doctor.facts()["kernels"]["reason"] == "the kernels in ~/lib/x.so do not load"
+
+
+def test_facts_and_report_name_the_same_backends() -> None:
+    for backend in doctor.facts()["backends"]:
+        rows = sections()[f"Backends for {backend['device']}, {backend['dtype']}"]
+        assert rows[backend["chosen"]].startswith("chosen")
+        assert {name for name, text in rows.items() if text.startswith("not")} == set(backend["not_chosen"])
+
+
+def test_facts_of_a_broken_gpu_have_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_cases", lambda: [("cuda", torch.bfloat16)])
+
+    def broken(*_arguments: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(doctor, "_explain", broken)
+    (backend,) = doctor.facts()["backends"]
+    assert backend["chosen"] is None
+    assert backend["error"] == "CUDA error: out of memory"

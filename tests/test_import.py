@@ -1,4 +1,4 @@
-"""What `import longshort` costs: each check runs in a fresh interpreter."""
+"""What `import longshort`, and what it offers, costs: each check runs in a fresh interpreter."""
 
 import json
 import subprocess
@@ -15,8 +15,23 @@ def run(code: str) -> str:
     return result.stdout
 
 
+def test_import_waits_for_nothing() -> None:
+    added = run("import sys, longshort; print(longshort.__version__, *sys.modules)").split()
+    assert "torch" not in added
+
+
+def test_each_name_is_there_in_any_order() -> None:
+    """Submodules have names of their own; the one called attention must not hide the function."""
+    code = "import longshort.layers, longshort; from longshort import attention; "
+    code += (
+        "print(callable(attention), longshort.attention is attention, longshort.layout.HeadLayout.__name__, "
+    )
+    code += "set(longshort.__all__) <= set(dir(longshort)), hasattr(longshort, 'nothing'))"
+    assert run(code).split() == ["True", "True", "HeadLayout", "True", "False"]
+
+
 def test_import_pulls_in_torch_alone() -> None:
-    code = "import torch, sys, json; before = set(sys.modules); import longshort; "
+    code = "import torch, sys, json; before = set(sys.modules); from longshort import *; "
     code += "print(json.dumps(sorted(set(sys.modules) - before)))"
     added = json.loads(run(code))
     assert "longshort.attention" in added
@@ -30,6 +45,6 @@ def test_import_works_without_any_optional_package() -> None:
 
 
 def test_import_takes_less_than_a_second_beyond_torch() -> None:
-    code = "import torch, time; start = time.perf_counter(); import longshort; "
+    code = "import torch, time; start = time.perf_counter(); from longshort import *; "
     code += "print(time.perf_counter() - start)"
     assert any(float(run(code)) < 1 for _ in range(3))  # a busy machine has three tries

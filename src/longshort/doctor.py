@@ -6,38 +6,19 @@ import os
 import platform
 import shutil
 from importlib import metadata
+from typing import Any
 
 import torch
 
 from longshort import __version__
-from longshort.attention import explain
+from longshort.attention import Explanation, explain
 from longshort.backends import cpu
+from longshort.bench.machine import processor_name
+from longshort.extras import OPTIONAL_PACKAGES
 from longshort.layout import HeadLayout
 
 Rows = list[tuple[str, str]]
 Report = list[tuple[str, Rows]]
-
-# The extra that installs each package.
-OPTIONAL_PACKAGES = {
-    "annotated-types": "train",
-    "transformers": "hf",
-    "safetensors": "hf",
-    "datasets": "train",
-    "tokenizers": "train",
-    "numpy": "train",
-    "pandas": "train",
-    "pyarrow": "train",
-    "zstandard": "train",
-    "tyro": "train",
-    "rich": "train",
-    "scipy": "train",
-    "tensorboard": "train",
-    "matplotlib": "train",
-    "jinja2": "train",
-    "peft": "train",
-    "gguf": "examples",
-    "lm-eval": "examples",
-}
 
 
 def report() -> Report:
@@ -59,13 +40,76 @@ def as_text(sections: Report) -> str:
     return "\n\n".join(blocks)
 
 
+def facts() -> dict[str, Any]:
+    """Collect what the report says, for programs; docs/quickstart.md describes the keys.
+
+    It names neither the user nor the machine, and no folder: the home folder in a message is written ~.
+    """
+    packages = {package: _version(package) for package in OPTIONAL_PACKAGES}
+    missing: dict[str, list[str]] = {}
+    for package, version in packages.items():
+        if version is None:
+            missing.setdefault(OPTIONAL_PACKAGES[package], []).append(package)
+    kernels = cpu.missing()
+    return {
+        "format": 1,
+        "longshort": __version__,
+        "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
+        "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
+        "packages": packages,
+        "missing_extras": missing,
+        "system": {"name": platform.system(), "release": platform.release(), "machine": platform.machine()},
+        "cpu": {
+            "model": processor_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        },
+        "kernels": {
+            "built": kernels is None,
+            "reason": None if kernels is None else _without_home(kernels),
+            "instruction_set": cpu.instruction_set(),
+            "instruction_sets": cpu.instruction_sets(),
+        },
+        "gpus": [_gpu_facts(index) for index in range(torch.cuda.device_count())],
+        "backends": [_backend_facts(device, dtype) for device, dtype in _cases()],
+    }
+
+
+def _gpu_facts(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+    }
+
+
+def _backend_facts(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    facts = {"device": device, "dtype": _name(dtype), "chosen": None, "not_chosen": {}, "error": None}
+    try:
+        explanation = _explain(device, dtype)
+    except RuntimeError as error:
+        return facts | {"error": _without_home(str(error))}
+    reasons = {name: _without_home(reason) for name, reason in explanation.reasons.items()}
+    return facts | {"chosen": explanation.backend, "not_chosen": reasons}
+
+
+def _without_home(text: str) -> str:
+    return text.replace(os.path.expanduser("~"), "~")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _versions() -> Rows:
     rows = [("longshort", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
     for package, extra in OPTIONAL_PACKAGES.items():
-        try:
-            rows.append((package, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            rows.append((package, f"not installed: pip install 'longshort[{extra}]'"))
+        rows.append((package, _version(package) or f"not installed: pip install 'longshort[{extra}]'"))
     return rows
 
 
@@ -116,14 +160,18 @@ def _cases() -> list[tuple[str, torch.dtype]]:
 
 def _backends(device: str, dtype: torch.dtype) -> Rows:
     """Explain for a typical call which backend is chosen and why the others are not."""
-    layout = HeadLayout.split(num_heads=4, num_global=1, window=16)
     try:
-        x = torch.zeros(1, layout.num_heads, 64, 64, device=device, dtype=dtype)
-        explanation = explain(x, x, x, layout)
+        explanation = _explain(device, dtype)
     except RuntimeError as error:  # a GPU that is visible but broken, busy or full
         return [("none", f"{device} cannot be used: {error}")]
     chosen = (explanation.backend, "chosen by backend='auto'")
     return [chosen, *((name, f"not chosen: {reason}") for name, reason in explanation.reasons.items())]
+
+
+def _explain(device: str, dtype: torch.dtype) -> Explanation:
+    layout = HeadLayout.split(num_heads=4, num_global=1, window=16)
+    x = torch.zeros(1, layout.num_heads, 64, 64, device=device, dtype=dtype)
+    return explain(x, x, x, layout)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -256,7 +256,7 @@ def test_a_missing_package_is_named_before_anything_is_read(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError) as caught:
         open_corpus(tmp_path)
-    assert str(caught.value) == f"{name} is read with the package {package}: pip install 'longshort[train]'"
+    assert str(caught.value) == f"{name} needs {package}: pip install 'longshort[train]'"
     assert caught.value.name == package
     assert texts(open_corpus(tmp_path / "0.txt")) == ["text"]
 

@@ -9,49 +9,64 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longshort.cli.errors import UsageError, is_first_of_node
+from longshort.extras import MissingPackageError, install_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_COMMANDS = {
-    "data": "Turn text into a folder of tokens.",
-    "train": "Train a model, or resume a run.",
-    "evaluate": "Measure a trained model on whole validation documents.",
-    "audit": "Measure what rounding inside attention does to the gradients of a trained model.",
-    "export": "Write a trained model as a folder for from_pretrained.",
-    "generate": "Generate text with a trained model.",
-    "families": "Try what works for each family of Hugging Face decoders.",
-    "watch": "Measure the attention logits of a Hugging Face decoder, by layer and head.",
-    "inspect": "Find out which heads of a pretrained decoder need the distance.",
-    "convert": "Write a pretrained decoder with local and global heads, and a report.",
-    "heal": "Train a converted decoder for a short time, to regain its loss.",
-    "needle": "Measure how far back a language model finds what it has read.",
-    "plan": "Count what layouts of heads would cost: cache, operations, longest context.",
-    "bench": "Measure the speed and memory of attention and of models on this machine.",
-    "study": "Run the paper's experiments: trials, figures, verdicts, one report.",
-    "claims": "Print the claims of finished studies as a table in Markdown.",
-    "doctor": "Show versions, hardware, and which attention backends work here.",
-    "demo": "Train LS-attention and full attention side by side.",
+_GROUPS = {
+    "train and use a model": {
+        "data": "Turn text into a folder of tokens.",
+        "train": "Train a model, or resume a run.",
+        "evaluate": "Measure a trained model on whole validation documents.",
+        "generate": "Generate text with a trained model.",
+        "needle": "Measure how far back a language model finds what it has read.",
+        "audit": "Measure what rounding inside attention does to the gradients of a trained model.",
+        "export": "Write a trained model as a folder for from_pretrained.",
+    },
+    "decoders of Hugging Face": {
+        "watch": "Measure the attention logits of a Hugging Face decoder, by layer and head.",
+        "inspect": "Find out which heads of a pretrained decoder need the distance.",
+        "convert": "Write a pretrained decoder with local and global heads, and a report.",
+        "heal": "Train a converted decoder for a short time, to regain its loss.",
+        "families": "Try what works for each family of Hugging Face decoders.",
+    },
+    "experiments and costs": {
+        "demo": "Train LS-attention and full attention side by side.",
+        "study": "Run the paper's experiments: trials, figures, verdicts, one report.",
+        "claims": "Print the claims of finished studies as a table in Markdown.",
+        "bench": "Measure the speed and memory of attention and of models on this machine.",
+        "plan": "Count what layouts of heads would cost: cache, operations, longest context.",
+    },
+    "this installation": {
+        "doctor": "Show versions, hardware, and which attention backends work here.",
+        "completion": "Print a script that lets bash, zsh or fish complete commands and flags.",
+    },
 }
-_HELP = """\
+COMMANDS = {name: text for group in _GROUPS.values() for name, text in group.items()}
+"""What each command does, by its name, which is also its module."""
+
+_USAGE_LINES = """\
 usage: longshort COMMAND [flags]
 
 LS-attention for PyTorch: attention heads split into many short-range and a few long-range ones.
 
-commands:
-{commands}
-
-`longshort COMMAND --help` explains a command; `longshort --version` prints the version.
-
-example:
-  longshort data stdlib --out data
-  longshort train tiny --data data --out run
-  longshort evaluate run
-  longshort generate run --prompt "def "
-""".format(commands="\n".join(f"  {name:<10}{text}" for name, text in _COMMANDS.items()))
+"""
+_HELP = (
+    _USAGE_LINES
+    + "".join(
+        f"{title}:\n" + "".join(f"  {name:<12}{text}\n" for name, text in group.items()) + "\n"
+        for title, group in _GROUPS.items()
+    )
+    + "`longshort COMMAND --help` explains a command; `longshort --version` prints the version.\n"
+)
+_COMMAND_LINES = "commands; `longshort --help` describes them:\n" + "".join(
+    f"  {title + ':':<26}{', '.join(group)}\n" for title, group in _GROUPS.items()
+)
 
 _FAILURE, _USAGE, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 
@@ -78,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         return _report_error(". ".join(["interrupted", *_notes(interrupt)]), _INTERRUPTED)
     except BrokenPipeError:
-        from longshort.cli.console import discard_output
+        from longshort.reporting.console import discard_output
 
         discard_output()
         return _BROKEN_PIPE
@@ -90,19 +105,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if not arguments:
-        print(_HELP, end="", file=sys.stderr)
-        return _USAGE
+        from longshort.cli.welcome import next_steps
+
+        print(f"{_USAGE_LINES}{_COMMAND_LINES}\n{next_steps(Path())}", end="")
+        return 0
     command, *rest = arguments
     if command in ("-h", "--help"):
-        print(_HELP, end="")
+        from longshort.cli.welcome import FIRST_STEPS
+
+        print(f"{_HELP}\n{FIRST_STEPS}", end="")
         return 0
     if command == "--version":
         from longshort import __version__
 
         print(__version__)
         return 0
-    if command not in _COMMANDS:
-        raise UsageError(f"there is no command {command!r}; the commands are {', '.join(_COMMANDS)}")
+    if command not in COMMANDS:
+        raise UsageError(f"there is no command {command!r}; the commands are {', '.join(COMMANDS)}")
     return import_module(f"longshort.cli.{command}").run(rest)
 
 
@@ -116,12 +135,11 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _describe(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        from longshort.doctor import OPTIONAL_PACKAGES
-
-        package = (error.name or "").partition(".")[0]
-        if package in OPTIONAL_PACKAGES:
-            return f"this needs {package}: pip install 'longshort[{OPTIONAL_PACKAGES[package]}]'"
+    if isinstance(error, MissingPackageError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and (command := install_command(error.name or "")):
+        package = (error.name or "").partition(".")[0].replace("_", "-")
+        return f"this needs {package}: {command}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):

@@ -12,8 +12,8 @@ from annotated_types import Ge
 from rich.table import Table
 
 from longshort.checks import check_fields
-from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
+from longshort.reporting.console import console, progress_bar
 from longshort.reporting.files import replace_file, require_new_files, strict_json
 from longshort.training.audit import Split, audit_trained
 from longshort.training.config import AttentionPrecision, Seed

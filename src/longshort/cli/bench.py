@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import Any
 
-from longshort.cli.console import console
 from longshort.cli.errors import UsageError
 from longshort.cli.flags import parse
+from longshort.reporting.console import console
 
-_BENCHMARKS = {
+BENCHMARKS = {
     "attention": "Time attention: backends of this library against PyTorch's and others'.",
     "kernel": "Time the attention of one query against long caches.",
     "kernels": "Compile the kernels for GPUs and show their registers, or search the fastest tiles.",
@@ -30,7 +31,7 @@ benchmarks:
 {benchmarks}
 
 `longshort bench BENCHMARK --help` explains one.
-""".format(benchmarks="\n".join(f"  {name:<12}{text}" for name, text in _BENCHMARKS.items()))
+""".format(benchmarks="\n".join(f"  {name:<12}{text}" for name, text in BENCHMARKS.items()))
 
 
 def run(arguments: list[str]) -> int:
@@ -41,12 +42,11 @@ def run(arguments: list[str]) -> int:
     if name in ("-h", "--help"):
         print(_HELP, end="")
         return 0
-    if name not in _BENCHMARKS:
-        raise UsageError(f"there is no benchmark {name!r}; the benchmarks are {', '.join(_BENCHMARKS)}")
+    if name not in BENCHMARKS:
+        raise UsageError(f"there is no benchmark {name!r}; the benchmarks are {', '.join(BENCHMARKS)}")
     from longshort.bench.sweep import measure
 
-    kind = getattr(import_module(f"longshort.bench.{name}"), f"{name.capitalize()}Benchmark")
-    flags, output = parse(kind, f"bench {name}", rest), console()
+    flags, output = parse(benchmark_kind(name), f"bench {name}", rest), console()
 
     def show(text: str) -> None:
         output.print(text, markup=False)
@@ -56,3 +56,8 @@ def run(arguments: list[str]) -> int:
     else:
         measure(flags, show)
     return 0
+
+
+def benchmark_kind(name: str) -> Any:
+    """Return the class of a benchmark, whose fields are its flags."""
+    return getattr(import_module(f"longshort.bench.{name}"), f"{name.capitalize()}Benchmark")

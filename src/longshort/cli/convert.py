@@ -11,7 +11,6 @@ from annotated_types import Ge
 from rich.table import Table
 
 from longshort.checks import flag
-from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
 from longshort.cli.inspect import print_proposals
 from longshort.cli.pretrained import SearchFlags, Show, cut_windows, open_with_text, search_heads
@@ -31,6 +30,7 @@ from longshort.evaluation.needle import check_needle
 from longshort.evaluation.positions import longest_input
 from longshort.huggingface import apply, remove
 from longshort.huggingface.loading import Pretrained
+from longshort.reporting.console import console, progress_bar
 from longshort.reporting.files import require_new_folder
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import tyro
 from annotated_types import Ge
 
 from longshort.checks import check_fields
-from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
+from longshort.reporting.console import console, progress_bar
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from longshort.cli.console import SECONDS_BETWEEN_LINES, console
 from longshort.cli.flags import parse
-from longshort.cli.train import describe_progress
+from longshort.reporting.console import SECONDS_BETWEEN_LINES, bar_columns, console, flexible_column, has_bars
 from longshort.studies.demo import MODELS, PROMPT, DemoProgress, DemoSettings, run_demo
 from longshort.studies.demo_report import describe_outcome, result_table, write_demo_report
+from longshort.training.display import describe_progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,10 +40,9 @@ class DemoDisplay(DemoProgress):
         self._steps = steps
         self._last_line = dict.fromkeys(MODELS, 0.0)
         width = max(map(len, MODELS))
-        name, text = TextColumn(f"{{task.fields[model]:<{width}}}"), TextColumn("{task.description}")
-        self._bar = Progress(
-            name, BarColumn(8), MofNCompleteColumn(), text, TimeRemainingColumn(), console=output
-        )
+        name = TextColumn(f"{{task.fields[model]:<{width}}}")
+        columns = (name, *bar_columns(output, 8), MofNCompleteColumn(), flexible_column())
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=output, expand=True)
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -57,7 +56,7 @@ class DemoDisplay(DemoProgress):
         self._output.print(text, markup=False)
 
     def on_training(self, name: str, step: int, record: dict[str, Any]) -> None:
-        if self._output.is_terminal:
+        if has_bars(self._output):
             if name not in self._tasks:
                 self._tasks[name] = self._bar.add_task("", total=self._steps, model=name)
                 self._bar.start()

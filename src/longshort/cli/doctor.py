@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+
 from longshort.cli.errors import UsageError
+
+_HELP = """\
+usage: longshort doctor [--json]
+
+Show versions, hardware, and which attention backends work here.
+
+--json: print it for programs, without names of users, machines and folders
+"""
 
 
 def run(arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"]):
-        print("usage: longshort doctor\n\nShow versions, hardware, and which attention backends work here.")
+        print(_HELP, end="")
         return 0
-    if arguments:
-        raise UsageError(f"doctor takes no flags, got {' '.join(arguments)}")
-    from longshort.doctor import as_text, report
+    if arguments not in ([], ["--json"]):
+        raise UsageError(f"doctor takes no flags but --json, got {' '.join(arguments)}")
+    from longshort.doctor import as_text, facts, report
 
-    print(as_text(report()))
+    print(json.dumps(facts(), indent=2) if arguments else as_text(report()))
     return 0

@@ -12,10 +12,10 @@ from annotated_types import Ge
 from rich.table import Table
 
 from longshort.checks import check_fields
-from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
 from longshort.data import DataFolder
 from longshort.evaluation import Evaluation, evaluate_documents
+from longshort.reporting.console import console, progress_bar
 from longshort.reporting.files import replace_file, require_new_files, strict_json
 from longshort.training.parallel import Ranks, connect
 from longshort.training.plots import plot_loss_by_position

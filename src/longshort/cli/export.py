@@ -10,9 +10,9 @@ import tyro
 from annotated_types import Ge
 
 from longshort.checks import check_fields
-from longshort.cli.console import console
 from longshort.cli.flags import parse
 from longshort.huggingface.model_card import is_own_card
+from longshort.reporting.console import console
 from longshort.training.export import export_run
 
 

@@ -14,10 +14,10 @@ import transformers
 import tyro
 from transformers.utils import logging
 
-from longshort.cli.console import progress_bar
 from longshort.cli.errors import UsageError
 from longshort.cli.flags import parse
 from longshort.huggingface.families import FamilySupport, family_names, family_support
+from longshort.reporting.console import progress_bar
 from longshort.reporting.files import replace_file
 
 _COLUMNS = ("use", "cache", "watch", "clip")

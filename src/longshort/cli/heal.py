@@ -11,10 +11,10 @@ import tyro
 from annotated_types import Ge
 from rich.table import Table
 
-from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
 from longshort.conversion.healing import Healing, HealSettings, heal
 from longshort.conversion.reports import healing_rows, unreported_healing, write_healing
+from longshort.reporting.console import console, progress_bar
 from longshort.training.parallel import connect
 
 if TYPE_CHECKING:

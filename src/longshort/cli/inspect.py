@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.table import Table
 
-from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
 from longshort.cli.pretrained import SearchFlags, cut_windows, open_with_text, search_heads
 from longshort.cli.units import format_bytes
 from longshort.conversion.reports import LAYOUT_FILE, excess_text, proposal_table
 from longshort.conversion.text import split_held_out
+from longshort.reporting.console import console, progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console

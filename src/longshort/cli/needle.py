@@ -12,11 +12,11 @@ from annotated_types import Ge, Le
 from rich.table import Table
 
 from longshort.checks import check_fields
-from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
 from longshort.cli.pretrained import Precision, load_for_evaluation
 from longshort.conversion.text import read_tokens
 from longshort.evaluation import measure_needle
+from longshort.reporting.console import console, progress_bar
 from longshort.reporting.files import replace_file, require_new_files, strict_json
 from longshort.training.config import Seed
 from longshort.training.parallel import connect

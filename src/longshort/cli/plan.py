@@ -11,11 +11,11 @@ from annotated_types import Ge
 
 from longshort.checks import check_fields
 from longshort.cli import plan_paper_runs, plan_training
-from longshort.cli.console import console
 from longshort.cli.flags import parse
 from longshort.cli.tables import plain_table
 from longshort.cli.units import format_bytes, format_count, parse_bytes
 from longshort.model import parameter_count, plan_layouts, preset
+from longshort.reporting.console import console
 
 if TYPE_CHECKING:
     from longshort.model import Flops, LayoutPlan, LongShortConfig

@@ -8,13 +8,13 @@ import textwrap
 from dataclasses import asdict, dataclass
 
 from longshort.checks import check_fields
-from longshort.cli.console import console
 from longshort.cli.flags import parse
 from longshort.cli.plan_training import as_content
 from longshort.cli.rates import RateFlags
 from longshort.cli.tables import plain_table
 from longshort.cli.units import format_bytes, format_count, format_seconds
 from longshort.model.scaling import TrainingPlan, Weights, plan_training
+from longshort.reporting.console import console
 from longshort.training.paper_runs import PaperRun, paper_runs
 
 _DESCRIPTION = """Print the commands of the paper's trainings, and what each would take on the GPUs that it is

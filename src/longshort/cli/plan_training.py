@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 
 from longshort.checks import check_fields, flag
-from longshort.cli.console import console
 from longshort.cli.errors import UsageError
 from longshort.cli.flags import parse
 from longshort.cli.rates import RateFlags
@@ -23,6 +22,7 @@ from longshort.model.scaling import (
     compare_training,
     fewest_context_ranks,
 )
+from longshort.reporting.console import console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

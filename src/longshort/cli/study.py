@@ -10,8 +10,8 @@ import tyro
 from rich.live import Live
 from rich.table import Table
 
-from longshort.cli.console import SECONDS_BETWEEN_LINES, console
 from longshort.cli.flags import parse
+from longshort.reporting.console import SECONDS_BETWEEN_LINES, console, has_bars
 from longshort.studies.catalogue import StudySettings, run_studies
 from longshort.studies.framework.runner import State, StudyProgress
 
@@ -62,19 +62,19 @@ class StudyDisplay(StudyProgress):
         self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
-        if self._output.is_terminal:
+        if has_bars(self._output):
             self._live.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self._output.is_terminal:
+        if has_bars(self._output):
             self._live.stop()
 
     def on_result(self, study: str, trial: Trial, seconds: float) -> None:
         self._output.print(f"{study}: {_describe(trial)} done in {seconds:.0f} s", markup=False)
 
     def on_state(self, state: State) -> None:
-        if self._output.is_terminal:
+        if has_bars(self._output):
             self._live.update(_table(state), refresh=True)
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()

@@ -15,12 +15,12 @@ from rich.table import Table
 
 import longshort.model  # noqa: F401  # lets transformers load longshort's own models
 from longshort.checks import check_fields
-from longshort.cli.console import console, progress_bar
 from longshort.cli.flags import parse
 from longshort.data.tokenization import first_token
 from longshort.evaluation import measure_logits
 from longshort.evaluation.positions import longest_input
 from longshort.huggingface.loading import DTYPES, load_decoder
+from longshort.reporting.console import console, progress_bar
 from longshort.reporting.files import replace_file, require_new_files, strict_json
 from longshort.reporting.heat_map import draw_heat_maps
 from longshort.training.parallel import connect

@@ -1,3 +1,10 @@
 """Conversion of trained decoders: which heads need the distance, a smaller cache, and healing."""
 
+from longshort.extras import require
+
+require(
+    "longshort.conversion",
+    *("annotated-types", "matplotlib", "numpy", "safetensors", "tokenizers", "transformers"),
+)
+
 import longshort.model  # noqa: F401  # lets transformers load longshort's own models

@@ -26,6 +26,7 @@ from longshort.conversion.models import save_into
 from longshort.conversion.short_training import STATE_FILE, Progressed, Recipe, ShortTraining
 from longshort.data import Batches, DataFolder, load_tokenizer, prepare, validation_windows
 from longshort.data.files import sync_tree
+from longshort.extras import require
 from longshort.huggingface import layouts_of, remove
 from longshort.huggingface.loading import Pretrained, load_decoder
 from longshort.reporting.files import replace_file, strict_json
@@ -308,6 +309,7 @@ def _trainable(model: PreTrainedModel, settings: HealSettings) -> Any:
     """Let all weights be trained, or factors beside them."""
     if settings.lora is None:
         return model.requires_grad_(True)
+    require("the setting lora", "peft")
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(settings.seed)  # of the factors

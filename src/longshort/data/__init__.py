@@ -1,5 +1,9 @@
 """Text corpora, tokenizers, token files and batches."""
 
+from longshort.extras import require
+
+require("longshort.data", "numpy", "tokenizers", "transformers")
+
 from longshort.data.batches import Batch, Batches, TokenOrder, copying_windows, validation_windows
 from longshort.data.corpora import open_corpus
 from longshort.data.corpus import Corpus, Document, Skipped

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
+from longshort.extras import require
+
 if TYPE_CHECKING:
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -68,19 +70,14 @@ def require_packages(names: list[str]) -> None:
     """Raise an error, before anything is read, if one of these files needs a package that is missing.
 
     Raises:
-        ModuleNotFoundError: a package is missing; the message names the file and the extra.
+        MissingPackageError: a package is missing; the message names the file and the command to install it.
     """
     needs = {"pyarrow": (".parquet",), "zstandard": (".zst",)}
     for package, suffixes in needs.items():
         name = next((name for name in names if name.lower().endswith(suffixes)), None)
         if name is None:
             continue
-        try:
-            __import__(package)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"{name} is read with the package {package}: pip install 'longshort[train]'", name=package
-            ) from error
+        require(name, package)
 
 
 def read_texts(

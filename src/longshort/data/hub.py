@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longshort.data.corpus import Corpus
 from longshort.data.formats import NoText, no_such_field, text_of
+from longshort.extras import require
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, IterableDataset
@@ -51,6 +52,7 @@ class HubCorpus(Corpus):
         return "its files are not the same now"
 
     def _open(self, revision: str | None) -> DatasetBuilder:
+        require(f"source {self.source!r}", "datasets")
         from datasets import load_dataset_builder
 
         try:

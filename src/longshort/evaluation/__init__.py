@@ -1,5 +1,9 @@
 """Evaluation of language models: perplexity over whole documents, retrieval of needles, generated text."""
 
+from longshort.extras import require
+
+require("longshort.evaluation", "numpy", "tokenizers", "transformers")
+
 from longshort.evaluation.attention_logits import measure_logits
 from longshort.evaluation.generation import GeneratedText, GenerationStatistics, generate_text
 from longshort.evaluation.needle import NeedleCell, NeedleResult, measure_needle

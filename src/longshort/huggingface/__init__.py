@@ -5,6 +5,10 @@ The import registers the attention implementation "longshort", so that models th
 load.
 """
 
+from longshort.extras import require
+
+require("longshort.huggingface", "transformers", "safetensors")
+
 from longshort.huggingface.apply import AttentionLayer, apply, attention_layers, remove
 from longshort.huggingface.cache import GrowingLayer, SplitCache, layer_caches
 from longshort.huggingface.distribution import distribute, gather_layers

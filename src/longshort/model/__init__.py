@@ -1,5 +1,9 @@
 """Language models with LS-attention for Hugging Face transformers, registered there when this is imported."""
 
+from longshort.extras import require
+
+require("longshort.model", "transformers", "safetensors")
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from longshort.model.config import POSITION_EMBEDDINGS, LongShortConfig

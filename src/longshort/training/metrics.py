@@ -38,6 +38,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longshort.extras import require
 from longshort.reporting.files import finite_or_none, parse_json_line
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class MetricsLog:
         if self._board is not None:
             self._board.close()
         if tensorboard:
+            require("the setting tensorboard", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self._run / TENSORBOARD_FOLDER), purge_step=step + 1)
