@@ -40,6 +40,7 @@ MODULES = (
     "longshort.huggingface.spike_callback",
     "longshort.model",
     "longshort.stability",
+    "longshort.training",
 )
 """The public modules, those that docs/policy.md names; each lists its public names in `__all__`."""
 OTHER_FORMS = {"train": ["--resume"], "plan": ["--ranks", "--paper-runs"]}
