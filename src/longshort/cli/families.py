@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
         UsageError: a type is not one of transformers' causal language models.
         OSError: the file could not be written.
     """
-    flags = parse(FamiliesFlags, "longshort families", argv)
+    flags = parse(FamiliesFlags, "families", argv)
     known = family_names()
     unknown = sorted(set(flags.types) - set(known))
     if unknown:
