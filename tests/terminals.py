@@ -1,5 +1,6 @@
 """Runs programs on a pseudo-terminal, or code in the kernel of a notebook."""
 
+import io
 import os
 import pty
 import struct
@@ -10,6 +11,13 @@ from termios import TIOCSWINSZ
 
 import nbformat
 from nbclient import NotebookClient
+
+
+class Terminal(io.StringIO):
+    """A file that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def on_terminal(code: str, columns: int = 80, **environment: str) -> str:

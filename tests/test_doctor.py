@@ -139,8 +139,8 @@ def test_facts_name_missing_packages_by_extra(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_facts_leave_out_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/ada")
-    monkeypatch.setattr(cpu, "missing", lambda: "the kernels in /home/ada/lib/x.so do not load")
+    monkeypatch.setenv("HOME", "/house/ada")
+    monkeypatch.setattr(cpu, "missing", lambda: "the kernels in /house/ada/lib/x.so do not load")
     assert doctor.facts()["kernels"]["reason"] == "the kernels in ~/lib/x.so do not load"
 
 

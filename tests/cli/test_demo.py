@@ -2,6 +2,7 @@ import io
 
 import pytest
 from rich.console import Console
+from tests.terminals import Terminal
 
 from longshort.cli import demo
 from longshort.studies.demo import MODELS
@@ -38,7 +39,7 @@ def show_training(output):
 
 
 def test_a_terminal_shows_both_models_as_bars():
-    terminal = io.StringIO()
+    terminal = Terminal()
     show_training(Console(file=terminal, force_terminal=True, width=140))
     shown = terminal.getvalue()
     assert all(name in shown for name in MODELS)

@@ -1,5 +1,6 @@
 import pytest
 from tests.studies.in_process import run_here
+from tests.terminals import Terminal
 
 from longshort.cli import main
 from longshort.cli.study import StudyDisplay, describe_time
@@ -50,7 +51,7 @@ def test_time_left(seconds, text):
 def test_the_live_table_shows_what_runs():
     from rich.console import Console
 
-    output = Console(force_terminal=True, width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    output = Console(force_terminal=True, width=100, record=True, file=Terminal())
     trial = Trial("MHSA", 2, {"train": {"learning_rate": 3e-3}})
     with StudyDisplay(output) as display:
         display.on_state(
@@ -59,4 +60,3 @@ def test_the_live_table_shows_what_runs():
     shown = output.export_text()
     for part in ("3 of 9 trials", "MHSA, seed 2, rate 0.003", "25%", "about 2 minutes left"):
         assert part in shown
-    output.file.close()
