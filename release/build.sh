@@ -19,7 +19,7 @@ mkdir "$work/commit" "$work/sdist" "$work/source" "$work/dist"
 git archive HEAD | tar -x -C "$work/commit"
 python -m build --no-isolation --sdist --outdir "$work/dist" "$work/commit"
 tar -xf "$work"/dist/*.tar.gz -C "$work/source" --strip-components 1
-python -m build --no-isolation --wheel --outdir "$work/dist" -Cwheel.cmake=false "$work/source"
+python -m build --no-isolation --wheel --outdir "$work/dist" -Cwheel.cmake=false -Cwheel.py-api=py3 "$work/source"
 python -m build --no-isolation --wheel --outdir "$work/kernels" "$work/source"
 # Where the kernels do not compile, this wheel is a pure one too, and auditwheel refuses it.
 auditwheel repair --wheel-dir "$work/dist" "$work"/kernels/*.whl
