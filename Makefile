@@ -4,6 +4,7 @@ PACKAGES := .venv/.packages
 EXAMPLE ?= .cache/smollm2
 INSTALLED := .venv/.installed
 DOCS := .venv/.docs
+TOOLS := build/tools/.installed
 CPP := $(wildcard csrc/* tests/csrc/*)
 SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema
 CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(BIN)/cmake)
@@ -18,11 +19,12 @@ BENCH_FLAGS = --device cuda --overwrite --out $(GPU_OUT)
 
 .PHONY: help demo docs docs-serve docs-check example-model test test-full sanitize sanitize-address sanitize-thread
 .PHONY: lint lint-workflows format clean
+.PHONY: driver-aarch64 wheels check-wheels test-oldest test-newest
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-attention gpu-models gpu-summary gpu-study
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # torch comes first and alone: the packages that depend on it then keep the pinned build.
 $(PACKAGES): requirements/torch.txt requirements/dev.txt
@@ -78,6 +80,33 @@ sanitize-address sanitize-thread:
 	$(CMAKE) -S . -B build/$@ -DLONGSHORT_DRIVER=ON -DLONGSHORT_SANITIZE=$(SANITIZE)
 	$(CMAKE) --build build/$@ --parallel $(shell getconf _NPROCESSORS_ONLN)
 	build/$@/driver $(CASES) 1 3
+
+driver-aarch64:  ## run the C++ kernels on random problems as compiled for aarch64, in QEMU
+	@command -v aarch64-linux-gnu-g++ qemu-aarch64 | grep -c . | grep -q 2 || { \
+		echo "needs a cross-compiler and QEMU: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
+	$(CMAKE) -S . -B build/$@ -DLONGSHORT_DRIVER=ON -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux.cmake
+	$(CMAKE) --build build/$@ --parallel $(shell getconf _NPROCESSORS_ONLN)
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/$@/driver 100 1 3
+
+$(TOOLS): requirements/release.txt
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --quiet -r requirements/release.txt
+	touch $@
+
+wheels: $(TOOLS)  ## build the last commit into dist/: an sdist, a wheel for this machine and a pure one
+	release/build.sh build/tools dist
+
+check-wheels: $(TOOLS) $(PACKAGES)  ## build them twice, compare and check them, run tests of the installed wheel
+	rm -rf build/wheels-1 build/wheels-2
+	release/build.sh build/tools build/wheels-1
+	release/build.sh build/tools build/wheels-2
+	build/tools/bin/python release/check.py build/wheels-1 build/wheels-2 --python $(BIN)/python
+
+# Each in an environment of its own, build/test-oldest and build/test-newest.
+test-oldest test-newest: test-%: $(TOOLS)
+	release/test_versions.sh build/tools $* $(TESTS)
+test-oldest:  ## run tests with the oldest versions that pyproject.toml allows, of torch 2.10 the build of your index
+test-newest:  ## the same with the newest
 
 lint: $(INSTALLED)  ## ruff, pyright, the import contracts, clang-format, and what GitHub reads
 	$(BIN)/ruff check

@@ -23,6 +23,10 @@ BY_NAME_ONLY = ("flex",)
 """The backends that `auto` does not take."""
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Asked once, because torch.compile of torch 2.10 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "hpu", "mps", "xpu") if torch.amp.is_autocast_available(name)
+)
 
 
 @dataclass(frozen=True)
@@ -262,7 +266,7 @@ def cast_as_autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def autocast_is_on(device: torch.device) -> bool:
     """Return whether `torch.autocast` applies to tensors on this device."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 
 def check_call(
