@@ -102,14 +102,6 @@ def test_debugging_raises_failures(monkeypatch):
         main(["train"])
 
 
-@pytest.mark.parametrize("module", ["tyro", "rich"])
-def test_a_missing_extra_is_named(monkeypatch, fails, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    for name in [name for name in sys.modules if name.startswith(("longshort.cli.", f"{module}."))]:
-        monkeypatch.delitem(sys.modules, name)
-    assert f"needs {module}: pip install 'longshort[train]'" in fails(1, "data", "--out", "somewhere")
-
-
 def python(*arguments, **options):
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=120, **options
