@@ -33,7 +33,6 @@ def on_config(config: Any) -> Any:
     """Set the address of the repository, as pyproject.toml has it."""
     config.repo_url = repository()
     config.repo_name = "Source"
-    config.edit_uri = "edit/main/docs/"
     return config
 
 
@@ -47,13 +46,11 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, files: Any, **_context: Any) -> str:
     """Include what is written elsewhere, and let links lead to pages or to the repository."""
     source = Path(page.file.abs_src_path)
     if page.file.src_uri.startswith("reference/") or page.file.src_uri == "changelog.md":
         page.meta["search"] = {"boost": 0.05}  # pages that explain come first
-    if source.parent == ROOT:
-        page.edit_url = f"{config.repo_url}/edit/main/{source.name}"
     here = _links_for(markdown, source.parent, page.file.src_uri, files.src_uris)
     return _INCLUDE.sub(
         lambda line: _links_for(included(line[1]), ROOT, page.file.src_uri, files.src_uris), here
