@@ -1,4 +1,4 @@
-"""Run an installed longshort: attention and its gradients, by the C++ kernels, or with --pure by what is there without.
+"""Run an installed longshort: attention and its gradients, by the C++ kernels, or with --pure without them.
 
 The truth is the backend `reference` in float64.
 """
@@ -27,7 +27,9 @@ def main() -> None:
     taken = explain(q, q, q, HeadLayout.split(num_heads=2, num_global=1, window=2))
     if taken.backend != expected:
         sys.exit(f"backend is {taken.backend}, should be {expected}\n{taken}")
-    for got, truth in zip(gradients(torch.float32, "auto"), gradients(torch.float64, "reference"), strict=True):
+    for got, truth in zip(
+        gradients(torch.float32, "auto"), gradients(torch.float64, "reference"), strict=True
+    ):
         torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-4)
     print(f"{expected}: attention and its gradients are right")
 
