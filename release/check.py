@@ -25,12 +25,7 @@ SECONDS_TO_INSTALL = 20
 # Every Linux has them; what else a module needs would have to come with the wheel.
 SYSTEM_LIBRARIES = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6"}
 LICENSES = {"licenses/LICENSE", "licenses/licenses/nanobind.txt", "licenses/licenses/robin-map.txt"}
-TESTS = [
-    "tests/test_attention.py",
-    "tests/test_layout.py",
-    "tests/test_import.py",
-    "tests/backends/test_cpu.py",
-]
+TESTS = ["tests/test_attention.py", "tests/test_import.py"]
 
 
 def require(condition: bool, message: str) -> None:
