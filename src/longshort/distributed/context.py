@@ -48,7 +48,8 @@ class ContextParallel:
 
     Attributes:
         group: the ranks.
-        rank, ranks: number of this rank in it, and how many there are.
+        rank: number of this rank in the group.
+        ranks: size of the group.
 
     Raises:
         ValueError: gather_memory is not an integer >= 0, or there is no group.
