@@ -82,7 +82,7 @@ sanitize-address sanitize-thread:
 	build/$@/driver $(CASES) 1 3
 
 driver-aarch64:  ## run the C++ kernels on random problems as compiled for aarch64, in QEMU
-	@command -v aarch64-linux-gnu-g++ qemu-aarch64 | grep -c . | grep -q 2 || { \
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { \
 		echo "needs a cross-compiler and QEMU: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
 	$(CMAKE) -S . -B build/$@ -DLONGSHORT_DRIVER=ON -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux.cmake
 	$(CMAKE) --build build/$@ --parallel $(shell getconf _NPROCESSORS_ONLN)
