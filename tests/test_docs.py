@@ -210,6 +210,8 @@ def test_the_landing_page_takes_its_numbers_from_the_readme() -> None:
         included("README: first code of Absent")
 
 
-def test_the_address_of_the_repository_is_written_once() -> None:
-    texts = [path.read_text() for path in [*PAGES, ROOT / "mkdocs.yml", *DOCS.glob("*.py")]]
-    assert repository().startswith("https://") and not any(repository() in text for text in texts)
+def test_links_to_the_repository_are_those_of_its_metadata() -> None:
+    places = [*PAGES, ROOT / "mkdocs.yml", ROOT / "CITATION.cff", *DOCS.glob("*.py")]
+    places += (ROOT / ".github").rglob("*.yml")
+    found = [re.findall(r"https://github\.com/longshort/[\w.-]+", path.read_text()) for path in places]
+    assert {link for links in found for link in links} == {repository()}

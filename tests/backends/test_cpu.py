@@ -176,7 +176,7 @@ def test_each_instruction_set(name: str):
 def test_an_instruction_set_that_is_not_there_is_refused():
     code = """
 try:
-    import longshort
+    from longshort import attention
 except ImportError as error:
     print(error)
 """

@@ -105,7 +105,7 @@ def test_strict_leaves_out_no_file_and_no_record(fails, flawed, tmp_path, tokeni
 def test_a_missing_package_is_named_with_its_extra(fails, flawed, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     message = fails(1, "data", flawed, "--out", tmp_path / "data")
-    assert "this needs zstandard: pip install 'longshort[train]'" in message
+    assert "needs zstandard: pip install 'longshort[train]'" in message
     assert not (tmp_path / "data").exists()
 
 

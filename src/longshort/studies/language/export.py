@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,8 @@ def export_models(runs: Mapping[str, Path], folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         with without_progress_bars():
-            open_trained(run).model.to(torch.bfloat16).save_pretrained(partial)  # pyright: ignore[reportArgumentType]
+            model: Any = open_trained(run).model
+            model.to(torch.bfloat16).save_pretrained(partial, model_card=False)
         shutil.copyfile(run / METRICS_FILE, partial / METRICS_FILE)
         sync_tree(partial)
         shutil.rmtree(final, ignore_errors=True)
