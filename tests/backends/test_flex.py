@@ -140,8 +140,9 @@ def test_gradients_of_random_calls(monkeypatch, seed: int):
     assert_result_as_good_as_plain(replace(truth, out=out, lse=lse, gradients=gradients), case)
 
 
+@pytest.mark.slow
 def test_compiled_calls():
-    """Each size is compiled, which takes seconds."""
+    """Each size is compiled, which takes long."""
     options: dict[str, Any] = {
         "softcap": 3.0, "alibi_slopes": torch.rand(4), "scale": 0.3,
         "segment_ids": torch.randint(-1, 2, (2, 150)),

@@ -24,11 +24,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"CAREFUL": True}, {"GROUP": 4}, {"CAUSAL": False}, {"HAS_OUT": False}, {"PRECISION": "tf32x3"},
 ]  # fmt: skip
 
+_SLOW_PART = "test_recorded_steps.py"
 needs_triton = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @needs_triton
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.slow) if part == _SLOW_PART else part for part in PARTS]
+)
 def test_interpreted(part: str, request: pytest.FixtureRequest) -> None:
     """Run these tests in another process, since the interpreter must be chosen before Triton is imported."""
     chosen = request.config.getoption("-m") or ""

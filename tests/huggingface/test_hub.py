@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from huggingface_hub import ModelCard
 from tests.huggingface.hub import serve_hub
 
@@ -87,6 +88,7 @@ model.push_to_hub('user/second', revision='dev', commit_message='Try it')
     assert saved.data.base_model == "user/first"
 
 
+@pytest.mark.slow
 def test_a_decoder_with_layouts_comes_back_from_the_hub_bit_for_bit(tmp_path: Path) -> None:
     program = """
 model = changed()

@@ -363,6 +363,7 @@ def test_lora_and_autocast_are_seen() -> None:
     assert rounded != read(base, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's
 def test_under_compile_the_graph_is_watched_and_left_again() -> None:
     model, ids = make_llama(num_hidden_layers=1), tokens()
