@@ -4,9 +4,10 @@ Names are imported when they are first used, so that `longshort --help` need not
 """
 
 import sys
-from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from longshort.lazy import lazy_names
 
 if TYPE_CHECKING:
     from longshort.attention import AttentionStats, Explanation, attention, explain
@@ -26,19 +27,19 @@ __all__ = [
     "explain",
 ]
 
-_MODULES = {"LongShortAttention": "layers", "Rotary": "layers", "HeadGroup": "layout", "HeadLayout": "layout"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'attention')}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "AttentionStats": "attention",
+        "Explanation": "attention",
+        "HeadGroup": "layout",
+        "HeadLayout": "layout",
+        "LongShortAttention": "layers",
+        "Rotary": "layers",
+        "attention": "attention",
+        "explain": "attention",
+    },
+)
 
 
 class _Package(ModuleType):

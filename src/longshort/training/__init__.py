@@ -1,12 +1,12 @@
 """Training: the settings (`config`), the folder of a run (`run`), the loop (`loop`) and its parts.
 
-Names are imported when they are first used, so that `longshort train --help` need not wait for torch.
+Names are imported when they are first used: some of them need packages that the other modules do not.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from longshort.extras import require
+from longshort.lazy import lazy_names
 
 require(
     "longshort.training",
@@ -33,20 +33,17 @@ __all__ = [
     "train",
 ]
 
-_MODULES = {
-    "Progress": "progress",
-    "RunOutcome": "progress",
-    "TrainConfig": "config",
-    "TrainedModel": "trained",
-    "TrainingDisplay": "display",
-    "open_trained": "trained",
-    "read_metrics": "metrics",
-    "resume": "loop",
-    "train": "loop",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Progress": "progress",
+        "RunOutcome": "progress",
+        "TrainConfig": "config",
+        "TrainedModel": "trained",
+        "TrainingDisplay": "display",
+        "open_trained": "trained",
+        "read_metrics": "metrics",
+        "resume": "loop",
+        "train": "loop",
+    },
+)
