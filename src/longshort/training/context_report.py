@@ -6,7 +6,7 @@ from collections import Counter
 
 from longshort.distributed import Traffic, all_gather_bytes, part_length, plan_context, uses_ring
 from longshort.model import LongShortConfig
-from longshort.model.scaling.setup import ATTENTION_SIZES
+from longshort.model.scaling.setup import attention_size
 from longshort.training.parallel import Ranks
 from longshort.training.run import RunConfig
 
@@ -19,8 +19,7 @@ def describe_context(run: RunConfig, ranks: Ranks) -> str:
     size = ranks.context_size
     batch = settings.micro_batch_size or settings.batch_size // ranks.data_size
     part = part_length(run.training.sequence_length, size)
-    usual = 2 if settings.precision == "bf16" else 4
-    shape = config.head_dim, ATTENTION_SIZES.get(config.attention_precision, usual)
+    shape = config.head_dim, attention_size(config, settings.precision)
     lines = [
         f"sequences are cut into {size} parts of {part:,} tokens; each process sends per layer, forward:"
     ]

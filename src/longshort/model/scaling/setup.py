@@ -19,7 +19,7 @@ Exchange = Literal["long-short", "all-gather", "ring"]
 """How context parallelism brings keys to queries: ours, by head; or those of all heads, gathered or passed
 on from rank to rank."""
 
-ATTENTION_SIZES = {"fp64": 8, "fp32": 4, "bf16": 2, "bf16-flash": 2, "sdpa-bf16": 2}
+_ATTENTION_SIZES = {"fp64": 8, "fp32": 4, "bf16": 2, "bf16-flash": 2, "sdpa-bf16": 2}
 """Bytes of a number of queries, keys and values; "input" takes the products' dtype."""
 
 
@@ -148,9 +148,18 @@ class TrainingSetup:
     @property
     def element_size(self) -> int:
         """Bytes of a number in the products' dtype."""
-        return 2 if self.precision == "bf16" else 4
+        return _element_size(self.precision)
 
     @property
     def attention_size(self) -> int:
         """Bytes of a number of queries, keys and values."""
-        return ATTENTION_SIZES.get(self.config.attention_precision, self.element_size)
+        return attention_size(self.config, self.precision)
+
+
+def attention_size(config: LongShortConfig, precision: str) -> int:
+    """Count the bytes of a number of queries, keys and values, if products are computed in a precision."""
+    return _ATTENTION_SIZES.get(config.attention_precision, _element_size(precision))
+
+
+def _element_size(precision: str) -> int:
+    return 2 if precision == "bf16" else 4
