@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from functools import cache
 from numbers import Integral
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def is_switched_on(variable: str) -> bool:
+    """Return whether an environment variable that is a switch is set, and neither empty nor 0."""
+    return os.environ.get(variable, "0") not in ("", "0")
 
 
 def require_integer(name: str, value: Any, minimum: int) -> None:

@@ -14,7 +14,7 @@ from longshort import __version__
 from longshort.attention import Explanation, explain
 from longshort.backends import cpu
 from longshort.bench.machine import processor_name
-from longshort.extras import OPTIONAL_PACKAGES
+from longshort.extras import OPTIONAL_PACKAGES, install_command
 from longshort.layout import HeadLayout
 
 Rows = list[tuple[str, str]]
@@ -108,9 +108,10 @@ def _version(package: str) -> str | None:
 
 def _versions() -> Rows:
     rows = [("longshort", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
-    for package, extra in OPTIONAL_PACKAGES.items():
-        rows.append((package, _version(package) or f"not installed: pip install 'longshort[{extra}]'"))
-    return rows
+    return rows + [
+        (package, _version(package) or f"not installed: {install_command(package)}")
+        for package in OPTIONAL_PACKAGES
+    ]
 
 
 def _processor() -> Rows:

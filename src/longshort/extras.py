@@ -52,5 +52,10 @@ def require(user: str, *packages: str) -> None:
 
 def install_command(module: str) -> str | None:
     """Return the command that installs the optional package of a module; None if it is not one of ours."""
-    extra = OPTIONAL_PACKAGES.get(module.partition(".")[0].replace("_", "-"))
+    extra = OPTIONAL_PACKAGES.get(distribution(module))
     return None if extra is None else f"pip install 'longshort[{extra}]'"
+
+
+def distribution(module: str) -> str:
+    """Return the name of the distribution that holds a module of one of these packages."""
+    return module.partition(".")[0].replace("_", "-")

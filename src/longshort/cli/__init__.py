@@ -6,14 +6,14 @@ Each has `run(arguments) -> int`, which returns the exit code.
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longshort.checks import is_switched_on
 from longshort.cli.errors import UsageError, is_first_of_node
-from longshort.extras import MissingPackageError, install_command
+from longshort.extras import MissingPackageError, distribution, install_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         discard_output()
         return _BROKEN_PIPE
     except Exception as error:
-        if os.environ.get("LONGSHORT_DEBUG", "0") not in ("", "0"):
+        if is_switched_on("LONGSHORT_DEBUG"):
             raise
         return _report_error(". ".join([_describe(error), *_notes(error)]), _FAILURE)
 
@@ -138,8 +138,7 @@ def _describe(error: Exception) -> str:
     if isinstance(error, MissingPackageError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and (command := install_command(error.name or "")):
-        package = (error.name or "").partition(".")[0].replace("_", "-")
-        return f"this needs {package}: {command}"
+        return f"this needs {distribution(error.name or '')}: {command}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):

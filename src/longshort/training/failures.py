@@ -22,6 +22,8 @@ from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from longshort.checks import is_switched_on
+
 _BEAT = 1.0
 _SILENCE = 60.0
 _GRACE = 5.0
@@ -65,16 +67,19 @@ class FailureWatch:
             return
         is_own = not _is_of_communication(error)
         lost = str(error).partition("\n")[0]
-        is_heard = False
+        is_reported = False  # by the main process, in place of this one
         with _without_termination():
             cause = None if is_own else self._failure(wait=_GRACE)
             if cause is None:
                 what = f"rank {self._rank} failed: {type(error).__name__}: {error}"
                 self._report(what if is_own else f"the connection to another process was lost: {lost}")
-                is_heard = self._hear() if self._rank == 0 else self._wait_until_heard()
+                if self._rank:
+                    is_reported = self._wait_until_heard()
+                else:
+                    self._hear()
             self._end()
         if cause is None and is_own:
-            if self._rank and is_heard and os.environ.get("LONGSHORT_DEBUG", "0") in ("", "0"):
+            if is_reported and not is_switched_on("LONGSHORT_DEBUG"):
                 raise SystemExit(1) from error
             return
         if cause is None or self._speaks(cause):
@@ -92,11 +97,10 @@ class FailureWatch:
         with suppress(RuntimeError):  # the process that held the store may be gone
             self._store.set(f"beat-{self._rank}", "over")
 
-    def _hear(self) -> bool:
+    def _hear(self) -> None:
         """Write, on the main process, that it reports a failure."""
         with suppress(RuntimeError):
             self._store.set(_HEARD, "yes")
-        return True
 
     def _wait_until_heard(self) -> bool:
         """Give the main process time to hear of a failure: torchrun ends it as soon as this one is gone."""
