@@ -23,8 +23,8 @@ from shutil import which
 from typing import Any, Literal
 from urllib.parse import unquote, urljoin, urlsplit
 
-PUBLIC = ["", ".huggingface", ".stability", ".cache", ".distributed", ".model", ".data", ".evaluation"]
-"""The packages whose `__all__` is the public contract."""
+from site_hooks import public_modules
+
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 PALETTES: list[Literal["light", "dark"]] = ["light", "dark"]
 SEARCHES = {
@@ -87,11 +87,10 @@ def check_files(site: Path) -> Iterator[str]:
             elif target.fragment and file in pages and unquote(target.fragment) not in pages[file].ids:
                 yield f"{name}: has no such anchor: {link}"
     anchors = {anchor for page in pages.values() for anchor in page.ids if anchor.startswith("longshort.")}
-    for package in PUBLIC:
-        module = import_module(f"longshort{package}")
-        for name in module.__all__:
-            if not {f"longshort{package}.{name}", f"longshort{package}.{name}.{name}"} & anchors:
-                yield f"reference: does not show longshort{package}.{name}"
+    for module in public_modules():
+        for name in import_module(module).__all__:
+            if not {f"{module}.{name}", f"{module}.{name}.{name}"} & anchors:
+                yield f"reference: does not show {module}.{name}"
 
 
 def check_in_browser(site: Path, names: list[str], screenshots: Path | None) -> Iterator[str]:

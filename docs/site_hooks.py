@@ -68,6 +68,12 @@ def repository() -> str:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
 
+def public_modules() -> list[str]:
+    """Read the public modules from docs/policy.md."""
+    text = (ROOT / "docs" / "policy.md").read_text().partition("- **Python names**")[2]
+    return sorted(re.findall(r"`(longshort[\w.]*)`", text.partition(", with their")[0]))
+
+
 def included(what: str) -> str:
     """Return the text that a line of a page asks for.
 

@@ -16,8 +16,9 @@ import torch
 import tyro
 from docs.render import run_page
 from docs.site_hooks import PAGES as PAGES_OF_ROOT
-from docs.site_hooks import included, repository
+from docs.site_hooks import included, public_modules, repository
 from tests.conversion.models import random_llama
+from tests.test_public_api import MODULES
 from torch.distributed.run import get_args_parser
 
 from longshort.cli import main
@@ -208,6 +209,10 @@ def test_the_landing_page_takes_its_numbers_from_the_readme() -> None:
     assert "HeadLayout.split" in code and code.startswith("```python")
     with pytest.raises(ValueError, match="no section 'Absent'"):
         included("README: first code of Absent")
+
+
+def test_the_policy_names_the_public_modules() -> None:
+    assert public_modules() == sorted(MODULES)
 
 
 def test_links_to_the_repository_are_those_of_its_metadata() -> None:

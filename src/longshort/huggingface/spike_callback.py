@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["OnSpike", "SpikeCallback"]
 
 OnSpike = Literal["report", "stop", "rollback"]
+"""What to do at a spike: report it, stop the training, or train on from the last checkpoint before it."""
 
 _STATE_FILE = "trainer_state.json"
 
