@@ -76,13 +76,13 @@ def _run_command(command: str) -> str:
 
 
 def run_notebook(notebook: Any, folder: Path) -> None:
-    """Run a notebook in a folder, in a kernel of its own, and put its output into it, without times.
+    """Execute a notebook in a new kernel that starts in `folder`, and store the outputs in it, without times.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
     """
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
-    notebook.metadata = {name: notebook.metadata[name] for name in ("kernelspec",)}
+    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
     for cell in notebook.cells:
         cell.metadata.clear()
 

@@ -14,7 +14,7 @@ import contextlib, importlib, io, json, os, sys
 import torch, transformers, numpy, matplotlib.figure, tyro, rich.console
 
 def try_without(package, code):
-    '''What the code raises or prints in a process of its own, in which this package is not installed.'''
+    '''Return what the code raises or prints in a new process where this package cannot be imported.'''
     ours, theirs = os.pipe()
     if os.fork() == 0:
         for name in [name for name in sys.modules if name.partition('.')[0] == package]:

@@ -117,7 +117,7 @@ def test_all_flags_of_the_help_are_completed_and_no_others(command, capsys):
     documented = set()
     for flags in ([], *([flag] for flag in others)):
         assert main([*command.split(), *flags, "--help"]) == 0
-        # A flag begins a line of its own, or an alternative of it.
+        # Each flag starts a line of the help.
         documented |= set(re.findall(r"^[ │]*(--[a-z][a-z0-9-]*)", capsys.readouterr().out, re.MULTILINE))
     completed = {option for action in parser._actions for option in action.option_strings}
     assert completed - {"-h", "--help"} == documented - {"--help"}

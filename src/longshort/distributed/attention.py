@@ -121,7 +121,7 @@ def _check_cut(
     q: Tensor, k: Tensor, layout: HeadLayout, segment_ids: Tensor | None, plan: Any, gather_memory: Any,
     group: dist.ProcessGroup, causal: bool, options: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Refuse what goes on one rank alone, in a call that `check_call` has passed."""
+    """Refuse what `attention` allows on one process and attention across ranks does not."""
     if not causal:
         raise ValueError("causal must be True across ranks, got False")
     refused = refusal(layout, options.get("alibi_slopes"))

@@ -45,7 +45,7 @@ def has_bars(output: Console) -> bool:
 
 
 def bar_columns(output: Console, width: int) -> tuple[BarColumn, ...]:
-    """Make the column of a bar, or none on a narrow terminal, where numbers need the room."""
+    """Make the column of a progress bar; on a narrow terminal none, which leaves room for the numbers."""
     return (BarColumn(width),) if output.width >= _WIDTH_FOR_BARS else ()
 
 
@@ -65,7 +65,7 @@ def in_notebook() -> bool:
 
 
 class NotebookLine:
-    """A line in the output of a notebook's cell that is replaced as work goes on, twice a second at most."""
+    """A line of a notebook cell's output that is updated at most twice a second."""
 
     def __init__(self) -> None:
         self._handle: DisplayHandle | None = None
