@@ -47,6 +47,7 @@ RUN_COMMANDS = {"quickstart.md"}
 """Pages whose commands in blocks of `sh` are run too."""
 EXACT = {"scaling.md", "inference.md"}
 """Pages whose output is the same everywhere."""
+DOCTOR = (["doctor"], ["doctor", "--json"])
 OTHER_PROGRAMS = {"python3", "pip", "python", "tensorboard", "echo"}
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
@@ -115,7 +116,7 @@ def test_the_cache_of_a_small_model_is_shrunk_as_the_page_says(
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / ".cache" / "smollm2"
     model = random_llama(
-        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+        hidden_size=36, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
         max_position_embeddings=8192,
     )  # fmt: skip
     model.save_pretrained(folder)
@@ -178,7 +179,8 @@ def check_command(words: list[str], targets: list[str]) -> None:
         program, rest = "longshort", launched.training_script_args
     if program == "longshort":
         with contextlib.suppress(Parsed):
-            assert main(["doctor", "--help"] if rest == ["doctor"] else rest) == 0, words  # it has no flags
+            # the doctor would look at GPUs, which are not there
+            assert rest in DOCTOR if rest[:1] == ["doctor"] else main(rest) == 0, words
     elif program == "make":
         assert rest[0] in targets, words
     else:

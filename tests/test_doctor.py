@@ -138,10 +138,27 @@ def test_facts_name_missing_packages_by_extra(monkeypatch: pytest.MonkeyPatch) -
     assert found["packages"]["numpy"] == installed("numpy")
 
 
+@pytest.mark.parametrize("home", ["/house/ada", "/"])
+@pytest.mark.parametrize(
+    ("reason", "left"),
+    [
+        ("the kernels in /house/ada/lib/x.so do not load", "the kernels in x.so do not load"),
+        ("no '/opt/one/x-1.so': a/b and 1/2 stay", "no 'x-1.so': a/b and 1/2 stay"),
+        ("/srv/cache/torch/ is full (/srv/x.cpp:23)", "torch/ is full (x.cpp:23)"),
+        (r"C:\Users\ada\x.dll, ~/lib/y.so", "x.dll, y.so"),
+        ("see https://example.org/a/b", "see https://example.org/a/b"),
+    ],
+)
+def test_facts_leave_out_folders(monkeypatch: pytest.MonkeyPatch, home: str, reason: str, left: str) -> None:
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(cpu, "missing", lambda: reason)
+    assert doctor.facts()["kernels"]["reason"] == left
+
+
 def test_facts_leave_out_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/house/ada")
-    monkeypatch.setattr(cpu, "missing", lambda: "the kernels in /house/ada/lib/x.so do not load")
-    assert doctor.facts()["kernels"]["reason"] == "the kernels in ~/lib/x.so do not load"
+    monkeypatch.setenv("HOME", "/house/ada king")
+    monkeypatch.setattr(cpu, "missing", lambda: "/house/ada king/x.so, /house/ada king: not found")
+    assert doctor.facts()["kernels"]["reason"] == "~/x.so, ~: not found"
 
 
 def test_facts_and_report_name_the_same_backends() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,10 @@ from longshort.layout import HeadLayout
 
 Rows = list[tuple[str, str]]
 Report = list[tuple[str, Rows]]
+
+_PART = r"[^\s'\"/\\:,;()]+"
+_PATH = re.compile(rf"(?:(?<![\w./])~?/|\b[A-Za-z]:\\)(?:{_PART}[/\\])+({_PART})")
+"""An absolute path of two parts or more; its last part is the group."""
 
 
 def report() -> Report:
@@ -43,7 +49,7 @@ def as_text(sections: Report) -> str:
 def facts() -> dict[str, Any]:
     """Collect what the report says, for programs; docs/quickstart.md describes the keys.
 
-    It names neither the user nor the machine, and no folder: the home folder in a message is written ~.
+    It names neither the user nor the machine, and no folder: a path in a message is cut to its last part.
     """
     packages = {package: _version(package) for package in OPTIONAL_PACKAGES}
     missing: dict[str, list[str]] = {}
@@ -67,7 +73,7 @@ def facts() -> dict[str, Any]:
         },
         "kernels": {
             "built": kernels is None,
-            "reason": None if kernels is None else _without_home(kernels),
+            "reason": None if kernels is None else _without_folders(kernels),
             "instruction_set": cpu.instruction_set(),
             "instruction_sets": cpu.instruction_sets(),
         },
@@ -90,13 +96,16 @@ def _backend_facts(device: str, dtype: torch.dtype) -> dict[str, Any]:
     try:
         explanation = _explain(device, dtype)
     except RuntimeError as error:
-        return facts | {"error": _without_home(str(error))}
-    reasons = {name: _without_home(reason) for name, reason in explanation.reasons.items()}
+        return facts | {"error": _without_folders(str(error))}
+    reasons = {name: _without_folders(reason) for name, reason in explanation.reasons.items()}
     return facts | {"chosen": explanation.backend, "not_chosen": reasons}
 
 
-def _without_home(text: str) -> str:
-    return text.replace(os.path.expanduser("~"), "~")
+def _without_folders(text: str) -> str:
+    home = os.path.expanduser("~")
+    if len(Path(home).parts) > 1:  # the root is no home: every path begins with it
+        text = re.sub(rf"{re.escape(home)}(?!\w)", "~", text)
+    return _PATH.sub(r"\1", text)
 
 
 def _version(package: str) -> str | None:

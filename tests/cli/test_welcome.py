@@ -1,5 +1,8 @@
+import errno
 import json
+import os
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +54,20 @@ def test_an_empty_folder_gets_the_first_steps(welcome):
 def test_data_gets_the_training(welcome, tmp_path, place):
     make_data(tmp_path / place)
     assert commands(welcome()) == [f"longshort train tiny --data {shlex.quote(place)} --out runs/first"]
+
+
+def test_a_locked_folder_is_passed_over(welcome, tmp_path, monkeypatch):
+    make_data(tmp_path / "a")
+    make_data(tmp_path / "tokens")
+    stat = os.stat
+
+    def locked(path, *arguments, **options):
+        if Path(os.fsdecode(path)).parent == tmp_path / "a":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", locked)
+    assert commands(welcome()) == ["longshort train tiny --data tokens --out runs/first"]
 
 
 def test_an_unfinished_run_is_resumed_or_used(welcome, tmp_path):

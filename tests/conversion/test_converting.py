@@ -392,6 +392,6 @@ def test_the_card_of_the_original_gives_its_license(original, text, layout, tmp_
     (source / "README.md").write_text("---\nlicense: mit\nbase_model: user/base\n---\n# Mine\n")
     assert convert(source, out, "--layout", layout, "--text", text, "--no-report") == 0
     card: Any = ModelCard.load(out / "README.md")
-    assert (card.data.license, card.data.base_model) == ("mit", "user/base")
+    assert (card.data.license, card.data.base_model) == ("mit", None)
     assert card.data.eval_results is None
     assert "those of the original" in card.text

@@ -114,7 +114,7 @@ def test_facts_become_metadata_and_tables(tmp_path: Path) -> None:
     ]
     assert "tokenizer = AutoTokenizer.from_pretrained(name)" in card.text
     known = known_facts(tmp_path)
-    assert (known.base_model, known.license, known.datasets) == ("user/base", "mit", ["user/text"])
+    assert (known.base_model, known.license, known.datasets) == ("user/base", "mit", ("user/text",))
 
 
 def test_an_unchanged_card_is_replaced_and_a_changed_one_stays(
@@ -133,7 +133,19 @@ def test_an_unchanged_card_is_replaced_and_a_changed_one_stays(
     assert sorted(file.name for file in tmp_path.glob(".*")) == []
 
 
-@pytest.mark.parametrize("content", ["", "# Mine\n", "---\n- not a card\n---\n", "---\n: [\n---\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "# Mine\n",
+        "---\n- not a card\n---\n",
+        "---\n: [\n---\n",
+        "---\n5: 6\n---\n",
+        "---\ntext\n---\n",
+        "---\ndatasets: 5\nlicense: 2\nbase_model: [a, b]\n---\n",
+        "---\ndatasets: [1, {}]\n---\n",
+    ],
+)
 def test_a_readme_of_the_user_stays(content: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(content)
     make_model().save_pretrained(tmp_path)

@@ -130,6 +130,18 @@ def test_overwriting_keeps_a_card_that_was_changed(
     assert (out / "README.md").read_text() == "Mine."
 
 
+def test_overwriting_keeps_a_folder_with_files_of_the_user(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    export_run(run, out, step=5)
+    weights = (out / "model.safetensors").read_bytes()
+    (out / ".git").mkdir()
+    (out / "notes.md").write_text("Mine.")
+    with pytest.raises(FileExistsError, match=r"model also holds \.git, notes\.md, which is no part of"):
+        export_run(run, out, overwrite=True)
+    assert (out / "notes.md").read_text() == "Mine." and (out / ".git").is_dir()
+    assert (out / "model.safetensors").read_bytes() == weights
+
+
 _ELSEWHERE = """
 import sys
 

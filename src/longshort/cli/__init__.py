@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         return _report_error(". ".join(["interrupted", *_notes(interrupt)]), _INTERRUPTED)
     except BrokenPipeError:
-        from longshort.reporting.console import discard_output
+        from longshort.reporting.stdout import discard_output
 
         discard_output()
         return _BROKEN_PIPE

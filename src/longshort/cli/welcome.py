@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _is_data(folder: Path) -> bool:
     return all(
-        (folder / f"{split}.{kind}").is_file()
+        os.path.isfile(folder / f"{split}.{kind}")  # False without permission, unlike Path
         for split in ("train", "validation")
         for kind in ("bin", "json")
     )

@@ -29,8 +29,8 @@ def write_conversion_card(
     Args:
         out: folder of the converted model.
         model: the converted model.
-        source: folder of the original, or its name on the Hub. A card in the folder gives license and base
-            model.
+        source: folder of the original, or its name on the Hub. A card in the folder gives the license and
+            the datasets.
         text: source of the text that was measured on.
         conversion: the measurements; None: there are none.
     """
@@ -49,7 +49,8 @@ def write_conversion_card(
         for state, of in (("after", None), ("before", "the original"))
     ]
     training = [("weights", "those of the original; only the attention was changed, by longshort convert")]
-    facts = replace(known_facts(source), training=training, measurements=measurements)
+    # the model that the original was made from is not what this one was made from
+    facts = replace(known_facts(source), base_model=None, training=training, measurements=measurements)
     return write_model_card(model, out, facts)
 
 

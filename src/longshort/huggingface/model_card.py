@@ -133,13 +133,14 @@ def known_facts(folder: Path | str) -> CardFacts:
     path = Path(folder) / CARD_FILE
     try:
         data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
-    except (ValueError, yaml.YAMLError):  # not a card
+    except (TypeError, ValueError, yaml.YAMLError):  # not a card
         data = {}
     base, license_, datasets = data.get("base_model"), data.get("license"), data.get("datasets")
+    datasets = datasets if isinstance(datasets, list) else (datasets,)
     return CardFacts(
         base_model=base if isinstance(base, str) else None,
         license=license_ if isinstance(license_, str) else None,
-        datasets=[datasets] if isinstance(datasets, str) else datasets or (),
+        datasets=tuple(name for name in datasets if isinstance(name, str)),
     )
 
 

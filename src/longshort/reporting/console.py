@@ -92,11 +92,6 @@ class NotebookLine:
             self._handle.update(content, raw=True)
 
 
-def discard_output() -> None:
-    """Discard stdout once its reader is gone, so that flushing its buffer at exit does not fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int | None], None]]:
     """Yield a function that takes the name of a stage, the work done and the total (None: not known), and

@@ -9,9 +9,9 @@ from longshort.extras import require
 from longshort.lazy import lazy_names
 
 require(
-    "longshort.training",
-    *("annotated-types", "jinja2", "matplotlib", "numpy", "safetensors", "tokenizers", "transformers"),
-)
+    "longshort.training", "annotated-types", "jinja2", "matplotlib", "numpy", "rich", "safetensors",
+    "tokenizers", "transformers",
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from longshort.training.config import TrainConfig

@@ -15,11 +15,11 @@ from longshort.reporting.console import (
     NotebookLine,
     bar_columns,
     console,
-    discard_output,
     flexible_column,
     has_bars,
     in_notebook,
 )
+from longshort.reporting.stdout import discard_output
 from longshort.training.progress import Progress
 
 if TYPE_CHECKING:

@@ -14,6 +14,11 @@ from longshort.training.trained import open_trained
 
 _FILES = ("config.json", "model.safetensors")
 """The files by which an exported model is recognised."""
+_OTHER_FILES = (
+    CARD_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+"""What else `save_pretrained` of models and tokenizers writes."""
 
 
 def export_run(run: Path | str, out: Path | str, *, step: int | None = None, overwrite: bool = False) -> int:
@@ -23,8 +28,8 @@ def export_run(run: Path | str, out: Path | str, *, step: int | None = None, ove
         run: the run's folder.
         out: folder to create; complete or not at all.
         step: step of the checkpoint; None: the latest.
-        overwrite: replace `out` if it holds an exported model; a README.md that its user wrote or changed is
-            kept.
+        overwrite: replace `out` if it holds an exported model and no file of another name; a README.md that
+            its user wrote or changed is kept.
 
     Raises:
         FileExistsError: `out` exists, and may not be replaced.
@@ -38,6 +43,8 @@ def export_run(run: Path | str, out: Path | str, *, step: int | None = None, ove
         raise FileExistsError(f"{out} exists already; --overwrite replaces an exported model")
     if is_taken and not is_exported:
         raise FileExistsError(f"{out} exists and holds no exported model; it stays as it is")
+    if others := sorted({path.name for path in out.glob("*")} - {*_FILES, *_OTHER_FILES}):
+        raise FileExistsError(f"{out} also holds {', '.join(others)}, which is no part of an exported model")
     trained = open_trained(run, step=step)
     facts = run_facts(run, trained.config, trained.step)
     partial, replaced = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "replaced"))
