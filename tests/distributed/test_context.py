@@ -284,27 +284,6 @@ def test_what_would_give_wrong_numbers_is_refused(tmp_path: Path) -> None:
             assert part in text
 
 
-def hybrid() -> str:
-    """Distribute a decoder with short convolutions, which have no halo."""
-    from transformers import Lfm2Config, Lfm2ForCausalLM
-
-    from longshort.huggingface import apply, distribute
-
-    config = Lfm2Config(
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, layer_types=["conv", "full_attention"],
-    )  # fmt: skip
-    model: Any = Lfm2ForCausalLM(config)
-    apply(model, num_global_heads=2, window=5)
-    with pytest.raises(ValueError) as caught:
-        distribute(model, ContextParallel())
-    return str(caught.value)
-
-
-def test_decoders_that_mix_tokens_in_other_ways_are_refused(tmp_path: Path) -> None:
-    assert "model must mix tokens by attention alone to go across ranks" in run_ranks(hybrid, 1, tmp_path)[0]
-
-
 def refused() -> list[str]:
     context = ContextParallel()
     found = []

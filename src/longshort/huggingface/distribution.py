@@ -34,7 +34,8 @@ def distribute(model: nn.Module, context: ContextParallel) -> None:
     Raises:
         TypeError: model is no model of transformers.
         ValueError: it has no layouts, the layouts differ between the ranks, or tokens reach later ones by
-            something else than attention, such as a short convolution or a recurrence, which has no halo.
+            something else than attention, such as a short convolution or a recurrence, which has no halo; or
+            the model has no finite gradients, which show that, as with some quantized weights.
     """
     layouts = layouts_of(model)
     if layouts is None:
@@ -47,26 +48,62 @@ def distribute(model: nn.Module, context: ContextParallel) -> None:
         setattr(layer, CONTEXT, context)
 
 
-@torch.no_grad()
 def _require_attention_alone(model: PreTrainedModel, layers: list[nn.Module]) -> None:
-    """Refuse a decoder in which a token reaches later ones though every query sees its own key alone."""
-    ids = trial_tokens(model, text_config(model))
-    changed, half = ids.clone(), ids.shape[1] // 2
-    changed[:, :half] = ids[:, half : 2 * half]
+    """Refuse a decoder in which a token reaches later ones though every query sees its own key alone.
+
+    The gradients of later logits with respect to the embeddings of earlier tokens tell: they are exactly 0
+    where no token reaches another. The logits themselves do not, since the matrix products of a mixture of
+    experts round differently beside other tokens.
+    """
+    name, quantizer = type(model).__name__, getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:  # its kernels may cut gradients off silently
+        raise ValueError(
+            "model must have gradients to go across ranks, which show whether it mixes tokens by attention "
+            f"alone, got {name} with weights quantized by {type(quantizer).__name__}; dequantize them"
+        )
     try:
         for layer in layers:
             setattr(layer, CONTEXT, _attend_to_itself)
-        with undisturbed(model):
+        with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
             model.eval()
-            one, other = (trial_logits(model, x, use_cache=False)[:, half:] for x in (ids, changed))
+            earlier, own = _gradients_of_later_logits(model).chunk(2)
     finally:
         gather_layers(model)
-    rounding = 8 * torch.finfo(one.dtype).eps * one.abs().max()
-    if (one - other).abs().max() > rounding:
+    if not earlier.isfinite().all() or not own.any():
         raise ValueError(
-            f"model must mix tokens by attention alone to go across ranks, got {type(model).__name__}, in "
-            "which another layer (a short convolution or a recurrence) does, which has no halo"
+            "model must have gradients to go across ranks, which show whether it mixes tokens by attention "
+            f"alone, got {name}, whose gradients are {'all 0' if earlier.isfinite().all() else 'not finite'}"
         )
+    if earlier.any():
+        raise ValueError(
+            f"model must mix tokens by attention alone to go across ranks, got {name}, in which another "
+            "layer (a short convolution or a recurrence) does, which has no halo"
+        )
+
+
+def _gradients_of_later_logits(model: PreTrainedModel) -> Tensor:
+    """Differentiate the logits of the later half of the trial's tokens by the embeddings of all of them.
+
+    Returns:
+        (tokens, width), for random weights of the logits: their plain sum may be constant.
+    """
+    embeddings: list[Tensor] = []
+
+    def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    ids = trial_tokens(model, text_config(model))
+    with model.get_input_embeddings().register_forward_hook(cut):
+        later = trial_logits(model, ids, use_cache=False).chunk(2, dim=1)[1]
+    try:
+        gradients = torch.autograd.grad(later, embeddings, torch.randn_like(later))
+    except Exception as error:  # the model's own code, such as a kernel without a backward pass
+        raise ValueError(
+            f"{type(model).__name__} cannot go across ranks: it has no gradients with respect to its input "
+            f"embeddings: {error!r}"
+        ) from error
+    return torch.cat(gradients, dim=-1)[0]
 
 
 def _attend_to_itself(q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, **options: Any) -> Tensor:

@@ -95,7 +95,7 @@ def restore_implementation(model: PreTrainedModel, config: Any) -> None:
 
 @contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Put modes, buffers and random states back after trial passes, which compute no gradients."""
+    """Put modes, buffers and random states back after trial passes, for which grad mode is off."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
