@@ -26,6 +26,11 @@ PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.
 
 _INCLUDE = re.compile(r"^<!-- (README: .*|longshort --help) -->$", re.MULTILINE)
 _TARGET = re.compile(r'(?<=\]\()(?![a-z]+:|#)([^)#\s]+)|(?<=src=")(?![a-z]+:)([^"]+)')
+_FURTHER_NAMES = re.compile(
+    r"(<b><code>(?:<span[^>]*>)?\w+,)((?:</span>)?</code></b>)\s*\(<code>(.*?)</code>\)"
+)
+"""The names after the first in an entry such as `q, k, v: tensors`; griffe takes them for its type."""
+_MARKUP = re.compile(r"<[^>]*>|[()]")
 _COMMAND = re.compile(r"^  ([a-z]+)  ", re.MULTILINE)
 
 
@@ -58,7 +63,8 @@ def on_page_markdown(markdown: str, page: Any, files: Any, **_context: Any) -> s
 
 
 def on_page_content(html: str, **_context: Any) -> str:
-    """Let wide tables scroll, by the keyboard too."""
+    """Let wide tables scroll, by the keyboard too, and show all names of an entry for several attributes."""
+    html = _FURTHER_NAMES.sub(lambda entry: f"{entry[1]} {_MARKUP.sub('', entry[3])}{entry[2]}", html)
     html = html.replace("<table>", '<div class="wide" tabindex="0"><table>')
     return html.replace("</table>", "</table></div>")
 

@@ -16,7 +16,7 @@ import torch
 import tyro
 from docs.render import run_page
 from docs.site_hooks import PAGES as PAGES_OF_ROOT
-from docs.site_hooks import included, public_modules, repository
+from docs.site_hooks import included, on_page_content, public_modules, repository
 from tests.conversion.models import random_llama
 from tests.test_public_api import MODULES
 from torch.distributed.run import get_args_parser
@@ -193,6 +193,15 @@ def check_command(words: list[str], targets: list[str]) -> None:
 def test_links_lead_to_files(page: Path) -> None:
     missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
     assert missing == []
+
+
+def test_an_entry_for_several_attributes_shows_all_names() -> None:
+    entry = '<b><code><span title="m.A.q,">q,</span></code></b>\n  (<code>{}</code>)\n  –'
+    names = '(<span title="m.A.k">k</span>, <span title="m.A.v">v</span>)'
+    shown = on_page_content(entry.format(names))
+    assert re.sub(r"<[^>]*>", "", shown) == "q, k, v\n  –"
+    single = entry.replace("q,", "q").format("int")
+    assert on_page_content(single) == single
 
 
 def test_the_site_shows_each_page_once() -> None:
