@@ -140,7 +140,8 @@ def test_graphs_hold_for_every_length(kind: Any, graphs: int) -> None:
 def test_graphs_hold_for_every_length_of_every_shape(
     kind: Any, graphs: int, fields: dict[str, Any], dtype: torch.dtype, is_padded: bool
 ) -> None:
-    assert count(kind, fields, dtype, is_padded) <= graphs
+    grows = kind in (prefill, decode)  # until a ring is full, which one of the lengths may be the first to do
+    assert count(kind, fields, dtype, is_padded) <= graphs + grows
 
 
 @pytest.mark.parametrize("is_twin", [False, True], ids=["own-cache", "cache-of-a-twin"])

@@ -11,6 +11,8 @@ from tests.model.models import SHAPES, VOCAB, make_ids, make_model
 from torch import Tensor
 from transformers.utils.generic import find_labels
 
+from longshort.huggingface.cache_name import CACHE_NAME
+
 
 def test_labels_are_shifted_inside() -> None:
     model = make_model()
@@ -162,5 +164,5 @@ def test_what_the_trainer_of_transformers_reads() -> None:
     assert find_labels(type(model)) == ["labels"]
     parameters = inspect.signature(model.forward).parameters.values()
     assert any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    assert [*model.config.keys_to_ignore_at_inference, "loss"] == ["past_key_values", "loss"]
+    assert [*model.config.keys_to_ignore_at_inference, "loss"] == [CACHE_NAME, "loss"]
     assert isinstance(model.config.keys_to_ignore_at_inference, list)

@@ -27,6 +27,7 @@ from longshort.bench.model_providers import BASELINES, Provider, bytes_of_weight
 from longshort.bench.record import Column, in_same_round
 from longshort.evaluation.generation import cache_bytes
 from longshort.huggingface import SplitCache
+from longshort.huggingface.cache_name import CACHE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +91,7 @@ class DecodeBenchmark(ModelBenchmark):
             "bytes_read": bytes_of_weights_read(model) + size,
             "parameters": model.num_parameters(),
         }
-        step = partial(model, inputs.tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        step = partial(model, inputs.tokens, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
 
         def attend() -> None:  # the layers take turns, so that none is in the processor's cache
             for layer in cache.layers:

@@ -25,6 +25,7 @@ from longshort.bench.model_benchmark import ModelBenchmark
 from longshort.bench.model_providers import BASELINES, Provider
 from longshort.bench.record import Column, in_same_round
 from longshort.evaluation.generation import cache_bytes
+from longshort.huggingface.cache_name import CACHE_NAME
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,7 +125,7 @@ def peaks_of(benchmark: MemoryBenchmark) -> Peaks:
         before = _peak(device)
         out = model(tokens, use_cache=True, logits_to_keep=1)
         after = _peak(device)
-    return Peaks(before, after, cache_bytes(out.past_key_values), model.num_parameters(), forgotten)
+    return Peaks(before, after, cache_bytes(getattr(out, CACHE_NAME)), model.num_parameters(), forgotten)
 
 
 def _peaks_of_process(benchmark: MemoryBenchmark, name: str, length: int) -> Peaks:

@@ -15,6 +15,7 @@ from longshort.conversion.losses import token_losses
 from longshort.evaluation import measure_needle
 from longshort.evaluation.generation import cache_bytes
 from longshort.huggingface import layouts_of, split_cache
+from longshort.huggingface.cache_name import CACHE_NAME
 
 if TYPE_CHECKING:
     from jaxtyping import Int64
@@ -62,12 +63,12 @@ def measure_latency(
     ids = prompt.to(model.device)[None]
     logits = None
     for part in ids.split(_PREFILL, dim=1):
-        logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits[:, -1:]
+        logits = model(input_ids=part, use_cache=True, **{CACHE_NAME: cache}).logits[:, -1:]
     assert logits is not None
     seconds = []
     for _ in range(new_tokens):
         started = time.perf_counter()
-        logits = model(input_ids=logits.argmax(-1), past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=logits.argmax(-1), use_cache=True, **{CACHE_NAME: cache}).logits
         logits.sum().item()  # waits for a GPU
         seconds.append(time.perf_counter() - started)
     return {"seconds_per_token": median(seconds), "cache_bytes": cache_bytes(cache)}

@@ -15,6 +15,7 @@ from longshort.data.documents import begins_with_end_of_text
 from longshort.data.tokenization import Encoder
 from longshort.evaluation.positions import position_limit
 from longshort.huggingface import SplitCache
+from longshort.huggingface.cache_name import CACHE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,7 +176,7 @@ def _generate_tokens(
         started = perf_counter()
         logits = None
         for part in inputs.split(prefill_chunk or inputs.shape[1], dim=1):
-            outputs = model(part, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+            outputs = model(part, use_cache=cache is not None, logits_to_keep=1, **{CACHE_NAME: cache})
             logits = outputs.logits[0, -1]
         assert logits is not None  # the prompt has at least the end-of-text token
         token = choose(logits.float())

@@ -14,6 +14,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.utils import logging
 
 from longshort.huggingface.cache import SplitCache
+from longshort.huggingface.cache_name import CACHE_NAME
 from longshort.huggingface.generation import split_cache
 from longshort.huggingface.interface import Call, recording, within_sliding_window
 from longshort.huggingface.mixers import LayerError, MixerTrial, described, noting_cache_users
@@ -252,7 +253,7 @@ def try_with_caches(model: PreTrainedModel) -> str | None:
     bound = _half_rounding(model)
     if bound is not None:
         with suppress(ValueError), noting_cache_users(model) as users:  # the error will come again
-            trial_logits(model, ids, past_key_values=DynamicCache(config=config), use_cache=True)
+            trial_logits(model, ids, use_cache=True, **{CACHE_NAME: DynamicCache(config=config)})
         trial = MixerTrial(users, bound)
     with nullcontext() if trial is None else trial.recording():
         truth = trial_logits(model, ids, use_cache=False)
@@ -266,7 +267,7 @@ def try_with_caches(model: PreTrainedModel) -> str | None:
         parts = ids.split([_TOKENS - 3, 1, 2], dim=1)
         with nullcontext() if trial is None else trial.comparing(how):
             try:
-                logits = [trial_logits(model, part, past_key_values=cache, use_cache=True) for part in parts]
+                logits = [trial_logits(model, part, use_cache=True, **{CACHE_NAME: cache}) for part in parts]
             except LayerError:
                 raise
             except ValueError as error:

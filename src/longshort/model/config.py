@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from longshort.checks import require_integer, require_positive
 from longshort.flash import flash_refusal
+from longshort.huggingface.cache_name import CACHE_NAME
 from longshort.layers import ATTENTION_PRECISIONS
 from longshort.layout import HeadLayout
 
@@ -65,7 +66,7 @@ class LongShortConfig(PreTrainedConfig):
     """
 
     model_type = "longshort"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE_NAME]
 
     vocab_size: int = 10_000
     hidden_size: int = 768

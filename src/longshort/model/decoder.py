@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from longshort.attention import require_tensor
 from longshort.convolution import ShortConvolution
 from longshort.huggingface import SplitCache, layer_caches, push_to_hub, write_model_card
+from longshort.huggingface.cache_name import CACHE_NAME, given_cache
 from longshort.layers import LongShortAttention, Rotary, require_position_ids
 from longshort.layout import HeadLayout
 from longshort.model.config import LongShortConfig
@@ -83,7 +84,7 @@ class LongShortPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["LongShortBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     def new_cache(self, rollback: int = 0, max_length: int | None = None) -> SplitCache:
         """Return an empty cache for the layouts of this model's layers; see `SplitCache`."""
@@ -196,6 +197,7 @@ class LongShortModel(LongShortPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         states_to_keep: int = 0,
+        cache: Cache | None = None,
     ) -> BaseModelOutputWithPast:
         """Return the hidden states after the last block and the final norm.
 
@@ -211,10 +213,10 @@ class LongShortModel(LongShortPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         tokens = self._checked(input_ids, inputs_embeds)
-        past_key_values = self._cache_to_use(past_key_values, use_cache)
-        caches = None if past_key_values is None else self._layer_caches(past_key_values)
+        cache = self._cache_to_use(given_cache(cache, past_key_values), use_cache)
+        caches = None if cache is None else self._layer_caches(cache)
         past = 0 if caches is None else caches[0].begins_at(tokens.shape[1])
-        max_length = None if past_key_values is None else past_key_values.get_max_length(0)
+        max_length = None if cache is None else cache.get_max_length(0)
         self._check_positions(position_ids, past, tokens)
         segment_ids, position_ids = segments_and_positions(
             attention_mask, position_ids, segment_ids, past, tokens, max_length
@@ -229,15 +231,15 @@ class LongShortModel(LongShortPreTrainedModel):
                 embeddings, segment_ids, position_ids, caches, all_hidden_states
             )
         else:
-            if isinstance(past_key_values, SplitCache):
-                past_key_values.expect(past + tokens.shape[1])
+            if isinstance(cache, SplitCache):
+                cache.expect(past + tokens.shape[1])
             hidden_states = self._through_blocks_in_chunks(
                 chunk, tokens, segment_ids, position_ids, caches, past, states_to_keep
             )
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
             hidden_states=None if all_hidden_states is None else tuple(all_hidden_states),
+            **{CACHE_NAME: cache},
         )
 
     def _layer_caches(self, cache: Cache) -> list[Any]:
@@ -347,26 +349,24 @@ class LongShortModel(LongShortPreTrainedModel):
             check_range("input_ids", input_ids, "vocab_size", self.embed_tokens.num_embeddings)
         return input_ids
 
-    def _cache_to_use(self, past_key_values: Any, use_cache: bool | None) -> Cache | None:
-        if past_key_values is not None and not isinstance(past_key_values, Cache):
-            raise TypeError(
-                f"past_key_values must be a transformers Cache, got {type(past_key_values).__name__}"
-            )
+    def _cache_to_use(self, cache: Any, use_cache: bool | None) -> Cache | None:
+        if cache is not None and not isinstance(cache, Cache):
+            raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
         block: Any = self.layers[0]
         is_convolved = block.attention.short_convolution is not None
-        if is_convolved and (use_cache or past_key_values is not None):
+        if is_convolved and (use_cache or cache is not None):
             raise ValueError(
                 "use_cache and past_key_values do not go with short_convolution, which keeps no state for "
                 "decoding"
             )
-        if self.training and self.gradient_checkpointing and (use_cache or past_key_values is not None):
+        if self.training and self.gradient_checkpointing and (use_cache or cache is not None):
             raise ValueError(
                 "use_cache and past_key_values do not go with gradient checkpointing in training: "
                 "recomputing a block would append its keys twice"
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        return self.new_cache() if use_cache and past_key_values is None else past_key_values
+        return self.new_cache() if use_cache and cache is None else cache
 
     def _check_positions(self, position_ids: Any, past: int | Tensor, tokens: Tensor) -> None:
         batch, q_len = tokens.shape[:2]
