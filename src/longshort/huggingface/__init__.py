@@ -10,6 +10,7 @@ from longshort.extras import require
 require("longshort.huggingface", "transformers", "safetensors")
 
 from longshort.huggingface.apply import AttentionLayer, apply, attention_layers, remove
+from longshort.huggingface.cache import CACHE_NAME as CACHE_NAME  # for longshort.model
 from longshort.huggingface.cache import GrowingLayer, SplitCache, layer_caches
 from longshort.huggingface.distribution import distribute, gather_layers
 from longshort.huggingface.generation import split_cache, use_split_caches

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longshort.cache import LayerCache
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from longshort.layout import HeadLayout
+
+# What transformers calls a model's cache, an argument and an output: "cache" from 5.24 on.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class SplitCache(Cache):

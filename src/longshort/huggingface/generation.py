@@ -9,7 +9,7 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 
-from longshort.huggingface.cache import SplitCache
+from longshort.huggingface.cache import CACHE_NAME, SplitCache
 from longshort.huggingface.state import NAMES, layouts_of, stored_state, text_config
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def use_split_caches() -> None:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         if generation_mode == GenerationMode.ASSISTED_GENERATION and isinstance(given, SplitCache):
             given.reset()  # transformers passes all tokens in its first step, cached ones too
         kind = generation_config.cache_implementation
@@ -76,7 +76,7 @@ def use_split_caches() -> None:
                 self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         longest = None if kind is None else max(max_cache_length, generation_config.max_cache_len or 0)
-        cache = model_kwargs["past_key_values"] = split_cache(self, max_length=longest)
+        cache = model_kwargs[CACHE_NAME] = split_cache(self, max_length=longest)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return None

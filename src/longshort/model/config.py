@@ -65,7 +65,7 @@ class LongShortConfig(PreTrainedConfig):
     """
 
     model_type = "longshort"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 10_000
     hidden_size: int = 768

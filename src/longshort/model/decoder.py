@@ -83,7 +83,7 @@ class LongShortPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["LongShortBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     def new_cache(self, rollback: int = 0, max_length: int | None = None) -> SplitCache:
         """Return an empty cache for the layouts of this model's layers; see `SplitCache`."""

@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from longshort.checks import require_integer
 from longshort.distributed import put_values
+from longshort.huggingface import CACHE_NAME
 from longshort.model.config import LongShortConfig
 from longshort.model.decoder import LongShortModel, LongShortPreTrainedModel
 from longshort.model.inputs import check_labels, kept
@@ -50,26 +51,24 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
     ) -> None:
         """Give `generate()` a cache of ours if the caller passed none and asked for no other kind."""
         kind = generation_config.cache_implementation
-        is_free = generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None
+        is_free = generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None
         if is_free and kind in (None, "static"):
             longest = None if kind is None else max(max_cache_length, generation_config.max_cache_len or 0)
-            model_kwargs["past_key_values"] = self.new_cache(max_length=longest)
+            cache = model_kwargs[CACHE_NAME] = self.new_cache(max_length=longest)
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+                cache.activate_past_recording()
             return
         super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
     @staticmethod
-    def create_masks_for_generate(
-        past_key_values: Cache, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Tensor | None:
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """Return the mask that `generate()` needs for a cache of fixed size: the mask of tokens, with entries
         for all that the cache has memory for, so that its shape stays as it is."""
         if attention_mask is None:
             return None
-        missing = past_key_values.get_max_length(0) - attention_mask.shape[1]
+        missing = kwargs[CACHE_NAME].get_max_length(0) - attention_mask.shape[1]
         return F.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
 
     @torch.no_grad()
@@ -117,6 +116,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: Cache | None = None,
         **loss_arguments: Any,
     ) -> CausalLMOutputWithPast:
         """Return the logits of the next token and, with labels, the loss: mean cross-entropy in nats, fp32.
@@ -144,6 +144,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
             logits_to_keep: number of last positions that get logits, 0 for all; or a 1-D tensor of positions.
             output_hidden_states: also return the embeddings and the output of each block.
             output_attentions: must be false, since no attention matrix is ever held.
+            cache: past_key_values, as transformers names them from 5.24 on.
             loss_arguments: `shift_labels` (batch, q_len): entry t is the token that follows input t, -100
                 where nothing is predicted; they replace labels. `num_items_in_batch`: the loss is the sum of
                 the cross-entropies divided by it, so 0 if there is no target.
@@ -158,6 +159,8 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
                 f"{type(self).__name__}.forward got arguments that it does not know: {', '.join(unknown)}; "
                 "mark packed sequences by segment_ids or by restarting position_ids"
             )
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
         shift_labels = loss_arguments.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
         if has_labels and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
@@ -166,7 +169,7 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             segment_ids=segment_ids,
             use_cache=use_cache,
