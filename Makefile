@@ -104,7 +104,7 @@ check-wheels: $(TOOLS) $(PACKAGES)  ## build them twice, compare and check them,
 
 # Each in an environment of its own, build/test-oldest and build/test-newest.
 test-oldest test-newest: test-%: $(TOOLS)
-	release/test_versions.sh build/tools $* $(TESTS)
+	PYTHON=$(PYTHON) release/test_versions.sh build/tools $* $(TESTS)
 test-oldest:  ## run tests with the oldest versions that pyproject.toml allows, of torch 2.10 the build of your index
 test-newest:  ## the same with the newest
 

@@ -6,6 +6,11 @@ if [ $# -ne 2 ]; then
   echo "usage: $0 TOOLS OUT" >&2
   exit 2
 fi
+if [ "$(uname)" != Linux ]; then
+  echo "make wheels needs Linux, for auditwheel. Elsewhere \`pip wheel --no-deps .\` builds a wheel for this machine," \
+    "and \`cibuildwheel\`, of requirements/release.txt, those of a release." >&2
+  exit 1
+fi
 tools=$(realpath "$1")
 out=$(realpath --canonicalize-missing "$2")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs tests with the oldest or the newest versions that pyproject.toml allows of longshort[train] and what it needs, in
-# the environment build/test-oldest or build/test-newest. TOOLS is one with requirements/release.txt.
+# Runs tests with the oldest or the newest versions that pyproject.toml allows of longshort[all] and what it needs, in
+# the environment build/test-oldest or build/test-newest of PYTHON, python3 by default. TOOLS is one with
+# requirements/release.txt.
 # PyPI's torch comes with the libraries of CUDA; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids them.
 set -euo pipefail
 if [ $# -lt 2 ] || { [ "$2" != oldest ] && [ "$2" != newest ]; }; then
@@ -18,13 +19,12 @@ fi
 resolution=highest
 [ "$which" = newest ] || resolution=lowest-direct
 folder=build/test-$which
-"$tools/bin/uv" pip compile --quiet --python-version 3.11 --resolution "$resolution" --extra train --no-header \
+test -x "$folder/bin/python" || "${PYTHON:-python3}" -m venv "$folder"
+"$tools/bin/uv" pip compile --quiet --python "$folder/bin/python" --resolution "$resolution" --extra all --no-header \
   --no-annotate --no-emit-package longshort pyproject.toml --output-file "build/$which.txt"
-test -x "$folder/bin/python" || python3.11 -m venv "$folder"
-"$folder/bin/python" -m pip install --quiet -r "build/$which.txt"
-# the tools of the tests, in whatever version fits
-"$folder/bin/python" -m pip install --quiet -c "build/$which.txt" \
-  accelerate hypothesis jaxtyping psutil pytest pytest-timeout pytest-xdist
-"$folder/bin/python" -m pip install --quiet --no-deps .
-# other versions of packages warn of other things
-"$folder/bin/python" -m pytest -q -n auto -o filterwarnings=default -m "not slow" "${tests[@]}"
+# uv reads no settings of pip, which chooses the build of torch; so the list only constrains pip, and packages of CUDA in
+# it are installed only with a torch that needs them. The tools of the tests come in whatever version fits.
+"$folder/bin/python" -m pip install --quiet -c "build/$which.txt" '.[all]' \
+  accelerate hypothesis jaxtyping nbclient nbformat pexpect psutil pytest pytest-timeout pytest-xdist
+# Other versions of packages warn of other things, and torch's compiler of another version finds its cache empty.
+"$folder/bin/python" -m pytest -q -n auto -o filterwarnings=default --timeout 1800 -m "not slow" "${tests[@]}"

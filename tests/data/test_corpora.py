@@ -192,6 +192,17 @@ def test_hugging_face_dataset_of_parquet_with_a_configuration(tmp_path: Path) ->
     assert corpus.skipped == Skipped(empty=1)
 
 
+def test_fields_known_only_from_rows_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.IterableDataset, "column_names", None)  # as it is for CSV
+    path = write_jsonl(tmp_path / "a.jsonl", [{"title": "x", "text": "y"}])
+    with pytest.raises(ValueError, match=r"no field 'body' \(text_field\); its fields: 'title', 'text'"):
+        open_corpus(f"hf:{tmp_path}", text_field="body")
+    assert texts(f"hf:{tmp_path}") == {"train:0": "y"}
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"the dataset cannot be (opened|read)"):
+        open_corpus(f"hf:{tmp_path}")
+
+
 def test_hugging_face_errors_name_the_source(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"title": "x", "text": "y"}])
     with pytest.raises(ValueError, match=r"no field 'body' \(text_field\); its fields: 'title', 'text'"):

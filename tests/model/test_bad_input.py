@@ -44,7 +44,6 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "kept": (ValueError, {"logits_to_keep": -1}, "logits_to_keep must be an integer >= 0 .*got -1"),
     "attentions": (ValueError, {"output_attentions": True}, "output_attentions must be false"),
     "cache": (TypeError, {"past_key_values": ((IDS, IDS),)}, "past_key_values must be a transformers Cache"),
-    "caches": (ValueError, {"past_key_values": 1, "cache": 1}, "two names of one argument, got both"),
     "unknown": (TypeError, {"attn_mask": IDS, "cu_seq_lens_q": IDS}, "not know: attn_mask, cu_seq_lens_q;"),
 }  # fmt: skip
 

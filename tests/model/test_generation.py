@@ -107,6 +107,19 @@ def test_a_static_cache_is_a_split_one_of_fixed_size(fields: dict[str, Any]) -> 
     assert torch.equal(out.sequences, greedy_by_hand(model, ids))
 
 
+@torch.no_grad()
+def test_cache_is_another_name_of_past_key_values() -> None:
+    model, ids = make_model(), make_ids(length=5)
+    expected = model(ids).logits
+    for name in ("past_key_values", "cache"):
+        cache = model.new_cache()
+        got = [model(part, **{name: cache}).logits for part in ids.split(3, dim=1)]
+        torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-5, atol=1e-5)
+        assert cache.get_seq_length() == 5
+    with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
+        model(ids, cache=cache, past_key_values=cache)
+
+
 def test_static_caches_of_transformers_are_refused() -> None:
     model = make_model()
     with pytest.raises(ValueError, match="past_key_values must be a SplitCache or keep every token"):

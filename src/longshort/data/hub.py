@@ -40,7 +40,9 @@ class HubCorpus(Corpus):
         self._stream = self._rows()
         self._rows_read = 0
         columns = self._stream.column_names
-        if columns is not None and text_field not in columns:
+        if columns is None:  # formats like CSV name them only in a row
+            columns = list(next(self._checked(self._rows()), {text_field: ""}))
+        if text_field not in columns:
             raise ValueError(no_such_field(text_field, columns, f"source {source!r}"))
 
     def changed_since(self, state: dict[str, Any]) -> str | None:

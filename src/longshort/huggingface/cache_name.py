@@ -19,5 +19,5 @@ def given_cache(cache: Any, past_key_values: Any) -> Any:
         ValueError: it was passed by both.
     """
     if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values are two names of one argument, got both")
+        raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
     return past_key_values if cache is None else cache
