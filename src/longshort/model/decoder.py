@@ -236,10 +236,11 @@ class LongShortModel(LongShortPreTrainedModel):
             hidden_states = self._through_blocks_in_chunks(
                 chunk, tokens, segment_ids, position_ids, caches, past, states_to_keep
             )
+        named_cache: dict[str, Any] = {CACHE_NAME: cache}
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             hidden_states=None if all_hidden_states is None else tuple(all_hidden_states),
-            **{CACHE_NAME: cache},
+            **named_cache,
         )
 
     def _layer_caches(self, cache: Cache) -> list[Any]:
