@@ -26,5 +26,7 @@ test -x "$folder/bin/python" || "${PYTHON:-python3}" -m venv "$folder"
 # it are installed only with a torch that needs them. The tools of the tests come in whatever version fits.
 "$folder/bin/python" -m pip install --quiet -c "build/$which.txt" '.[all]' \
   accelerate hypothesis jaxtyping nbclient nbformat pexpect psutil pytest pytest-timeout pytest-xdist
-# Other versions of packages warn of other things, and torch's compiler of another version finds its cache empty.
-"$folder/bin/python" -m pytest -q -n auto -o filterwarnings=default --timeout 1800 -m "not slow" "${tests[@]}"
+# Other versions of packages warn of other things, also in tests that run pytest; and torch's compiler of another version
+# finds its cache empty.
+export PYTEST_ADDOPTS="-o filterwarnings=default"
+"$folder/bin/python" -m pytest -q -n auto --timeout 1800 -m "not slow" "${tests[@]}"
