@@ -14,6 +14,8 @@ import torch.multiprocessing as mp
 from torch._C._distributed_c10d import FileStore
 
 SECONDS = 100
+PRELOADED = ["longshort.distributed", "longshort.model", "pytest", "transformers"]
+"""Modules that one process imports for all; to import them takes longer than most tests."""
 
 
 def run_ranks(
@@ -24,7 +26,8 @@ def run_ranks(
     Raises:
         AssertionError: a process failed, or did not end in time; the message has its traceback.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     processes = [
         context.Process(target=_run, args=(function, rank, ranks, folder, arguments, seconds), daemon=True)
         for rank in range(ranks)
