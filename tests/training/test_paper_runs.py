@@ -79,7 +79,9 @@ def test_the_plan_fits_the_gpus(run: PaperRun) -> None:
 
 
 STEP_MEMORY, STEP_SECONDS = 24 * 2**30, 1800
-STEP_LENGTHS = {"large-8192-mhsa": 4096}  # what does not fit at its own length
+STEP_OVERHEAD = 2**29  # of a process, without tensors
+STEP_LENGTHS = {"large-8192-ls": 4096, "large-8192-ls-4": 4096, "large-8192-mhsa": 2048}
+"""The lengths of those that do not fit at their own."""
 
 
 def step_settings(run: PaperRun, data: Path, out: Path) -> TrainConfig:
@@ -100,13 +102,18 @@ def test_its_step_on_a_cpu_fits_24_gib(run: PaperRun) -> None:
         run.setup(), ranks=4, context_parallel=2, batch=2, micro_batch=None, precision="fp32",
         checkpointing=True,
     )  # fmt: skip
-    assert 4 * training_memory(setup).total < STEP_MEMORY
+    assert 4 * (training_memory(setup).total + STEP_OVERHEAD) < 0.9 * STEP_MEMORY
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(STEP_SECONDS + 100)
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_it_steps_with_shards_and_sequences_in_two(run: PaperRun, data: Path, tmp_path: Path) -> None:
+def test_it_steps_with_shards_and_sequences_in_two(
+    run: PaperRun, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole model, but for its vocabulary, which is that of bytes; the large one takes 9 GB of disk."""
+    # glibc then gives the memory of tensors back, instead of keeping a quarter more than is in use
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
     settings = step_settings(run, data, tmp_path / "run")
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
     process = start(settings, (*launcher, "--no-python"))
