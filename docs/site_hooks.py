@@ -75,9 +75,16 @@ def repository() -> str:
 
 
 def public_modules() -> list[str]:
-    """Read the public modules from docs/policy.md."""
+    """Read the public modules from docs/policy.md.
+
+    Raises:
+        ValueError: the page does not name them where it did.
+    """
     text = (ROOT / "docs" / "policy.md").read_text().partition("- **Python names**")[2]
-    return sorted(re.findall(r"`(longshort[\w.]*)`", text.partition(", with their")[0]))
+    modules = sorted(re.findall(r"`(longshort[\w.]*)`", text.partition(", with their")[0]))
+    if not modules:
+        raise ValueError("docs/policy.md does not name the public modules after '- **Python names**'")
+    return modules
 
 
 def included(what: str) -> str:

@@ -8,7 +8,7 @@ if [ $# -ne 2 ]; then
 fi
 if [ "$(uname)" != Linux ]; then
   echo "make wheels needs Linux, for auditwheel. Elsewhere \`pip wheel --no-deps .\` builds a wheel for this machine," \
-    "and \`cibuildwheel\`, of requirements/release.txt, those of a release." >&2
+    "and \`cibuildwheel\` (requirements/release.txt) builds those of a release." >&2
   exit 1
 fi
 tools=$(realpath "$1")

@@ -144,9 +144,11 @@ def test_facts_name_missing_packages_by_extra(monkeypatch: pytest.MonkeyPatch) -
     ("reason", "left"),
     [
         ("the kernels in /house/ada/lib/x.so do not load", "the kernels in x.so do not load"),
-        ("no '/opt/one/x-1.so': a/b and 1/2 stay", "no 'x-1.so': a/b and 1/2 stay"),
+        ("no '/house/one/x-1.so': a/b and 1/2 stay", "no 'x-1.so': a/b and 1/2 stay"),
         ("/srv/cache/torch/ is full (/srv/x.cpp:23)", "torch/ is full (x.cpp:23)"),
-        (r"C:\Users\ada\x.dll, ~/lib/y.so", "x.dll, y.so"),
+        (r"C:\ada\lib\x.dll, D:/ada/lib/y.dll, ~/lib/y.so", "x.dll, y.dll, y.so"),
+        ("-I/house/bob/include -L/house/ada/lib/own /house//bob/z.so", "-Iinclude -Lown z.so"),
+        ("/house/ada-2/x.so and /house/ada.old/y.so", "x.so and y.so"),
         ("see https://example.org/a/b", "see https://example.org/a/b"),
     ],
 )

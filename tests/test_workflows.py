@@ -1,6 +1,7 @@
 """What GitHub's workflows name in this repository exists."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ def targets_called(workflow: Any) -> Iterator[str]:
     """Yield the targets of steps `make TARGET` and, from the matrix, of steps `make "$TARGET"`."""
     for job in workflow["jobs"].values():
         for step in job.get("steps", []):
-            for target in re.findall(r'\bmake "?([^\s";&|]+)', step.get("run", "")):
+            calls = re.findall(r"\bmake ([^\n;&|]+)", step.get("run", ""))
+            for target in (word for call in calls for word in shlex.split(call) if word[0] != "-"):
                 if not target.startswith("$"):
                     yield target
                     continue
@@ -32,5 +34,6 @@ def test_targets_and_paths_exist(path: Path) -> None:
     assert called <= targets
     assert called or path.name == "release.yml"
     events = workflow[True]  # YAML 1.1 takes the key "on" for a truth value
-    for pattern in (events.get("pull_request") or {}).get("paths", []):
+    filters = [event for event in events.values() if isinstance(event, dict)]
+    for pattern in (pattern for event in filters for pattern in event.get("paths", [])):
         assert next(ROOT.glob(pattern), None), pattern

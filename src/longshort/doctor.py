@@ -23,8 +23,8 @@ Rows = list[tuple[str, str]]
 Report = list[tuple[str, Rows]]
 
 _PART = r"[^\s'\"/\\:,;()]+"
-_PATH = re.compile(rf"(?:(?<![\w./])~?/|\b[A-Za-z]:\\)(?:{_PART}[/\\])+({_PART})")
-"""An absolute path of two parts or more; its last part is the group."""
+_PATH = re.compile(rf"(?:(?:(?<![\w./])|(?<=-[IL]))~?/|\b[A-Za-z]:[\\/])(?:{_PART}[/\\]+)+({_PART})")
+"""An absolute path of two parts or more, without spaces; its last part is the group."""
 
 
 def report() -> Report:
@@ -49,7 +49,8 @@ def as_text(sections: Report) -> str:
 def facts() -> dict[str, Any]:
     """Collect what the report says, for programs; docs/quickstart.md describes the keys.
 
-    It names neither the user nor the machine, and no folder: a path in a message is cut to its last part.
+    It names neither the user nor the machine: absolute paths in messages are cut to their last part, where a
+    space or a quote ends a path, and the home folder is written ~.
     """
     packages = {package: _version(package) for package in OPTIONAL_PACKAGES}
     missing: dict[str, list[str]] = {}
@@ -104,7 +105,7 @@ def _backend_facts(device: str, dtype: torch.dtype) -> dict[str, Any]:
 def _without_folders(text: str) -> str:
     home = os.path.expanduser("~")
     if len(Path(home).parts) > 1:  # the root is no home: every path begins with it
-        text = re.sub(rf"{re.escape(home)}(?!\w)", "~", text)
+        text = re.sub(rf"{re.escape(home)}(?![\w-]|\.\w)", "~", text)
     return _PATH.sub(r"\1", text)
 
 

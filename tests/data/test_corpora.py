@@ -199,7 +199,7 @@ def test_fields_known_only_from_rows_are_checked_too(tmp_path: Path, monkeypatch
         open_corpus(f"hf:{tmp_path}", text_field="body")
     assert texts(f"hf:{tmp_path}") == {"train:0": "y"}
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"the dataset cannot be (opened|read)"):
+    with pytest.raises(ValueError, match="the dataset cannot be read"):
         open_corpus(f"hf:{tmp_path}")
 
 

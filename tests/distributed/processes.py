@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,7 +16,8 @@ from torch._C._distributed_c10d import FileStore
 
 SECONDS = 100
 PRELOADED = ["longshort.distributed", "longshort.model", "pytest", "transformers"]
-"""Modules that one process imports for all; to import them takes longer than most tests."""
+"""Modules that one process imports for all, which would take longer than most tests. All have the environment
+of the first."""
 
 
 def run_ranks(
@@ -26,7 +28,8 @@ def run_ranks(
     Raises:
         AssertionError: a process failed, or did not end in time; the message has its traceback.
     """
-    context = mp.get_context("forkserver")
+    # a Mac's frameworks do not survive a fork
+    context = mp.get_context("spawn" if sys.platform == "darwin" else "forkserver")
     context.set_forkserver_preload(PRELOADED)
     processes = [
         context.Process(target=_run, args=(function, rank, ranks, folder, arguments, seconds), daemon=True)

@@ -7,6 +7,7 @@ import torch
 from longshort.data import byte_tokenizer, train_bpe
 from longshort.evaluation import generate_text, generation
 from longshort.huggingface import SplitCache
+from longshort.huggingface.cache_name import CACHE_NAME
 from longshort.model import kv_bytes, preset
 from longshort.model.modeling import LongShortForCausalLM
 
@@ -28,7 +29,7 @@ class Fake:
     def eval(self):
         return self
 
-    def __call__(self, inputs, past_key_values, use_cache, logits_to_keep):
+    def __call__(self, inputs, use_cache, logits_to_keep, **cache):
         assert not torch.is_grad_enabled()
         self.seen += inputs[0].tolist()
         return SimpleNamespace(logits=self.function(self.seen)[None, None])
@@ -262,7 +263,7 @@ def test_longshorts_models_get_their_own_cache():
     forward = model.forward
 
     def spied(*args, **options):
-        caches.append(options["past_key_values"])
+        caches.append(options[CACHE_NAME])
         return forward(*args, **options)
 
     model.forward = spied

@@ -88,7 +88,7 @@ def _cut_gradients(model: Any) -> None:
     model.lm_head.register_forward_hook(lambda module, args, output: output.detach())
 
 
-def _make_gradients_infinite(model: Any) -> None:
+def _make_gradients_nan(model: Any) -> None:
     model.lm_head.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] / 0,))
 
 
@@ -101,7 +101,7 @@ def _make_gradients_zero(model: Any) -> None:
     [
         (_quantize, "with weights quantized by _Quantizer; dequantize them"),
         (_cut_gradients, "it has no gradients with respect to its input embeddings"),
-        (_make_gradients_infinite, "whose gradients are not finite"),
+        (_make_gradients_nan, "whose gradients are not finite"),
         (_make_gradients_zero, "whose gradients are all 0"),
     ],
 )

@@ -116,6 +116,10 @@ def test_cache_is_another_name_of_past_key_values() -> None:
         got = [model(part, **{name: cache}).logits for part in ids.split(3, dim=1)]
         torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-5, atol=1e-5)
         assert cache.get_seq_length() == 5
+        cache = model.new_cache()
+        text = model.generate(ids, max_new_tokens=12, do_sample=False, **{name: cache})
+        assert torch.equal(text, greedy_by_hand(model, ids))
+        assert cache.get_seq_length() > 5
     with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
         model(ids, cache=cache, past_key_values=cache)
 

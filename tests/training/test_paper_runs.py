@@ -79,9 +79,9 @@ def test_the_plan_fits_the_gpus(run: PaperRun) -> None:
 
 
 STEP_MEMORY, STEP_SECONDS = 24 * 2**30, 1800
-STEP_OVERHEAD = 2**29  # of a process, without tensors
+STEP_OVERHEAD = 2**29  # bytes that a process takes besides tensors
 STEP_LENGTHS = {"large-8192-ls": 4096, "large-8192-ls-4": 4096, "large-8192-mhsa": 2048}
-"""The lengths of those that do not fit at their own."""
+"""Sequence lengths of the runs that do not fit at the paper's."""
 
 
 ONE_STEP = """
@@ -139,6 +139,7 @@ def test_it_steps_with_shards_and_sequences_in_two(
         (record,) = read_metrics(settings.out)
         assert record["loss"] == pytest.approx(math.log(257), abs=0.5)
         assert 0 < record["grad_norm"] < math.inf
+        assert not list(settings.out.glob("checkpoints/*"))
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun ends its processes
         raise

@@ -31,7 +31,8 @@ class ExportFlags:
     """Step of the checkpoint. None: the latest."""
 
     overwrite: bool = False
-    """Replace OUT if it is a folder with an exported model. A README.md that was changed since is kept."""
+    """Replace OUT if it is a folder with an exported model and nothing else. A README.md that was changed
+    since is kept."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -27,7 +27,7 @@ class HubCorpus(Corpus):
         strict: see `open_corpus`.
 
     Raises:
-        ValueError: there is no such dataset, configuration, split or field.
+        ValueError: there is no such dataset, configuration, split or field, or its first row cannot be read.
     """
 
     def __init__(self, source: str, dataset: str, text_field: str, strict: bool) -> None:

@@ -35,7 +35,8 @@ def distribute(model: nn.Module, context: ContextParallel) -> None:
         TypeError: model is no model of transformers.
         ValueError: it has no layouts, the layouts differ between the ranks, or tokens reach later ones by
             something else than attention, such as a short convolution or a recurrence, which has no halo; or
-            the model has no finite gradients, which show that, as with some quantized weights.
+            whether they do cannot be shown, since the model has no finite gradients, as with some quantized
+            weights.
     """
     layouts = layouts_of(model)
     if layouts is None:
@@ -57,10 +58,7 @@ def _require_attention_alone(model: PreTrainedModel, layers: list[nn.Module]) ->
     """
     name, quantizer = type(model).__name__, getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:  # its kernels may cut gradients off silently
-        raise ValueError(
-            "model must have gradients to go across ranks, which show whether it mixes tokens by attention "
-            f"alone, got {name} with weights quantized by {type(quantizer).__name__}; dequantize them"
-        )
+        raise _no_gradients(f"{name} with weights quantized by {type(quantizer).__name__}; dequantize them")
     try:
         for layer in layers:
             setattr(layer, CONTEXT, _attend_to_itself)
@@ -70,15 +68,20 @@ def _require_attention_alone(model: PreTrainedModel, layers: list[nn.Module]) ->
     finally:
         gather_layers(model)
     if not earlier.isfinite().all() or not own.any():
-        raise ValueError(
-            "model must have gradients to go across ranks, which show whether it mixes tokens by attention "
-            f"alone, got {name}, whose gradients are {'all 0' if earlier.isfinite().all() else 'not finite'}"
-        )
+        kind = "all 0" if earlier.isfinite().all() else "not finite"
+        raise _no_gradients(f"{name}, whose gradients are {kind}")
     if earlier.any():
         raise ValueError(
             f"model must mix tokens by attention alone to go across ranks, got {name}, in which another "
             "layer (a short convolution or a recurrence) does, which has no halo"
         )
+
+
+def _no_gradients(found: str) -> ValueError:
+    return ValueError(
+        "model must have gradients to go across ranks, which show whether it mixes tokens by attention "
+        f"alone, got {found}"
+    )
 
 
 def _gradients_of_later_logits(model: PreTrainedModel) -> Tensor:
@@ -96,6 +99,8 @@ def _gradients_of_later_logits(model: PreTrainedModel) -> Tensor:
     ids = trial_tokens(model, text_config(model))
     with model.get_input_embeddings().register_forward_hook(cut):
         later = trial_logits(model, ids, use_cache=False).chunk(2, dim=1)[1]
+    if not embeddings:
+        raise _no_gradients(f"{type(model).__name__}, which does not call its input embeddings")
     try:
         gradients = torch.autograd.grad(later, embeddings, torch.randn_like(later))
     except Exception as error:  # the model's own code, such as a kernel without a backward pass

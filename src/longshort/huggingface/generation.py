@@ -21,7 +21,8 @@ _OTHER_STATIC = set(ALL_STATIC_CACHE_IMPLEMENTATIONS) - {"static"}
 
 
 def split_cache(model: nn.Module, rollback: int = 0, max_length: int | None = None) -> SplitCache:
-    """Return an empty cache for a model to which layouts were applied; pass it as `past_key_values`.
+    """Return an empty cache for a model to which layouts were applied; pass it as `past_key_values`,
+    or as `cache` from transformers 5.24 on.
 
     `generate()` makes one by itself.
 

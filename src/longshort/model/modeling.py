@@ -50,8 +50,11 @@ class LongShortForCausalLM(LongShortPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Give `generate()` a cache of ours if the caller passed none and asked for no other kind."""
+        given = given_cache(*(model_kwargs.pop(name, None) for name in ("cache", "past_key_values")))
+        if given is not None:
+            model_kwargs[CACHE_NAME] = given
         kind = generation_config.cache_implementation
-        is_free = generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None
+        is_free = generation_config.use_cache is not False and given is None
         if is_free and kind in (None, "static"):
             longest = None if kind is None else max(max_cache_length, generation_config.max_cache_len or 0)
             model_kwargs[CACHE_NAME] = self.new_cache(max_length=longest)

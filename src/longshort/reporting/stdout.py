@@ -1,4 +1,4 @@
-"""What is left of stdout when its reader has gone. Needs no extra, as `longshort doctor | head` does not."""
+"""A stdout whose reader has gone, apart from `console` and its need of rich: `longshort doctor` has none."""
 
 import os
 import sys

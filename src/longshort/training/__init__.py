@@ -1,6 +1,6 @@
 """Training: the settings (`config`), the folder of a run (`run`), the loop (`loop`) and its parts.
 
-Names are imported when they are first used: some of them need packages that the other modules do not.
+Names are imported when they are first used, since the command line reads settings without the rest.
 """
 
 from typing import TYPE_CHECKING

@@ -17,6 +17,7 @@ _FILES = ("config.json", "model.safetensors")
 _OTHER_FILES = (
     CARD_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "additional_chat_templates",
 )  # fmt: skip
 """What else `save_pretrained` of models and tokenizers writes."""
 
@@ -43,8 +44,11 @@ def export_run(run: Path | str, out: Path | str, *, step: int | None = None, ove
         raise FileExistsError(f"{out} exists already; --overwrite replaces an exported model")
     if is_taken and not is_exported:
         raise FileExistsError(f"{out} exists and holds no exported model; it stays as it is")
-    if others := sorted({path.name for path in out.glob("*")} - {*_FILES, *_OTHER_FILES}):
-        raise FileExistsError(f"{out} also holds {', '.join(others)}, which is no part of an exported model")
+    others = sorted({path.name for path in out.glob("*")} - {*_FILES, *_OTHER_FILES})
+    if is_taken and others:
+        raise FileExistsError(
+            f"{out} stays as it is: beside an exported model it holds what would be lost, {', '.join(others)}"
+        )
     trained = open_trained(run, step=step)
     facts = run_facts(run, trained.config, trained.step)
     partial, replaced = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "replaced"))
