@@ -62,7 +62,7 @@ def test_a_locked_folder_is_passed_over(welcome, tmp_path, monkeypatch):
     stat = os.stat
 
     def locked(path, *arguments, **options):
-        if Path(os.fsdecode(path)).parent == tmp_path / "a":
+        if Path(os.fsdecode(path)).absolute().parent == tmp_path / "a":
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return stat(path, *arguments, **options)
 

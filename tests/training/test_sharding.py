@@ -57,21 +57,18 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "MHSA": {"steps": 20, "mhsa": True, "position_embedding": "alibi", "on_spike": "report", "softcap": 5.0},
 }  # fmt: skip
+QUICK = [("ddp, sequences in two", "LS, awkward"), ("fsdp, sequences in two", "LS")]
 
 
 @pytest.mark.parametrize(
     ("mode", "model"),
     [
-        ("fsdp", "LS"),
-        ("ddp, sequences in two", "LS, awkward"),
-        ("fsdp, sequences in two", "LS"),
+        *QUICK,
         *(
             pytest.param(mode, model, marks=pytest.mark.slow)
             for mode in MODES | MANY
             for model in MODELS
-            if (mode, model) not in [("fsdp", "LS"), ("fsdp, sequences in two", "LS")]
-            and (mode, model) != ("ddp, sequences in two", "LS, awkward")
-            and not (model == "MHSA" and "ring" in mode)
+            if (mode, model) not in QUICK and not (model == "MHSA" and "ring" in mode)
         ),
     ],
 )
