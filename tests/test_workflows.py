@@ -1,4 +1,4 @@
-"""What GitHub's workflows name in this repository exists."""
+"""The make targets and the files that GitHub's workflows name exist."""
 
 import re
 import shlex
@@ -34,6 +34,6 @@ def test_targets_and_paths_exist(path: Path) -> None:
     assert called <= targets
     assert called or path.name == "release.yml"
     events = workflow[True]  # YAML 1.1 takes the key "on" for a truth value
-    filters = [event for event in events.values() if isinstance(event, dict)]
-    for pattern in (pattern for event in filters for pattern in event.get("paths", [])):
-        assert next(ROOT.glob(pattern), None), pattern
+    for event in events.values():
+        for pattern in event.get("paths", []) if isinstance(event, dict) else []:
+            assert next(ROOT.glob(pattern), None), pattern

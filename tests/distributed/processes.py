@@ -16,8 +16,8 @@ from torch._C._distributed_c10d import FileStore
 
 SECONDS = 100
 PRELOADED = ["longshort.distributed", "longshort.model", "pytest", "transformers"]
-"""Modules that one process imports for all, which would take longer than most tests. All have the environment
-of the first."""
+"""Modules that a server imports once for all processes, since importing them takes longer than most tests.
+The processes inherit its environment, which is that of the first call."""
 
 
 def run_ranks(

@@ -49,7 +49,7 @@ def write_conversion_card(
         for state, of in (("after", None), ("before", "the original"))
     ]
     training = [("weights", "those of the original; only the attention was changed, by longshort convert")]
-    # the base that the original's card names is that of the original
+    # the original's card names the base of the original, not of this model
     facts = replace(known_facts(source), base_model=None, training=training, measurements=measurements)
     return write_model_card(model, out, facts)
 

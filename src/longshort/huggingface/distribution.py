@@ -52,8 +52,8 @@ def distribute(model: nn.Module, context: ContextParallel) -> None:
 def _require_attention_alone(model: PreTrainedModel, layers: list[nn.Module]) -> None:
     """Refuse a decoder in which a token reaches later ones though every query sees its own key alone.
 
-    The gradients of later logits with respect to the embeddings of earlier tokens tell: they are exactly 0
-    where no token reaches another. The logits themselves do not, since the matrix products of a mixture of
+    The gradients of later logits with respect to the embeddings of earlier tokens decide: they are exactly 0
+    where no token reaches another. The logits themselves cannot, since the matrix products of a mixture of
     experts round differently beside other tokens.
     """
     name, quantizer = type(model).__name__, getattr(model, "hf_quantizer", None)

@@ -45,7 +45,7 @@ def has_bars(output: Console) -> bool:
 
 
 def bar_columns(output: Console, width: int) -> tuple[BarColumn, ...]:
-    """Make the column of a progress bar; on a narrow terminal none, which leaves room for the numbers."""
+    """Return the column of a progress bar, or no column on a narrow terminal, where numbers need the room."""
     return (BarColumn(width),) if output.width >= _WIDTH_FOR_BARS else ()
 
 

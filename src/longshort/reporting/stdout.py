@@ -1,4 +1,4 @@
-"""A stdout whose reader has gone, apart from `console` and its need of rich: `longshort doctor` has none."""
+"""Handling of a closed stdout. It needs no rich, unlike `console`, since `longshort doctor` works without."""
 
 import os
 import sys
