@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from tests.distributed.cases import Case, on_one_process, random_case
-from tests.distributed.processes import run_ranks
+from tests.processes import run_ranks
 from torch import Tensor
 
 from longshort import HeadLayout
@@ -69,8 +68,8 @@ def errors(seeds: range, dtype: torch.dtype) -> list[tuple[int, str, float, floa
         pytest.param(4, torch.float32, 400, marks=pytest.mark.slow),
     ],
 )
-def test_random_calls_equal_one_process(ranks: int, dtype: torch.dtype, count: int, tmp_path: Path) -> None:
-    results = run_ranks(errors, ranks, tmp_path, range(count), dtype, seconds=500 if count > 40 else 100)
+def test_random_calls_equal_one_process(ranks: int, dtype: torch.dtype, count: int) -> None:
+    results = run_ranks(errors, ranks, range(count), dtype, seconds=500 if count > 40 else 100)
     limit = 1e-12 if dtype == torch.float64 else 1e-6
     worst = [entry for result in results for entry in result if not entry[2] <= max(limit, 2 * entry[3])]
     assert not worst, worst
@@ -101,9 +100,9 @@ def some_gradients() -> list[tuple[str, float]]:
     return found
 
 
-def test_gradients_of_some_tensors_alone(tmp_path: Path) -> None:
+def test_gradients_of_some_tensors_alone() -> None:
     """Some ranks send nothing that needs gradients, and still take part in the backward pass."""
-    for found in run_ranks(some_gradients, 4, tmp_path):
+    for found in run_ranks(some_gradients, 4):
         assert all(error < 1e-12 for _, error in found), found
 
 
@@ -115,8 +114,8 @@ def empty_calls() -> None:
         assert out.shape == q.shape
 
 
-def test_empty_batches_and_sequences(tmp_path: Path) -> None:
-    run_ranks(empty_calls, 2, tmp_path)
+def test_empty_batches_and_sequences() -> None:
+    run_ranks(empty_calls, 2)
 
 
 def half_errors() -> dict[str, tuple[float, float]]:
@@ -150,8 +149,8 @@ def half_errors() -> dict[str, tuple[float, float]]:
     }
 
 
-def test_half_precision_errs_at_most_twice_as_much_as_plain_pytorch(tmp_path: Path) -> None:
-    for found in run_ranks(half_errors, 4, tmp_path):
+def test_half_precision_errs_at_most_twice_as_much_as_plain_pytorch() -> None:
+    for found in run_ranks(half_errors, 4):
         assert all(mine <= 2 * usual for mine, usual in found.values()), found
 
 
@@ -165,6 +164,6 @@ def autocast_statistics() -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def test_statistics_of_a_ring_are_precise_under_autocast(tmp_path: Path) -> None:
-    for gathered, ring in run_ranks(autocast_statistics, 2, tmp_path):
+def test_statistics_of_a_ring_are_precise_under_autocast() -> None:
+    for gathered, ring in run_ranks(autocast_statistics, 2):
         torch.testing.assert_close(ring, gathered, rtol=1e-4, atol=1e-4)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from tests.distributed.processes import run_ranks
+from tests.processes import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -62,8 +61,8 @@ def traffic() -> tuple[float, float]:
     return forward.bytes, backward.bytes
 
 
-def test_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
-    counted = run_ranks(traffic, 4, tmp_path)
+def test_bytes_are_those_of_the_plan() -> None:
+    counted = run_ranks(traffic, 4)
     planned = plan_context(4, 4096).traffic(_LAYOUT, 64, 4)
     for (forward, _), plan in zip(counted, planned, strict=True):
         assert forward == plan.total
@@ -95,8 +94,8 @@ def recomputed() -> list[tuple[int, torch.Tensor]]:
     return found
 
 
-def test_checkpointing_keeps_what_was_exchanged(tmp_path: Path) -> None:
-    for (repeated, again), (kept, same), (plain, expected) in run_ranks(recomputed, 2, tmp_path):
+def test_checkpointing_keeps_what_was_exchanged() -> None:
+    for (repeated, again), (kept, same), (plain, expected) in run_ranks(recomputed, 2):
         assert kept == plain > 0
         assert repeated > plain
         assert torch.equal(again, expected)
@@ -147,8 +146,8 @@ def disagreements() -> list[str]:
     return found
 
 
-def test_ranks_that_disagree_all_raise(tmp_path: Path) -> None:
-    first, odd = run_ranks(disagreements, 2, tmp_path)
+def test_ranks_that_disagree_all_raise() -> None:
+    first, odd = run_ranks(disagreements, 2)
     for text, part in zip(
         first,
         (
@@ -214,8 +213,8 @@ def other_models() -> list[float]:
     return found
 
 
-def test_decoders_of_others_go_across_ranks(tmp_path: Path) -> None:
-    for errors in run_ranks(other_models, 2, tmp_path):
+def test_decoders_of_others_go_across_ranks() -> None:
+    for errors in run_ranks(other_models, 2):
         assert max(errors) < 1e-5
 
 
@@ -232,8 +231,8 @@ def kept_exchanges() -> int:
     return sum(isinstance(found, Pending) for found in gc.get_objects())
 
 
-def test_exchanges_end_with_their_graph(tmp_path: Path) -> None:
-    assert run_ranks(kept_exchanges, 2, tmp_path) == [0, 0]
+def test_exchanges_end_with_their_graph() -> None:
+    assert run_ranks(kept_exchanges, 2) == [0, 0]
 
 
 def misused() -> list[str]:
@@ -268,8 +267,8 @@ def misused() -> list[str]:
     return found
 
 
-def test_what_would_give_wrong_numbers_is_refused(tmp_path: Path) -> None:
-    for found in run_ranks(misused, 2, tmp_path):
+def test_what_would_give_wrong_numbers_is_refused() -> None:
+    for found in run_ranks(misused, 2):
         for text, part in zip(
             found,
             (
@@ -306,8 +305,8 @@ def refused() -> list[str]:
     return found
 
 
-def test_layers_that_cannot_go_across_ranks_are_refused(tmp_path: Path) -> None:
-    convolution, flash, alibi = run_ranks(refused, 1, tmp_path)[0]
+def test_layers_that_cannot_go_across_ranks_are_refused() -> None:
+    convolution, flash, alibi = run_ranks(refused, 1)[0]
     assert "short_convolution does not go with context parallelism" in convolution
     assert "sdpa-bf16 does not go with context parallelism" in flash
     assert "alibi_slopes do not go with sink_tokens" in alibi

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from tests.distributed.processes import run_ranks
+from tests.processes import run_ranks
 
 from longshort import HeadLayout
 from longshort.distributed import attention as module
@@ -87,8 +86,8 @@ def influences() -> list[str]:
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_every_key_influences_the_rows_that_see_it(ranks: int, tmp_path: Path) -> None:
-    results = run_ranks(influences, ranks, tmp_path)
+def test_every_key_influences_the_rows_that_see_it(ranks: int) -> None:
+    results = run_ranks(influences, ranks)
     assert all(result == results[0] for result in results)
     for text in results[0]:
         assert "not found" not in text

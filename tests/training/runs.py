@@ -16,10 +16,6 @@ from longshort.training.run import RunConfig
 
 SettingsFor = Callable[..., TrainConfig]
 
-TORCHRUN = (
-    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"
-)  # fmt: skip
-
 _PROGRAM = """
 import json, sys
 from longshort.training.config import TrainConfig
@@ -80,6 +76,12 @@ def assert_close_metrics(run: Path, other: Path, rel: float) -> None:
                 torch.tensor(value, dtype=torch.float64), torch.tensor(theirs[name], dtype=torch.float64),
                 rtol=rel, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}",
             )  # fmt: skip
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    """Return the start of a command that runs its end in `processes` processes."""
+    program = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    return (*program, "--nproc-per-node", str(processes), "--no-python")
 
 
 def start(settings: TrainConfig, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:

@@ -5,13 +5,12 @@ import json
 import math
 import shlex
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tests.training.runs import start_program
+from tests.training.runs import start_program, torchrun
 
 from longshort.cli.train import parse_settings
 from longshort.model import LongShortForCausalLM, parameter_count
@@ -130,9 +129,8 @@ def test_it_steps_with_shards_and_sequences_in_two(
     # glibc then gives the memory of tensors back, instead of keeping a quarter more than is in use
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
     settings = step_settings(run, data, tmp_path / "run")
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
     arguments = json.dumps(vars(settings), default=str)
-    process = start_program(ONE_STEP, arguments, launcher=(*launcher, "--no-python"))
+    process = start_program(ONE_STEP, arguments, launcher=torchrun(4))
     try:
         output, _ = process.communicate(timeout=STEP_SECONDS)
         assert process.returncode == 1 and "RuntimeError: stopped after step 1" in output, output

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from tests.training.runs import (
-    TORCHRUN,
     Recorder,
     SettingsFor,
     finish,
     losses,
     start,
+    torchrun,
     without_speed,
 )
 
@@ -365,7 +365,7 @@ def test_two_processes_decide_alike(settings_for: SettingsFor) -> None:
         for name in ("alone", "together")
     )  # fmt: skip
     train(alone)
-    code, output = finish(start(together, TORCHRUN))
+    code, output = finish(start(together, torchrun(2)))
     assert code != 0
     assert output.count("spike at step") == 3, output
     assert [spike["action"] for _, spike in spikes(together.out)] == ["rollback", "rollback", "stop"]

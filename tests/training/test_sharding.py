@@ -6,25 +6,33 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.training.runs import SettingsFor, assert_close_metrics, finish, losses, start, start_program
+from tests.processes import run_processes
+from tests.training.runs import SettingsFor, assert_close_metrics, losses, torchrun
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 from longshort.cli import main
+from longshort.data import Batches
 from longshort.model import LongShortForCausalLM
+from longshort.stability import Spike, SpikeDetector
+from longshort.training import loop
 from longshort.training.checkpoints import checkpoint_folder
 from longshort.training.config import TrainConfig
+from longshort.training.job import prepare_job
 from longshort.training.loop import train
 from longshort.training.metrics import read_metrics
+from longshort.training.parallel import connect
+from longshort.training.run import plan_run
+from longshort.training.sharding import new_groups
 from longshort.training.trained import open_trained
-
-
-def torchrun(processes: int) -> tuple[str, ...]:
-    program = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    return (*program, "--nproc-per-node", str(processes), "--no-python")
 
 
 def assert_same_weights(run: TrainConfig, other: TrainConfig, step: int) -> None:
@@ -77,8 +85,7 @@ def test_processes_train_what_one_does(mode: str, model: str, settings_for: Sett
     alone = settings_for("alone", **MODELS[model])
     together = settings_for("together", **MODELS[model], **changes)
     train(alone)
-    code, output = finish(start(together, torchrun(processes)))
-    assert code == 0, output
+    run_processes(train, processes, together)
     assert losses(together.out) == pytest.approx(losses(alone.out), rel=1e-5)
     assert_close_metrics(together.out, alone.out, rel=1e-3)  # logits move more than losses
     assert_same_weights(together, alone, 20)
@@ -89,8 +96,7 @@ def test_processes_train_what_one_does(mode: str, model: str, settings_for: Sett
 
 def test_shards_are_exported(settings_for: SettingsFor, tmp_path: Path, fails: Any) -> None:
     settings = settings_for(parallel="fsdp", steps=6, checkpoint_every=3)
-    code, output = finish(start(settings, torchrun(2)))
-    assert code == 0, output
+    run_processes(train, 2, settings)
     run, out = settings.out, tmp_path / "exported"
     assert main(["export", str(run), str(out)]) == 0
     exported, trained = LongShortForCausalLM.from_pretrained(out), open_trained(run).model
@@ -114,8 +120,7 @@ def test_shards_are_exported(settings_for: SettingsFor, tmp_path: Path, fails: A
 def test_checkpoints_go_from_mode_to_mode(settings_for: SettingsFor) -> None:
     one_head = {"heads": 1, "head_dim": 32, "sink_logits": True}  # AdamW's `step` has as many elements
     settings = settings_for(parallel="fsdp", steps=6, checkpoint_every=3, **one_head)
-    code, output = finish(start(settings, torchrun(2)))
-    assert code == 0, output
+    run_processes(train, 2, settings)
     run = settings.out
     for changes, launcher in (
         ({"parallel": "ddp", "steps": 8}, ()),  # one process
@@ -131,24 +136,17 @@ def test_checkpoints_go_from_mode_to_mode(settings_for: SettingsFor) -> None:
     assert losses(run) == pytest.approx(losses(whole.out), rel=1e-5)
 
 
-SPIKE = """
-import json, sys, torch
-from functools import partial
-from longshort.data import Batches
-from longshort.stability import SpikeDetector
-from longshort.training import loop
-from longshort.training.config import TrainConfig
+def train_with_a_planted_batch(settings: TrainConfig) -> None:
+    draw = Batches.batch
 
-draw = Batches.batch
+    def batch(self: Batches, step: int, *ranks: Any) -> Any:
+        drawn = draw(self, step, *ranks)
+        return drawn._replace(labels=torch.full_like(drawn.labels, 7)) if step == 15 else drawn
 
-def batch(self, step, *ranks):
-    drawn = draw(self, step, *ranks)
-    return drawn._replace(labels=torch.full_like(drawn.labels, 7)) if step == 15 else drawn
-
-Batches.batch = batch
-loop.SpikeDetector = partial(SpikeDetector, window=10, loss_score=2.0)
-loop.train(TrainConfig(**json.loads(sys.argv[1])))
-"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "batch", batch)
+        patch.setattr(loop, "SpikeDetector", partial(SpikeDetector, window=10, loss_score=2.0))
+        train(settings)
 
 
 @pytest.mark.slow
@@ -159,10 +157,8 @@ def test_shards_roll_back_as_one_process_does(settings_for: SettingsFor) -> None
     }  # fmt: skip
     alone = settings_for("alone", **spiky)
     together = settings_for("together", parallel="fsdp", async_checkpoints=True, **spiky)
-    for settings, launcher in ((alone, ()), (together, torchrun(2))):
-        arguments = json.dumps(vars(settings), default=str)
-        code, output = finish(start_program(SPIKE, arguments, launcher=launcher))
-        assert code == 0, output
+    train_with_a_planted_batch(alone)
+    run_processes(train_with_a_planted_batch, 2, together)
     lines = read_metrics(together.out, abandoned=True)
     assert [line["spike"]["to_step"] for line in lines if "spike" in line] == [12]
     assert losses(together.out) == pytest.approx(losses(alone.out), rel=1e-5)
@@ -171,27 +167,18 @@ def test_shards_roll_back_as_one_process_does(settings_for: SettingsFor) -> None
         assert torch.tensor(entropies[0]).allclose(torch.tensor(entropies[1]), rtol=1e-3)
 
 
-INITIAL = """
-import json, sys, torch
-from torch.distributed.tensor import DTensor
-from longshort.training.config import TrainConfig
-from longshort.training.job import prepare_job
-from longshort.training.loop import _connected
-from longshort.training.run import plan_run
-
-settings = TrainConfig(**json.loads(sys.argv[1]))
-with _connected(settings) as ranks:
-    run, data = plan_run(settings)
-    model = prepare_job(run, data, ranks).model
-    alone = run.build_model()
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == alone.config.tie_word_embeddings
-    for (name, mine), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
-        assert isinstance(mine, DTensor), name
-        assert mine.to_local().numel() < theirs.numel() or theirs.shape[0] < 2
-        assert torch.equal(mine.full_tensor(), theirs), name
-    for mine, theirs in zip(model.buffers(), alone.buffers(), strict=True):
-        assert torch.equal(mine, theirs)
-"""
+def compare_initial_shards(settings: TrainConfig) -> None:
+    with loop._connected(settings) as ranks:
+        run, data = plan_run(settings)
+        model = prepare_job(run, data, ranks).model
+        alone = run.build_model()
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == alone.config.tie_word_embeddings
+        for (name, mine), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+            assert isinstance(mine, DTensor), name
+            assert mine.to_local().numel() < theirs.numel() or theirs.shape[0] < 2
+            assert torch.equal(mine.full_tensor(), theirs), name
+        for mine, theirs in zip(model.buffers(), alone.buffers(), strict=True):
+            assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("is_tied", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -203,52 +190,39 @@ def test_initial_shards_are_those_of_one_process(
     settings = settings_for(
         preset=str(preset), parallel="fsdp", position_embedding="alibi", sink_logits=True, short_convolution=3
     )
-    arguments = json.dumps(vars(settings), default=str)
-    code, output = finish(start_program(INITIAL, arguments, launcher=torchrun(2)))
-    assert code == 0, output
+    run_processes(compare_initial_shards, 2, settings)
 
 
-_TIMEOUTS = """
-from datetime import timedelta
-import torch
-from longshort.training.parallel import connect
-from longshort.training.sharding import new_groups
-
-with connect("cpu", context_parallel=2, timeout=20.0) as ranks:
-    groups = [ranks.context.group, new_groups(torch.arange(2).view(2, 1), ranks.timeout)]
-    for group in groups:
-        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=20)
-"""
+def check_time_outs() -> None:
+    with connect("cpu", context_parallel=2, timeout=20.0) as ranks:
+        assert ranks.context is not None
+        groups = [ranks.context.group, new_groups(torch.arange(2).view(2, 1), ranks.timeout)]
+        for group in groups:
+            assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=20)
 
 
 def test_all_groups_have_the_time_out() -> None:
-    code, output = finish(start_program(_TIMEOUTS, launcher=torchrun(2)))
-    assert code == 0, output
+    run_processes(check_time_outs, 2)
 
 
-_SPIKE = """
-import json, sys, time
-from longshort.stability import Spike, SpikeDetector
-from longshort.training.config import TrainConfig
-from longshort.training.loop import train
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+def train_while_saving_is_slow(settings: TrainConfig) -> None:
+    steps = []
+    write_data = HuggingFaceStorageWriter.write_data
 
-steps = []
+    def observe(self: SpikeDetector, step: int, *_arguments: Any) -> Spike | None:
+        steps.append(step)
+        return Spike(step, step, ("planted",)) if step == 6 and steps.count(6) == 1 else None
 
-def observe(self, step, *_arguments):
-    steps.append(step)
-    return Spike(step, step, ("planted",)) if step == 6 and steps.count(6) == 1 else None
+    def write(self: HuggingFaceStorageWriter, *arguments: Any) -> Any:
+        time.sleep(1)
+        return write_data(self, *arguments)
 
-def write(self, *arguments):
-    time.sleep(1)
-    return write_data(self, *arguments)
-
-write_data, HuggingFaceStorageWriter.write_data = HuggingFaceStorageWriter.write_data, write
-SpikeDetector.observe = observe
-outcome = train(TrainConfig(**json.loads(sys.argv[1])))
-assert outcome.step == 6, outcome
-assert steps == [1, 2, 3, 4, 5, 6, 4, 5, 6], steps
-"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HuggingFaceStorageWriter, "write_data", write)
+        patch.setattr(SpikeDetector, "observe", observe)
+        outcome = train(settings)
+    assert outcome.step == 6, outcome
+    assert steps == [1, 2, 3, 4, 5, 6, 4, 5, 6], steps
 
 
 def test_a_rollback_waits_for_the_checkpoint_and_forgets_the_goal(settings_for: SettingsFor) -> None:
@@ -256,6 +230,4 @@ def test_a_rollback_waits_for_the_checkpoint_and_forgets_the_goal(settings_for: 
         parallel="fsdp", async_checkpoints=True, checkpoint_every=3, on_spike="rollback", rollback_steps=2,
         evaluate_every=6, stop_at_loss=99.0, log_every=5, monitor_every=0,
     )  # fmt: skip
-    arguments = json.dumps(vars(settings), default=str)
-    code, output = finish(start_program(_SPIKE, arguments, launcher=torchrun(2)))
-    assert code == 0, output
+    run_processes(train_while_saving_is_slow, 2, settings)
