@@ -25,14 +25,15 @@ def run_here(
         while True:
             plan = study.plan(scale, seeds[name], file.results)
             file.order(plan.trials)
-            trial = next((trial for trial in plan.trials if trial.key not in file.results), None)
-            if trial is None:
+            pending = [trial for trial in plan.trials if trial.key not in file.results]
+            if not pending:
                 break
             if not is_ready:
                 study.prepare(workplace)
                 is_ready = True
-            sent = pickle.loads(pickle.dumps((study, trial, workplace)))  # as another process gets it
-            file.add(trial, sent[0].run(sent[1], sent[2]))
-            if progress is not None:
-                progress.on_result(name, trial, 1.0)
+            for trial in pending:
+                sent = pickle.loads(pickle.dumps((study, trial, workplace)))  # as another process gets it
+                file.add(trial, sent[0].run(sent[1], sent[2]))
+                if progress is not None:
+                    progress.on_result(name, trial, 1.0)
     return True

@@ -142,7 +142,7 @@ def steady(length: int, tokens: int, steps: int, rates: Sequence[float] = (3e-3,
         rates: learning rates; a single one is not swept.
         **train: further fields of `TrainConfig`.
     """
-    every = max(1, min(50, steps // 10))
+    every = max(1, min(50, steps // 4))
     return Setting(
         {"preset": "tiny", "attention_precision": "bf16"},
         {
