@@ -14,8 +14,8 @@ shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tests=("$@")
 if [ $# -eq 0 ]; then
-  tests=(tests/test_*.py tests/backends tests/cache tests/conversion tests/evaluation tests/huggingface tests/model
-    tests/training)
+  tests=(tests/test_*.py tests/backends tests/cache tests/conversion tests/distributed tests/evaluation tests/huggingface
+    tests/model tests/training)
 fi
 resolution=highest
 [ "$which" = newest ] || resolution=lowest-direct

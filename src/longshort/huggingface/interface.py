@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -232,34 +233,40 @@ def within_sliding_window(layout: HeadLayout, sliding_window: int | None) -> Hea
 
 def _stored_layout(module: nn.Module, sliding_window: int | None) -> HeadLayout:
     """The layout in the module's config, which is read and checked once."""
+    data = layer_data(getattr(module, "config", None), getattr(module, "layer_idx", None))
     if torch.compiler.is_compiling():
-        _remember_while_tracing(module, sliding_window)
-    else:
-        _remember_layout(module, sliding_window)
+        # A graph cannot make a layout, but it can read one that is an attribute. Its guards compare the data.
+        name = repr((data, sliding_window))
+        _make_layout_for_graph(name, layer_name(module))
+        return getattr(_LayoutsOfGraphs, name)
+    if module.__dict__.get("_longshort_data") != (data, sliding_window):
+        layout = _checked_layout(data, sliding_window, layer_name(module))
+        module.__dict__["_longshort_layout"] = layout
+        module.__dict__["_longshort_data"] = copy.deepcopy(data), sliding_window
     return module._longshort_layout  # pyright: ignore[reportReturnType]
 
 
-def _remember_layout(module: nn.Module, sliding_window: int | None) -> bool:
-    """Store the layout at the module, unless it is the same as before."""
-    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    data = layer_data(config, index)
-    if module.__dict__.get("_longshort_data") == (data, sliding_window):
-        return True
+def _checked_layout(data: Any, sliding_window: int | None, layer: str) -> HeadLayout:
     layout = layout_from(data)
     if layout is None:
-        raise ValueError(f"{layer_name(module)} attends, but config.longshort has no layout for it")
+        raise ValueError(f"{layer} attends, but config.longshort has no layout for it")
     if not layout.equals(within_sliding_window(layout, sliding_window)):
         raise ValueError(
-            f"the layout of {layer_name(module)} must stay within the layer's own sliding window of "
+            f"the layout of {layer} must stay within the layer's own sliding window of "
             f"{sliding_window}, got {layout!r}; apply layouts again after a change of the window"
         )
-    module.__dict__["_longshort_layout"] = layout
-    module.__dict__["_longshort_data"] = copy.deepcopy(data), sliding_window
+    return layout
+
+
+class _LayoutsOfGraphs:
+    """The attributes are layouts, each by the `repr` of the data and the sliding window of its layer."""
+
+
+@torch.compiler.assume_constant_result
+def _make_layout_for_graph(name: str, layer: str) -> bool:
+    data, sliding_window = ast.literal_eval(name)
+    setattr(_LayoutsOfGraphs, name, _checked_layout(data, sliding_window, layer))
     return True
-
-
-# A graph cannot make a layout, but it can read one that the module has.
-_remember_while_tracing = torch.compiler.assume_constant_result(_remember_layout)
 
 
 def _is_of_transformers(mask_function: Callable[..., Any]) -> bool:
