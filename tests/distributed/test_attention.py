@@ -69,7 +69,7 @@ def errors(seeds: range, dtype: torch.dtype) -> list[tuple[int, str, float, floa
     ],
 )
 def test_random_calls_equal_one_process(ranks: int, dtype: torch.dtype, count: int) -> None:
-    results = run_ranks(errors, ranks, range(count), dtype, seconds=500 if count > 40 else 100)
+    results = run_ranks(errors, ranks, range(count), dtype, seconds=500)
     limit = 1e-12 if dtype == torch.float64 else 1e-6
     worst = [entry for result in results for entry in result if not entry[2] <= max(limit, 2 * entry[3])]
     assert not worst, worst

@@ -89,5 +89,5 @@ def broken_readings() -> None:
         monitor.reading()
 
 
-def test_nan_and_layers_that_one_process_alone_cannot_observe_are_known_to_both() -> None:
+def test_both_know_what_one_process_found() -> None:
     run_ranks(broken_readings, 2)

@@ -79,7 +79,7 @@ def assert_close_metrics(run: Path, other: Path, rel: float) -> None:
 
 
 def torchrun(processes: int) -> tuple[str, ...]:
-    """Return the start of a command that runs its end in `processes` processes."""
+    """Return the words that, put before a command, run it in `processes` processes."""
     program = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     return (*program, "--nproc-per-node", str(processes), "--no-python")
 

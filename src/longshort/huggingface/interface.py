@@ -235,7 +235,8 @@ def _stored_layout(module: nn.Module, sliding_window: int | None) -> HeadLayout:
     """The layout in the module's config, which is read and checked once."""
     data = layer_data(getattr(module, "config", None), getattr(module, "layer_idx", None))
     if torch.compiler.is_compiling():
-        # A graph cannot make a layout, but it can read one that is an attribute. Its guards compare the data.
+        # A graph cannot make a layout. It can read an attribute, but before torch 2.12 none that its module
+        # got while it was traced. Guards on the data make a new graph after a change.
         name = repr((data, sliding_window))
         _make_layout_for_graph(name, layer_name(module))
         return getattr(_LayoutsOfGraphs, name)
@@ -264,6 +265,7 @@ class _LayoutsOfGraphs:
 
 @torch.compiler.assume_constant_result
 def _make_layout_for_graph(name: str, layer: str) -> bool:
+    """Return True, since the result must be a constant."""
     data, sliding_window = ast.literal_eval(name)
     setattr(_LayoutsOfGraphs, name, _checked_layout(data, sliding_window, layer))
     return True

@@ -109,4 +109,4 @@ def checkpoint_activations(model: LongShortForCausalLM, *, keeps_exchanges: bool
         model.activation_checkpointing_enable(options)
     else:  # the method's name in earlier releases of transformers 5
         model.gradient_checkpointing_enable(options)
-    model.disable_input_require_grads()  # a hook for frozen embeddings, which torch 2.10 does not compile
+    model.disable_input_require_grads()  # torch 2.10 cannot compile this hook for frozen embeddings

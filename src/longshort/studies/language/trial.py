@@ -267,7 +267,7 @@ def _rounded(value: float | None) -> float | None:
 def _logging(training: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a trial's training, and those that determine what it logs."""
     steps = training["steps"]
-    every = max(3, steps // 50)
+    every = max(3, steps // 50)  # or trials of a few steps would spend their time on measurements
     return {
         "log_every": 1,
         "monitor_every": every,
