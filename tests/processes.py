@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._C._distributed_c10d import TCPStore
 
 SECONDS = 240
 PRELOADED = ["longshort.distributed", "longshort.training.loop", "pytest", "transformers"]
@@ -34,7 +35,7 @@ def run_processes(
     # a Mac's frameworks do not survive a fork
     context = mp.get_context("spawn" if sys.platform == "darwin" else "forkserver")
     context.set_forkserver_preload(PRELOADED)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
     with TemporaryDirectory() as folder:
         files = [Path(folder) / f"rank-{rank}.pt" for rank in range(count)]
         processes = [
