@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,16 +142,16 @@ class _Driver:
         """
         benchmark = self._benchmark
         turns: dict[str, Turn] = {}
-        with _failures_reported(names, leave_out):
+        with _FailuresReported(names, leave_out):
             inputs = benchmark.inputs(case, names)
             for name in names:
-                with _failures_reported([name], leave_out):
+                with _FailuresReported([name], leave_out):
                     turns[name] = benchmark.turn(case, name, inputs, partial(self._note, case, name))
         total = benchmark.warm_up + benchmark.rounds
         for number in range(total):
             found = {}
             for name in list(turns):
-                with _failures_reported([name], leave_out):
+                with _FailuresReported([name], leave_out):
                     found[name] = turns[name]()
                     continue
                 del turns[name]
@@ -207,20 +206,28 @@ def groups_in_memory(
     return groups
 
 
-@contextmanager
-def _failures_reported(names: Iterable[str], leave_out: LeaveOut) -> Iterator[None]:
-    """Leave out these providers on an UnsuitableError or a RuntimeError, which torch also raises when memory
-    runs out.
+class _FailuresReported:
+    """A context that leaves out these providers on an UnsuitableError or a RuntimeError, which torch also
+    raises when memory runs out.
+
+    It is a class, since from Python 3.12 on `contextmanager` keeps the error, and so the provider's tensors.
     """
-    try:
-        yield
-        return
-    except UnsuitableError as error:
+
+    def __init__(self, names: Iterable[str], leave_out: LeaveOut) -> None:
+        self._names, self._leave_out = names, leave_out
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> bool:
+        if not isinstance(error, UnsuitableError | RuntimeError):
+            return False
         text = str(error)
-    except RuntimeError as error:
-        text = f"failed: {type(error).__name__}: {error}".partition("\n")[0]
-    for name in names:
-        leave_out(name, text)
+        if not isinstance(error, UnsuitableError):
+            text = f"failed: {type(error).__name__}: {error}".partition("\n")[0]
+        for name in self._names:
+            self._leave_out(name, text)
+        return True
 
 
 def _rows(benchmark: Benchmark, case: Case, rounds: pd.DataFrame) -> pd.DataFrame:

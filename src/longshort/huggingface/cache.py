@@ -96,10 +96,10 @@ class SplitCache(Cache):
         for index, (layer, wanted) in enumerate(pairs):
             held = layer.cache.layout
             if not held.equals(wanted):
-                raise ValueError(
-                    f"past_key_values must have the layouts of this model, {wanted!r} in layer {index}, got "
-                    f"{held!r}"
-                )
+                text = "past_key_values must have the layouts of this model"
+                if not is_compiling:  # which with Python 3.13 cannot format layouts
+                    text += f", {wanted!r} in layer {index}, got {held!r}"
+                raise ValueError(text)
         if not is_compiling:
             self._served = weakref.ref(owner)
 
