@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.processes import SECONDS, run_processes
 
 from longshort.training.config import TrainConfig
-from longshort.training.loop import Progress
+from longshort.training.loop import Progress, resume, train
 from longshort.training.metrics import read_metrics
+from longshort.training.progress import RunOutcome
 from longshort.training.run import RunConfig
 
 SettingsFor = Callable[..., TrainConfig]
@@ -92,6 +94,16 @@ def start(settings: TrainConfig, launcher: tuple[str, ...] = ()) -> subprocess.P
 def start_program(program: str, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     command = [*launcher, sys.executable, "-c", program, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def train_together(settings: TrainConfig, processes: int, seconds: int = SECONDS) -> None:
+    """Train, or go on, in forked processes of one group, each of which must end with exit code 0."""
+    outcomes = run_processes(_train, processes, settings, seconds=seconds)
+    assert [outcome.exit_code for outcome in outcomes] == [0] * processes
+
+
+def _train(settings: TrainConfig) -> RunOutcome:
+    return resume(settings.out) if settings.out.exists() else train(settings)
 
 
 def wait_for_step(process: subprocess.Popen[str], step: int) -> None:

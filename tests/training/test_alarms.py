@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.processes import run_processes
-from tests.training.runs import Recorder, SettingsFor, assert_close_metrics, without_speed
+from tests.training.runs import Recorder, SettingsFor, assert_close_metrics, train_together, without_speed
 
 from longshort.stability import ALARMS, SpikeDetector
 from longshort.stability.alarms import MEASUREMENTS
@@ -101,7 +100,7 @@ def test_two_processes_measure_as_one(settings_for: SettingsFor) -> None:
     changes: dict[str, Any] = {"alarms": True, "steps": 5, "checkpoint_every": 5, "tensorboard": False}
     one, two = settings_for("one", **changes), settings_for("two", **changes)
     train(one)
-    run_processes(train, 2, two)
+    train_together(two, 2)
     assert_close_metrics(two.out, one.out, rel=1e-3)
 
 

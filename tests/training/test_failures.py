@@ -15,11 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from tests.processes import run_processes
-from tests.training.runs import SettingsFor, finish, losses, start, start_program, torchrun
+from tests.training.runs import SettingsFor, finish, losses, start, start_program, torchrun, train_together
 
 from longshort.training.config import TrainConfig
-from longshort.training.loop import resume, train
 
 _PROGRAM = """
 import json, os, sys, torch
@@ -143,7 +141,7 @@ def kill_and_resume(settings: TrainConfig, processes: int, kills: int, choose: r
         code, output = finish(process)
         ends.cancel()
         assert code == 1, output
-    run_processes(resume, processes, settings.out, seconds=400)
+    train_together(settings, processes, seconds=400)
 
 
 def wait_for_lines(process: subprocess.Popen[str], count: int) -> None:
@@ -174,7 +172,7 @@ def test_killed_processes_resume_bit_by_bit(
     steps = 40 if kills < 10 else 500
     every = {"steps": steps, "checkpoint_every": 2, "keep_checkpoints": 2, "evaluate_every": 20}
     whole, broken = settings_for("whole", **every, **changes), settings_for("broken", **every, **changes)
-    run_processes(train, 2, whole, seconds=400)
+    train_together(whole, 2, seconds=400)
     kill_and_resume(broken, 2, kills, random.Random(0))
     assert losses(broken.out) == losses(whole.out)
 

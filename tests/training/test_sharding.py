@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tests.processes import run_processes
-from tests.training.runs import SettingsFor, assert_close_metrics, losses, torchrun
+from tests.training.runs import SettingsFor, assert_close_metrics, losses, torchrun, train_together
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
@@ -85,7 +85,7 @@ def test_processes_train_what_one_does(mode: str, model: str, settings_for: Sett
     alone = settings_for("alone", **MODELS[model])
     together = settings_for("together", **MODELS[model], **changes)
     train(alone)
-    run_processes(train, processes, together)
+    train_together(together, processes)
     assert losses(together.out) == pytest.approx(losses(alone.out), rel=1e-5)
     assert_close_metrics(together.out, alone.out, rel=1e-3)  # logits move more than losses
     assert_same_weights(together, alone, 20)
@@ -96,7 +96,7 @@ def test_processes_train_what_one_does(mode: str, model: str, settings_for: Sett
 
 def test_shards_are_exported(settings_for: SettingsFor, tmp_path: Path, fails: Any) -> None:
     settings = settings_for(parallel="fsdp", steps=6, checkpoint_every=3)
-    run_processes(train, 2, settings)
+    train_together(settings, 2)
     run, out = settings.out, tmp_path / "exported"
     assert main(["export", str(run), str(out)]) == 0
     exported, trained = LongShortForCausalLM.from_pretrained(out), open_trained(run).model
@@ -120,7 +120,7 @@ def test_shards_are_exported(settings_for: SettingsFor, tmp_path: Path, fails: A
 def test_checkpoints_go_from_mode_to_mode(settings_for: SettingsFor) -> None:
     one_head = {"heads": 1, "head_dim": 32, "sink_logits": True}  # AdamW's `step` has as many elements
     settings = settings_for(parallel="fsdp", steps=6, checkpoint_every=3, **one_head)
-    run_processes(train, 2, settings)
+    train_together(settings, 2)
     run = settings.out
     for changes, launcher in (
         ({"parallel": "ddp", "steps": 8}, ()),  # one process
