@@ -220,11 +220,12 @@ class _FailuresReported:
         pass
 
     def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> bool:
-        if not isinstance(error, UnsuitableError | RuntimeError):
-            return False
-        text = str(error)
-        if not isinstance(error, UnsuitableError):
+        if isinstance(error, UnsuitableError):
+            text = str(error)
+        elif isinstance(error, RuntimeError):
             text = f"failed: {type(error).__name__}: {error}".partition("\n")[0]
+        else:
+            return False
         for name in self._names:
             self._leave_out(name, text)
         return True

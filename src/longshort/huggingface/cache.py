@@ -94,17 +94,22 @@ class SplitCache(Cache):
             return
         pairs = zip(self._split_layers(), layouts(), strict=True)
         for index, (layer, wanted) in enumerate(pairs):
-            held = layer.cache.layout
-            if not held.equals(wanted):
-                text = "past_key_values must have the layouts of this model"
-                if not is_compiling:  # which with Python 3.13 cannot format layouts
-                    text += f", {wanted!r} in layer {index}, got {held!r}"
-                raise ValueError(text)
+            _require_equal(layer.cache.layout, wanted, f" in layer {index}")
         if not is_compiling:
             self._served = weakref.ref(owner)
 
     def _split_layers(self) -> list[SplitCacheLayer]:
         return [layer for layer in self.layers if isinstance(layer, SplitCacheLayer)]
+
+
+def _require_equal(held: HeadLayout, wanted: HeadLayout, place: str = "") -> None:
+    """Raise a ValueError unless a cache has the layout of the model that it is given to."""
+    if held.equals(wanted):
+        return
+    text = "past_key_values must have the layouts of this model"
+    if not torch.compiler.is_compiling():  # with Python 3.13 the compiler cannot format layouts
+        text += f", {wanted!r}{place}, got {held!r}"
+    raise ValueError(text)
 
 
 class SplitCacheLayer(CacheLayerMixin):
@@ -252,10 +257,7 @@ class PendingKeys(_Pending):
         Raises:
             ValueError: the cache has another layout.
         """
-        if not self.cache.layout.equals(layout):
-            raise ValueError(
-                f"past_key_values must have the layouts of this model, {layout!r}, got {self.cache.layout!r}"
-            )
+        _require_equal(self.cache.layout, layout)
         return self.cache.attend(q, k, v, **options)
 
 
