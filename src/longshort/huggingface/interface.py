@@ -232,7 +232,7 @@ def within_sliding_window(layout: HeadLayout, sliding_window: int | None) -> Hea
 
 
 def _stored_layout(module: nn.Module, sliding_window: int | None) -> HeadLayout:
-    """The layout in the module's config, which is read and checked once."""
+    """Return the layout in the module's config, which is checked once."""
     data = layer_data(getattr(module, "config", None), getattr(module, "layer_idx", None))
     if torch.compiler.is_compiling():
         # A graph cannot make a layout. It can read an attribute, but before torch 2.12 none that its module
@@ -265,7 +265,7 @@ class _LayoutsOfGraphs:
 
 @torch.compiler.assume_constant_result
 def _make_layout_for_graph(name: str, layer: str) -> bool:
-    """Return True, since the result must be a constant."""
+    """Make a layout while a graph is traced. Return True, since the result must be a constant."""
     data, sliding_window = ast.literal_eval(name)
     setattr(_LayoutsOfGraphs, name, _checked_layout(data, sliding_window, layer))
     return True

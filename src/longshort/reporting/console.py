@@ -45,7 +45,7 @@ def has_bars(output: Console) -> bool:
 
 
 def bar_columns(output: Console, width: int) -> tuple[BarColumn, ...]:
-    """Return the column of a progress bar, or no column on a narrow terminal, where numbers need the room."""
+    """Return a column with a progress bar, or nothing if the terminal is too narrow for bar and numbers."""
     return (BarColumn(width),) if output.width >= _WIDTH_FOR_BARS else ()
 
 
