@@ -19,6 +19,8 @@ def planted(speed=lambda trial: 1.0, logit=lambda trial, loss: 10.0, end=1.2, co
     def result_of(trial):
         if "audit" in trial.settings:
             return audit()
+        if "needle" in trial.settings:
+            return {"needle": [{"length": 64, "depth": 0.5, "gain": 0.25, "accuracy": 0.5}]}
         training = trial.settings["train"]
         steps, length = training["steps"], training["sequence_length"]
         config = model_config(trial.settings["model"], training)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from tests.studies.planted import fill, findings_of, judge, outcomes
 from tests.studies.planted_progress import planted
 
+from longshort.reporting.intervals import Interval
+from longshort.studies.framework.study import Outcome
 from longshort.studies.language.alarms import WARNING
 from longshort.studies.language.arms import model_config
+from longshort.studies.language.equal_progress import p_of_ratio, p_of_two
 from longshort.studies.language.trial import probe_series
 from longshort.studies.progress.design import ENOUGH, NEEDED, copying_step
 from longshort.studies.progress.logits import DIVERGENCE, GROWTH, MITIGATION, RATIO, SOONER
@@ -63,6 +68,39 @@ def test_logits_are_compared_where_the_losses_are_equal(tmp_path):
     assert found[SOONER.id] == SHOWN
 
 
+def test_p_values_are_those_of_the_outcome():
+    """Two losses barely below 1/20, three at half: the p-value is that of 1/20, not of 1."""
+    barely, half = (Interval(math.log(ratio), math.log(ratio) - d, math.log(ratio) + d, 3) for ratio, d in (
+        (0.0490, 0.019), (0.5, 0.01)
+    ))  # fmt: skip
+    at = [barely, barely, half, half, half]
+    p_shown, p_partly = (
+        p_of_two([p_of_ratio(one, outcome, 1 / 20) for one in at])
+        for outcome in (Outcome.SHOWN, Outcome.PARTLY)
+    )
+    assert p_shown == pytest.approx(4 * barely.p_value(math.log(1 / 20))) and p_shown > 0.15
+    assert p_partly < 1e-3
+    assert p_of_ratio(half, Outcome.CONTRADICTED, 1 / 20) == 1.0
+
+
+def test_a_length_that_stays_behind_leaves_growth_open_and_shows_the_others(tmp_path):
+    by_length = STUDY.scales["overnight"].length_arms
+
+    def result_of(trial):
+        is_late = trial.settings["train"]["sequence_length"] == 2048 and trial.arm.startswith("MHSA")
+        return planted(end=2.15 if is_late else 1.2, logit=lambda trial, loss: 9.0)(trial)
+
+    trials = [
+        arm.trial(3e-3, seed) for arms in by_length.values() for arm in arms.values() for seed in range(3)
+    ]
+    results = {trial.key: result_of(trial) for trial in trials}
+    found = findings_of(STUDY, "overnight", range(3), results, tmp_path)
+    growth = next(verdict for verdict in found.verdicts if verdict.claim is GROWTH)
+    assert growth.outcome.value == outcomes(found)[MITIGATION.id] == OPEN
+    assert "The runs of all lengths reach 2.2 of the losses" in growth.evidence
+    assert "Not part of the verdict, n = 256 to 1,024: Slope" in growth.evidence
+
+
 def test_logits_that_grow_with_length(tmp_path):
     def logit(trial, loss):
         return trial.settings["train"]["sequence_length"] ** 0.3
@@ -98,14 +136,16 @@ def test_logits_that_are_smaller_at_each_length(tmp_path, factors, outcome):
     assert outcomes(found)[MITIGATION.id] == outcome
 
 
-def sizes_and_hiding(power, hidden, hidden_ls=1.0):
-    """The largest logit by head_dim of MHSA alone, and its factor with hidden keys, for MHSA and LS."""
+def sizes_and_hiding(power, hidden, hidden_ls=1.0, power_ls=0.0):
+    """The largest logit by head_dim, and its factor with hidden keys, for MHSA and LS."""
 
     def logit(trial, loss):
         is_mhsa = trial.arm.startswith("MHSA")
         head_dim = trial.settings["model"].get("head_dim", 16)
         factor = hidden if is_mhsa else hidden_ls
-        return (head_dim**power if is_mhsa else 1.0) * (factor if "hidden_keys" in trial.settings else 1.0)
+        return head_dim ** (power if is_mhsa else power_ls) * (
+            factor if "hidden_keys" in trial.settings else 1.0
+        )
 
     return logit
 
@@ -124,8 +164,11 @@ def judge_mechanism(result_of, folder) -> str:
         (sizes_and_hiding(-0.4, 0.5), SHOWN),
         (sizes_and_hiding(-0.4, 0.5, 0.9), SHOWN),
         (sizes_and_hiding(-0.4, 1.0), PARTLY),
-        (sizes_and_hiding(-0.4, 2.0), PARTLY),
+        (sizes_and_hiding(-0.4, 2.0), NOT_SHOWN),  # one each way
+        (sizes_and_hiding(0.4, 0.5), NOT_SHOWN),
         (sizes_and_hiding(0.0, 0.5), PARTLY),
+        (sizes_and_hiding(-0.4, 1.0, power_ls=-0.4), NOT_SHOWN),  # wider heads do as much for LS
+        (sizes_and_hiding(-0.4, 0.5, power_ls=-0.6), PARTLY),
         (sizes_and_hiding(0.0, 0.5, 0.5), NOT_SHOWN),  # hidden keys do as much for LS
         (sizes_and_hiding(0.0, 0.5, 0.3), NOT_SHOWN),
         (sizes_and_hiding(0.4, 1.0), AGAINST),
@@ -141,7 +184,7 @@ def test_logits_that_fall_with_head_dim_and_hidden_keys(tmp_path, logit, outcome
     [
         ("MHSA, 1 × 64", OPEN),
         ("LS, 50% of keys hidden", OPEN),
-        ("LS, 8 × 8", SHOWN),
+        ("LS, 8 × 8", OPEN),
         ("MHSA, 75% of keys hidden", SHOWN),
     ],
 )
@@ -182,11 +225,33 @@ def test_divergence_needs_more_pairs_than_chance(tmp_path):
     assert reverse[DIVERGENCE.id] == AGAINST
 
 
+def test_pairs_of_which_a_run_never_begins_to_learn_do_not_count(tmp_path):
+    """At 6e-2 MHSA diverges; below, it alone never falls to 2.3."""
+
+    def stuck(rates):
+        def speed(trial):
+            return 0.3 if trial.arm == "MHSA" and trial.settings["train"]["learning_rate"] in rates else 1.0
+
+        return planted(speed, diverged=lambda trial: None if speed(trial) < 1 or trial.arm == "LS" else 700)
+
+    results = fill(STUDY, "overnight", range(3), stuck(RATES[1:]))
+    verdict = findings_of(STUDY, "overnight", range(3), results, tmp_path).verdicts[0]
+    assert "Of 3 pairs" in verdict.evidence and "In 9 of 12 pairs a run neither" in verdict.evidence
+    results = fill(STUDY, "overnight", range(3), stuck(RATES))
+    assert findings_of(STUDY, "overnight", range(3), results, tmp_path).verdicts[0].outcome.value == OPEN
+
+
 def test_alarms_are_judged_on_the_runs_that_may_diverge(tmp_path):
     def high_rates(trial):
         return 700 if trial.settings["train"]["learning_rate"] >= 3e-2 else None
 
     found = judge(STUDY, "overnight", planted(diverged=high_rates), tmp_path)
+    assert found[WARNING.id] == NOT_MEASURED  # no rate has runs of both kinds
+
+    def some(trial):
+        return 700 if trial.seed and trial.settings["train"]["learning_rate"] > 1e-2 else None
+
+    found = judge(STUDY, "overnight", planted(diverged=some), tmp_path)
     assert found[WARNING.id] == SHOWN
     assert judge(STUDY, "paper", planted(), tmp_path)[WARNING.id] == NOT_MEASURED
     stress = STUDY.scales["overnight"].stress
@@ -214,15 +279,69 @@ def test_half_of_the_results_are_drawn_and_judged_as_far_as_they_go(tmp_path):
 def test_other_seeds_are_predicted_at_the_end_and_at_equal_losses(tmp_path):
     results = fill(STUDY, "laptop", range(3), planted())
     found = findings_of(STUDY, "laptop", range(3), results, tmp_path).predictions
-    assert list(found) == ["MHSA", "LS", "LS, no global head"]
+    assert list(found) == ["MHSA", "LS", "LS, no global head", "MHSA, n = 256", "LS, n = 256"]
     assert {"constant_loss", "validation_loss", "max_logit at 2.0", "row_range at 1.3"} <= set(found["LS"])
     interval = found["LS"]["max_logit at 2.0"]
     assert 9 < interval.low < interval.mean < interval.high < 11
 
 
+def tables(result_of, folder, seeds=range(3)):
+    results = fill(STUDY, "overnight", seeds, result_of)
+    found = findings_of(STUDY, "overnight", seeds, results, folder)
+    return {one.heading: one.table.rows for one in found.sections if one.table}
+
+
+def test_what_is_reported_beside_the_claims(tmp_path):
+    found = tables(planted(), tmp_path)
+    clock = {row[0]: row[1:] for row in found["Transition clock"]}
+    assert {"MHSA", "LS + RoPE", "MHSA, n = 2048"} <= clock.keys()
+    assert all(cell != "–" for cell in clock["MHSA"])
+    assert [row[0] for row in found["Rotary positions, over seeds"]][:3] == [
+        "LS + RoPE, largest logit", "LS + RoPE, row range", "LS + RoPE, tokens"
+    ]  # fmt: skip
+    assert found["Needle"] == [("MHSA", "0.25"), ("LS", "0.25"), ("LS, no global head", "0.25")]
+
+
+def test_heads_are_shown_by_kind(tmp_path):
+    def result_of(trial):
+        result = planted()(trial)
+        if "probe" in result:
+            steps = len(result["probe"]["step"])
+            result["probe"] |= {
+                f"max_logit_layer_{layer}_head_{head}": [1.0 + layer + head] * steps
+                for layer in range(2)
+                for head in range(4)
+            }
+        return result
+
+    rows = {row[0]: row[1] for row in tables(result_of, tmp_path)["By kind of head"]}
+    assert rows == {
+        "MHSA, global heads": "5", "LS, global heads": "5", "LS, local heads": "4",
+        "LS, no global head, local heads": "5",
+    }  # fmt: skip
+
+
+def test_the_first_of_any_seeds_runs_long_with_other_positions():
+    trials = [trial for trial in STUDY.plan("overnight", [7, 8, 9], {}).trials if "RoPE" in trial.arm]
+    steps = {(trial.seed, trial.settings["train"]["steps"]) for trial in trials}
+    assert steps == {(7, 10_000), (8, 3000), (9, 3000)}
+
+
+def test_further_seeds_of_the_pair_count_when_all_of_them_are_there(tmp_path):
+    results = fill(STUDY, "overnight", range(5), planted())
+    found = findings_of(STUDY, "overnight", range(5), results, tmp_path)
+    assert found.tested == "n = 1,024, 82M tokens, 5 seeds"
+    last = STUDY.scales["overnight"].main[0].trial(3e-3, 4)
+    del results[last.key]
+    found = findings_of(STUDY, "overnight", range(5), results, tmp_path)
+    assert found.tested == "n = 1,024, 82M tokens, 3 seeds"
+    assert outcomes(found)[RATIO.id] == AGAINST
+
+
 def test_the_plan_runs_the_first_seed_first():
     trials = STUDY.plan("overnight", range(3), {}).trials
-    assert len({trial.key for trial in trials}) == len(trials) == 159
+    assert len({trial.key for trial in trials}) == len(trials) == 168
+    assert len({trial.key for trial in STUDY.plan("overnight", range(5), {}).trials}) == 180
     assert [(trial.arm, trial.seed) for trial in trials[:6]] == [
         ("MHSA", 0), ("LS", 0), ("LS, no global head", 0), ("MHSA + RoPE", 0), ("LS + RoPE", 0),
         ("LS + RoPE, none on global heads", 0),
@@ -237,12 +356,20 @@ def test_the_plan_runs_the_first_seed_first():
         ([[5, 3.0], [10, 2.51], [12, 0.5]], 10, None),
         ([[5, 3.0], [10, 2.51], [12, 0.5]], 12, 12),
         ([[5, 4.0], [10, 4.7], [15, None], [20, 4.25], [25, 4.2], [30, 1.0]], 30, 25),
+        ([[1, 5.0], [5, 4.0], [10, 4.0], [20, 3.6], [30, 3.51]], 30, None),
         ([], 10, None),
     ],
-    ids=["after the constant rate", "within it", "below the highest value before", "not measured"],
-)
+    ids=[
+        "after the constant rate", "within it", "below the highest value before", "before it learns",
+        "not measured",
+    ],
+)  # fmt: skip
 def test_copying_begins_where_the_loss_has_dropped(curve, constant_until, step):
-    assert copying_step({"constant_until": constant_until, "copying_curve": curve}) == step
+    result = {
+        "constant_until": constant_until, "copying_curve": curve, "validation_curve": [[1, 3.0], [5, 2.2]]
+    }  # fmt: skip
+    assert copying_step(result) == step
+    assert copying_step({**result, "validation_curve": [[1, 3.0], [40, 2.4]]}) is None
 
 
 def test_a_probe_is_reduced_over_heads():

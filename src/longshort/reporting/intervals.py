@@ -35,6 +35,14 @@ class Interval:
         """Whether both ends are finite."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
+    def p_below(self, bound: float) -> float:
+        """Return the two-sided p-value of `bound` if the estimate is below it, else 1."""
+        return self.p_value(bound) if self.mean < bound else 1.0
+
+    def p_above(self, bound: float) -> float:
+        """Return the two-sided p-value of `bound` if the estimate is above it, else 1."""
+        return self.p_value(bound) if self.mean > bound else 1.0
+
     def p_value(self, bound: float) -> float:
         """Compute the two-sided p-value of a mean that equals `bound`, by the same t distribution; 1 where
         the interval is not known."""

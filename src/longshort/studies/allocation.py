@@ -294,7 +294,10 @@ class Allocation(LanguageStudy):
         known = [found for found in losses.values() if found is not None]
         late = None
         if len(begun) < len(seeds):
-            late = f"{len(seeds) - len(begun)} of {len(seeds)} models did not fall to {BEGUN} nats per byte."
+            late = (
+                f"{len(seeds) - len(begun)} of {len(seeds)} models did not fall to {BEGUN} nats per byte, or "
+                "have a layout whose loss is not finite."
+            )
         repaired = {
             seed: _Repaired.of(chosen.repairs(seed, found), found, results)
             for seed, found in losses.items() if found is not None
@@ -315,7 +318,7 @@ class Allocation(LanguageStudy):
                 "rank_correlation": prediction_interval(repair.correlation for repair in done)
             }
         sections = _sections(chosen, known, done, folder)
-        return Findings(holm(verdicts), sections, predictions, chosen.setting.extent(len(seeds)))
+        return Findings(holm(verdicts, is_repaired), sections, predictions, chosen.setting.extent(len(seeds)))
 
 
 def _losses(results: Results, chosen: _Scale, seed: int) -> list[float] | None:

@@ -30,21 +30,21 @@ def run(onset: int | None = None, rise: int | None = None, base: float = 1.0, ra
 
 def test_a_perfect_alarm_has_the_lead_that_was_planted() -> None:
     found = evaluate([run(600, 400), run(500, 450), run(700, 310), *[run(base=b) for b in (1, 2, 3)]])
-    assert found.auroc.mean == 1.0
+    assert found.auroc is not None and found.auroc.mean == 1.0
     assert found.threshold == 3.0
     assert found.leads == [200, 50, 390] and found.in_time == 3
 
 
 def test_an_alarm_that_comes_with_the_loss_is_none() -> None:
     found = evaluate([run(600, 600), run(500, 540), run(700, 700), *[run() for _ in range(3)]])
-    assert found.auroc.mean == 0.5  # all scores before are alike
+    assert found.auroc is not None and found.auroc.mean == 0.5  # all scores before are alike
     assert found.leads == [0, 0, 0] and found.in_time == 0 and not found.is_useful
 
 
 def test_sound_runs_count_over_the_same_steps_for_the_auroc_and_to_their_end_for_the_threshold() -> None:
     late = run(rise=800)  # a sound run whose score is high later
     found = evaluate([run(600, 400, base=1.5)] * 3 + [late] * 3)
-    assert found.auroc.mean == 1.0
+    assert found.auroc is not None and found.auroc.mean == 1.0
     assert found.threshold == 11.0  # which those that diverge exceed from step 400 on, to 11.5
     assert found.leads == [200] * 3
 
@@ -54,9 +54,24 @@ def test_pairs_of_equal_rate_are_told_apart() -> None:
     runs = [run(500, base=3.0, rate=3e-2) for _ in range(3)]
     runs += [run(base=1.0, rate=1e-2) for _ in range(6)] + [run(base=3.0, rate=3e-2) for _ in range(2)]
     found = evaluate(runs)
-    assert found.auroc.mean == pytest.approx((6 + 2 * 0.5) / 8)
-    assert found.auroc_at_equal_rates == 0.5
-    assert evaluate(runs[:-2]).auroc_at_equal_rates is None
+    assert found.auroc_at_all_rates == pytest.approx((6 + 2 * 0.5) / 8)
+    assert found.auroc is not None and (found.auroc.mean, found.auroc.count) == (0.5, 5)
+    alone = evaluate(runs[:-2])
+    assert alone.auroc is None and not alone.is_useful and alone.p_separating == 1.0
+
+
+def test_a_score_that_is_the_learning_rate_is_no_alarm() -> None:
+    results = [(rate, result(500 if rate > 2e-2 else None)[1]) for rate in (1e-2, 3e-2) for _ in range(9)]
+    for rate, one in results:
+        one["alarm_scores"] |= {alarm: [rate] * len(STEPS) for alarm in ALARMS}
+    apart = judge_alarms(results, 0)
+    assert (
+        apart.outcome.value == "not measured at this scale" and "0 diverged and 0 did not" in apart.evidence
+    )
+    mixed = [*results, *[(3e-2, {**results[-1][1], "diverged_from": None}) for _ in range(9)]]
+    assert judge_alarms(mixed, 0).outcome.value == "contradicted at this scale"
+    (section,) = alarm_sections(results, 0)
+    assert section.table is not None and section.table.rows[0][1:3] == ("–", "1")
 
 
 def test_runs_without_a_score_before_their_onset_are_missed() -> None:
@@ -64,7 +79,7 @@ def test_runs_without_a_score_before_their_onset_are_missed() -> None:
     assert short.highest(15) == -math.inf and short.highest() == 99.0
     assert lead_time(short, 1.0) == 0
     found = evaluate([short] * 3 + [run()] * 3)
-    assert found.auroc.mean == 0.0
+    assert found.auroc is not None and found.auroc.mean == 0.0
 
 
 @pytest.mark.parametrize(("count", "allowed"), [(3, 0), (19, 0), (20, 1), (40, 2)])

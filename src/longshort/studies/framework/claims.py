@@ -138,6 +138,7 @@ def _content(findings: Findings) -> dict[str, Any]:
                 "outcome": verdict.outcome.value,
                 "evidence": verdict.evidence,
                 "here": verdict.here,
+                "p": verdict.p,
                 "tested": verdict.tested or findings.tested,
             }
             for verdict in findings.verdicts

@@ -124,29 +124,40 @@ def judge_twice(
     return Verdict(claim, weaker(*map(rule, RATES)), evidence(), here=here())
 
 
-def holm(verdicts: Sequence[Verdict], level: float = 0.05) -> list[Verdict]:
+def holm(verdicts: Sequence[Verdict], is_complete: bool, level: float = 0.05) -> list[Verdict]:
     """Correct the verdicts of one study for their number (Holm, 1979).
 
-    The k-th smallest of m p-values must be at most level / (m − k + 1), as all before it. A verdict that
-    claims something and does not pass is not shown.
+    The k-th smallest of m p-values becomes (m − k + 1) times as large, and at least as large as those before
+    it. A verdict that says something and whose p-value is then above the level is not shown.
+
+    Args:
+        verdicts: the verdicts of all claims of the study.
+        is_complete: whether all trials are done. Until then claims that are not measured count as tests, so
+            that trials that finish later take no verdict back.
+        level: chance of one verdict or more that says something wrong.
     """
     tested = sorted((v for v in verdicts if v.p is not None), key=lambda v: v.p or 0.0)
-    passed: set[str] = set()
+    pending = 0 if is_complete else sum(v.outcome is Outcome.NOT_MEASURED for v in verdicts)
+    tests = len(tested) + pending
+    adjusted: dict[str, float] = {}
+    highest = 0.0
     for index, verdict in enumerate(tested):
         assert verdict.p is not None
-        if verdict.p > level / (len(tested) - index):
-            break
-        passed.add(verdict.claim.id)
+        highest = max(highest, min(1.0, (tests - index) * verdict.p))
+        adjusted[verdict.claim.id] = highest
     corrected = []
     for verdict in verdicts:
-        if verdict.p is not None and verdict.outcome in _CLAIMING and verdict.claim.id not in passed:
-            text = f" Not after Holm's correction for {len(tested)} tests (p = {verdict.p:.2g})."
-            verdict = replace(verdict, outcome=Outcome.NOT_SHOWN, evidence=verdict.evidence + text)
+        if verdict.p is not None:
+            p = adjusted[verdict.claim.id]
+            if verdict.outcome.is_claim and p > level:
+                text = (
+                    f" The outcome would be {verdict.outcome.value!r}, but not after Holm's correction for "
+                    f"{tests} tests (p = {verdict.p:.2g}, corrected {p:.2g})."
+                )
+                verdict = replace(verdict, outcome=Outcome.NOT_SHOWN, evidence=verdict.evidence + text)
+            verdict = replace(verdict, p=p)
         corrected.append(verdict)
     return corrected
-
-
-_CLAIMING = (Outcome.SHOWN, Outcome.PARTLY, Outcome.CONTRADICTED)
 
 
 def weaker(first: Outcome, second: Outcome) -> Outcome:

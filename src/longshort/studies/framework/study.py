@@ -86,6 +86,11 @@ class Outcome(Enum):
     NOT_MEASURED = "not measured at this scale"
     NOT_REACHED = "open: not reached"
 
+    @property
+    def is_claim(self) -> bool:
+        """Whether it says something for or against the claim, and so can be wrong by chance."""
+        return self in (Outcome.SHOWN, Outcome.PARTLY, Outcome.CONTRADICTED)
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -114,7 +119,7 @@ class Verdict:
         claim: the claim.
         outcome: how it stands.
         evidence: the numbers that the outcome rests on, in words.
-        p: p-value of the test behind the outcome; None if it rests on no test.
+        p: p-value of the test behind the outcome, 1 if it says nothing; None if it rests on no test.
         here: the one or two numbers of the evidence that say most; empty: all of it.
         tested: how far the claim was tested, if not as far as the study's other claims.
     """

@@ -21,7 +21,7 @@ FALSE_ALARMS = 0.05
 """Share of sound runs in which an alarm may sound."""
 
 LEAST_RUNS = 3
-"""An alarm is judged from this many runs that diverged and as many sound ones."""
+"""An alarm is evaluated from this many runs that diverged and as many sound ones."""
 
 WARNING = Claim(
     "alarms",
@@ -30,13 +30,14 @@ WARNING = Claim(
     "Signals: slope of the log row range, fall of the attention's entropy, fall of the spectral entropy of "
     "the update of W_Qᵀ·W_K; each the largest of all heads, every 10 steps after the warm-up, in which every "
     "run that begins to learn raises them. A run's score is its highest before the running loss began to be "
-    "0.14 nats per byte too high, that of a sound run the highest over the same steps. A signal is "
-    "useful if the lower end of its AUROC is above 0.5 (95 % for the three signals together, by Newcombe's "
-    "method over runs) and if, at the threshold that at most 5 % of the sound runs exceed at any step, the "
-    "median lead time of the runs that diverge is above 0 steps. Shown: "
-    "one is useful. Contradicted: for each, the 95 % interval (exact, binomial) of the share of runs that "
-    "diverge in which it sounds in time is below one half. Otherwise not shown. Not measured with fewer than "
-    f"{LEAST_RUNS} runs of either kind.",
+    "0.14 nats per byte too high, that of a sound run the highest over the same steps. Only runs of equal "
+    "learning rate are compared, since a high rate alone raises scores. A signal is useful if the lower end "
+    "of its AUROC is above 0.5 (95 % for the three signals together, by Newcombe's method over the runs at "
+    "rates at which some diverge and others do not) and if, at the threshold that at most 5 % of the sound "
+    "runs of all rates exceed at any step, the median lead time of the runs that diverge is above 0 steps. "
+    "Shown: one is useful. Contradicted: for each, the 95 % interval (exact, binomial) of the share of runs "
+    "that diverge in which it sounds in time is below one half. Otherwise not shown. Not measured with fewer "
+    f"than {LEAST_RUNS} runs of either kind at such rates.",
 )
 
 
@@ -65,17 +66,19 @@ class Evaluation:
     """What an alarm is worth.
 
     Attributes:
-        auroc: the probability that a run that diverges has the higher score, compared with a sound one over
-            the same steps, with its interval.
-        auroc_at_equal_rates: the same over pairs of equal learning rate; None if there are none.
+        auroc: the probability that a run that diverges has the higher score, compared with a sound one of
+            the same learning rate over the same steps, with its interval; None if no rate has both.
+        auroc_at_all_rates: the same over all pairs, without an interval.
         threshold: score that at most `FALSE_ALARMS` of the sound runs exceed.
         leads: for each run that diverged the steps from the alarm to the onset; 0 where none came before.
+        p_separating: two-sided p-value of an AUROC of 0.5 at equal rates, of this alarm alone; 1 without one.
     """
 
-    auroc: Interval
-    auroc_at_equal_rates: float | None
+    auroc: Interval | None
+    auroc_at_all_rates: float
     threshold: float
     leads: Sequence[int]
+    p_separating: float
 
     @property
     def in_time(self) -> int:
@@ -84,21 +87,14 @@ class Evaluation:
 
     @property
     def is_useful(self) -> bool:
-        """Whether it separates runs, and warns in time in the median."""
-        return self.auroc.low > 0.5 and median(self.leads) > 0
+        """Whether it separates runs of equal rates, and warns in time in the median."""
+        return self.auroc is not None and self.auroc.low > 0.5 and median(self.leads) > 0
 
     @property
     def is_late(self) -> bool:
         """Whether it is shown to warn in time in less than half of the runs."""
         share = binomtest(self.in_time, len(self.leads)).proportion_ci(LEVEL, method="exact")
         return share.high < 0.5
-
-    @property
-    def p_separating(self) -> float:
-        """The two-sided p-value of an AUROC of 0.5, of this alarm alone."""
-        sound = self.auroc.count - len(self.leads)
-        deviation = _deviation(0.5, len(self.leads), sound)
-        return 2 * NormalDist().cdf(-abs(self.auroc.mean - 0.5) / deviation)
 
     @property
     def p_late(self) -> float:
@@ -141,13 +137,29 @@ def evaluate(runs: Sequence[Run]) -> Evaluation:
         if first.onset is not None
     ]
     at_equal_rates = [win for is_equal, win in wins if is_equal]
+    auroc, p = None, 1.0
+    if at_equal_rates:
+        mean = fmean(at_equal_rates)
+        counts = at_mixed_rates((run.rate, run.onset is not None) for run in runs)
+        auroc = auroc_interval(mean, *counts)
+        p = 2 * NormalDist().cdf(-abs(mean - 0.5) / _deviation(0.5, *counts))
     limit = threshold(sound)
-    return Evaluation(
-        auroc_interval(fmean(win for _, win in wins), len(diverged), len(sound)),
-        fmean(at_equal_rates) if at_equal_rates else None,
-        limit,
-        [lead_time(run, limit) for run in diverged],
-    )
+    leads = [lead_time(run, limit) for run in diverged]
+    return Evaluation(auroc, fmean(win for _, win in wins), limit, leads, p)
+
+
+def at_mixed_rates(runs: Iterable[tuple[float, bool]]) -> tuple[int, int]:
+    """Count the runs that diverged, and the sound ones, at the learning rates that have both.
+
+    Args:
+        runs: the learning rate of each run, and whether it diverged.
+    """
+    kinds: dict[float, list[bool]] = {}
+    for rate, has_diverged in runs:
+        kinds.setdefault(rate, []).append(has_diverged)
+    mixed = [found for found in kinds.values() if any(found) and not all(found)]
+    diverged = sum(map(sum, mixed))
+    return diverged, sum(map(len, mixed)) - diverged
 
 
 def _win(first: float, second: float) -> float:
@@ -198,9 +210,14 @@ def lead_time(run: Run, limit: float) -> int:
 
 def judge_alarms(results: RatedResults, after: int) -> Verdict:
     """Judge `WARNING` by the scores after a step, the end of the warm-up."""
+    counts = at_mixed_rates((rate, result["diverged_from"] is not None) for rate, result in results)
+    if min(counts) < LEAST_RUNS:
+        return not_measured(
+            WARNING,
+            "At the rates at which some runs diverge and others do not, {} diverged and {} did not; "
+            "{} of each are needed.".format(*counts, LEAST_RUNS),
+        )
     evaluations = _evaluations(results, after)
-    if not evaluations:
-        return not_measured(WARNING, f"Fewer than {LEAST_RUNS} runs diverged, or fewer than that did not.")
     useful: list[Alarm] = [alarm for alarm, found in evaluations.items() if found.is_useful]
     outcome = Outcome.SHOWN if useful else Outcome.NOT_SHOWN
     tested = [evaluations[alarm] for alarm in useful] or list(evaluations.values())
@@ -209,17 +226,16 @@ def judge_alarms(results: RatedResults, after: int) -> Verdict:
         outcome, p = Outcome.CONTRADICTED, max(found.p_late for found in evaluations.values())
     diverged = len(next(iter(evaluations.values())).leads)
     texts = [
-        f"{alarm}: AUROC {interval_text(found.auroc)}, in time in {found.in_time} of {diverged} runs, median "
-        f"lead {median(found.leads):g} steps"
+        f"{alarm}: AUROC {_auroc_text(found)} at equal rates, {number(found.auroc_at_all_rates)} over all; "
+        f"in time in {found.in_time} of {diverged} runs, median lead {median(found.leads):g} steps"
         for alarm, found in evaluations.items()
     ]
     evidence = (
         f"Of {len(results)} runs {diverged} diverged. {'; '.join(texts)}. "
         f"Useful: {', '.join(useful) or 'none'}."
     )
-    best = max(evaluations, key=lambda alarm: evaluations[alarm].auroc.mean)
-    found = evaluations[best]
-    here = f"{best}: AUROC {interval_text(found.auroc)}, median lead {median(found.leads):g} steps"
+    best, found = max(evaluations.items(), key=lambda one: one[1].auroc.mean if one[1].auroc else 0.0)
+    here = f"{best}: AUROC {_auroc_text(found)}, median lead {median(found.leads):g} steps"
     return Verdict(WARNING, outcome, evidence, p, here)
 
 
@@ -228,8 +244,8 @@ def alarm_sections(results: RatedResults, after: int) -> list[Section]:
     rows = [
         (
             alarm,
-            interval_text(found.auroc),
-            "–" if found.auroc_at_equal_rates is None else number(found.auroc_at_equal_rates),
+            _auroc_text(found),
+            number(found.auroc_at_all_rates),
             number(found.threshold),
             f"{found.in_time} of {len(found.leads)}",
             f"{median(found.leads):g}",
@@ -239,13 +255,17 @@ def alarm_sections(results: RatedResults, after: int) -> list[Section]:
     if not rows:
         return []
     text = (
-        "Runs that diverged against sound ones, at all learning rates, and at equal ones alone: a high rate "
-        "may raise a score whether the run diverges or not. The threshold is set on these sound runs "
-        "themselves; with fewer than 20 of them none may exceed it. Steps count to where the running loss "
-        "began to be too high."
+        "Runs that diverged against sound ones, at equal learning rates and at all: a high rate may raise a "
+        "score whether the run diverges or not. The threshold is set on these sound runs themselves; with "
+        "fewer than 20 of them none may exceed it. Steps count to where the running loss began to be too "
+        "high."
     )
-    header = ("", "AUROC", "at equal rates", "threshold", "in time", "median lead (steps)")
+    header = ("", "AUROC at equal rates", "at all rates", "threshold", "in time", "median lead (steps)")
     return [Section("Alarms", [text], table=Table(header, rows))]
+
+
+def _auroc_text(found: Evaluation) -> str:
+    return "–" if found.auroc is None else interval_text(found.auroc)
 
 
 def _evaluations(results: RatedResults, after: int) -> dict[Alarm, Evaluation]:

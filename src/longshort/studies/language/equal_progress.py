@@ -10,7 +10,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from longshort.reporting.intervals import Interval, log_or_none, paired_log_ratio, slope_interval
+from longshort.reporting.intervals import (
+    Interval,
+    confidence_interval,
+    log_or_none,
+    paired_log_ratio,
+    slope,
+)
 from longshort.studies.framework.comparison import ArmResults, Arms, interval_text, judge_below
 from longshort.studies.framework.study import Claim, Outcome, Verdict, not_measured
 
@@ -57,11 +63,14 @@ def at_loss(result: Result, quantity: str, loss: float) -> float | None:
         quantity: a key of its probe.
         loss: nats per token.
     """
-    step, probe = step_at(result, loss), result["probe"]
-    if step is None:
-        return None
+    step = step_at(result, loss)
+    return None if step is None else at_step(result, quantity, step)
+
+
+def at_step(result: Result, quantity: str, step: float) -> float | None:
+    """Interpolate the logarithm of a quantity of the probe at a step; None if it is not known there."""
     before: tuple[float, float] | None = None
-    for at, value in zip(probe["step"], probe[quantity], strict=True):
+    for at, value in zip(result["probe"]["step"], result["probe"][quantity], strict=True):
         if value is None or value <= 0:
             return None
         if at >= step:
@@ -88,6 +97,26 @@ def log_ratio_at_loss(first: ArmResults, second: ArmResults, quantity: str, loss
     return paired_log_ratio(*sides)
 
 
+def log_ratio_at_cost(first: ArmResults, second: ArmResults, quantity: str, unit: str) -> Interval:
+    """Compute the paired log-ratio of a quantity of the probe of two arms at equal steps ("step") or FLOPs
+    ("flops"), as many as the cheaper arm spends at the constant rate."""
+
+    def per_step(result: Result) -> float:
+        return 1 if unit == "step" else result["flops_per_step"]
+
+    spent = min(
+        result["constant_until"] * per_step(result) for arm in (first, second) for result in arm.results()
+    )
+    sides = [
+        {
+            seed: at_step(result, quantity, spent / per_step(result))
+            for seed, result in arm.by_rate["best"].items()
+        }
+        for arm in (first, second)
+    ]
+    return paired_log_ratio(*sides)
+
+
 def log_cost_ratio_at_loss(first: ArmResults, second: ArmResults, unit: str, loss: float) -> Interval:
     """Compute the paired log-ratio of the "tokens" or "flops" that two arms spend to reach a loss."""
     sides = []
@@ -103,7 +132,7 @@ def judge_at_losses(
     arms: Arms,
     needed: Sequence[str],
     outcome_at: Callable[[float], Outcome],
-    p_at: Callable[[float], float],
+    p_at: Callable[[float, Outcome], float],
     evidence: Callable[[Sequence[float]], str],
     losses: Sequence[float] = LOSSES,
     here: Callable[[float], str] | None = None,
@@ -117,7 +146,7 @@ def judge_at_losses(
         arms: arms whose trials are done.
         needed: names of the arms without which the claim is not judged.
         outcome_at: returns the outcome at one loss.
-        p_at: returns the p-value of that outcome.
+        p_at: returns the p-value with which one loss speaks for an outcome that claims something.
         evidence: returns the numbers in words, from the losses that were reached.
         losses: the losses, nats per byte.
         here: returns the number at one loss that says most.
@@ -133,7 +162,7 @@ def judge_at_losses(
         )  # fmt: skip
         return Verdict(claim, Outcome.NOT_REACHED, f"{reason}: too little progress to compare.")
     outcome = combined([outcome_at(loss) for loss in reached])
-    p = p_of_two([p_at(loss) for loss in reached])
+    p = p_of_two([p_at(loss, outcome) for loss in reached]) if outcome.is_claim else 1.0
     return Verdict(claim, outcome, evidence(reached), p, here="" if here is None else at_ends(here, reached))
 
 
@@ -184,8 +213,9 @@ def sign_test(first: int, second: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def slope_at_loss(by_size: Mapping[int, ArmResults], quantity: str, loss: float) -> Interval:
-    """Compute the slope of log quantity over log size, such as the length, at equal loss, over seeds."""
+def slopes_at_loss(by_size: Mapping[int, ArmResults], quantity: str, loss: float) -> dict[int, float | None]:
+    """Compute the slope of log quantity over log size, such as the length, at equal loss, by seed; None where
+    a value is missing."""
     rows = {
         math.log(size): {
             seed: log_or_none(at_loss(result, quantity, loss)) for seed, result in arm.by_rate["best"].items()
@@ -193,7 +223,12 @@ def slope_at_loss(by_size: Mapping[int, ArmResults], quantity: str, loss: float)
         for size, arm in by_size.items()
     }
     seeds = next(iter(rows.values()))
-    return slope_interval([[(x, row[seed]) for x, row in rows.items()] for seed in seeds])
+    return {seed: slope([(x, row[seed]) for x, row in rows.items()]) for seed in seeds}
+
+
+def slope_at_loss(by_size: Mapping[int, ArmResults], quantity: str, loss: float) -> Interval:
+    """Compute the interval over seeds of `slopes_at_loss`."""
+    return confidence_interval(slopes_at_loss(by_size, quantity, loss).values())
 
 
 def judge_above_zero(interval: Interval) -> Outcome:
@@ -203,6 +238,11 @@ def judge_above_zero(interval: Interval) -> Outcome:
     return Outcome.CONTRADICTED if interval.high < 0 else Outcome.NOT_SHOWN
 
 
+def p_above_zero(interval: Interval, outcome: Outcome) -> float:
+    """Compute the p-value with which a number speaks for an outcome of `judge_above_zero`."""
+    return interval.p_below(0.0) if outcome is Outcome.CONTRADICTED else interval.p_above(0.0)
+
+
 def judge_ratio(interval: Interval, shown: float) -> Outcome:
     """Judge a ratio at one loss that is claimed to be below `shown`, at most 1."""
     if is_alike(interval, ALIKE):
@@ -210,10 +250,10 @@ def judge_ratio(interval: Interval, shown: float) -> Outcome:
     return judge_below(interval, shown, 1.0)
 
 
-def p_of_ratio(log_ratio: Interval, shown: float) -> float:
-    """Compute the p-value of what `judge_ratio` says: against `shown`, against 1, or against the bounds of
-    likeness."""
-    if is_alike(log_ratio.exp(), ALIKE):
-        return max(log_ratio.p_value(math.log(ALIKE)), log_ratio.p_value(-math.log(ALIKE)))
-    bound = math.log(shown)
-    return log_ratio.p_value(bound if log_ratio.high < bound else 0.0)
+def p_of_ratio(log_ratio: Interval, outcome: Outcome, shown: float) -> float:
+    """Compute the p-value with which a ratio speaks for an outcome of `judge_ratio`: below `shown`, below 1,
+    or, against the claim, above 1 or between the bounds of likeness."""
+    if outcome is Outcome.CONTRADICTED:
+        alike = max(log_ratio.p_below(math.log(ALIKE)), log_ratio.p_above(-math.log(ALIKE)))
+        return min(alike, log_ratio.p_above(0.0))
+    return log_ratio.p_below(math.log(shown) if outcome is Outcome.SHOWN else 0.0)

@@ -89,7 +89,7 @@ def train_language_model(trial: Trial, workplace: Workplace) -> dict[str, Any]:
         result = summarize(run, settings)
         needle = settings.get("measure", {}).get("needle")
         if needle is not None:
-            result["needle"] = _needle(run, needle, workplace)
+            result["needle"] = needle_cells(run, needle, workplace)
         return result
 
 
@@ -289,7 +289,14 @@ class _Share(Progress):
             self._report(step / self._steps)
 
 
-def _needle(run: Path, needle: Mapping[str, Any], workplace: Workplace) -> list[dict[str, Any]]:
+def needle_cells(run: Path, needle: Mapping[str, Any], workplace: Workplace) -> list[dict[str, Any]]:
+    """Measure retrieval by the last weights of a run: gain and accuracy by length and depth.
+
+    Args:
+        run: the folder of the training.
+        needle: the lengths, depths and samples of `measure_needle`.
+        workplace: the environment of trials.
+    """
     trained = open_trained(run)
     data = DataFolder.open(data_folder(workplace))
     found = measure_needle(trained.model, trained.tokenizer, data.validation, seed=0, **needle)

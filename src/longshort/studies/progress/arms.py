@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from longshort.studies.framework.comparison import rate_text
 from longshort.studies.framework.study import Scale, Trial
 from longshort.studies.framework.sweep import Arm, Ladder
 from longshort.studies.language.arms import LS, LS_ROPE, MHSA, MHSA_ROPE, ONE_GPU, Setting, Variant, steady
+from longshort.studies.progress.needle import needle_of
 from longshort.studies.progress.precision import audit_of
 
 NO_GLOBAL = LS.with_model("LS, no global head", num_global_heads=0)
@@ -51,15 +54,18 @@ class Sizes:
 
     Attributes:
         pair: setting of MHSA, LS and `variants`.
-        seeds: number of seeds.
+        seeds: number of seeds of the pair and its variants.
+        other_seeds: number of seeds of all other parts; at most as many.
         variants: further arms.
-        positions: arms of other positions, whose later seeds train in the setting `brief`.
+        positions: arms of other positions, of which all seeds but the first train in the setting `brief`.
         lengths: settings of MHSA and LS at other lengths.
         stress: setting of the runs that may diverge.
         stress_rates: their learning rates.
         stressed: their arms.
         fp32_rate: rate at which MHSA and LS also run in fp32; None: they do not.
         mechanism: setting of the head sizes and of hidden keys.
+        needle: lengths, depths and samples of the needles that the pair and its variants retrieve after the
+            training; None: they are not measured.
         audit_batches: batches on which the last weights of MHSA and LS, and of the runs that may diverge, are
             audited; 0: they are not.
         fp32_seeds: number of seeds of MHSA in fp32 beside MHSA + QK-norm, in the pair's setting; 0: neither
@@ -69,6 +75,7 @@ class Sizes:
 
     pair: Setting
     seeds: int
+    other_seeds: int
     variants: Sequence[Variant] = (NO_GLOBAL,)
     positions: Sequence[Variant] = ()
     brief: Setting | None = None
@@ -78,6 +85,7 @@ class Sizes:
     stressed: Sequence[Variant] = STRESSED
     fp32_rate: float | None = None
     mechanism: Setting | None = None
+    needle: Mapping[str, Any] | None = None
     audit_batches: int = 0
     fp32_seeds: int = 0
     saturation: Setting | None = None
@@ -86,9 +94,17 @@ class Sizes:
     def main(self) -> list[Arm]:
         return [arm_at(self.pair, variant) for variant in (MHSA, LS, *self.variants)]
 
-    @property
-    def position_arms(self) -> list[Arm]:
-        return [arm_at(self.pair, variant, self.brief) for variant in self.positions]
+    def position_arms(self, first_seed: int) -> list[Arm]:
+        """Return the arms of other positions, of which the first seed alone trains as long as the pair."""
+
+        def arm(variant: Variant) -> Arm:
+            long, brief = (arm_at(setting, variant).trial for setting in (self.pair, self.brief or self.pair))
+            return replace(
+                arm_at(self.pair, variant),
+                trial=lambda rate, seed: (long if seed == first_seed else brief)(rate, seed),
+            )
+
+        return [arm(variant) for variant in self.positions]
 
     @property
     def length_arms(self) -> dict[int, dict[str, Arm]]:
@@ -142,6 +158,15 @@ class Sizes:
             for name, trials in trained.items()
         }
 
+    def needle_trials(self, seeds: Sequence[int]) -> dict[str, list[Trial]]:
+        """Measurements of retrieval after the trainings of the pair and its variants, by name."""
+        if self.needle is None:
+            return {}
+        return {
+            arm.name: [needle_of(trial, self.needle) for trial in trials_of([arm], seeds)]
+            for arm in self.main
+        }
+
     def remedy_arms(self, seeds: Sequence[int]) -> list[tuple[Arm, Sequence[int]]]:
         """Return MHSA + QK-norm and MHSA in fp32, each with its seeds."""
         if not self.fp32_seeds:
@@ -161,13 +186,13 @@ def _stress(length: int, tokens: int, steps: int) -> Setting:
     return steady(length, tokens, steps, alarms=True, monitor_every=10)
 
 
-def arm_at(setting: Setting, variant: Variant, later: Setting | None = None, name: str | None = None) -> Arm:
-    """Make an arm at the setting's rates alone; seeds after the first train in the setting `later`."""
+def _needle(*lengths: int) -> dict[str, Any]:
+    return {"lengths": list(lengths), "depths": [0.1, 0.5, 0.9], "samples": 64}
 
-    def trial(rate: float, seed: int) -> Trial:
-        return (setting if later is None or seed == 0 else later).trial(variant, rate, seed)
 
-    return Arm(name or variant.name, trial, Ladder(setting.rates, extensions=0))
+def arm_at(setting: Setting, variant: Variant, name: str | None = None) -> Arm:
+    """Make an arm at the setting's rates alone."""
+    return Arm(name or variant.name, partial(setting.trial, variant), Ladder(setting.rates, extensions=0))
 
 
 def trials_of(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Trial]:
@@ -178,10 +203,12 @@ SIZES: Mapping[Scale, Sizes] = {
     "smoke": Sizes(
         steady(64, 128, 20),
         seeds=2,
+        other_seeds=2,
         lengths=[steady(32, 128, 20)],
         stress=_stress(64, 128, 20),
         stress_rates=(1e-2,),
         mechanism=steady(32, 128, 4),
+        needle={"lengths": [64], "depths": [0.5], "samples": 2},
         audit_batches=2,
         fp32_seeds=1,
         saturation=steady(64, 128, 16),
@@ -189,13 +216,16 @@ SIZES: Mapping[Scale, Sizes] = {
     "laptop": Sizes(
         steady(512, 4096, 4000),
         seeds=3,
+        other_seeds=3,
         lengths=[steady(256, 4096, 3000, stop_at_loss=1.95)],
         stress=_stress(512, 4096, 1000),
         stress_rates=(1e-2, 6e-2),
+        needle=_needle(128, 512),
     ),
     "overnight": Sizes(
         steady(1024, 8192, 10_000),
-        seeds=3,
+        seeds=5,
+        other_seeds=3,
         positions=(MHSA_ROPE, LS_ROPE, LOCAL_ROPE),
         brief=steady(1024, 8192, 3000),
         lengths=[
@@ -207,6 +237,7 @@ SIZES: Mapping[Scale, Sizes] = {
         stress_rates=(1e-2, 1.7e-2, 3e-2, 6e-2),
         fp32_rate=3e-2,
         mechanism=steady(512, 8192, 2000, stop_at_loss=1.95),
+        needle=_needle(128, 512, 1024),
         audit_batches=16,
         fp32_seeds=1,
         saturation=steady(1024, 8192, 8000),
@@ -214,6 +245,7 @@ SIZES: Mapping[Scale, Sizes] = {
     "gpu": Sizes(
         ONE_GPU,
         seeds=1,
+        other_seeds=1,
         variants=(),
         stress=ONE_GPU,
         stress_rates=ONE_GPU.rates,
@@ -222,6 +254,7 @@ SIZES: Mapping[Scale, Sizes] = {
     "paper": Sizes(
         steady(2048, 524_288, 50_000, rates=(6e-4,)),
         seeds=3,
+        other_seeds=3,
         lengths=[steady(8192, 524_288, 50_000, rates=(6e-4,))],
     ),
 }

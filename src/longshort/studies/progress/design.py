@@ -9,13 +9,15 @@ from longshort.reporting.intervals import Interval
 from longshort.studies.framework.comparison import Arms, difference, difference_text, mean_text
 from longshort.studies.framework.study import Claim, Outcome, Verdict, not_measured
 from longshort.studies.language.arms import LS, MHSA
-from longshort.studies.language.equal_progress import Result, judge_above_zero
+from longshort.studies.language.equal_progress import BEGUN, Result, judge_above_zero, step_at
 from longshort.studies.progress.arms import NO_GLOBAL
+from longshort.studies.progress.needle import Needles, farthest_gain
 
 COPYING_DROP = 0.5
 """A model copies once its loss on the second half of repeated random bytes has fallen this far below its
-highest value so far, in nats per byte. The loss first rises, to 4.7 of MHSA and LS alike, as the model learns
-text, which random bytes are not; it varies by 0.2 from one evaluation to the next."""
+highest value since its validation loss fell to `BEGUN`, in nats per byte. That loss first rises, to 4.7 of
+MHSA and LS alike, as the model learns text, which random bytes are not; it varies by 0.2 from one evaluation
+to the next."""
 
 TOLERANCE = 0.02
 """Losses nearer than this, in nats per byte, are called alike."""
@@ -28,7 +30,7 @@ ENOUGH = Claim(
     "The 95 % interval of the validation loss at the end of the constant rate, all heads global minus one, "
     f"paired over seeds. Shown: lower end above −{TOLERANCE}. Contradicted: upper end below −{TOLERANCE}. "
     f"Open unless both copy on every seed: a loss on repeated random bytes {COPYING_DROP} nats per byte "
-    "below its highest value before.",
+    "below its highest value before, once it has begun to learn.",
     paper="a few global heads, often one",
 )
 NEEDED = Claim(
@@ -38,27 +40,32 @@ NEEDED = Claim(
     "The 95 % interval of the validation loss at the end of the constant rate, no global head minus one, "
     "paired over seeds. Shown: lower end above 0. Contradicted: upper end below 0. Otherwise not shown. Open "
     f"unless LS copies on every seed: a loss on repeated random bytes {COPYING_DROP} nats per byte below its "
-    "highest value before.",
+    "highest value before, once it has begun to learn.",
     paper="one for the long range",
 )
 
 
-def judge_enough(arms: Arms) -> Verdict:
+def judge_enough(arms: Arms, needles: Needles) -> Verdict:
+    """Judge `ENOUGH` by MHSA and LS, with the needles that are measured beside them."""
+
     def outcome(change: Interval) -> Outcome:
         if change.low > -TOLERANCE:
             return Outcome.SHOWN
         return Outcome.CONTRADICTED if change.high < -TOLERANCE else Outcome.NOT_SHOWN
 
-    return _judge_design(ENOUGH, arms, (MHSA.name, LS.name), (MHSA.name, LS.name), outcome, -TOLERANCE)
+    pair = (MHSA.name, LS.name)
+    return _judge_design(ENOUGH, arms, needles, pair, pair, outcome, -TOLERANCE)
 
 
-def judge_needed(arms: Arms) -> Verdict:
-    return _judge_design(NEEDED, arms, (NO_GLOBAL.name, LS.name), (LS.name,), judge_above_zero, 0.0)
+def judge_needed(arms: Arms, needles: Needles) -> Verdict:
+    """Judge `NEEDED` by LS with and without global heads, with the needles that are measured beside them."""
+    return _judge_design(NEEDED, arms, needles, (NO_GLOBAL.name, LS.name), (LS.name,), judge_above_zero, 0.0)
 
 
 def _judge_design(
     claim: Claim,
     arms: Arms,
+    needles: Needles,
     pair: tuple[str, str],
     copying: Sequence[str],
     outcome_of: Callable[[Interval], Outcome],
@@ -75,6 +82,9 @@ def _judge_design(
         f"{difference_text(difference(first, second, 'validation_loss'))} after the decay. Loss on repeated "
         f"random bytes: {', '.join(f'{name} {score}' for name, score in scores.items())}."
     )
+    if all(name in needles for name in pair):
+        gains = (f"{name} {mean_text(map(farthest_gain, needles[name]))}" for name in pair)
+        evidence += f" Gain of a needle at the largest distance, nats per byte: {', '.join(gains)}."
     late = [
         name for name in copying
         if any(copying_step(result) is None for result in arms[name].results())
@@ -90,10 +100,11 @@ def _judge_design(
 def copying_step(result: Result) -> int | None:
     """Return the first step at which a run copies, at the constant rate; None if it never does."""
     highest = -math.inf
+    begun = step_at(result, BEGUN)
     for step, loss in result["copying_curve"]:
-        if step > result["constant_until"]:
+        if begun is None or step > result["constant_until"]:
             break
-        if loss is not None:
+        if loss is not None and step >= begun:
             highest = max(highest, loss)
             if loss <= highest - COPYING_DROP:
                 return step

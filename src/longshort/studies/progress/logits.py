@@ -6,13 +6,23 @@ from collections.abc import Mapping, Sequence
 
 from longshort.reporting.intervals import Interval
 from longshort.reporting.page import Section, Table
-from longshort.studies.framework.comparison import Arms, difference_text, interval_text, mean_text, rate_text
+from longshort.studies.framework.comparison import (
+    ArmResults,
+    Arms,
+    difference_text,
+    interval_text,
+    mean_text,
+    rate_text,
+)
 from longshort.studies.framework.study import Claim, Outcome, Verdict, not_measured
 from longshort.studies.language.arms import LS, MHSA
 from longshort.studies.language.equal_progress import (
     ALIKE,
+    BEGUN,
+    LEAST_LOSSES,
     LOSSES,
     LOSSES_TEXT,
+    Result,
     at_ends,
     at_loss,
     combined,
@@ -20,14 +30,18 @@ from longshort.studies.language.equal_progress import (
     judge_at_losses,
     judge_ratio,
     log_cost_ratio_at_loss,
+    log_ratio_at_cost,
     log_ratio_at_loss,
     losses_reached,
+    p_above_zero,
     p_of_ratio,
     p_of_two,
     ratios_text,
     sign_test,
     slope_at_loss,
+    step_at,
 )
+from longshort.studies.language.trial import largest
 
 DIVERGENCE = Claim(
     "F1, F4: divergence",
@@ -36,20 +50,22 @@ DIVERGENCE = Claim(
     "LS diverges where MHSA does not, or MHSA alone diverges at no rate.",
     "Pairs of runs of MHSA and LS at the same rate and seed, rates from sound to far too high. Diverged is a "
     "loss that is not finite, or a running loss (mean of 50 steps) 0.14 nats per byte above its minimum for "
-    "100 steps. Shown: MHSA diverges alone in more pairs than LS, p < 0.05 by the exact two-sided sign test. "
-    "Contradicted: the same with the names exchanged. Otherwise not shown.",
+    "100 steps. A pair counts if each of its runs diverges or falls to a validation loss of "
+    f"{BEGUN} nats per byte: a run that does neither has not begun to learn. Shown: MHSA diverges alone in "
+    "more pairs than LS, p < 0.05 by the exact two-sided sign test. Contradicted: the same with the names "
+    "exchanged. Otherwise not shown. Open if no pair counts.",
     paper="diverges in bf16, figure 1",
 )
 RATIO = Claim(
     "F1: ratio of logits",
     "LS-attention keeps the largest logit below 1/20 of MHSA's.",
     "At equal progress LS's largest logit is as large as MHSA's, or larger.",
-    "95 % intervals of LS/MHSA, paired over seeds, of the largest logit on 32 fixed validation windows, "
-    f"where the validation loss first falls to {LOSSES_TEXT} nats per byte, at those of the losses that all "
-    "runs reach at the constant rate. Shown: upper end below 1/20 at two or more losses. Partly: below 1 at "
-    f"two or more. Contradicted: above 1, or alike (within a factor of {ALIKE}), at two or more and below 1 "
-    "at no other. A loss that speaks against the claim makes it not shown. Open unless all runs reach two of "
-    "the losses.",
+    "95 % intervals of LS/MHSA, paired over seeds, of the largest logit of every 16th query of 32 fixed "
+    f"validation windows, where the validation loss first falls to {LOSSES_TEXT} nats per byte, at those of "
+    "the losses that all runs reach at the constant rate. Shown: upper end below 1/20 at two or more losses. "
+    "Partly: below 1 at two or more. Contradicted: above 1, or alike (within a factor of "
+    f"{ALIKE}), at two or more and below 1 at no other. A loss that speaks against the claim makes it not "
+    "shown. Open unless all runs reach two of the losses.",
     paper="below 0.05",
 )
 GROWTH = Claim(
@@ -87,19 +103,28 @@ SOONER = Claim(
 )
 
 
-Diverged = Mapping[tuple[str, float], Sequence[int | None]]
-"""The step of each seed at which it diverged, by variant and rate."""
+Stressed = Mapping[tuple[str, float], Sequence[Result]]
+"""The results of each seed at rates that may be too high, by variant and rate."""
 
 
-def judge_divergence(stressed: Diverged) -> Verdict:
+def judge_divergence(stressed: Stressed) -> Verdict:
+    """Judge `DIVERGENCE` by the pairs of MHSA and LS."""
     rates = sorted({rate for name, rate in stressed if name == MHSA.name and (LS.name, rate) in stressed})
-    pairs = [
-        (ours is not None, theirs is not None)
+    runs = [
+        pair
         for rate in rates
-        for ours, theirs in zip(stressed[LS.name, rate], stressed[MHSA.name, rate], strict=True)
+        for pair in zip(stressed[LS.name, rate], stressed[MHSA.name, rate], strict=True)
     ]
-    if not pairs:
+    if not runs:
         return not_measured(DIVERGENCE)
+    pairs = [
+        (_has_diverged(ours), _has_diverged(theirs))
+        for ours, theirs in runs
+        if not _is_stuck(ours) and not _is_stuck(theirs)
+    ]
+    left_out = f"In {len(runs) - len(pairs)} of {len(runs)} pairs a run neither diverged nor began to learn."
+    if not pairs:
+        return Verdict(DIVERGENCE, Outcome.NOT_REACHED, left_out)
     ls_alone, mhsa_alone = pairs.count((True, False)), pairs.count((False, True))
     p = sign_test(ls_alone, mhsa_alone)
     outcome = Outcome.NOT_SHOWN
@@ -108,13 +133,23 @@ def judge_divergence(stressed: Diverged) -> Verdict:
     evidence = (
         f"Of {len(pairs)} pairs at rates {', '.join(map(rate_text, rates))}: MHSA diverged in "
         f"{sum(theirs for _, theirs in pairs)}, alone in {mhsa_alone}; LS in "
-        f"{sum(ours for ours, _ in pairs)}, alone in {ls_alone}; p = {p:.2g}."
+        f"{sum(ours for ours, _ in pairs)}, alone in {ls_alone}; p = {p:.2g}. {left_out}"
     )
     here = f"MHSA alone in {mhsa_alone} of {len(pairs)} pairs, LS alone in {ls_alone}"
     return Verdict(DIVERGENCE, outcome, evidence, p, here)
 
 
+def _has_diverged(result: Result) -> bool:
+    return result["diverged_at"] is not None
+
+
+def _is_stuck(result: Result) -> bool:
+    """Return whether a run neither diverged nor began to learn."""
+    return not _has_diverged(result) and step_at(result, BEGUN) is None
+
+
 def judge_logits(arms: Arms) -> Verdict:
+    """Judge `RATIO` by MHSA and LS."""
     pair = (LS.name, MHSA.name)
 
     def evidence(losses: Sequence[float]) -> str:
@@ -127,7 +162,15 @@ def judge_logits(arms: Arms) -> Verdict:
                 ("row_range", "row ranges"),
             )
         ]
-        return f"LS/MHSA at equal losses: {'; '.join(texts)}."
+        at_end = [
+            f"{interval_text(log_ratio_at_cost(arms[LS.name], arms[MHSA.name], 'max_logit', unit).exp())} at "
+            f"equal {words}"
+            for unit, words in (("step", "steps"), ("flops", "FLOPs"))
+        ]
+        return (
+            f"LS/MHSA at equal losses: {'; '.join(texts)}. Of largest logits, where the constant rate of one "
+            f"ends: {', '.join(at_end)}."
+        )
 
     def log_ratio(loss: float) -> Interval:
         return log_ratio_at_loss(arms[LS.name], arms[MHSA.name], "max_logit", loss)
@@ -135,35 +178,51 @@ def judge_logits(arms: Arms) -> Verdict:
     return judge_at_losses(
         RATIO, arms, pair,
         lambda loss: judge_ratio(log_ratio(loss).exp(), 1 / 20),
-        lambda loss: p_of_ratio(log_ratio(loss), 1 / 20),
+        lambda loss, outcome: p_of_ratio(log_ratio(loss), outcome, 1 / 20),
         evidence,
         here=lambda loss: interval_text(log_ratio(loss).exp()),
     )  # fmt: skip
 
 
 def judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
+    """Judge `GROWTH` by MHSA at every length."""
     by_length = {n: arms[f"MHSA, n = {n}"] for n, arms in lengths.items() if f"MHSA, n = {n}" in arms}
     if len(by_length) < max(2, len(lengths)):
         return not_measured(GROWTH)
     reached = losses_reached(result for arm in by_length.values() for result in arm.results())
     if len(reached) < 2:
+        which = ", ".join(map(str, reached)) or "none"
+        shorter = _slopes_of_shorter(by_length)
         return Verdict(
-            GROWTH, Outcome.NOT_REACHED,
-            f"The runs of all lengths reach {', '.join(map(str, reached)) or 'none'} of the losses.",
-        )  # fmt: skip
-    slopes = {
-        quantity: {loss: slope_at_loss(by_length, quantity, loss) for loss in reached}
-        for quantity in ("row_range", "max_logit")
-    }
-    ranges, logits = (
-        ", ".join(f"{difference_text(interval)} at {loss}" for loss, interval in at.items())
-        for at in slopes.values()
+            GROWTH, Outcome.NOT_REACHED, f"The runs of all lengths reach {which} of the losses. {shorter}"
+        )
+    slopes = {loss: slope_at_loss(by_length, "row_range", loss) for loss in reached}
+    outcome = combined([judge_above_zero(interval) for interval in slopes.values()])
+    p = p_of_two([p_above_zero(interval, outcome) for interval in slopes.values()])
+    here = f"slope {at_ends(lambda loss: difference_text(slopes[loss]), reached)}"
+    return Verdict(GROWTH, outcome, _slopes_text(by_length, reached), p if outcome.is_claim else 1.0, here)
+
+
+def _slopes_text(by_length: Mapping[int, ArmResults], losses: Sequence[float]) -> str:
+    texts = []
+    for quantity, words in (
+        ("row_range", "row range"), ("max_logit", "largest logit"), ("quantile", "99.9th percentile"),
+    ):  # fmt: skip
+        slopes = (f"{difference_text(slope_at_loss(by_length, quantity, loss))} at {loss}" for loss in losses)
+        texts.append(f"{words}: {', '.join(slopes)}")
+    return (
+        f"Slope over log n of the logarithm of MHSA's {'; '.join(texts)}. A longer sequence has more probed "
+        "queries, so that a maximum over them grows a little by itself; the percentile does not."
     )
-    outcome = combined([judge_above_zero(interval) for interval in slopes["row_range"].values()])
-    evidence = f"Slope of MHSA's log row range over log n: {ranges}; of its log largest logit: {logits}."
-    p = p_of_two([interval.p_value(0.0) for interval in slopes["row_range"].values()])
-    here = f"slope {at_ends(lambda loss: difference_text(slopes['row_range'][loss]), reached)}"
-    return Verdict(GROWTH, outcome, evidence, p, here)
+
+
+def _slopes_of_shorter(by_length: Mapping[int, ArmResults]) -> str:
+    """Report the slopes over the lengths whose runs reach two of the losses, if there are several of them."""
+    found = {n: arm for n, arm in by_length.items() if len(losses_reached(arm.results())) >= LEAST_LOSSES}
+    reached = losses_reached(result for arm in found.values() for result in arm.results())
+    if len(found) < 2 or not reached:
+        return ""
+    return f"Not part of the verdict, n = {min(found):,} to {max(found):,}: {_slopes_text(found, reached)}"
 
 
 def judge_mitigation(lengths: Mapping[int, Arms]) -> Verdict:
@@ -185,10 +244,13 @@ def judge_mitigation(lengths: Mapping[int, Arms]) -> Verdict:
             return Outcome.CONTRADICTED
         return Outcome.PARTLY if 2 * below > len(pairs) else Outcome.NOT_SHOWN
 
-    def p_at(loss: float) -> float:
-        """By Bonferroni's bound on a partial conjunction, where most of the lengths are enough."""
-        p_values = sorted(ratio.p_value(0.0) for ratio in log_ratios(loss).values())
-        needed = len(pairs) if outcome_at(loss) is Outcome.SHOWN else len(pairs) // 2 + 1
+    def p_at(loss: float, outcome: Outcome) -> float:
+        """Combine the lengths: by Bonferroni's bound on a partial conjunction where most are enough."""
+        is_against = outcome is Outcome.CONTRADICTED
+        p_values = sorted(
+            ratio.p_above(0.0) if is_against else ratio.p_below(0.0) for ratio in log_ratios(loss).values()
+        )
+        needed = len(pairs) if outcome is Outcome.SHOWN else len(pairs) // 2 + 1
         return min(1.0, (len(pairs) - needed + 1) * p_values[needed - 1])
 
     def text(loss: float) -> str:
@@ -204,6 +266,7 @@ def judge_mitigation(lengths: Mapping[int, Arms]) -> Verdict:
 
 
 def judge_sooner(arms: Arms) -> Verdict:
+    """Judge `SOONER` by MHSA and LS."""
     pair = (LS.name, MHSA.name)
 
     def log_cost(unit: str, loss: float) -> Interval:
@@ -219,13 +282,14 @@ def judge_sooner(arms: Arms) -> Verdict:
     return judge_at_losses(
         SOONER, arms, pair,
         lambda loss: judge_ratio(log_cost("tokens", loss).exp(), 1.0),
-        lambda loss: p_of_ratio(log_cost("tokens", loss), 1.0),
+        lambda loss, outcome: p_of_ratio(log_cost("tokens", loss), outcome, 1.0),
         evidence,
         here=lambda loss: f"{interval_text(log_cost('tokens', loss).exp())} of the tokens",
     )  # fmt: skip
 
 
 def length_sections(lengths: Mapping[int, Arms]) -> list[Section]:
+    """Make the table of row ranges by length; none without results."""
     rows = []
     for arms in lengths.values():
         for name, arm in arms.items():
@@ -240,13 +304,29 @@ def length_sections(lengths: Mapping[int, Arms]) -> list[Section]:
     return [Section("By sequence length", ["Means over seeds, at equal validation losses."], table=table)]
 
 
-def stress_sections(stressed: Diverged) -> list[Section]:
+def stress_sections(stressed: Stressed) -> list[Section]:
+    """Make the table of the runs at rates that may be too high; none without results."""
     if not stressed:
         return []
-    rows = [
-        (name, rate_text(rate), f"{sum(step is not None for step in steps)} of {len(steps)}",
-         ", ".join(f"{step:,}" for step in steps if step is not None) or "–")
-        for (name, rate), steps in stressed.items()
-    ]  # fmt: skip
-    text = "Runs that diverged, by learning rate, with the steps at which they did."
-    return [Section("Divergence", [text], table=Table(("", "rate", "diverged", "at step"), rows))]
+    rows = []
+    for (name, rate), results in stressed.items():
+        steps = [result["diverged_at"] for result in results if _has_diverged(result)]
+        stuck = sum(map(_is_stuck, results))
+        rows.append(
+            (
+                name,
+                rate_text(rate),
+                f"{len(steps)} of {len(results)}",
+                ", ".join(f"{step:,}" for step in steps) or "–",
+                str(stuck or "–"),
+                mean_text(result["validation_loss"] for result in results),
+                mean_text(largest(result["probe"]["max_logit"]) for result in results),
+            )
+        )
+    text = (
+        "Runs by learning rate: those that diverged, with the steps at which they did; those that neither "
+        f"diverged nor fell to {BEGUN} nats per byte; and means over seeds of the last validation loss and "
+        "of the largest logit at any step."
+    )
+    header = ("", "rate", "diverged", "at step", "not begun to learn", "last loss", "largest logit")
+    return [Section("Divergence", [text], table=Table(header, rows))]

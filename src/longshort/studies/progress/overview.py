@@ -37,10 +37,10 @@ def overview_sections(runs: Runs, folder: Path) -> list[Section]:
         return []
     seeds = ", ".join(f"{name} on {len(results)}" for name, results in runs.items())
     caption = (
-        "Left: the largest attention logit on 32 fixed validation windows over the validation loss there, at "
-        "the constant learning rate; progress goes to the right. Right: that loss by tokens, to the end of "
-        f"the decay. Thin: seeds ({seeds}); thick: their mean at equal loss; dots: where a run begins to "
-        "copy from its context; dashed: 1/20 of MHSA, which the paper sees LS below."
+        "Left: the largest attention logit of every 16th query of 32 fixed validation windows over the "
+        "validation loss there, at the constant learning rate; progress goes to the right. Right: that loss "
+        f"by tokens, to the end of the decay. Thin: seeds ({seeds}); thick: their mean at equal loss; dots: "
+        "where a run begins to copy from its context; dashed: 1/20 of MHSA, which the paper sees LS below."
     )
     return [
         Section(

@@ -72,11 +72,11 @@ def judge_remedies(arms: Arms) -> Verdict:
         is_against = outcomes and all(outcome is Outcome.CONTRADICTED for outcome in outcomes)
         return Outcome.CONTRADICTED if is_against else Outcome.NOT_SHOWN
 
-    def p_at(loss: float) -> float:
-        if outcome_at(loss) is Outcome.CONTRADICTED:
-            return max(p_of_ratio(log_cost(name, "flops", loss), 1.0) for name in judged(loss))
-        cheaper = [max(log_cost(name, unit, loss).p_value(0.0) for unit, _ in _UNITS) for name in BASELINES]
-        return max(cheaper) if outcome_at(loss) is Outcome.SHOWN else min(1.0, 2 * min(cheaper))
+    def p_at(loss: float, outcome: Outcome) -> float:
+        if outcome is Outcome.CONTRADICTED:
+            return max(p_of_ratio(log_cost(name, "flops", loss), outcome, 1.0) for name in judged(loss))
+        cheaper = [max(log_cost(name, unit, loss).p_below(0.0) for unit, _ in _UNITS) for name in BASELINES]
+        return max(cheaper) if outcome is Outcome.SHOWN else min(1.0, 2 * min(cheaper))
 
     def evidence(losses: Sequence[float]) -> str:
         texts = []

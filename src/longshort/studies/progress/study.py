@@ -19,7 +19,7 @@ from longshort.studies.language.measures import predict
 from longshort.studies.language.trial import LanguageStudy
 from longshort.studies.progress.arms import SATURATION_SEEDS, SIZES, Sizes, trials_of
 from longshort.studies.progress.design import ENOUGH, NEEDED, judge_enough, judge_needed
-from longshort.studies.progress.figures import main_sections, position_sections
+from longshort.studies.progress.figures import clock_sections, main_sections, position_sections
 from longshort.studies.progress.logits import (
     DIVERGENCE,
     GROWTH,
@@ -35,6 +35,7 @@ from longshort.studies.progress.logits import (
     stress_sections,
 )
 from longshort.studies.progress.mechanism import MECHANISM, judge_mechanism, mechanism_sections
+from longshort.studies.progress.needle import needle_sections, needles_of, run_needle
 from longshort.studies.progress.overview import overview_sections
 from longshort.studies.progress.precision import audits_of, precision_sections, run_audit
 from longshort.studies.progress.remedies import REMEDIES, judge_remedies, remedy_sections
@@ -52,39 +53,51 @@ class Progress(LanguageStudy):
 
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
         chosen = self.scales[scale]
+        few = seeds[: chosen.other_seeds]
         others = [
             arm for length, arms in chosen.length_arms.items() for arm in arms.values()
             if length != chosen.pair.train["sequence_length"]
         ]  # fmt: skip
-        stressed = [trial for trials in chosen.stress_trials(seeds).values() for trial in trials]
+        stressed = [trial for trials in chosen.stress_trials(few).values() for trial in trials]
         trials = [
-            *trials_of([*chosen.main, *chosen.position_arms], seeds[:1]),
-            *trials_of(chosen.main, seeds[1:]),
-            *trials_of(others, seeds),
+            *trials_of([*chosen.main, *chosen.position_arms(seeds[0])], seeds[:1]),
+            *trials_of(chosen.main, few[1:]),
+            *trials_of(others, few),
             *stressed,
-            *(trial for trials in chosen.audit_trials(seeds).values() for trial in trials),
-            *trials_of(chosen.position_arms, seeds[1:]),
-            *trials_of(chosen.mechanism_arms, seeds),
-            *(trial for arm, its in chosen.remedy_arms(seeds) for trial in trials_of([arm], its)),
-            *trials_of(chosen.saturation_arms, seeds[:SATURATION_SEEDS]),
+            *(trial for trials in chosen.audit_trials(few).values() for trial in trials),
+            *trials_of(chosen.main, seeds[len(few) :]),
+            *(trial for trials in chosen.needle_trials(seeds).values() for trial in trials),
+            *trials_of(chosen.position_arms(seeds[0]), few[1:]),
+            *trials_of(chosen.mechanism_arms, few),
+            *(trial for arm, its in chosen.remedy_arms(few) for trial in trials_of([arm], its)),
+            *trials_of(chosen.saturation_arms, few[:SATURATION_SEEDS]),
         ]
         return Plan(unique(trials, keep="first"))
 
     def run(self, trial: Trial, workplace: Workplace) -> dict[str, Any]:
-        return run_audit(trial, workplace) if "audit" in trial.settings else super().run(trial, workplace)
+        if "audit" in trial.settings:
+            return run_audit(trial, workplace)
+        return run_needle(trial, workplace) if "needle" in trial.settings else super().run(trial, workplace)
 
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
         chosen = self.scales[scale]
-        measured = partial(measure_arms, seeds=seeds, results=results, rates=("best",))
-        arms = measured(chosen.main)
+        few = seeds[: chosen.other_seeds]
+        all_main = trials_of(chosen.main, seeds)
+        main_seeds = seeds if all(trial.key in results for trial in all_main) else few
+        measured = partial(measure_arms, seeds=few, results=results, rates=("best",))
+        arms = measured(chosen.main, seeds=main_seeds)
         lengths = {length: measured(by_name.values()) for length, by_name in chosen.length_arms.items()}
+        others = {
+            name: arm
+            for length, by_name in lengths.items() if length != chosen.pair.train["sequence_length"]
+            for name, arm in by_name.items()
+        }  # fmt: skip
         stressed = {
             key: [results[trial.key] for trial in trials]
-            for key, trials in chosen.stress_trials(seeds).items()
+            for key, trials in chosen.stress_trials(few).items()
             if all(trial.key in results for trial in trials)
         }
         mechanism = measured(chosen.mechanism_arms)
-        diverged = {key: [result["diverged_at"] for result in runs] for key, runs in stressed.items()}
         warmup = 0 if chosen.stress is None else chosen.stress.train["warmup_steps"]
         alarmed = [
             (rate, result)
@@ -92,19 +105,21 @@ class Progress(LanguageStudy):
             for result in runs
             if "alarm_scores" in result
         ]
-        first = measured(chosen.position_arms, seeds=seeds[:1])
+        positions = chosen.position_arms(seeds[0])
+        first = measured(positions, seeds=seeds[:1])
         remedies = {name: arms[name] for name in (LS.name,) if name in arms}
-        for arm, its in chosen.remedy_arms(seeds):
+        for arm, its in chosen.remedy_arms(few):
             remedies |= measured([arm], seeds=its)
-        undecayed = {**arms, **measured(chosen.saturation_arms, seeds=seeds[:SATURATION_SEEDS])}
+        undecayed = {**arms, **measured(chosen.saturation_arms, seeds=few[:SATURATION_SEEDS])}
+        needles = needles_of(chosen.needle_trials(main_seeds), results)
         verdicts = [
-            judge_divergence(diverged),
+            judge_divergence(stressed),
             judge_logits(arms),
             judge_growth(lengths),
             judge_mitigation(lengths),
             judge_sooner(arms),
-            judge_enough(arms),
-            judge_needed(arms),
+            judge_enough(arms, needles),
+            judge_needed(arms, needles),
             judge_mechanism(mechanism),
             judge_alarms(alarmed, warmup),
             judge_remedies(remedies),
@@ -117,18 +132,25 @@ class Progress(LanguageStudy):
         sections = [
             *overview_sections(done, folder),
             *main_sections(chosen, arms, folder),
-            *position_sections(arms, first, folder),
+            *needle_sections(needles),
+            *position_sections(arms, first, measured(positions), folder),
             *length_sections(lengths),
-            *stress_sections(diverged),
+            *clock_sections({**arms, **first, **others}),
+            *stress_sections(stressed),
             *alarm_sections(alarmed, warmup),
-            *precision_sections(audits_of(chosen.audit_trials(seeds), results)),
+            *precision_sections(audits_of(chosen.audit_trials(few), results)),
             *mechanism_sections(chosen, mechanism, folder),
             *remedy_sections(remedies, folder),
             *saturation_sections(undecayed, folder),
         ]
-        told = _tested(chosen, seeds)
-        verdicts = [replace(verdict, tested=told.get(verdict.claim.id, "")) for verdict in holm(verdicts)]
-        return Findings(verdicts, sections, _predictions(arms), chosen.pair.extent(len(seeds)))
+        told = _tested(chosen, few)
+        is_complete = all(trial.key in results for trial in self.plan(scale, seeds, results).trials)
+        verdicts = [
+            replace(verdict, tested=told.get(verdict.claim.id, "")) for verdict in holm(verdicts, is_complete)
+        ]
+        return Findings(
+            verdicts, sections, _predictions({**arms, **others}), chosen.pair.extent(len(main_seeds))
+        )
 
 
 def _tested(chosen: Sizes, seeds: Sequence[int]) -> dict[str, str]:
