@@ -88,9 +88,9 @@ class StudySettings:
 
     scale: Scale = "laptop"
     """smoke: seconds, only shows that the study runs. laptop: the trials that decide the verdicts, up to
-    about an hour and a half a study on two cores; explosion, length and remedies, which judge no claim, lack it.
-    overnight: hours, with controls. gpu: the author's small model on one GPU, for the study progress alone.
-    paper: the author's sizes, for GPUs."""
+    about an hour and a half a study on two cores; not for explosion, length and remedies, which judge no
+    claim. overnight: hours, with controls. gpu: the author's small model on one GPU, for the study progress
+    alone. paper: the author's sizes, for GPUs."""
 
     seeds: Annotated[int, Ge(1)] | None = None
     """Number of seeds of each arm. None: that of the scale."""
