@@ -1,4 +1,5 @@
-"""Study `design` (beyond the paper): how many global heads, which windows, in which layers?"""
+"""Study `design` (beyond the paper): layouts side by side, and whether global heads do better spread over the
+layers than gathered in one."""
 
 from __future__ import annotations
 

@@ -179,8 +179,8 @@ def _cost_table(arms: Arms, bytes_per_piece: float) -> Table:
         milliseconds = "" if seconds is None else f"{1000 * seconds:.0f}"
         rows.append((name, *relative, f"{good_decades(arm.sweep):.1f}", milliseconds))
     header = (
-        "", "perplexity, LS relative to it", "tokens for LS to reach it", "FLOPs", "GPU hours, modelled",
-        "decades of good rates", "ms a step",
+        "", "perplexity, LS relative to it", "tokens for LS to reach it", "FLOPs for LS to reach it",
+        "GPU hours, modelled", "decades of good rates", "ms a step",
     )  # fmt: skip
     return Table(header, rows)
 

@@ -97,7 +97,9 @@ def test_tables_have_a_row_per_arm(arms):
 
 def test_arms_of_ls_are_compared_with_their_counterparts(arms):
     renamed = {"MHSA + RoPE": arms["MHSA"], "LS + RoPE": arms["LS"], "LS": arms["LS"]}
-    ((name, largest, *_, at_steps, at_flops),) = pair_sections(renamed)[0].table.rows
+    table = pair_sections(renamed)[0].table
+    assert table is not None
+    ((name, largest, *_, at_steps, at_flops),) = table.rows
     assert (name, largest, at_steps) == ("LS + RoPE", "1 [1, 1]", "+0.000 [+0.000, +0.000]")
     assert float(at_flops.split()[0]) < 0
     assert pair_sections({"LS": arms["LS"]}) == []
