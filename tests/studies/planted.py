@@ -10,6 +10,7 @@ from unittest.mock import patch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from longshort.model import training_flops
+from longshort.reporting.page import Table
 from longshort.studies.framework.study import Findings, Scale, Study, Trial
 from longshort.studies.language.arms import model_config
 
@@ -44,6 +45,13 @@ def outcomes(findings: Findings) -> dict[str, str]:
     return {verdict.claim.id: verdict.outcome.value for verdict in findings.verdicts}
 
 
+def table_of(findings: Findings, heading: str) -> Table:
+    """The table of the one section with this heading."""
+    (table,) = [section.table for section in findings.sections if section.heading == heading]
+    assert table is not None
+    return table
+
+
 def judge(
     study: Study,
     scale: Scale,
@@ -65,14 +73,14 @@ def noise(trial: Trial) -> float:
 
 
 def language_result(
-    trial: Trial, *, loss: float, max_logit: float, diverged_at: int | None = None, growth: float = 1.5
+    trial: Trial, *, loss: float, max_logit: float, diverged_at: int | None = None
 ) -> dict[str, Any]:
-    """As `summarize` would give it; the logits' growth over the second half rises with `growth`."""
+    """As `summarize` would give it, with logits that grow as the root of the steps."""
     training = trial.settings["train"]
     steps = training["steps"]
     config = model_config(trial.settings["model"], training)
     marks = [max(1, round(steps * share / 20)) for share in range(1, 21)]
-    logits = [[step, max_logit * (step / steps) ** (growth - 1)] for step in marks]
+    logits = [[step, max_logit * (step / steps) ** 0.5] for step in marks]
     result = {
         "parameters": 1000,
         "flops_per_step": training_flops(config, training["sequence_length"]).total * training["batch_size"],

@@ -8,15 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from tests.studies.in_process import run_here
 
 from longshort.reporting.page import Report, render_report
 from longshort.studies import catalogue
-from longshort.studies.catalogue import STUDIES, StudySettings, run_studies
+from longshort.studies.catalogue import STUDIES, StudySettings, judge_all, run_studies
 from longshort.studies.framework.store import RESULTS_FILE, ResultsFile
-from longshort.studies.framework.study import SCALES
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,36 @@ def test_another_scale_or_corpus_is_refused(all_studies, texts):
         run_studies(StudySettings("latency", scale="smoke", source="stdlib", out=settings.folder))
 
 
+def test_other_seeds_are_refused_before_anything_is_touched(texts, tmp_path, monkeypatch):
+    """More of the same seeds, or fewer, are welcome: verdicts on them replace those on the same runs."""
+    monkeypatch.setattr(catalogue, "run_trials", lambda *_: True)
+
+    def run(first, count, name="explosion"):
+        run_studies(
+            StudySettings(name, scale="smoke", source=str(texts), out=tmp_path, first_seed=first, seeds=count)
+        )
+
+    def content():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    run(1, 2)
+    before = content()
+    for first, count, name in ((3, 2, "explosion"), (2, 2, "explosion"), (0, 2, "all")):
+        with pytest.raises(ValueError, match=r"--first-seed: .* explosion .* \[1, 2\], got .* another --out"):
+            run(first, count, name)
+    assert content() == before
+    run(5, 1, "length")
+    for first, count in ((0, 4), (2, 1), (1, 2)):
+        run(first, count)
+
+
+def test_results_at_a_scale_that_a_study_no_longer_has_are_left_alone(tmp_path):
+    (tmp_path / "length").mkdir()
+    (tmp_path / "length" / RESULTS_FILE).touch()
+    (tmp_path / "study.json").write_text('{"seeds": {"length": [0]}}')
+    assert judge_all("laptop", tmp_path) == {}
+
+
 def test_a_folder_with_other_things_stays_as_it_is(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds no study"):
@@ -116,7 +146,11 @@ def test_a_missing_corpus_is_an_error_before_anything_is_made(tmp_path):
         ({"minutes": 0}, "--minutes must be a number > 0, got 0"),
         (
             {"name": "length", "scale": "gpu"},
-            "--scale gpu is a scale of progress alone, got length, which has smoke, laptop, overnight, paper",
+            "--scale gpu is a scale of progress alone, got length, which has smoke, overnight, paper",
+        ),
+        (
+            {"name": "explosion"},
+            "--scale laptop is a scale of dense-local, .* alone, got explosion, which has smoke",
         ),
         ({"jobs": True}, "--jobs must be an integer >= 1, got True"),
     ],
@@ -128,9 +162,18 @@ def test_bad_settings_are_named(change, message):
 
 def test_all_takes_the_studies_that_have_the_scale():
     assert [study.name for study in StudySettings("all", scale="gpu").studies] == ["progress"]
-    for scale in SCALES:
-        if scale != "gpu":
-            assert [study.name for study in StudySettings("all", scale=scale).studies] == list(STUDIES)
+    assert [study.name for study in StudySettings("all", scale="laptop").studies] == [
+        "dense-local", "progress", "allocation", "design", "latency"
+    ]  # fmt: skip
+    for scale in ("smoke", "overnight", "paper"):
+        assert [study.name for study in StudySettings("all", scale=scale).studies] == list(STUDIES)
+
+
+def test_every_claim_belongs_to_one_study():
+    counts = Counter(claim.id for study in STUDIES.values() for claim in study.claims)
+    assert set(counts.values()) == {1}, counts
+    controls = [name for name, study in STUDIES.items() if not study.claims]
+    assert controls == ["explosion", "length", "remedies"]
 
 
 @pytest.mark.parametrize(

@@ -1,100 +1,73 @@
 from __future__ import annotations
 
 import pytest
-from tests.studies.planted import fill, judge, language_result, noise, swept
+from tests.studies.planted import fill, findings_of, language_result, swept, table_of
 
-from longshort.studies.explosion import DIVERGENCE, MECHANISM, RATIO, Explosion
+from longshort.studies.explosion import Explosion
 
 STUDY = Explosion()
 
 
-def by_arm(logits, diverged=None, spread=0.02, growth=1.5):
+def by_arm(logits, diverged=None):
     def result_of(trial):
         return language_result(
             trial,
-            loss=2.0 + swept(trial) + 0.01 * noise(trial),
-            max_logit=logits(trial.arm) * (1 + spread * noise(trial)),
+            loss=2.0 + swept(trial) + (0.1 if trial.arm == "LS" else 0.0),
+            max_logit=logits(trial.arm),
             diverged_at=diverged(trial) if diverged else None,
-            growth=growth,
         )
 
     return result_of
 
 
-def test_identical_arms_show_nothing(tmp_path):
-    found = judge(STUDY, "laptop", by_arm(lambda arm: 30.0), tmp_path)
-    assert found == {
-        DIVERGENCE.id: "not shown at this scale",
-        RATIO.id: "not shown at this scale",
-        MECHANISM.id: "not shown at this scale",
-    }
+def found(scale, result_of, folder):
+    return findings_of(STUDY, scale, range(3), fill(STUDY, scale, range(3), result_of), folder)
 
 
-def test_a_planted_explosion_is_shown(tmp_path):
-    def logits(arm):
-        return 400.0 if arm == "MHSA" else 10.0
+def test_logits_and_losses_of_ls_stand_beside_those_of_mhsa(tmp_path):
+    findings = found("smoke", by_arm(lambda arm: 10.0 if arm == "LS" else 40.0), tmp_path)
+    assert not findings.verdicts
+    assert findings.predictions["MHSA"]["max_logit"].mean == pytest.approx(40.0)
+    ((name, *ratios, at_steps, at_flops),) = table_of(findings, "LS-attention relative to MHSA").rows
+    assert (name, set(ratios), at_steps) == ("LS", {"0.25 [0.25, 0.25]"}, "+0.100 [+0.100, +0.100]")
+    assert float(at_flops.split()[0]) < 0.1  # MHSA is read off before it has spent all
+    tests = {row[0]: row[4] for row in table_of(findings, "Why do they grow?").rows}
+    assert (len(tests), tests["MHSA"]) == (5, "40 [40, 40]")
 
+
+def test_each_text_and_precision_has_its_own_comparison(tmp_path):
+    findings = found("overnight", by_arm(lambda arm: 30.0), tmp_path)
+    assert [row[0] for row in table_of(findings, "LS-attention relative to MHSA").rows] == [
+        "LS", "LS, permuted text", "LS, interleaved text", "LS, fp32", "LS, bf16-flash"
+    ]  # fmt: skip
+    deep = table_of(findings, "The hybrid by layers").rows
+    assert [row[0] for row in deep] == ["LS, 4 layers", "hybrid by layers, 4 layers"]
+
+
+def test_diverged_seeds_are_counted_by_rate(tmp_path):
     def diverged(trial):
-        return 700 if trial.arm == "MHSA" and trial.settings["train"]["learning_rate"] == 1e-2 else None
+        is_stress = trial.settings["train"]["learning_rate"] == 1e-2
+        return 700 if trial.arm == "MHSA" and is_stress and trial.seed else None
 
-    found = judge(STUDY, "laptop", by_arm(logits, diverged), tmp_path)
-    assert set(found.values()) == {"shown"}
-
-
-def test_a_smaller_ratio_is_partly_shown(tmp_path):
-    found = judge(STUDY, "laptop", by_arm(lambda arm: 60.0 if arm == "MHSA" else 12.0), tmp_path)
-    assert found[RATIO.id] == "partly shown"
-
-
-def test_the_reverse_is_contradicted(tmp_path):
-    def diverged(trial):
-        return 700 if trial.arm == "LS" and trial.settings["train"]["learning_rate"] == 1e-2 else None
-
-    found = judge(STUDY, "laptop", by_arm(lambda arm: 10.0 if arm == "MHSA" else 60.0, diverged), tmp_path)
-    assert set(found.values()) == {"contradicted at this scale"}
+    rows = table_of(found("smoke", by_arm(lambda arm: 30.0, diverged), tmp_path), "Divergence").rows
+    assert rows == [
+        ("rate 3e-3", "0 of 3", "0 of 3"),
+        ("rate 1e-2", "2 of 3 (step 700, 700)", "0 of 3"),
+    ]
 
 
-def test_one_diverging_seed_of_three_is_not_enough(tmp_path):
-    def diverged(trial):
-        return 700 if (trial.arm, trial.seed) == ("MHSA", 1) else None
-
-    found = judge(STUDY, "laptop", by_arm(lambda arm: 30.0, diverged), tmp_path)
-    assert found[DIVERGENCE.id] == "not shown at this scale"
-
-
-def test_growth_alike_on_permuted_text_speaks_against_the_mechanism(tmp_path):
-    found = judge(
-        STUDY,
-        "laptop",
-        by_arm(lambda arm: 60.0 if arm.startswith("MHSA") and "+" not in arm else 12.0),
-        tmp_path,
-    )
-    assert found[MECHANISM.id] == "not shown at this scale"
-
-
-def test_a_flat_rope_speaks_against_the_mechanism(tmp_path):
-    found = judge(STUDY, "laptop", by_arm(lambda arm: 60.0 if arm == "MHSA" else 12.0, growth=1.01), tmp_path)
-    assert found[MECHANISM.id] == "not shown at this scale"
-
-
-def test_a_verdict_must_hold_at_the_next_lower_rate_too(tmp_path):
+def test_lost_runs_are_called_not_finite(tmp_path):
     def result_of(trial):
-        is_lower = trial.settings["train"]["learning_rate"] == 1e-3
-        logit = 30.0 if is_lower or trial.arm != "MHSA" else 900.0
-        return language_result(trial, loss=2.0 + swept(trial), max_logit=logit * (1 + 0.02 * noise(trial)))
-
-    assert judge(STUDY, "laptop", result_of, tmp_path)[RATIO.id] == "not shown at this scale"
-
-
-def test_lost_runs_leave_no_verdict_shown(tmp_path):
-    def result_of(trial):
-        result = language_result(trial, loss=2.0 + swept(trial), max_logit=30.0)
+        result = by_arm(lambda arm: 30.0)(trial)
         return {**result, "max_logit": None} if trial.arm == "MHSA" else result
 
-    assert judge(STUDY, "laptop", result_of, tmp_path)[RATIO.id] == "not shown at this scale"
+    ((_, largest, in_window, *_),) = table_of(
+        found("smoke", result_of, tmp_path), "LS-attention relative to MHSA"
+    ).rows
+    assert (largest, in_window) == ("not finite", "1 [1, 1]")
 
 
-@pytest.mark.parametrize("scale", ["smoke", "laptop", "overnight", "paper"])
+@pytest.mark.parametrize("scale", STUDY.scales)
 def test_arms_are_fair(scale):
     results = fill(STUDY, scale, range(3), by_arm(lambda arm: 30.0))
     trials = STUDY.plan(scale, range(3), results).trials

@@ -87,15 +87,16 @@ class StudySettings:
     """dense-local, progress, allocation, explosion, length, remedies, design, latency, or all."""
 
     scale: Scale = "laptop"
-    """smoke: seconds, only shows that the study runs. laptop: up to 40 minutes a study on two cores.
-    overnight: hours, with controls. gpu: the author's small model on one GPU, for the study progress alone.
-    paper: the author's sizes, for GPUs."""
+    """smoke: seconds, only shows that the study runs. laptop: the trials that decide the verdicts, up to
+    about an hour and a half a study on two cores; not for explosion, length and remedies, which judge no
+    claim. overnight: hours, with controls. gpu: the author's small model on one GPU, for the study progress
+    alone. paper: the author's sizes, for GPUs."""
 
     seeds: Annotated[int, Ge(1)] | None = None
     """Number of seeds of each arm. None: that of the scale."""
 
     first_seed: Seed = 0
-    """The first seed; the others follow it."""
+    """The first seed; the others follow it. Other seeds than a folder holds need another --out."""
 
     out: Path | None = None
     """Folder for results and report. None: runs/study-SCALE."""
@@ -165,7 +166,8 @@ def run_studies(settings: StudySettings, progress: StudyProgress | None = None) 
     """Run the trials that are not done yet, judge the claims, and write figures and report.
 
     Raises:
-        ValueError: the folder holds results of another scale or corpus, or a file there is damaged.
+        ValueError: the folder holds results of another scale, corpus or seeds of a study, or a file there is
+            damaged.
         FileExistsError: the folder holds something else.
         FileNotFoundError: there is no such corpus.
         BlockingIOError: another process runs studies there.
@@ -178,10 +180,10 @@ def run_studies(settings: StudySettings, progress: StudyProgress | None = None) 
     defaults = _DEFAULTS.get(settings.scale, _Defaults())
     device = settings.device or defaults.device
     manifest = {"scale": settings.scale, "source": settings.source, "device": device}
-    _check_folder(folder, manifest)
+    seeds = {study.name: settings.seeds_of(study) for study in settings.studies}
+    _check_folder(folder, manifest, seeds)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        seeds = {study.name: settings.seeds_of(study) for study in settings.studies}
         _write_manifest(folder, manifest, seeds)
         work = {study.name: (study, ResultsFile(folder / study.name)) for study in settings.studies}
         workplace = Workplace(
@@ -214,14 +216,14 @@ def judge_all(scale: Scale, folder: Path) -> dict[str, Findings]:
     seeds = _read_manifest(folder)["seeds"]
     found = {}
     for name, study in STUDIES.items():
-        if not (folder / name / RESULTS_FILE).is_file():
-            continue
+        if scale not in study.scales or not (folder / name / RESULTS_FILE).is_file():
+            continue  # earlier versions had more studies at some scales
         found[name] = study.findings(scale, seeds[name], ResultsFile(folder / name).results, folder / name)
         write_findings(folder / name, found[name])
     return found
 
 
-def _check_folder(folder: Path, manifest: Mapping[str, str]) -> None:
+def _check_folder(folder: Path, manifest: Mapping[str, str], seeds: Mapping[str, list[int]]) -> None:
     path = folder / _MANIFEST
     if path.is_file():
         content = _read_manifest(folder)
@@ -230,6 +232,13 @@ def _check_folder(folder: Path, manifest: Mapping[str, str]) -> None:
             raise ValueError(
                 f"--out: {folder} holds results of {found}, not of {dict(manifest)}; take another folder"
             )
+        for name, held in content.get("seeds", {}).items():
+            asked = set(seeds.get(name, held))
+            if not (asked <= set(held) or asked >= set(held)):  # its verdicts would replace those of others
+                raise ValueError(
+                    f"--first-seed: {folder} holds {name} for the seeds {held}, got {sorted(asked)}; "
+                    "take another --out for other seeds"
+                )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"--out: {folder} exists and holds no study; it stays as it is")
 

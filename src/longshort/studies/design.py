@@ -1,9 +1,10 @@
-"""Study `design` (beyond the paper): how many global heads, which windows, in which layers?"""
+"""Study `design` (beyond the paper): layouts side by side, and whether global heads do better spread over the
+layers than gathered in one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -34,6 +35,7 @@ from longshort.studies.language.measures import (
     curves,
     loss_difference,
     loss_difference_at_equal_flops,
+    pair_sections,
     predictions,
     split_by_depth,
     sweep_section,
@@ -45,22 +47,6 @@ TOLERANCE = 0.02
 
 _CACHE_LENGTH = 32_768
 
-ENOUGH = Claim(
-    "design: one global head",
-    "One global head per layer is enough: more of them do not lower the loss.",
-    f"With all heads global the loss is lower by more than {TOLERANCE} nats per token.",
-    "The 95 % interval of the validation loss, all heads global minus one global head, paired over seeds, "
-    f"each at its own rate. Shown: lower end above −{TOLERANCE}. Contradicted: upper end below −{TOLERANCE}. "
-    "Otherwise not shown. It must hold at the best rates and at the next lower ones.",
-)
-NEEDED = Claim(
-    "design: a global head",
-    "A global head is needed: with local heads alone the loss is higher.",
-    "Without global heads the loss is as low.",
-    "The 95 % interval of the validation loss, no global head minus one, paired over seeds. Shown: lower end "
-    "above 0. Contradicted: upper end below 0. Otherwise not shown. It must hold at the best rates and at "
-    "the next lower ones.",
-)
 SPREAD = Claim(
     "design: spread",
     "The same number of global heads does better spread over every layer than gathered in one.",
@@ -82,7 +68,6 @@ def _windows(*sizes: int) -> tuple[Variant, ...]:
     return tuple(LS.with_model(f"window {size}", local_window=size) for size in sizes)
 
 
-NO_GLOBAL = _counts(0)[0]
 MIXED = LS.with_model("windows 8, 16, 64", layouts=[[8, 16, 64, None]] * 2)
 NO_POSITIONS = LS_ROPE.with_model("LS + RoPE, none on global heads", global_position_embedding="none")
 POSITIONS = (LS_ROPE, MHSA_ROPE, NO_POSITIONS)
@@ -110,7 +95,8 @@ PAPER_GATHERED = tuple(
 
 @dataclass(frozen=True)
 class _Scale:
-    """The arms of one scale: `gathered` layouts are compared with `spread`; `others` affect no verdict."""
+    """The arms of one scale: `gathered` layouts are compared with `spread`; `others` affect no
+    verdict."""
 
     setting: Setting
     seeds: int
@@ -121,19 +107,16 @@ class _Scale:
 
     @property
     def deciding(self) -> list[Arm]:
-        """The arms on which verdicts depend."""
-        return self._arms((LS, MHSA, self.spread, NO_GLOBAL, *self.gathered))
+        """The arms on which the verdict depends."""
+        return self._arms((self.spread, *self.gathered))
 
     @property
     def arms(self) -> list[Arm]:
-        return [*self.deciding, *self._arms(self.others)]
+        return self._arms((LS, MHSA, self.spread, *self.gathered, *self.others))
 
     def _arms(self, variants: Sequence[Variant]) -> list[Arm]:
         measured = [replace(variant, measure={"needle": self.needle}) for variant in variants]
         return list({arm.name: arm for arm in self.setting.arms(measured)}.values())
-
-
-_NEEDLE = {"lengths": [128, 512], "depths": [0.1, 0.5, 0.9], "samples": 64}
 
 
 class Design(LanguageStudy):
@@ -141,15 +124,15 @@ class Design(LanguageStudy):
 
     name = "design"
     title = "Choosing a layout (beyond the paper)"
-    claims = (ENOUGH, NEEDED, SPREAD)
+    claims = (SPREAD,)
     scales: Mapping[Scale, _Scale] = {
         "smoke": _Scale(
-            tiny(128, batch=2, steps=12, rates=(1e-2,)), 2, (BOTTOM,), (NO_GLOBAL, NO_POSITIONS),
+            tiny(128, batch=2, steps=12, rates=(1e-2,)), 2, (BOTTOM,), (*_counts(0), NO_POSITIONS),
             {"lengths": [128], "depths": [0.5], "samples": 2},
         ),
         "laptop": _Scale(
-            tiny(512, batch=4, steps=2000), 3, (BOTTOM, TOP),
-            (*_counts(0, 2), *_windows(64, 256), MIXED, *POSITIONS), _NEEDLE,
+            tiny(512, batch=4, steps=2000), 3, (BOTTOM, TOP), (MIXED, LS_ROPE, MHSA_ROPE),
+            {"lengths": [128, 512], "depths": [0.1, 0.5, 0.9], "samples": 64},
         ),
         "overnight": _Scale(
             tiny(1024, batch=2, steps=4000), 5, DEEP_GATHERED,
@@ -174,55 +157,41 @@ class Design(LanguageStudy):
         chosen = self.scales[scale]
         arms = measure_arms(chosen.arms, seeds, results, ("best",))
         deciding = measure_arms(chosen.deciding, seeds, results)
-        gathered = [variant.name for variant in chosen.gathered]
-        verdicts = [
-            _judge(ENOUGH, deciding, LS.name, [MHSA.name], _below_tolerance),
-            _judge(NEEDED, deciding, LS.name, [NO_GLOBAL.name], _sign),
-            _judge(SPREAD, deciding, chosen.spread.name, gathered, _sign),
-        ]
         tested = chosen.setting.extent(len(seeds))
-        return Findings(verdicts, _sections(chosen, arms, folder), predictions(arms), tested)
+        return Findings(
+            [_judge_spread(chosen, deciding)], _sections(chosen, arms, folder), predictions(arms), tested
+        )
 
 
-def _judge(
-    claim: Claim,
-    arms: Arms,
-    reference: str,
-    names: Sequence[str],
-    rule: Callable[[Sequence[Interval]], Outcome],
-) -> Verdict:
-    """Judge the differences between the losses of some layouts and that of a reference."""
+def _judge_spread(chosen: _Scale, arms: Arms) -> Verdict:
+    reference, gathered = chosen.spread.name, [variant.name for variant in chosen.gathered]
 
     def differences(rate: Rate) -> list[Interval]:
-        return [loss_difference(arms[name], arms[reference], rate) for name in names]
+        return [loss_difference(arms[name], arms[reference], rate) for name in gathered]
 
     def evidence() -> str:
-        at_flops = [loss_difference_at_equal_flops(arms[name], arms[reference]) for name in names]
+        at_flops = [loss_difference_at_equal_flops(arms[name], arms[reference]) for name in gathered]
         texts = [
             f"{name}: {difference_text(best)} at the best rates, {difference_text(lower)} at the next lower "
             f"ones, {difference_text(equal)} at equal FLOPs"
             for name, best, lower, equal in zip(
-                names, differences("best"), differences("lower"), at_flops, strict=True
+                gathered, differences("best"), differences("lower"), at_flops, strict=True
             )
         ]
         return f"Validation loss minus that of {reference}, nats per token. {'; '.join(texts)}."
 
     def here() -> str:
-        texts = (f"{difference_text(change)} nats" for change in differences("best"))
-        return "; ".join(f"{name}: {text}" for name, text in zip(names, texts, strict=True))
+        return "; ".join(
+            f"{name}: {difference_text(change)} nats"
+            for name, change in zip(gathered, differences("best"), strict=True)
+        )
 
-    return judge(claim, arms, [reference, *names], lambda rate: rule(differences(rate)), evidence, here)
-
-
-def _below_tolerance(intervals: Sequence[Interval]) -> Outcome:
-    """Apply the rule for the difference between all heads global and one global head per layer."""
-    (interval,) = intervals
-    if interval.low > -TOLERANCE:
-        return Outcome.SHOWN
-    return Outcome.CONTRADICTED if interval.high < -TOLERANCE else Outcome.NOT_SHOWN
+    needed = [reference, *gathered]
+    return judge(SPREAD, arms, needed, lambda rate: _spread_outcome(differences(rate)), evidence, here)
 
 
-def _sign(intervals: Sequence[Interval]) -> Outcome:
+def _spread_outcome(intervals: Sequence[Interval]) -> Outcome:
+    """Return the outcome by the differences between the losses of the gathered layouts and the spread one."""
     above = [interval.low > 0 for interval in intervals]
     if all(above):
         return Outcome.SHOWN
@@ -268,32 +237,18 @@ def _describe_late(arms: Arms) -> str:
     return text + f"MHSA is catching up with LS, but not with {', '.join(keeping_up)}."
 
 
-def _describe_rotary(arms: Arms) -> str:
-    """Describe whether local heads still help if all heads have rotary positions."""
-    if LS_ROPE.name not in arms or MHSA_ROPE.name not in arms:
-        return ""
-    pair = arms[LS_ROPE.name], arms[MHSA_ROPE.name]
-    return (
-        f"Validation loss of {LS_ROPE.name} minus that of {MHSA_ROPE.name}: "
-        f"{difference_text(loss_difference(*pair))} at equal steps, "
-        f"{difference_text(loss_difference_at_equal_flops(*pair))} at equal FLOPs, nats per token."
-    )
-
-
 def _sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
     if not arms:
         return []
     plain, deep = split_by_depth(arms)
-    differences = {
-        name: loss_difference(arm, plain[LS.name])
-        for name, arm in plain.items()
-        if LS.name in plain and name != LS.name
-    }
+    others = {name: arm for name, arm in plain.items() if LS.name in plain and name != LS.name}
+    differences = {name: loss_difference(arm, plain[LS.name]) for name, arm in others.items()}
+    at_flops = {name: loss_difference_at_equal_flops(arm, plain[LS.name]) for name, arm in others.items()}
     lengths = chosen.needle["lengths"]
     rows = [
         (
             name,
-            difference_text(differences[name]) if name in differences else "",
+            *(difference_text(row[name]) if name in row else "" for row in (differences, at_flops)),
             number(_late_slope(arm)),
             *(number(_mean(_needle_gains(arm, length))) for length in lengths),
             f"{_cache_share(arm):.1%}",
@@ -301,8 +256,8 @@ def _sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
         for name, arm in plain.items()
     ]
     header = (
-        "layout", "loss − LS's", "late slope", *(f"needle at {length:,}" for length in lengths),
-        "cache at 32k",
+        "layout", "loss − LS's", "at equal FLOPs", "late slope",
+        *(f"needle at {length:,}" for length in lengths), "cache at 32k",
     )  # fmt: skip
     needles = {
         f"{length:,} tokens": {
@@ -332,7 +287,7 @@ def _sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
     return [
         Section(
             "Layouts side by side",
-            [chosen.setting.description, _recommend(plain), _describe_late(plain), _describe_rotary(plain)],
+            [chosen.setting.description, _recommend(plain), _describe_late(plain)],
             table=arm_table(plain),
         ),
         Section(
@@ -350,6 +305,7 @@ def _sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
             figures=figures,
         ),
         *([Section("Layouts of four layers", table=arm_table(deep))] if deep else []),
+        *pair_sections(arms),
         sweep_section(arms),
     ]
 

@@ -16,6 +16,7 @@ from longshort.studies.language.measures import (
     loss_at_flops,
     loss_difference,
     loss_difference_at_equal_flops,
+    pair_sections,
     predict,
     predictions,
     seconds_per_step,
@@ -92,6 +93,16 @@ def test_tables_have_a_row_per_arm(arms):
     assert table.rows[0][7] == "0 of 3"
     rates = sweep_section(arms).table
     assert rates is not None and rates.rows[1] == (LS.name, "2 ←")
+
+
+def test_arms_of_ls_are_compared_with_their_counterparts(arms):
+    renamed = {"MHSA + RoPE": arms["MHSA"], "LS + RoPE": arms["LS"], "LS": arms["LS"]}
+    table = pair_sections(renamed)[0].table
+    assert table is not None
+    ((name, largest, *_, at_steps, at_flops),) = table.rows
+    assert (name, largest, at_steps) == ("LS + RoPE", "1 [1, 1]", "+0.000 [+0.000, +0.000]")
+    assert float(at_flops.split()[0]) < 0
+    assert pair_sections({"LS": arms["LS"]}) == []
 
 
 def test_curves_and_times_are_those_of_the_seeds(arms):

@@ -81,9 +81,9 @@ def log_ratio(first: ArmResults, second: ArmResults, quantity: str, rate: Rate =
     return paired_log_ratio(first.values(quantity, rate), second.values(quantity, rate))
 
 
-def ratio(first: ArmResults, second: ArmResults, quantity: str, rate: Rate = "best") -> Interval:
-    """Compute the paired ratio of a number of two arms, each at its own rate."""
-    return log_ratio(first, second, quantity, rate).exp()
+def ratio(first: ArmResults, second: ArmResults, quantity: str) -> Interval:
+    """Compute the paired ratio of a number of two arms, each at its best rate."""
+    return log_ratio(first, second, quantity).exp()
 
 
 def difference(first: ArmResults, second: ArmResults, quantity: str, rate: Rate = "best") -> Interval:

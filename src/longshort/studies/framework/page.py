@@ -29,7 +29,8 @@ def write_study_report(folder: Path, manifest: Mapping[str, Any], found: Mapping
     """
     sections = [_overview(found)]
     for title, findings in found.items():
-        sections.append(Section(title, cards=[_card(verdict) for verdict in findings.verdicts]))
+        text = [] if findings.verdicts else ["Measurements without verdicts: this study judges no claim."]
+        sections.append(Section(title, text, cards=[_card(verdict) for verdict in findings.verdicts]))
         sections += findings.sections
     made_with = "; ".join(manifest["made_with"])
     report = Report(
@@ -42,14 +43,20 @@ def write_study_report(folder: Path, manifest: Mapping[str, Any], found: Mapping
 
 def _overview(found: Mapping[str, Findings]) -> Section:
     rows = [row for findings in found.values() for row in claim_rows(findings)]
+    tested = [title for title, findings in found.items() if any(v.p is not None for v in findings.verdicts)]
+    correction = (
+        "P-values are held to Holm's correction over the claims of one study. These have p-values: "
+        f"{'; '.join(tested)}."
+    )
     return Section(
         paragraphs=[
             (
                 "Each claim has a rule that was written down before the trials were run; the rules stand "
                 "beside the verdicts below. Intervals are 95 % confidence intervals over seeds, paired where "
                 "two arms are compared; in tables of arms they are prediction intervals: where another "
-                "seed's value will lie. P-values are held to Holm's correction over the claims of a study."
-            )
+                "seed's value will lie."
+            ),
+            *([correction] if tested else []),
         ],
         table=claim_table(rows),
     )

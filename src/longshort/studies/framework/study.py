@@ -23,9 +23,10 @@ from longshort.reporting.page import Section
 
 Scale = Literal["smoke", "laptop", "overnight", "gpu", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
-"""The scales. smoke: only tests that the study runs, in seconds. laptop: the trials that decide the verdicts,
-within 40 minutes on 2 cores. overnight: controls and interventions too, at least 5 seeds. gpu: the author's
-small model for minutes on one GPU; few studies have it. paper: the author's sizes, for GPUs."""
+"""The scales; few studies have all of them. smoke: only tests that the study runs, in seconds. laptop: the
+trials that decide the verdicts, within about 90 minutes a study on 2 cores. overnight: controls and
+interventions too, 3 to 5 seeds. gpu: the author's small model for minutes on one GPU. paper: the
+author's sizes, for GPUs."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Findings:
     """The results of a study, judged and drawn.
 
     Attributes:
-        verdicts: one per claim.
+        verdicts: one per claim of the study.
         sections: sections of the report.
         predictions: 95 % prediction intervals of another seed's value, by arm and quantity.
         tested: how far the claims were tested: "n = 1,024, 82M tokens, 3 seeds".
@@ -192,7 +193,7 @@ class Study(ABC):
     Attributes:
         name: name on the command line.
         title: title in the report.
-        claims: the claims to judge.
+        claims: the claims to judge; none for controls beside another study.
         scales: the sizes of each scale that the study has, including the number of seeds.
     """
 

@@ -14,8 +14,17 @@ from longshort.reporting.intervals import (
     prediction_interval,
 )
 from longshort.reporting.page import Section, Table, number
-from longshort.studies.framework.comparison import ArmResults, Arms, difference, interval_text, rate_text
+from longshort.studies.framework.comparison import (
+    ArmResults,
+    Arms,
+    difference,
+    difference_text,
+    interval_text,
+    rate_text,
+    ratio,
+)
 from longshort.studies.framework.sweep import Rate, Sweep
+from longshort.studies.language.arms import LS, MHSA
 
 QUANTITIES = ("validation_loss", "max_logit", "max_logit_in_band", "row_range")
 """The numbers of an arm that tables show, and that are predicted for another seed."""
@@ -28,13 +37,13 @@ def loss_difference(first: ArmResults, second: ArmResults, rate: Rate = "best") 
     return difference(first, second, "validation_loss", rate)
 
 
-def loss_difference_at_equal_flops(first: ArmResults, second: ArmResults, rate: Rate = "best") -> Interval:
+def loss_difference_at_equal_flops(first: ArmResults, second: ArmResults) -> Interval:
     """Compute the paired difference of the validation loss when both had spent the cheaper one's total."""
     losses = []
     for arm, other in ((first, second), (second, first)):
         by_seed = {}
-        for seed, result in arm.by_rate[rate].items():
-            budget = min(spent(result, "flops"), spent(other.by_rate[rate][seed], "flops"))
+        for seed, result in arm.by_rate["best"].items():
+            budget = min(spent(result, "flops"), spent(other.by_rate["best"][seed], "flops"))
             by_seed[seed] = loss_at_flops(result, budget)
         losses.append(by_seed)
     return paired_difference(*losses)
@@ -77,19 +86,14 @@ def cost_to_reach(result: Mapping[str, Any], loss: float, unit: str) -> float | 
     return None
 
 
-def diverged(arm: ArmResults, rate: Rate = "best") -> int:
-    """Count the seeds of an arm that diverged."""
-    return sum(result["diverged_at"] is not None for result in arm.results(rate))
-
-
-def curves(arm: ArmResults, name: str, rate: Rate = "best") -> list[list[tuple[float, float | None]]]:
+def curves(arm: ArmResults, name: str) -> list[list[tuple[float, float | None]]]:
     """Return a curve per seed: "loss_curve", "validation_curve" or one of the logit curves."""
     return [
         [
             tuple(point)
             for point in (result if name.endswith("_curve") else result["logit_curves"]).get(name, [])
         ]
-        for result in arm.results(rate)
+        for result in arm.results()
     ]
 
 
@@ -145,7 +149,7 @@ def arm_table(arms: Arms) -> Table:
                 f"{results[0]['parameters'] / 1000:,.0f}k",
                 rate_text(arm.sweep.best) + (" (edge)" if arm.sweep.is_at_edge else ""),
                 *(interval_text(predict(quantity, arm.values(quantity))) for quantity in QUANTITIES),
-                f"{diverged(arm)} of {len(results)}",
+                f"{sum(result['diverged_at'] is not None for result in results)} of {len(results)}",
                 f"{sum(result['spikes'] for result in results)}",
                 number(spent(results[0], "flops") / 1e12),
             )
@@ -155,6 +159,25 @@ def arm_table(arms: Arms) -> Table:
         "spikes", "TFLOPs",
     )  # fmt: skip
     return Table(header, rows)
+
+
+def pair_sections(arms: Arms) -> list[Section]:
+    """Make a section that compares each arm of LS-attention with its counterpart, "LS + RoPE" with "MHSA +
+    RoPE"; none if no counterpart was measured."""
+    rows = []
+    for name, arm in arms.items():
+        other = arms.get(f"{MHSA.name}{name.removeprefix(LS.name)}") if name.startswith(LS.name) else None
+        if other is not None:
+            ratios = (ratio(arm, other, quantity) for quantity in QUANTITIES if quantity != "validation_loss")
+            losses = loss_difference(arm, other), loss_difference_at_equal_flops(arm, other)
+            rows.append((name, *map(interval_text, ratios), *map(difference_text, losses)))
+    header = ("", "largest logit", "in window", "row range", "loss at equal steps", "loss at equal FLOPs")
+    text = (
+        "Ratios of logits, LS / MHSA, and differences of validation losses, LS − MHSA, in nats per token: "
+        "means and 95 % confidence intervals over paired seeds, each arm at its best rate. At equal FLOPs "
+        "both have spent the total of the cheaper one."
+    )
+    return [Section("LS-attention relative to MHSA", [text], table=Table(header, rows))] if rows else []
 
 
 def sweep_section(arms: Arms) -> Section:
