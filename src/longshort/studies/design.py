@@ -43,7 +43,7 @@ from longshort.studies.language.measures import (
 from longshort.studies.language.trial import LanguageStudy
 
 TOLERANCE = 0.02
-"""Losses that differ by less than this, in nats per token, are called alike."""
+"""Losses that differ by less than this, in nats per byte, are called alike."""
 
 _CACHE_LENGTH = 32_768
 
@@ -178,7 +178,7 @@ def _judge_spread(chosen: _Scale, arms: Arms) -> Verdict:
                 gathered, differences("best"), differences("lower"), at_flops, strict=True
             )
         ]
-        return f"Validation loss minus that of {reference}, nats per token. {'; '.join(texts)}."
+        return f"Validation loss minus that of {reference}, nats per byte. {'; '.join(texts)}."
 
     def here() -> str:
         return "; ".join(
@@ -211,7 +211,7 @@ def _recommend(arms: Arms) -> str:
     near = [name for name, loss in known.items() if loss <= known[best] + TOLERANCE]
     cheapest = min(near, key=lambda name: _cache_share(arms[name]))
     return (
-        f"The lowest loss has {best} ({known[best]:.3f} nats per token). Of the layouts within {TOLERANCE} "
+        f"The lowest loss has {best} ({known[best]:.3f} nats per byte). Of the layouts within {TOLERANCE} "
         f"of it ({', '.join(near)}), {cheapest} keeps the fewest keys: {_cache_share(arms[cheapest]):.0%} "
         f"of MHSA's at {_CACHE_LENGTH:,} tokens."
     )
@@ -226,7 +226,7 @@ def _describe_late(arms: Arms) -> str:
     steepest = min(known, key=known.__getitem__)
     text = (
         "Over the second half of the training, per doubling of the steps, the loss of LS changes by "
-        f"{known[LS.name]:+.3f} and MHSA's by {known[MHSA.name]:+.3f} nats per token; {steepest} falls "
+        f"{known[LS.name]:+.3f} and MHSA's by {known[MHSA.name]:+.3f} nats per byte; {steepest} falls "
         f"fastest ({known[steepest]:+.3f}). "
     )
     if known[LS.name] <= known[MHSA.name]:
@@ -281,7 +281,7 @@ def _sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
     if differences:
         file = draw_intervals(
             list(differences.items()), folder / "design.png", "Validation loss relative to LS",
-            "nats per token", references={0.0: "LS"},
+            "nats per byte", references={0.0: "LS"},
         )  # fmt: skip
         figures.insert(0, Figure(file, "Paired differences over seeds, means and 95 % intervals."))
     return [

@@ -241,7 +241,7 @@ def _curves(arms: Arms, name: str) -> dict[str, Any]:
 
 
 def _loss_panel(arms: Arms) -> Panel:
-    return Panel("Training loss", "step", "nats per token", _curves(arms, "loss_curve"))
+    return Panel("Training loss", "step", "nats per byte", _curves(arms, "loss_curve"))
 
 
 def _logit_panel(arms: Arms, title: str, quantity: str = "max_logit") -> Panel:

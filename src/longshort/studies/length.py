@@ -163,10 +163,10 @@ def _sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
                 Figure(
                     draw_points(
                         lines, folder / "length.png", "sequence length (tokens)",
-                        ("largest |scale · q·k|", "nats per token"),
+                        ("largest |scale · q·k|", "nats per byte"),
                     ),
                     "Left: the largest attention logit of the last tenth of the training. Right: validation "
-                    "loss in nats per token. Means and 95 % confidence intervals over seeds, at the best "
+                    "loss in nats per byte. Means and 95 % confidence intervals over seeds, at the best "
                     "rates.",
                 ),
                 Figure(

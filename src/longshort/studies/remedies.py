@@ -95,8 +95,7 @@ class Remedies(LanguageStudy):
         chosen = self.scales[scale]
         arms = measure_arms(chosen.arms, seeds, results, ("best",))
         pieces = results.get(_pieces_trial().key)
-        # At the scale "paper" the tokens of models are pieces already.
-        bytes_per_piece = 1.0 if scale == "paper" else pieces["bytes_per_piece"] if pieces else math.nan
+        bytes_per_piece = pieces["bytes_per_piece"] if pieces else math.nan
         return Findings((), _sections(chosen, arms, bytes_per_piece, folder), predictions(arms))
 
 
@@ -153,7 +152,7 @@ def _sections(chosen: _Scale, arms: Arms, bytes_per_piece: float, folder: Path) 
                 ),
                 Figure(
                     draw_points(
-                        by_rate, folder / "rates.png", "learning rate", "nats per token", log_y=False,
+                        by_rate, folder / "rates.png", "learning rate", "nats per byte", log_y=False,
                         log_x_base=10,
                     ),
                     "Sensitivity to the learning rate: the loss at the end of a full run at each rate.",
@@ -201,7 +200,7 @@ def _cost_panels(arms: Arms) -> list[Panel]:
             ]
             for name, arm in arms.items()
         }
-        return Panel(title, x, "validation loss (nats per token)", lines)
+        return Panel(title, x, "validation loss (nats per byte)", lines)
 
     def cost(unit: str, factor: float) -> dict[str, float]:
         return {name: factor * arm.results()[0][f"{unit}_per_step"] for name, arm in arms.items()}

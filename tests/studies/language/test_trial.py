@@ -8,8 +8,9 @@ from longshort.stability import ALARMS
 from longshort.studies.explosion import Explosion
 from longshort.studies.framework.study import Trial, Workplace
 from longshort.studies.language.arms import LS, MHSA, ONE_GPU, Setting, Variant, paper_base, tiny
-from longshort.studies.language.trial import train_language_model
+from longshort.studies.language.trial import run_folder, summarize, train_language_model
 from longshort.training.checkpoints import FOLDER
+from longshort.training.metrics import read_metrics
 
 SETTING = tiny(64, batch=2, steps=6)
 
@@ -38,6 +39,18 @@ def test_a_trial_is_a_pure_function_of_its_settings(workplace, tmp_path):
     assert first == again == elsewhere
     assert first["validation_curve"][-1][0] == 6
     assert first["row_range"] >= first["max_logit"] > 0
+
+
+def test_losses_are_per_byte(workplace):
+    """The tokens of this corpus are bytes; were each of them two bytes, the losses would be half as large."""
+    trial = SETTING.trial(MHSA, 1e-3, seed=1)
+    result = train_language_model(trial, workplace)
+    run = run_folder(trial.settings, workplace)
+    logged = [line["validation_loss"] for line in read_metrics(run) if "validation_loss" in line]
+    assert [loss for _, loss in result["validation_curve"]] == logged
+    halved = summarize(run, trial.settings, bytes_per_token=2.0)
+    assert halved["validation_loss"] == result["validation_loss"] / 2
+    assert halved["loss"] == pytest.approx(result["loss"] / 2)
 
 
 def test_arms_start_alike_and_differ(workplace):

@@ -61,7 +61,7 @@ def at_loss(result: Result, quantity: str, loss: float) -> float | None:
     Args:
         result: a result of `train_language_model`.
         quantity: a key of its probe.
-        loss: nats per token.
+        loss: nats per byte.
     """
     step = step_at(result, loss)
     return None if step is None else at_step(result, quantity, step)

@@ -33,7 +33,7 @@ _GOOD = 0.1  # nats above the lowest loss up to which a rate is good
 
 
 def loss_difference(first: ArmResults, second: ArmResults, rate: Rate = "best") -> Interval:
-    """Compute the paired difference of the validation loss at equal steps, nats per token."""
+    """Compute the paired difference of the validation loss at equal steps, nats per byte."""
     return difference(first, second, "validation_loss", rate)
 
 
@@ -173,7 +173,7 @@ def pair_sections(arms: Arms) -> list[Section]:
             rows.append((name, *map(interval_text, ratios), *map(difference_text, losses)))
     header = ("", "largest logit", "in window", "row range", "loss at equal steps", "loss at equal FLOPs")
     text = (
-        "Ratios of logits, LS / MHSA, and differences of validation losses, LS − MHSA, in nats per token: "
+        "Ratios of logits, LS / MHSA, and differences of validation losses, LS − MHSA, in nats per byte: "
         "means and 95 % confidence intervals over paired seeds, each arm at its best rate. At equal FLOPs "
         "both have spent the total of the cheaper one."
     )

@@ -32,6 +32,7 @@ from longshort.training.run import CONFIG_FILE
 from longshort.training.trained import open_trained
 
 _TRAINING = ("model", "train", "hidden_keys", "start")  # the settings that determine a run
+_DIVERGED = 0.14  # nats per byte of the running loss above its minimum; 0.5 per piece of a usual tokenizer
 _CURVE_POINTS = 60
 _DIGITS = 4
 _HEAD_POINTS = 20
@@ -86,7 +87,7 @@ def train_language_model(trial: Trial, workplace: Workplace) -> dict[str, Any]:
     """
     settings = trial.settings
     with trained_run(settings, workplace) as run:
-        result = summarize(run, settings)
+        result = summarize(run, settings, _bytes_per_token(workplace))
         needle = settings.get("measure", {}).get("needle")
         if needle is not None:
             result["needle"] = needle_cells(run, needle, workplace)
@@ -172,17 +173,29 @@ def data_folder(workplace: Workplace) -> Path:
     return workplace.folder / "data"
 
 
-def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _bytes_per_token(workplace: Workplace) -> float:
+    """Compute the bytes of the validation text per token of it, end-of-text tokens left out."""
+    split = DataFolder.open(data_folder(workplace)).validation
+    return float(split.document_bytes.sum() / (len(split) - split.documents))
+
+
+def summarize(run: Path, settings: Mapping[str, Any], bytes_per_token: float) -> dict[str, Any]:
     """Reduce a run's metrics.jsonl to numbers: JSON, None for what was not finite.
 
-    `loss` is the mean training loss of the last tenth of the steps, largest logits and row ranges are those
-    of the last tenth of the measurements. Curves are lists of [step, value]. Runs with a probe also have
-    `probe`, by `probe_series`, and `copying_curve`; `constant_until`, the last step before the learning rate
-    falls; and `constant_loss`, the validation loss there. Runs with `alarms` also have `alarm_scores`, by
-    `alarm_series`, and `diverged_from`, the step at which their loss began to show their divergence.
+    Losses are in nats per byte, so that they mean the same with every tokenizer. `loss` is the mean training
+    loss of the last tenth of the steps, largest logits and row ranges are those of the last tenth of the
+    measurements. Curves are lists of [step, value]. Runs with a probe also have `probe`, by `probe_series`,
+    and `copying_curve`; `constant_until`, the last step before the learning rate falls; and `constant_loss`,
+    the validation loss there. Runs with `alarms` also have `alarm_scores`, by `alarm_series`, and
+    `diverged_from`, the step at which their loss began to show their divergence.
+
+    Args:
+        run: the folder of a finished training.
+        settings: its settings.
+        bytes_per_token: bytes of text that a token stands for.
     """
     metrics = read_metrics(run)
-    losses = [line["loss"] for line in metrics]
+    losses = [_per_byte(line["loss"], bytes_per_token) for line in metrics]
     monitored = [with_band(line) for line in metrics if "max_logit_by_head" in line]
     late = last_tenth(monitored)
     names = [name for name in _LOGITS if any(line.get(name) is not None for line in monitored)]
@@ -190,15 +203,18 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     training = settings["train"]
     config = model_config(settings["model"], training)
     flops = training_flops(config, training["sequence_length"]).total * training["batch_size"]
-    margin = 0.14 if training.get("probe") else 0.5
-    validated = [[line["step"], line["validation_loss"]] for line in metrics if "validation_loss" in line]
+    validated = [
+        [line["step"], _per_byte(line["validation_loss"], bytes_per_token)]
+        for line in metrics
+        if "validation_loss" in line
+    ]
     return {
         "parameters": parameter_count(config),
         "flops_per_step": flops,
         "tokens_per_step": training["sequence_length"] * training["batch_size"],
         "loss": None if None in tail else fmean(tail),
         "validation_loss": validated[-1][1],
-        "diverged_at": divergence_step(losses, margin),
+        "diverged_at": divergence_step(losses, _DIVERGED),
         "spikes": _count_spikes(metrics),
         **{name: largest(line[name] for line in late) for name in names},
         "max_logit_by_head": [
@@ -211,9 +227,13 @@ def summarize(run: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             for name in names
         },
         **(_progress(metrics, validated, training) if training.get("probe") else {}),
-        **(_alarms(monitored, divergence_onset(losses, margin)) if training.get("alarms") else {}),
+        **(_alarms(monitored, divergence_onset(losses, _DIVERGED)) if training.get("alarms") else {}),
         "timing": {"tokens_per_second": median(line["tokens_per_second"] for line in metrics)},
     }
+
+
+def _per_byte(loss: float | None, bytes_per_token: float) -> float | None:
+    return None if loss is None else loss / bytes_per_token
 
 
 def _alarms(monitored: Sequence[Mapping[str, Any]], onset: int | None) -> dict[str, Any]:

@@ -10,7 +10,17 @@ from typing import Any
 from longshort.studies.framework.comparison import rate_text
 from longshort.studies.framework.study import Scale, Trial
 from longshort.studies.framework.sweep import Arm, Ladder
-from longshort.studies.language.arms import LS, LS_ROPE, MHSA, MHSA_ROPE, ONE_GPU, Setting, Variant, steady
+from longshort.studies.language.arms import (
+    LS,
+    LS_ROPE,
+    MHSA,
+    MHSA_ROPE,
+    ONE_GPU,
+    PAPER_SMALL,
+    Setting,
+    Variant,
+    steady,
+)
 from longshort.studies.progress.needle import needle_of
 from longshort.studies.progress.precision import audit_of
 
@@ -186,6 +196,24 @@ def _stress(length: int, tokens: int, steps: int) -> Setting:
     return steady(length, tokens, steps, alarms=True, monitor_every=10)
 
 
+def _paper(length: int, micro_batch_size: int) -> Setting:
+    """Make a setting of the author's small model, rate and tokens a step."""
+    setting = steady(
+        length, 524_288, 50_000, rates=(6e-4,), precision="bf16", warmup_steps=2000,
+        micro_batch_size=micro_batch_size,
+    )  # fmt: skip
+    return replace(
+        setting,
+        model=PAPER_SMALL.model,
+        description=(
+            "The author's small model: 6 layers, 6 heads of 32, width 192; 50,000 steps of 524,288 tokens in "
+            f"sequences of {length}, a constant learning rate after the warm-up that falls to 0 over the "
+            "last tenth, weight decay 0.1, autocast to bf16; LS has one global head and five with a window of "
+            "50. All arms of a seed start from the same weights and see the same batches."
+        ),
+    )
+
+
 def _needle(*lengths: int) -> dict[str, Any]:
     return {"lengths": list(lengths), "depths": [0.1, 0.5, 0.9], "samples": 64}
 
@@ -252,9 +280,9 @@ SIZES: Mapping[Scale, Sizes] = {
         stressed=(MHSA, LS),
     ),
     "paper": Sizes(
-        steady(2048, 524_288, 50_000, rates=(6e-4,)),
+        _paper(2048, micro_batch_size=16),
         seeds=3,
         other_seeds=3,
-        lengths=[steady(8192, 524_288, 50_000, rates=(6e-4,))],
+        lengths=[_paper(8192, micro_batch_size=4)],
     ),
 }
