@@ -38,11 +38,11 @@ Result = Mapping[str, Any]
 
 
 def step_at(result: Result, loss: float) -> float | None:
-    """Interpolate the step at which the validation loss first is as low, at the constant rate; None if it
-    never is."""
+    """Interpolate the step at which the validation loss first is as low, before the rate decays; None if
+    it never is."""
     before: tuple[float, float] | None = None
     for step, value in result["validation_curve"]:
-        if step > result["constant_until"]:
+        if step > result.get("constant_until", math.inf):
             return None
         if value is None:
             before = None

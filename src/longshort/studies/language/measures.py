@@ -25,6 +25,7 @@ from longshort.studies.framework.comparison import (
 )
 from longshort.studies.framework.sweep import Rate, Sweep
 from longshort.studies.language.arms import LS, MHSA
+from longshort.studies.language.equal_progress import step_at
 
 QUANTITIES = ("validation_loss", "max_logit", "max_logit_in_band", "row_range")
 """The numbers of an arm that tables show, and that are predicted for another seed."""
@@ -74,16 +75,8 @@ def loss_at_flops(result: Mapping[str, Any], flops: float) -> float | None:
 def cost_to_reach(result: Mapping[str, Any], loss: float, unit: str) -> float | None:
     """Compute what a run had spent, in "tokens" or "flops", when its validation loss first was as low as
     `loss`; None if it never was."""
-    per_step = result[f"{unit}_per_step"]
-    before: list[Any] | None = None
-    for step, value in result["validation_curve"]:
-        if value is not None and value <= loss:
-            if before is None or before[1] is None:
-                return step * per_step
-            share = (before[1] - loss) / (before[1] - value)
-            return (before[0] + share * (step - before[0])) * per_step
-        before = [step, value]
-    return None
+    step = step_at(result, loss)
+    return None if step is None else step * result[f"{unit}_per_step"]
 
 
 def curves(arm: ArmResults, name: str) -> list[list[tuple[float, float | None]]]:

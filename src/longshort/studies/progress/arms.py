@@ -208,8 +208,8 @@ def _paper(length: int, micro_batch_size: int) -> Setting:
         description=(
             "The author's small model: 6 layers, 6 heads of 32, width 192; 50,000 steps of 524,288 tokens in "
             f"sequences of {length}, a constant learning rate after the warm-up that falls to 0 over the "
-            "last tenth, weight decay 0.1, autocast to bf16; LS has one global head and five with a window of "
-            "50. All arms of a seed start from the same weights and see the same batches."
+            "last tenth, weight decay 0.1, autocast to bf16; LS has one global head and five with a window "
+            "of 50. All arms of a seed start from the same weights and see the same batches."
         ),
     )
 

@@ -1,0 +1,118 @@
+"""The numbers of README and of docs/reproduction.md against the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longshort.reporting.page import number
+from longshort.studies.catalogue import STUDIES
+from longshort.studies.framework.claims import claims_markdown, read_claims
+from longshort.studies.framework.comparison import interval_text, measure_arms
+from longshort.studies.framework.store import ResultsFile
+from longshort.studies.language.equal_progress import (
+    LOSSES,
+    at_loss,
+    log_cost_ratio_at_loss,
+    log_ratio_at_loss,
+    step_at,
+)
+from longshort.studies.language.trial import probe_series
+from longshort.studies.progress.arms import SIZES
+from longshort.studies.progress.design import copying_step
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "reproduction.md"]
+REPRODUCTION = PAGES[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_the_table_of_claims_is_what_the_command_prints(page):
+    rows = read_claims([RESULTS / "overnight", RESULTS / "laptop"], list(STUDIES))
+    assert claims_markdown(rows) in page.read_text()
+
+
+@pytest.fixture(scope="module")
+def long_runs():
+    """MHSA, LS and LS without a global head, on the seeds that all of them have."""
+    arms = SIZES["overnight"].main
+    results = ResultsFile(RESULTS / "overnight" / "progress").results
+    seeds = [
+        seed for seed in range(SIZES["overnight"].seeds)
+        if all(arm.trial(3e-3, seed).key in results for arm in arms)
+    ]  # fmt: skip
+    return measure_arms(arms, seeds, results, ("best",))
+
+
+def row(name, cells):
+    return f"| {' | '.join([name, *cells])} |".replace("|  |", "| |")
+
+
+def test_ratios_at_equal_losses(long_runs):
+    text, ls, mhsa = REPRODUCTION.read_text(), long_runs["LS"], long_runs["MHSA"]
+    for name, quantity in (("largest logit", "max_logit"), ("row range", "row_range")):
+        assert (
+            row(
+                name,
+                (interval_text(log_ratio_at_loss(ls, mhsa, quantity, loss).exp()) for loss in LOSSES),
+            )
+            in text
+        )
+    for name, unit in (("tokens", "tokens"), ("FLOPs", "flops")):
+        assert (
+            row(name, (interval_text(log_cost_ratio_at_loss(ls, mhsa, unit, loss).exp()) for loss in LOSSES))
+            in text
+        )
+
+
+def test_single_runs(long_runs):
+    """A row per arm: where each seed begins to copy, its losses, and its largest logit."""
+    text = REPRODUCTION.read_text()
+    for name, arm in long_runs.items():
+        results = arm.results()
+        steps = [copying_step(result) for result in results]
+        copies = [None if step is None else 1e-6 * step * results[0]["tokens_per_step"] for step in steps]
+        last = [
+            dict(zip(result["probe"]["step"], result["probe"]["max_logit"], strict=True))[
+                result["constant_until"]
+            ]
+            for result in results
+        ]
+        cells = [
+            ", ".join("–" if value is None else f"{value:.0f}" for value in copies),
+            ", ".join(f"{result['constant_loss']:.2f}" for result in results),
+            ", ".join(f"{result['validation_loss']:.2f}" for result in results),
+            ", ".join(number(value) for value in last),
+        ]
+        assert row(name, cells) in text
+
+
+def gpu_run(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    probed = [line for line in lines if "probe" in line]
+    return {
+        "constant_until": 1800,
+        "validation_curve": [[line["step"], line["validation_loss"]] for line in probed],
+        "copying_curve": [[line["step"], line["copying_loss"]] for line in probed],
+        "probe": {
+            "step": [line["step"] for line in probed],
+            **probe_series([line["probe"] for line in probed]),
+        },
+    }
+
+
+def test_unfinished_runs_on_one_gpu():
+    text = REPRODUCTION.read_text()
+    for rate in ("6e-4", "3e-3"):
+        ls, mhsa = (gpu_run(RESULTS / "gpu" / f"{name}-{rate}-seed-0") for name in ("LS", "MHSA"))
+        logits = [[at_loss(run, "max_logit", loss) for loss in (*LOSSES, 1.0)] for run in (ls, mhsa)]
+        for name, values in zip((f"LS, {rate}", f"MHSA, {rate}"), logits, strict=True):
+            assert row(name, ("" if value is None else f"{value:.0f}" for value in values)) in text
+        ratios = [None if None in pair else pair[0] / pair[1] for pair in zip(*logits, strict=True)]
+        assert row("LS/MHSA", ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)) in text
+        shares = [step_at(ls, loss) / step_at(mhsa, loss) for loss in LOSSES]
+        assert all(0.44 <= share <= 0.72 for share in shares)
+        assert [copying_step(run) for run in (ls, mhsa)] == ([650, 1050] if rate == "3e-3" else [None, None])
