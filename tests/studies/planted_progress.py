@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.studies.planted import noise
 
 from longshort.model import training_flops
@@ -16,7 +18,7 @@ def planted(speed=lambda trial: 1.0, logit=lambda trial, loss: 10.0, end=1.2, co
     `logit` gives the largest logit at a loss; the row range is twice as large.
     """
 
-    def result_of(trial):
+    def result_of(trial) -> dict[str, Any]:
         if "audit" in trial.settings:
             return audit()
         if "needle" in trial.settings:
