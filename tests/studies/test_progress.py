@@ -15,6 +15,7 @@ from longshort.studies.language.trial import probe_series
 from longshort.studies.progress.design import ENOUGH, NEEDED, copying_step
 from longshort.studies.progress.logits import DIVERGENCE, GROWTH, MITIGATION, RATIO, SOONER
 from longshort.studies.progress.mechanism import MECHANISM
+from longshort.studies.progress.needle import farthest_gain
 from longshort.studies.progress.remedies import REMEDIES
 from longshort.studies.progress.study import Progress
 
@@ -98,7 +99,7 @@ def test_a_length_that_stays_behind_leaves_growth_open_and_shows_the_others(tmp_
     growth = next(verdict for verdict in found.verdicts if verdict.claim is GROWTH)
     assert growth.outcome.value == outcomes(found)[MITIGATION.id] == OPEN
     assert "The runs of all lengths reach 2.2 of the losses" in growth.evidence
-    assert "Not part of the verdict, n = 256 to 1,024: Slope" in growth.evidence
+    assert "Not part of the verdict, n = 256, 512, 1,024: Slope" in growth.evidence
 
 
 def test_logits_that_grow_with_length(tmp_path):
@@ -150,6 +151,13 @@ def sizes_and_hiding(power, hidden, hidden_ls=1.0, power_ls=0.0):
     return logit
 
 
+def one_part_each(trial, loss):
+    """Smaller logits with wider heads at a loss of 2.2 alone, and with hidden keys at 2.1 alone."""
+    if loss > 2.15:
+        return sizes_and_hiding(-0.4, 1.0)(trial, loss)
+    return sizes_and_hiding(0.0, 0.5 if loss > 2.05 else 1.0)(trial, loss)
+
+
 def judge_mechanism(result_of, folder) -> str:
     """The verdict from the trials of the mechanism alone."""
     arms = STUDY.scales["overnight"].mechanism_arms
@@ -169,6 +177,8 @@ def judge_mechanism(result_of, folder) -> str:
         (sizes_and_hiding(0.0, 0.5), PARTLY),
         (sizes_and_hiding(-0.4, 1.0, power_ls=-0.4), NOT_SHOWN),  # wider heads do as much for LS
         (sizes_and_hiding(-0.4, 0.5, power_ls=-0.6), PARTLY),
+        (lambda t, loss: sizes_and_hiding(-0.4, 0.5)(t, loss) if loss > 2.15 else 1.0, NOT_SHOWN),
+        (one_part_each, NOT_SHOWN),
         (sizes_and_hiding(0.0, 0.5, 0.5), NOT_SHOWN),  # hidden keys do as much for LS
         (sizes_and_hiding(0.0, 0.5, 0.3), NOT_SHOWN),
         (sizes_and_hiding(0.4, 1.0), AGAINST),
@@ -239,6 +249,60 @@ def test_pairs_of_which_a_run_never_begins_to_learn_do_not_count(tmp_path):
     assert "Of 3 pairs" in verdict.evidence and "In 9 of 12 pairs a run neither" in verdict.evidence
     results = fill(STUDY, "overnight", range(3), stuck(RATES))
     assert findings_of(STUDY, "overnight", range(3), results, tmp_path).verdicts[0].outcome.value == OPEN
+
+
+def test_divergence_and_alarms_wait_for_all_their_runs(tmp_path):
+    def result_of(trial):
+        return planted(diverged=lambda trial: 700 if trial.arm == "MHSA" else None)(trial)
+
+    results = fill(STUDY, "overnight", range(3), result_of)
+    assert outcomes(findings_of(STUDY, "overnight", range(3), results, tmp_path))[DIVERGENCE.id] == SHOWN
+    del results[STUDY.scales["overnight"].stress_trials([2])["LS", 6e-2][0].key]
+    found = outcomes(findings_of(STUDY, "overnight", range(3), results, tmp_path))
+    assert found[DIVERGENCE.id] == found[WARNING.id] == NOT_MEASURED
+
+
+def test_runs_that_never_learn_are_no_sound_ones(tmp_path):
+    """All runs of MHSA diverge, and those of LS never learn."""
+    result_of = planted(
+        lambda trial: 1.0 if trial.arm.startswith("MHSA") else 0.3,
+        diverged=lambda trial: 700 if trial.arm.startswith("MHSA") else None,
+    )
+    assert judge(STUDY, "overnight", result_of, tmp_path)[WARNING.id] == NOT_MEASURED
+
+
+def test_claims_that_a_scale_does_not_test_are_named_and_do_not_count(tmp_path):
+    results = fill(STUDY, "laptop", range(3), planted())
+    found = {v.claim.id: v for v in findings_of(STUDY, "laptop", range(3), results, tmp_path).verdicts}
+    assert found[MECHANISM.id].evidence == found[REMEDIES.id].evidence == "Not part of this scale."
+    half = dict(list(results.items())[: len(results) // 2])
+    assert "Not part of" not in findings_of(STUDY, "laptop", range(3), half, tmp_path).verdicts[3].evidence
+
+
+def test_trials_that_are_not_done_raise_the_p_values(tmp_path):
+    """Beside the pair alone, nine claims wait; with everything done, fewer tests are made."""
+    results = fill(STUDY, "overnight", range(3), planted(lambda t: 1.3 if t.arm.startswith("LS") else 1.0))
+    pair = {
+        trial.key for arm in STUDY.scales["overnight"].main for trial in map(arm.trial, [3e-3] * 3, range(3))
+    }
+    part = {key: result for key, result in results.items() if key in pair}
+    early, late = (
+        next(
+            v.p
+            for v in findings_of(STUDY, "overnight", range(3), some, tmp_path).verdicts
+            if v.claim is SOONER
+        )
+        for some in (part, results)
+    )
+    assert early is not None and late is not None and early > late > 0
+
+
+def test_one_seed_decides_nothing(tmp_path):
+    results = fill(STUDY, "laptop", range(1), planted())
+    found = findings_of(STUDY, "laptop", range(1), results, tmp_path)
+    told = {verdict.claim.id: verdict.evidence for verdict in found.verdicts}
+    for claim in (RATIO, SOONER, GROWTH, MITIGATION, ENOUGH, NEEDED):
+        assert told[claim.id] == "One seed has no interval." and outcomes(found)[claim.id] == NOT_MEASURED
 
 
 def test_alarms_are_judged_on_the_runs_that_may_diverge(tmp_path):
@@ -336,6 +400,42 @@ def test_further_seeds_of_the_pair_count_when_all_of_them_are_there(tmp_path):
     found = findings_of(STUDY, "overnight", range(5), results, tmp_path)
     assert found.tested == "n = 1,024, 82M tokens, 3 seeds"
     assert outcomes(found)[RATIO.id] == AGAINST
+
+
+def test_the_farthest_needle_is_at_the_beginning_of_the_longest_text():
+    cells = [
+        {"length": length, "depth": depth, "gain": gain}
+        for length, depth, gain in ((64, 0.1, 1.0), (128, 0.9, 2.0), (128, 0.1, 3.0), (128, 0.5, 4.0))
+    ]
+    assert farthest_gain({"needle": cells}) == 3.0
+
+
+def test_needles_stand_beside_the_design_claims(tmp_path):
+    found = findings_of(STUDY, "laptop", range(3), fill(STUDY, "laptop", range(3), planted()), tmp_path)
+    told = {verdict.claim.id: verdict.evidence for verdict in found.verdicts}
+    for claim, other in ((ENOUGH, "MHSA"), (NEEDED, "LS, no global head")):
+        assert f"nats per byte: {other} 0.25, LS 0.25." in told[claim.id]
+
+
+def test_the_plan_goes_from_the_pair_to_lengths_rates_audits_and_further_seeds():
+    """Parts in the order in which they are decided."""
+
+    def part(trial):
+        if trial.settings.keys() & {"audit", "needle"}:
+            return next(iter(trial.settings.keys() & {"audit", "needle"}))
+        train = trial.settings["train"]
+        if "alarms" in train:
+            return "rates"
+        if train.get("stop_at_loss"):
+            return "lengths" if "hidden" not in trial.arm and "×" not in trial.arm else "mechanism"
+        return f"{'RoPE' if 'RoPE' in trial.arm else trial.arm}, {trial.seed}"
+
+    parts = list(dict.fromkeys(map(part, STUDY.plan("overnight", range(5), {}).trials)))
+    order = [
+        "MHSA, 0", "RoPE, 0", "MHSA, 2", "lengths", "rates", "audit", "MHSA, 3", "MHSA, 4", "needle",
+        "RoPE, 1", "mechanism", "MHSA + QK-norm, 0", "MHSA, fp32, 0", "MHSA, no weight decay, 0",
+    ]  # fmt: skip
+    assert [one for one in parts if one in order] == order
 
 
 def test_the_plan_runs_the_first_seed_first():

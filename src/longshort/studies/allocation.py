@@ -312,13 +312,14 @@ class Allocation(LanguageStudy):
             for claim, name in zip((ONE_AT_A_TIME, GREEDY), RANKINGS, strict=True)
         ]
         verdicts.append(_judge_repair(done, late) if is_repaired or late else not_measured(REPAIR))
+        pending = sum(verdict.outcome is Outcome.NOT_MEASURED for verdict in verdicts)
         predictions = {name: {"regret": prediction_interval(values)} for name, values in by_ranking.items()}
         if is_repaired:
             predictions["repair"] = {
                 "rank_correlation": prediction_interval(repair.correlation for repair in done)
             }
         sections = _sections(chosen, known, done, folder)
-        return Findings(holm(verdicts, is_repaired), sections, predictions, chosen.setting.extent(len(seeds)))
+        return Findings(holm(verdicts, pending), sections, predictions, chosen.setting.extent(len(seeds)))
 
 
 def _losses(results: Results, chosen: _Scale, seed: int) -> list[float] | None:

@@ -96,7 +96,7 @@ class StudySettings:
     """Number of seeds of each arm. None: that of the scale."""
 
     first_seed: Seed = 0
-    """The first seed; the others follow it. Other seeds than a folder holds need another --out."""
+    """The first seed; the others follow it. Another first seed than that of a folder needs another --out."""
 
     out: Path | None = None
     """Folder for results and report. None: runs/study-SCALE."""
@@ -233,10 +233,10 @@ def _check_folder(folder: Path, manifest: Mapping[str, str], seeds: Mapping[str,
                 f"--out: {folder} holds results of {found}, not of {dict(manifest)}; take another folder"
             )
         for name, held in content.get("seeds", {}).items():
-            asked = set(seeds.get(name, held))
-            if not (asked <= set(held) or asked >= set(held)):  # its verdicts would replace those of others
+            asked = seeds.get(name, held)
+            if asked[0] != held[0]:  # its verdicts would replace those of others
                 raise ValueError(
-                    f"--first-seed: {folder} holds {name} for the seeds {held}, got {sorted(asked)}; "
+                    f"--first-seed: {folder} holds {name} from the seed {held[0]} on, got {asked[0]}; "
                     "take another --out for other seeds"
                 )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

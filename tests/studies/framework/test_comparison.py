@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -132,28 +131,26 @@ def test_holm_corrects_what_claims_something():
         verdict("c", Outcome.SHOWN, None),
         verdict("d", Outcome.NOT_SHOWN, 0.5), verdict("e", Outcome.CONTRADICTED, 0.0125),
     ]  # fmt: skip
-    found = {v.claim.id: v for v in holm(given, is_complete=True)}
+    found = {v.claim.id: v for v in holm(given, pending=0)}
     assert [v.outcome for v in found.values()] == [
         Outcome.SHOWN, Outcome.NOT_SHOWN, Outcome.SHOWN, Outcome.NOT_SHOWN, Outcome.CONTRADICTED
     ]  # fmt: skip
     assert found["b"].evidence == (
-        "numbers. The outcome would be 'partly shown', but not after Holm's correction for 4 tests "
-        "(p = 0.03, corrected 0.06)."
+        "numbers. The outcome would be 'partly shown', but its p-value, 0.03, is 0.06 after Holm's "
+        "correction for 4 tests."
     )
     assert [v.p for v in found.values()] == pytest.approx([0.004, 0.06, None, 0.5, 0.0375])
     assert found["a"].evidence == "numbers."
-    assert holm([], is_complete=False) == []
+    assert holm([], pending=3) == []
 
 
-def test_claims_that_are_not_measured_yet_count_until_the_trials_are_done():
+def test_claims_whose_trials_are_not_done_count_as_tests():
     first = Verdict(Claim("a", "", "", ""), Outcome.SHOWN, "", 0.02)
     waiting = [not_measured(Claim(name, "", "", "")) for name in "bc"]
-    assert [v.outcome for v in holm([first, *waiting], is_complete=False)] == [
+    assert [v.outcome for v in holm([first, *waiting], pending=2)] == [
         Outcome.NOT_SHOWN, Outcome.NOT_MEASURED, Outcome.NOT_MEASURED
     ]  # fmt: skip
-    assert holm([first, *waiting], is_complete=True)[0].outcome is Outcome.SHOWN
-    open_ones = [replace(verdict, outcome=Outcome.NOT_REACHED) for verdict in waiting]
-    assert holm([first, *open_ones], is_complete=False)[0].outcome is Outcome.SHOWN
+    assert holm([first, *waiting], pending=0)[0].outcome is Outcome.SHOWN
 
 
 @given(st.lists(st.floats(1e-4, 1), min_size=2, max_size=6), st.data())
@@ -161,8 +158,8 @@ def test_trials_that_finish_later_take_no_verdict_back(p_values, data):
     claims = [Claim(str(number), "", "", "") for number in range(len(p_values))]
     done = data.draw(st.integers(1, len(p_values) - 1))
     verdicts = [Verdict(claim, Outcome.SHOWN, "", p) for claim, p in zip(claims, p_values, strict=True)]
-    early = holm([*verdicts[:done], *map(not_measured, claims[done:])], is_complete=False)
-    late = holm(verdicts, is_complete=True)
+    early = holm([*verdicts[:done], *map(not_measured, claims[done:])], pending=len(claims) - done)
+    late = holm(verdicts, pending=0)
     assert all(
         after.outcome is Outcome.SHOWN
         for before, after in zip(early, late, strict=True)

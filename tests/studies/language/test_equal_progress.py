@@ -13,7 +13,10 @@ from longshort.studies.language.equal_progress import (
     at_loss,
     combined,
     is_alike,
+    is_stuck,
+    judge_ratio,
     losses_reached,
+    p_of_ratio,
     p_of_two,
     sign_test,
     step_at,
@@ -52,6 +55,33 @@ def test_losses_that_all_reach():
     late = {**RUN, "validation_curve": [[10, 2.15], [40, 2.05]]}
     assert losses_reached([RUN]) == [2.2, 2.1, 2.0, 1.7, 1.3]
     assert losses_reached([RUN, late]) == [2.2, 2.1]
+
+
+@pytest.mark.parametrize(
+    ("diverged_at", "lowest", "is_so"), [(None, 2.4, True), (None, 2.3, False), (30, 2.4, False)]
+)
+def test_runs_that_neither_diverge_nor_learn_are_stuck(diverged_at, lowest, is_so):
+    curve = [[10, 3.0], [20, lowest], [50, 1.0]]
+    assert is_stuck({"diverged_at": diverged_at, "constant_until": 40, "validation_curve": curve}) is is_so
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outcome"),
+    [
+        (0.92, 0.98, Outcome.CONTRADICTED),  # below 1, but alike
+        (0.92, 1.05, Outcome.CONTRADICTED),
+        (0.5, 0.98, Outcome.SHOWN),
+        (1.2, 1.5, Outcome.CONTRADICTED),
+        (0.5, 1.5, Outcome.NOT_SHOWN),
+    ],
+)
+def test_a_ratio_is_below_above_or_alike(low, high, outcome):
+    middle = math.sqrt(low * high)
+    assert judge_ratio(Interval(middle, low, high, 3), 1.0) is outcome
+    log_ratio = Interval(math.log(middle), math.log(low), math.log(high), 3)
+    p_values = {claimed: p_of_ratio(log_ratio, claimed, 1.0) for claimed in (S, C)}
+    assert p_values[C] < 0.05 if outcome is Outcome.CONTRADICTED else p_values[C] > 0.05
+    assert p_values[S] < 0.05 if high < 1 else p_values[S] > 0.05
 
 
 S, P, N, C = Outcome.SHOWN, Outcome.PARTLY, Outcome.NOT_SHOWN, Outcome.CONTRADICTED

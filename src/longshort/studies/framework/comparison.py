@@ -124,7 +124,7 @@ def judge_twice(
     return Verdict(claim, weaker(*map(rule, RATES)), evidence(), here=here())
 
 
-def holm(verdicts: Sequence[Verdict], is_complete: bool, level: float = 0.05) -> list[Verdict]:
+def holm(verdicts: Sequence[Verdict], pending: int, level: float = 0.05) -> list[Verdict]:
     """Correct the verdicts of one study for their number (Holm, 1979).
 
     The k-th smallest of m p-values becomes (m − k + 1) times as large, and at least as large as those before
@@ -132,12 +132,11 @@ def holm(verdicts: Sequence[Verdict], is_complete: bool, level: float = 0.05) ->
 
     Args:
         verdicts: the verdicts of all claims of the study.
-        is_complete: whether all trials are done. Until then claims that are not measured count as tests, so
-            that trials that finish later take no verdict back.
+        pending: number of claims whose trials are not done yet. They count as tests, so that no verdict whose
+            own trials are done is taken back when those of others are.
         level: chance of one verdict or more that says something wrong.
     """
     tested = sorted((v for v in verdicts if v.p is not None), key=lambda v: v.p or 0.0)
-    pending = 0 if is_complete else sum(v.outcome is Outcome.NOT_MEASURED for v in verdicts)
     tests = len(tested) + pending
     adjusted: dict[str, float] = {}
     highest = 0.0
@@ -151,8 +150,8 @@ def holm(verdicts: Sequence[Verdict], is_complete: bool, level: float = 0.05) ->
             p = adjusted[verdict.claim.id]
             if verdict.outcome.is_claim and p > level:
                 text = (
-                    f" The outcome would be {verdict.outcome.value!r}, but not after Holm's correction for "
-                    f"{tests} tests (p = {verdict.p:.2g}, corrected {p:.2g})."
+                    f" The outcome would be {verdict.outcome.value!r}, but its p-value, {verdict.p:.2g}, is "
+                    f"{p:.2g} after Holm's correction for {tests} test{'s' if tests > 1 else ''}."
                 )
                 verdict = replace(verdict, outcome=Outcome.NOT_SHOWN, evidence=verdict.evidence + text)
             verdict = replace(verdict, p=p)

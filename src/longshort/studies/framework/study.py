@@ -120,7 +120,7 @@ class Verdict:
         claim: the claim.
         outcome: how it stands.
         evidence: the numbers that the outcome rests on, in words.
-        p: p-value of the test behind the outcome, 1 if it says nothing; None if it rests on no test.
+        p: p-value of the test behind the outcome, after `holm` the corrected one; None if there is none.
         here: the one or two numbers of the evidence that say most; empty: all of it.
         tested: how far the claim was tested, if not as far as the study's other claims.
     """

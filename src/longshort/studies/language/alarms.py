@@ -30,13 +30,15 @@ WARNING = Claim(
     "Signals: slope of the log row range, fall of the attention's entropy, fall of the spectral entropy of "
     "the update of W_Qᵀ·W_K; each the largest of all heads, every 10 steps after the warm-up, in which every "
     "run that begins to learn raises them. A run's score is its highest before the running loss began to be "
-    "0.14 nats per byte too high, that of a sound run the highest over the same steps. Only runs of equal "
-    "learning rate are compared, since a high rate alone raises scores. A signal is useful if the lower end "
-    "of its AUROC is above 0.5 (95 % for the three signals together, by Newcombe's method over the runs at "
-    "rates at which some diverge and others do not) and if, at the threshold that at most 5 % of the sound "
-    "runs of all rates exceed at any step, the median lead time of the runs that diverge is above 0 steps. "
-    "Shown: one is useful. Contradicted: for each, the 95 % interval (exact, binomial) of the share of runs "
-    "that diverge in which it sounds in time is below one half. Otherwise not shown. Not measured with fewer "
+    "0.14 nats per byte too high, that of a sound run the highest over the same steps. Runs that neither "
+    "diverge nor begin to learn are left out. Only runs of equal learning rate are compared, since a high "
+    "rate alone raises scores; runs of all arms are. A signal is useful if the lower end of its AUROC is "
+    "above 0.5 (95 % for the three signals together, by Newcombe's method over the runs at rates at which "
+    "some diverge and others do not), also after Holm's correction over the study's claims, and if, at the "
+    "threshold that at most 5 % of the sound runs of all rates exceed at any step, the median lead time of "
+    "the runs that diverge is above 0 steps. Shown: one is useful. Contradicted: for each, the 95 % interval "
+    "(exact, binomial) of the share of runs that diverge in which it sounds in time is below one half. "
+    "Otherwise not shown. Not measured with fewer "
     f"than {LEAST_RUNS} runs of either kind at such rates.",
 )
 
@@ -141,15 +143,15 @@ def evaluate(runs: Sequence[Run]) -> Evaluation:
     if at_equal_rates:
         mean = fmean(at_equal_rates)
         counts = at_mixed_rates((run.rate, run.onset is not None) for run in runs)
-        auroc = auroc_interval(mean, *counts)
-        p = 2 * NormalDist().cdf(-abs(mean - 0.5) / _deviation(0.5, *counts))
+        auroc = auroc_interval(mean, counts)
+        p = 2 * NormalDist().cdf(-abs(mean - 0.5) / _deviation(0.5, counts))
     limit = threshold(sound)
     leads = [lead_time(run, limit) for run in diverged]
     return Evaluation(auroc, fmean(win for _, win in wins), limit, leads, p)
 
 
-def at_mixed_rates(runs: Iterable[tuple[float, bool]]) -> tuple[int, int]:
-    """Count the runs that diverged, and the sound ones, at the learning rates that have both.
+def at_mixed_rates(runs: Iterable[tuple[float, bool]]) -> list[tuple[int, int]]:
+    """Count the runs that diverged, and the sound ones, at each learning rate that has both.
 
     Args:
         runs: the learning rate of each run, and whether it diverged.
@@ -157,9 +159,8 @@ def at_mixed_rates(runs: Iterable[tuple[float, bool]]) -> tuple[int, int]:
     kinds: dict[float, list[bool]] = {}
     for rate, has_diverged in runs:
         kinds.setdefault(rate, []).append(has_diverged)
-    mixed = [found for found in kinds.values() if any(found) and not all(found)]
-    diverged = sum(map(sum, mixed))
-    return diverged, sum(map(len, mixed)) - diverged
+    counts = [(sum(found), len(found) - sum(found)) for found in kinds.values()]
+    return [(diverged, sound) for diverged, sound in counts if diverged and sound]
 
 
 def _win(first: float, second: float) -> float:
@@ -167,13 +168,13 @@ def _win(first: float, second: float) -> float:
 
 
 def auroc_interval(
-    auroc: float, positives: int, negatives: int, level: float = 1 - (1 - LEVEL) / len(ALARMS)
+    auroc: float, counts: Sequence[tuple[int, int]], level: float = 1 - (1 - LEVEL) / len(ALARMS)
 ) -> Interval:
     """Compute the interval of an AUROC by Newcombe 2006 (method 5), which is not empty at 0 and 1 either.
 
     Args:
-        auroc: the share of pairs in which the positive is higher, ties counted as half.
-        positives, negatives: number of each.
+        auroc: the share of pairs within a group in which the positive is higher, ties counted as half.
+        counts: the numbers of positives and negatives of each group.
         level: by default 95 % for all alarms together (Bonferroni).
     """
     z = NormalDist().inv_cdf((1 + level) / 2)
@@ -182,17 +183,22 @@ def auroc_interval(
         low, high = 0.0, value
         for _ in range(60):
             middle = (low + high) / 2
-            is_outside = value - middle > z * _deviation(middle, positives, negatives)
+            is_outside = value - middle > z * _deviation(middle, counts)
             low, high = (middle, high) if is_outside else (low, middle)
         return low
 
-    return Interval(auroc, lower(auroc), 1 - lower(1 - auroc), positives + negatives)
+    return Interval(auroc, lower(auroc), 1 - lower(1 - auroc), sum(map(sum, counts)))
 
 
-def _deviation(auroc: float, positives: int, negatives: int) -> float:
-    """Compute the standard deviation of an estimated AUROC whose true value is `auroc`."""
-    more = ((positives + negatives) / 2 - 1) * ((1 - auroc) / (2 - auroc) + auroc / (1 + auroc))
-    return math.sqrt(auroc * (1 - auroc) * (1 + more) / (positives * negatives))
+def _deviation(auroc: float, counts: Sequence[tuple[int, int]]) -> float:
+    """Compute the standard deviation of an estimated AUROC whose true value is `auroc`, a mean over the pairs
+    within each group."""
+    growth = (1 - auroc) / (2 - auroc) + auroc / (1 + auroc)
+    variance = sum(
+        positives * negatives * auroc * (1 - auroc) * (1 + ((positives + negatives) / 2 - 1) * growth)
+        for positives, negatives in counts
+    )
+    return math.sqrt(variance) / sum(positives * negatives for positives, negatives in counts)
 
 
 def threshold(sound: Sequence[Run], share: float = FALSE_ALARMS) -> float:
@@ -209,13 +215,21 @@ def lead_time(run: Run, limit: float) -> int:
 
 
 def judge_alarms(results: RatedResults, after: int) -> Verdict:
-    """Judge `WARNING` by the scores after a step, the end of the warm-up."""
+    """Judge `WARNING`.
+
+    Args:
+        results: all runs that diverged or began to learn; none until all of them are done.
+        after: step after which scores count, the end of the warm-up.
+    """
+    if not results:
+        return not_measured(WARNING)
     counts = at_mixed_rates((rate, result["diverged_from"] is not None) for rate, result in results)
-    if min(counts) < LEAST_RUNS:
+    mixed = [sum(group) for group in zip(*counts, strict=True)] or [0, 0]
+    if min(mixed) < LEAST_RUNS:
         return not_measured(
             WARNING,
             "At the rates at which some runs diverge and others do not, {} diverged and {} did not; "
-            "{} of each are needed.".format(*counts, LEAST_RUNS),
+            "{} of each are needed.".format(*mixed, LEAST_RUNS),
         )
     evaluations = _evaluations(results, after)
     useful: list[Alarm] = [alarm for alarm, found in evaluations.items() if found.is_useful]

@@ -30,7 +30,14 @@ LEAST_LOSSES = 2
 """A verdict needs this many of `LOSSES`."""
 
 ALIKE = 1.1
-"""Ratios that are shown to lie within this factor of 1 are called alike."""
+"""Ratios that are shown to lie within this factor of 1 are called alike, also those that are surely below 1:
+so small a difference is none."""
+
+CORRECTED = (
+    "Whatever is said for or against the claim must also pass a test that it is so at two of the losses "
+    "(Bonferroni's bound on a partial conjunction) and Holm's correction over the study's claims, p < 0.05."
+)
+"""The part that all rules at several losses share."""
 
 LOSSES_TEXT = f"{', '.join(map(str, LOSSES[:-1]))} and {LOSSES[-1]}"
 
@@ -82,6 +89,12 @@ def at_step(result: Result, quantity: str, step: float) -> float | None:
     return None
 
 
+def is_stuck(result: Result) -> bool:
+    """Return whether a run neither diverged nor began to learn: its validation loss never fell to `BEGUN` at
+    the constant rate."""
+    return result["diverged_at"] is None and step_at(result, BEGUN) is None
+
+
 def losses_reached(results: Iterable[Result], losses: Sequence[float] = LOSSES) -> list[float]:
     """Return the losses that all of the results reach."""
     results = list(results)
@@ -127,26 +140,48 @@ def log_cost_ratio_at_loss(first: ArmResults, second: ArmResults, unit: str, los
     return paired_log_ratio(*sides)
 
 
+Decision = Callable[[Sequence[float]], tuple[Outcome, float]]
+"""Returns an outcome and its p-value from the losses that were reached."""
+
+ONE_SEED = "One seed has no interval."
+
+
+def at_two_losses(
+    outcome_at: Callable[[float], Outcome], p_at: Callable[[float, Outcome], float]
+) -> Decision:
+    """Make the decision on a claim that must hold at `LEAST_LOSSES` losses.
+
+    Args:
+        outcome_at: returns the outcome at one loss.
+        p_at: returns the p-value with which one loss speaks for an outcome.
+    """
+
+    def decide(losses: Sequence[float]) -> tuple[Outcome, float]:
+        outcome = combined([outcome_at(loss) for loss in losses])
+        return outcome, p_of_two([p_at(loss, outcome) for loss in losses]) if outcome.is_claim else 1.0
+
+    return decide
+
+
 def judge_at_losses(
     claim: Claim,
     arms: Arms,
     needed: Sequence[str],
-    outcome_at: Callable[[float], Outcome],
-    p_at: Callable[[float, Outcome], float],
+    decide: Decision,
     evidence: Callable[[Sequence[float]], str],
     losses: Sequence[float] = LOSSES,
     here: Callable[[float], str] | None = None,
 ) -> Verdict:
     """Judge a claim at the losses that all runs of the needed arms reach.
 
-    The claim is open while a run has not begun to learn, or if fewer than `LEAST_LOSSES` are reached.
+    The claim is open while a run has not begun to learn, or if fewer than `LEAST_LOSSES` are reached, and not
+    measured if no arm has two seeds.
 
     Args:
         claim: the claim.
         arms: arms whose trials are done.
         needed: names of the arms without which the claim is not judged.
-        outcome_at: returns the outcome at one loss.
-        p_at: returns the p-value with which one loss speaks for an outcome that claims something.
+        decide: returns the outcome and its p-value, from the losses that were reached.
         evidence: returns the numbers in words, from the losses that were reached.
         losses: the losses, nats per byte.
         here: returns the number at one loss that says most.
@@ -161,8 +196,9 @@ def judge_at_losses(
             f"All runs reach {', '.join(map(str, reached)) or 'none'} of the losses"
         )  # fmt: skip
         return Verdict(claim, Outcome.NOT_REACHED, f"{reason}: too little progress to compare.")
-    outcome = combined([outcome_at(loss) for loss in reached])
-    p = p_of_two([p_at(loss, outcome) for loss in reached]) if outcome.is_claim else 1.0
+    if all(len(runs) < 2 for runs in results.values()):
+        return not_measured(claim, ONE_SEED)
+    outcome, p = decide(reached)
     return Verdict(claim, outcome, evidence(reached), p, here="" if here is None else at_ends(here, reached))
 
 
@@ -244,7 +280,8 @@ def p_above_zero(interval: Interval, outcome: Outcome) -> float:
 
 
 def judge_ratio(interval: Interval, shown: float) -> Outcome:
-    """Judge a ratio at one loss that is claimed to be below `shown`, at most 1."""
+    """Judge a ratio at one loss that is claimed to be below `shown`, at most 1. One that is alike counts as
+    alike, also if its interval is below 1."""
     if is_alike(interval, ALIKE):
         return Outcome.CONTRADICTED
     return judge_below(interval, shown, 1.0)

@@ -182,7 +182,8 @@ def _bytes_per_token(workplace: Workplace) -> float:
 def summarize(run: Path, settings: Mapping[str, Any], bytes_per_token: float) -> dict[str, Any]:
     """Reduce a run's metrics.jsonl to numbers: JSON, None for what was not finite.
 
-    Losses are in nats per byte, so that they mean the same with every tokenizer. `loss` is the mean training
+    Losses are in nats per byte, so that they mean the same with every tokenizer; those of random tokens, in
+    `copying_curve`, are per token. `loss` is the mean training
     loss of the last tenth of the steps, largest logits and row ranges are those of the last tenth of the
     measurements. Curves are lists of [step, value]. Runs with a probe also have `probe`, by `probe_series`,
     and `copying_curve`; `constant_until`, the last step before the learning rate falls; and `constant_loss`,

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from longshort.studies.framework.comparison import rate_text
-from longshort.studies.framework.study import Scale, Trial
+from longshort.studies.framework.study import Results, Scale, Trial
 from longshort.studies.framework.sweep import Arm, Ladder
 from longshort.studies.language.arms import (
     LS,
@@ -167,6 +167,12 @@ class Sizes:
             name: [audit_of(trial, self.audit_batches) for trial in trials]
             for name, trials in trained.items()
         }
+
+    def main_seeds(self, seeds: Sequence[int], results: Results) -> Sequence[int]:
+        """Return the seeds on which the pair is judged: all once they are done, before that the first of
+        them, which are planned before all other parts."""
+        are_done = all(trial.key in results for trial in trials_of(self.main, seeds))
+        return seeds if are_done else seeds[: self.other_seeds]
 
     def needle_trials(self, seeds: Sequence[int]) -> dict[str, list[Trial]]:
         """Measurements of retrieval after the trainings of the pair and its variants, by name."""

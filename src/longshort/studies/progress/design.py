@@ -9,13 +9,13 @@ from longshort.reporting.intervals import Interval
 from longshort.studies.framework.comparison import Arms, difference, difference_text, mean_text
 from longshort.studies.framework.study import Claim, Outcome, Verdict, not_measured
 from longshort.studies.language.arms import LS, MHSA
-from longshort.studies.language.equal_progress import BEGUN, Result, judge_above_zero, step_at
+from longshort.studies.language.equal_progress import BEGUN, ONE_SEED, Result, judge_above_zero, step_at
 from longshort.studies.progress.arms import NO_GLOBAL
 from longshort.studies.progress.needle import Needles, farthest_gain
 
 COPYING_DROP = 0.5
-"""A model copies once its loss on the second half of repeated random bytes has fallen this far below its
-highest value since its validation loss fell to `BEGUN`, in nats per byte. That loss first rises, to 4.7 of
+"""A model copies once its loss on the second half of repeated random tokens has fallen this far below its
+highest value since its validation loss fell to `BEGUN`, in nats per token. That loss first rises, to 4.7 of
 MHSA and LS alike, as the model learns text, which random bytes are not; it varies by 0.2 from one evaluation
 to the next."""
 
@@ -29,8 +29,9 @@ ENOUGH = Claim(
     f"With all heads global the loss is lower by more than {TOLERANCE} nats per byte.",
     "The 95 % interval of the validation loss at the end of the constant rate, all heads global minus one, "
     f"paired over seeds. Shown: lower end above −{TOLERANCE}. Contradicted: upper end below −{TOLERANCE}. "
-    f"Open unless both copy on every seed: a loss on repeated random bytes {COPYING_DROP} nats per byte "
-    "below its highest value before, once it has begun to learn.",
+    f"Open unless both copy on every seed: a loss on repeated random tokens {COPYING_DROP} nats per token "
+    "below its highest value before, once it has begun to learn. Otherwise not shown. Whatever is said must "
+    "also pass Holm's correction over the study's claims, p < 0.05.",
     paper="a few global heads, often one",
 )
 NEEDED = Claim(
@@ -39,8 +40,9 @@ NEEDED = Claim(
     "Without global heads the loss is as low.",
     "The 95 % interval of the validation loss at the end of the constant rate, no global head minus one, "
     "paired over seeds. Shown: lower end above 0. Contradicted: upper end below 0. Otherwise not shown. Open "
-    f"unless LS copies on every seed: a loss on repeated random bytes {COPYING_DROP} nats per byte below its "
-    "highest value before, once it has begun to learn.",
+    f"unless LS copies on every seed: a loss on repeated random tokens {COPYING_DROP} nats per token below "
+    "its highest value before, once it has begun to learn. Whatever is said must also pass Holm's correction "
+    "over the study's claims, p < 0.05.",
     paper="one for the long range",
 )
 
@@ -74,6 +76,8 @@ def _judge_design(
     """Judge the difference of the losses of two arms against a bound; open unless the `copying` ones copy."""
     if any(name not in arms for name in pair):
         return not_measured(claim)
+    if any(len(arms[name].results()) < 2 for name in pair):
+        return not_measured(claim, ONE_SEED)
     first, second = (arms[name] for name in pair)
     change = difference(first, second, "constant_loss")
     scores = {name: mean_text(_copying_loss(result) for result in arms[name].results()) for name in pair}

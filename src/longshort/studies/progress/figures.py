@@ -34,7 +34,7 @@ def main_sections(chosen: Sizes, arms: Arms, folder: Path) -> list[Section]:
         by_progress(arms, "Largest logit by progress", "max_logit"),
         by_progress(arms, "Row range by progress", "row_range"),
         by_tokens(arms, "Validation loss", "validation_curve", "nats per byte"),
-        by_tokens(arms, "Loss of copying", "copying_curve", "nats per byte"),
+        by_tokens(arms, "Loss of copying", "copying_curve", "nats per token"),
     ]
     return [
         Section(
@@ -100,7 +100,7 @@ def position_sections(main: Arms, arms: Arms, all_seeds: Arms, folder: Path) -> 
     return [
         Section(
             "Positions",
-            ["Learned positions beside rotary ones, on the first seed."],
+            ["Rotary positions, on the first seed, beside learned ones."],
             table=_transition_table(arms),
             figures=[Figure(draw_curves(panels, folder / "positions.png"), "As above.")],
         ),
@@ -155,8 +155,8 @@ def clock_sections(arms: Arms) -> list[Section]:
         return []
     text = (
         f"Million tokens and TFLOPs until the validation loss leaves the plateau, at {BEGUN} nats per byte, "
-        "and until the model copies from its context; geometric means over the seeds that do. Runs at other "
-        "lengths end at a loss of 1.95, before they copy."
+        "and until the model copies from its context; geometric means over the seeds that do. Runs that end "
+        "at a given loss may end before they copy."
     )
     header = ("", "tokens to begin", "TFLOPs to begin", "tokens to copy", "TFLOPs to copy")
     return [Section("Transition clock", [text], table=Table(header, rows))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from longshort.reporting.intervals import (
@@ -17,8 +17,10 @@ from longshort.studies.framework.comparison import Arms, difference_text, interv
 from longshort.studies.framework.study import Claim, Outcome, Verdict
 from longshort.studies.language.arms import LS, MHSA, Variant
 from longshort.studies.language.equal_progress import (
+    CORRECTED,
     LOSSES,
     at_loss,
+    at_two_losses,
     judge_at_losses,
     log_ratio_at_loss,
     losses_reached,
@@ -28,21 +30,28 @@ from longshort.studies.language.equal_progress import (
 from longshort.studies.progress.arms import LS_HIDING, LS_SIZES, MHSA_HIDING, MHSA_SIZES, Sizes
 from longshort.studies.progress.figures import by_progress
 
+_LOSSES = LOSSES[:3]
+"""The runs of the mechanism end at 1.95 nats per byte."""
+
+Part = Callable[[float], tuple[Interval, Interval]]
+"""Returns, at a loss, what a part of the claim says of MHSA, and how far it is above LS: both below 0 if the
+part holds."""
+
 MECHANISM = Claim(
     "mechanism",
     "MHSA's logits grow because text depends densely on nearby tokens, which a head of few dimensions cannot "
     "draw: they are smaller with wider heads, and where hidden keys make the dependency sparse.",
     "At equal progress MHSA's logits are as large with wider heads and with hidden keys, or both do as much "
     "for LS.",
-    "95 % intervals, paired over seeds, of the largest logit where the validation loss first falls to 2.2, "
-    "2.1 and 2.0 nats per byte, at those of the losses that all runs judged here reach. (a) The slope of "
-    "MHSA's log largest logit over log head_dim, 8 heads of 8 to 1 of 64, is below 0, and over 8 to 32 it is "
-    "below LS's slope. (b) With half of the keys hidden in training, the ratio to MHSA with all keys is "
-    "below 1, and below LS's ratio. Shown: both at two or more losses. Partly: one of them at two or more. "
-    "Contradicted: at two or more losses neither, but a slope of MHSA above 0 or a ratio above 1, and at no "
-    "other loss (a) or (b). A loss that speaks against the claim makes it not shown; one at which (a) or (b) "
-    "holds and the other goes the opposite way speaks neither for nor against it. Open unless all runs reach "
-    "two of the losses.",
+    "95 % intervals, paired over seeds, of the largest logit where the validation loss first falls to "
+    f"{', '.join(map(str, _LOSSES[:-1]))} and {_LOSSES[-1]} nats per byte, at those of the losses that all "
+    "runs judged here reach. (a) The slope of MHSA's log largest logit over log head_dim, 8 heads of 8 to 1 "
+    "of 64, is below 0, and over 8 to 32 it is below LS's slope. (b) With half of the keys hidden in "
+    "training, the ratio to MHSA with all keys is below 1, and below LS's ratio. A part holds if so at two "
+    "or more losses and the opposite, a slope of MHSA above 0 or a ratio above 1, at none; it is opposed if "
+    "the opposite is so at two or more and the part at none. Shown: both hold. Partly: one holds, and the "
+    "other is not opposed. Contradicted: one is opposed, and the other does not hold. Open unless all runs "
+    f"reach two of the losses. {CORRECTED}",
     paper="the argument of the paper",
 )
 
@@ -79,22 +88,34 @@ def judge_mechanism(arms: Arms) -> Verdict:
             paired_log_ratio(hiding_ratios(MHSA.name, loss), hiding_ratios(LS.name, loss)),
         )
 
-    def outcome_at(loss: float) -> Outcome:
-        parts = by_size(loss), by_hiding(loss)
-        held = [own.high < 0 and to_ls.high < 0 for own, to_ls in parts]
-        is_opposed = any(own.low > 0 for own, _ in parts)
-        if all(held):
-            return Outcome.SHOWN
-        if is_opposed:
-            return Outcome.NOT_SHOWN if any(held) else Outcome.CONTRADICTED
-        return Outcome.PARTLY if any(held) else Outcome.NOT_SHOWN
+    def decide_part(part: Part, losses: Sequence[float]) -> tuple[Outcome, float]:
+        at = {loss: part(loss) for loss in losses}
 
-    def p_at(loss: float, outcome: Outcome) -> float:
-        parts = by_size(loss), by_hiding(loss)
-        if outcome is Outcome.CONTRADICTED:
-            return min(1.0, 2 * min(own.p_above(0.0) for own, _ in parts))  # one of two is enough
-        held = [max(own.p_below(0.0), to_ls.p_below(0.0)) for own, to_ls in parts]
-        return max(held) if outcome is Outcome.SHOWN else min(1.0, 2 * min(held))
+        def outcome_at(loss: float) -> Outcome:
+            own, to_ls = at[loss]
+            if own.high < 0 and to_ls.high < 0:
+                return Outcome.SHOWN
+            return Outcome.CONTRADICTED if own.low > 0 else Outcome.NOT_SHOWN
+
+        def p_at(loss: float, outcome: Outcome) -> float:
+            own, to_ls = at[loss]
+            if outcome is Outcome.CONTRADICTED:
+                return own.p_above(0.0)
+            return max(own.p_below(0.0), to_ls.p_below(0.0))
+
+        return at_two_losses(outcome_at, p_at)(losses)
+
+    def decide(losses: Sequence[float]) -> tuple[Outcome, float]:
+        parts = [decide_part(part, losses) for part in (by_size, by_hiding)]
+        outcomes = {outcome for outcome, _ in parts}
+        if outcomes == {Outcome.SHOWN}:
+            return Outcome.SHOWN, max(p for _, p in parts)
+        if Outcome.SHOWN in outcomes:
+            outcome = Outcome.NOT_SHOWN if Outcome.CONTRADICTED in outcomes else Outcome.PARTLY
+        else:
+            outcome = Outcome.CONTRADICTED if Outcome.CONTRADICTED in outcomes else Outcome.NOT_SHOWN
+        one_of_two = min(1.0, 2 * min(p for _, p in parts))
+        return outcome, one_of_two if outcome.is_claim else 1.0
 
     def evidence(losses: Sequence[float]) -> str:
         texts = []
@@ -114,7 +135,7 @@ def judge_mechanism(arms: Arms) -> Verdict:
         (slope, _), (ratio, _) = by_size(loss), by_hiding(loss)
         return f"slope {difference_text(slope)}, hidden keys {interval_text(ratio.exp())}"
 
-    return judge_at_losses(MECHANISM, arms, needed, outcome_at, p_at, evidence, here=here)
+    return judge_at_losses(MECHANISM, arms, needed, decide, evidence, _LOSSES, here)
 
 
 def _ratio(first: float | None, second: float | None) -> float | None:

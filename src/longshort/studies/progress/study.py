@@ -11,13 +11,24 @@ from typing import Any
 
 from longshort.reporting.intervals import Interval
 from longshort.studies.framework.comparison import Arms, holm, measure_arms, rate_text
-from longshort.studies.framework.study import Findings, Plan, Results, Scale, Trial, Workplace, unique
+from longshort.studies.framework.study import (
+    Claim,
+    Findings,
+    Outcome,
+    Plan,
+    Results,
+    Scale,
+    Trial,
+    Workplace,
+    not_measured,
+    unique,
+)
 from longshort.studies.language.alarms import WARNING, alarm_sections, judge_alarms
 from longshort.studies.language.arms import LS
-from longshort.studies.language.equal_progress import at_loss, losses_reached
+from longshort.studies.language.equal_progress import at_loss, is_stuck, losses_reached
 from longshort.studies.language.measures import predict
 from longshort.studies.language.trial import LanguageStudy
-from longshort.studies.progress.arms import SATURATION_SEEDS, SIZES, Sizes, trials_of
+from longshort.studies.progress.arms import NO_GLOBAL, SATURATION_SEEDS, SIZES, Sizes, trials_of
 from longshort.studies.progress.design import ENOUGH, NEEDED, judge_enough, judge_needed
 from longshort.studies.progress.figures import clock_sections, main_sections, position_sections
 from longshort.studies.progress.logits import (
@@ -82,8 +93,7 @@ class Progress(LanguageStudy):
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
         chosen = self.scales[scale]
         few = seeds[: chosen.other_seeds]
-        all_main = trials_of(chosen.main, seeds)
-        main_seeds = seeds if all(trial.key in results for trial in all_main) else few
+        main_seeds = chosen.main_seeds(seeds, results)
         measured = partial(measure_arms, seeds=few, results=results, rates=("best",))
         arms = measured(chosen.main, seeds=main_seeds)
         lengths = {length: measured(by_name.values()) for length, by_name in chosen.length_arms.items()}
@@ -103,8 +113,9 @@ class Progress(LanguageStudy):
             (rate, result)
             for (_, rate), runs in stressed.items()
             for result in runs
-            if "alarm_scores" in result
+            if "alarm_scores" in result and not is_stuck(result)
         ]
+        are_stressed = len(stressed) == len(chosen.stress_trials(few))
         positions = chosen.position_arms(seeds[0])
         first = measured(positions, seeds=seeds[:1])
         remedies = {name: arms[name] for name in (LS.name,) if name in arms}
@@ -113,7 +124,7 @@ class Progress(LanguageStudy):
         undecayed = {**arms, **measured(chosen.saturation_arms, seeds=few[:SATURATION_SEEDS])}
         needles = needles_of(chosen.needle_trials(main_seeds), results)
         verdicts = [
-            judge_divergence(stressed),
+            judge_divergence(stressed if are_stressed else {}),
             judge_logits(arms),
             judge_growth(lengths),
             judge_mitigation(lengths),
@@ -121,7 +132,7 @@ class Progress(LanguageStudy):
             judge_enough(arms, needles),
             judge_needed(arms, needles),
             judge_mechanism(mechanism),
-            judge_alarms(alarmed, warmup),
+            judge_alarms(alarmed if are_stressed else [], warmup),
             judge_remedies(remedies),
         ]
         done = {
@@ -143,14 +154,37 @@ class Progress(LanguageStudy):
             *remedy_sections(remedies, folder),
             *saturation_sections(undecayed, folder),
         ]
-        told = _tested(chosen, few)
-        is_complete = all(trial.key in results for trial in self.plan(scale, seeds, results).trials)
+        absent = _absent(chosen)
         verdicts = [
-            replace(verdict, tested=told.get(verdict.claim.id, "")) for verdict in holm(verdicts, is_complete)
+            not_measured(verdict.claim, "Not part of this scale.") if verdict.claim in absent else verdict
+            for verdict in verdicts
+        ]
+        is_complete = all(trial.key in results for trial in self.plan(scale, seeds, results).trials)
+        pending = 0 if is_complete else sum(
+            verdict.outcome is Outcome.NOT_MEASURED and verdict.claim not in absent for verdict in verdicts
+        )  # fmt: skip
+        told = _tested(chosen, few)
+        verdicts = [
+            replace(verdict, tested=told.get(verdict.claim.id, "")) for verdict in holm(verdicts, pending)
         ]
         return Findings(
             verdicts, sections, _predictions({**arms, **others}), chosen.pair.extent(len(main_seeds))
         )
+
+
+def _absent(chosen: Sizes) -> set[Claim]:
+    """Return the claims for which a scale has no trials."""
+    found: set[Claim] = set()
+    for is_there, claims in (
+        (chosen.stress is not None, (DIVERGENCE, WARNING)),
+        (len(chosen.length_arms) > 1, (GROWTH, MITIGATION)),
+        (NO_GLOBAL in chosen.variants, (NEEDED,)),
+        (chosen.mechanism is not None, (MECHANISM,)),
+        (chosen.fp32_seeds > 0, (REMEDIES,)),
+    ):
+        if not is_there:
+            found |= set(claims)
+    return found
 
 
 def _tested(chosen: Sizes, seeds: Sequence[int]) -> dict[str, str]:
@@ -161,8 +195,11 @@ def _tested(chosen: Sizes, seeds: Sequence[int]) -> dict[str, str]:
         found |= dict.fromkeys((DIVERGENCE.id, WARNING.id), f"{chosen.stress.extent(len(seeds))}, {rates}")
     if chosen.mechanism is not None:
         found[MECHANISM.id] = chosen.mechanism.extent(len(seeds))
+    if chosen.fp32_seeds:
+        exact = f"{chosen.fp32_seeds} in fp32" if chosen.fp32_seeds < len(seeds) else "fp32 alike"
+        found[REMEDIES.id] = f"{chosen.pair.extent(len(seeds))}, {exact}"
     lengths = list(chosen.length_arms)
-    told = f"n = {lengths[0]:,} to {lengths[-1]:,}, {len(seeds)} seeds"
+    told = f"n = {lengths[0]:,} to {lengths[-1]:,}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     return found | dict.fromkeys((GROWTH.id, MITIGATION.id), told)
 
 
