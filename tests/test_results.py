@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from statistics import geometric_mean
 from unittest.mock import patch
 
 import pytest
@@ -16,6 +17,7 @@ from longshort.studies.framework.claims import claims_markdown, read_claims
 from longshort.studies.framework.comparison import interval_text, measure_arms
 from longshort.studies.framework.store import ResultsFile
 from longshort.studies.language.equal_progress import (
+    BEGUN,
     LOSSES,
     at_loss,
     log_cost_ratio_at_loss,
@@ -88,6 +90,19 @@ def test_single_runs(long_runs):
             ", ".join(number(value) for value in last),
         ]
         assert row(name, cells) in text
+
+
+def test_tokens_to_begin_by_length():
+    """A row per arm: million bytes to 2.3 nats per byte, geometric means over seeds."""
+    sizes, results = SIZES["overnight"], ResultsFile(RESULTS / "overnight" / "progress").results
+    for name in ("MHSA", "LS"):
+        cells = []
+        for arms in sizes.length_arms.values():
+            runs = [results[arms[name].trial(3e-3, seed).key] for seed in range(sizes.other_seeds)]
+            steps = [step for run in runs if (step := step_at(run, BEGUN)) is not None]
+            assert len(steps) == len(runs)
+            cells.append(f"{1e-6 * runs[0]['tokens_per_step'] * geometric_mean(steps):.1f}")
+        assert row(name, cells) in REPRODUCTION.read_text()
 
 
 def gpu_run(folder):

@@ -146,11 +146,11 @@ def test_a_missing_corpus_is_an_error_before_anything_is_made(tmp_path):
         ({"minutes": 0}, "--minutes must be a number > 0, got 0"),
         (
             {"name": "length", "scale": "gpu"},
-            "--scale gpu is a scale of progress alone, got length, which has smoke, overnight, paper",
+            "--scale must be one of smoke, overnight, paper for length, got 'gpu', a scale of progress",
         ),
         (
             {"name": "explosion"},
-            "--scale laptop is a scale of dense-local, .* alone, got explosion, which has smoke",
+            "--scale must be one of smoke, .* for explosion, got 'laptop', a scale of dense-local, progress",
         ),
         ({"jobs": True}, "--jobs must be an integer >= 1, got True"),
     ],

@@ -123,8 +123,8 @@ class StudySettings:
         if self.name != ALL and self.scale not in STUDIES[self.name].scales:
             having = [name for name, study in STUDIES.items() if self.scale in study.scales]
             raise ValueError(
-                f"--scale {self.scale} is a scale of {', '.join(having)} alone, got {self.name}, which has "
-                f"{', '.join(STUDIES[self.name].scales)}"
+                f"--scale must be one of {', '.join(STUDIES[self.name].scales)} for {self.name}, got "
+                f"{self.scale!r}, a scale of {', '.join(having)}"
             )
 
     @property

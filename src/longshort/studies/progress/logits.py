@@ -195,10 +195,11 @@ def judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
     reached = losses_reached(result for arm in by_length.values() for result in arm.results())
     if len(reached) < 2:
         which = ", ".join(map(str, reached)) or "none"
-        shorter = _slopes_of_shorter(by_length)
-        return Verdict(
-            GROWTH, Outcome.NOT_REACHED, f"The runs of all lengths reach {which} of the losses. {shorter}"
-        )
+        here = f"the runs of all lengths reach {which} of the losses"
+        texts = [f"{here.capitalize()}, too few for a verdict."]
+        texts += [_slopes_text(by_length, reached)] if reached else []
+        evidence = " ".join([*texts, *_slopes_of_shorter(by_length), _MAXIMA])
+        return Verdict(GROWTH, Outcome.NOT_REACHED, evidence, here=here)
     if all(len(arm.results()) < 2 for arm in by_length.values()):
         return not_measured(GROWTH, ONE_SEED)
     slopes = {loss: slope_at_loss(by_length, "row_range", loss) for loss in reached}
@@ -206,7 +207,7 @@ def judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
         lambda loss: judge_above_zero(slopes[loss]), lambda loss, outcome: p_above_zero(slopes[loss], outcome)
     )(reached)
     here = f"slope {at_ends(lambda loss: difference_text(slopes[loss]), reached)}"
-    return Verdict(GROWTH, outcome, _slopes_text(by_length, reached), p, here)
+    return Verdict(GROWTH, outcome, f"{_slopes_text(by_length, reached)} {_MAXIMA}", p, here)
 
 
 def _slopes_text(by_length: Mapping[int, ArmResults], losses: Sequence[float]) -> str:
@@ -216,20 +217,23 @@ def _slopes_text(by_length: Mapping[int, ArmResults], losses: Sequence[float]) -
     ):  # fmt: skip
         slopes = (f"{difference_text(slope_at_loss(by_length, quantity, loss))} at {loss}" for loss in losses)
         texts.append(f"{words}: {', '.join(slopes)}")
-    return (
-        f"Slope over log n of the logarithm of MHSA's {'; '.join(texts)}. A longer sequence has more probed "
-        "queries, so that a maximum over them grows a little by itself; the percentile does not."
-    )
+    return f"Slope over log n of the logarithm of MHSA's {'; '.join(texts)}."
 
 
-def _slopes_of_shorter(by_length: Mapping[int, ArmResults]) -> str:
+_MAXIMA = (
+    "A longer sequence has more probed queries, so that a maximum over them grows a little by itself; the "
+    "percentile does not."
+)
+
+
+def _slopes_of_shorter(by_length: Mapping[int, ArmResults]) -> list[str]:
     """Report the slopes over the lengths whose runs reach two of the losses, if there are several of them."""
     found = {n: arm for n, arm in by_length.items() if len(losses_reached(arm.results())) >= LEAST_LOSSES}
     reached = losses_reached(result for arm in found.values() for result in arm.results())
     if len(found) < 2 or not reached:
-        return ""
+        return []
     lengths = ", ".join(f"{n:,}" for n in found)
-    return f"Not part of the verdict, n = {lengths}: {_slopes_text(found, reached)}"
+    return [f"Without the other lengths, n = {lengths}: {_slopes_text(found, reached)}"]
 
 
 def judge_mitigation(lengths: Mapping[int, Arms]) -> Verdict:
