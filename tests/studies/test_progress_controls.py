@@ -9,8 +9,8 @@ from tests.studies.planted import fill, findings_of, noise
 from tests.studies.planted_progress import audit, planted
 
 from longshort.studies.framework.comparison import measure_arms
-from longshort.studies.framework.study import Outcome, Workplace
-from longshort.studies.progress.precision import audits_of, error_over_seeds, precision_sections
+from longshort.studies.framework.study import Outcome, Workplace, finished
+from longshort.studies.progress.precision import error_over_seeds, precision_sections
 from longshort.studies.progress.remedies import REMEDIES, judge_remedies
 from longshort.studies.progress.study import Progress
 
@@ -152,9 +152,9 @@ def test_trainings_are_audited_where_all_seeds_are_done():
     trials = SIZES.audit_trials(range(3))
     assert len(trials) == 2 + 12 + 2
     results = {trial.key: audit() for of_arm in list(trials.values())[:2] for trial in of_arm}
-    assert list(audits_of(trials, results)) == ["MHSA", "LS"]
+    assert list(finished(trials, results)) == ["MHSA", "LS"]
     results.pop(trials["LS"][1].key)
-    assert list(audits_of(trials, results)) == ["MHSA"]
+    assert list(finished(trials, results)) == ["MHSA"]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 
@@ -53,6 +53,20 @@ class Trial:
 
 Results = Mapping[str, Mapping[str, Any]]
 """Results of finished trials by `Trial.key`, JSON; numbers that were not finite are None."""
+
+
+_Name = TypeVar("_Name")
+
+
+def finished(
+    trials: Mapping[_Name, Sequence[Trial]], results: Results
+) -> dict[_Name, list[Mapping[str, Any]]]:
+    """Collect the results of the groups of trials of which all are done."""
+    return {
+        name: [results[trial.key] for trial in group]
+        for name, group in trials.items()
+        if all(trial.key in results for trial in group)
+    }
 
 
 @dataclass(frozen=True)

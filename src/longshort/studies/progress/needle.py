@@ -7,7 +7,7 @@ from typing import Any
 
 from longshort.reporting.page import Section, Table
 from longshort.studies.framework.comparison import mean_text
-from longshort.studies.framework.study import Results, Trial, Workplace
+from longshort.studies.framework.study import Trial, Workplace
 from longshort.studies.language.trial import needle_cells, trained_run
 
 _WORK = 0.02  # of a measurement, relative to the training that it follows
@@ -30,15 +30,6 @@ def run_needle(trial: Trial, workplace: Workplace) -> dict[str, Any]:
     """
     with trained_run(trial.settings, workplace) as run:
         return {"needle": needle_cells(run, trial.settings["needle"], workplace)}
-
-
-def needles_of(trials: Mapping[str, Sequence[Trial]], results: Results) -> Needles:
-    """Collect the needles of the arms that were measured on all seeds."""
-    return {
-        name: [results[trial.key] for trial in of_arm]
-        for name, of_arm in trials.items()
-        if of_arm and all(trial.key in results for trial in of_arm)
-    }
 
 
 def needle_sections(needles: Needles) -> list[Section]:

@@ -10,7 +10,7 @@ from longshort.data import DataFolder
 from longshort.reporting.intervals import Interval, confidence_interval
 from longshort.reporting.page import Section, Table
 from longshort.stability.rounding import AUDITED
-from longshort.studies.framework.study import Results, Trial, Workplace
+from longshort.studies.framework.study import Trial, Workplace
 from longshort.studies.language.trial import data_folder, trained_run
 from longshort.training.audit import audit_trained
 from longshort.training.trained import open_trained
@@ -50,15 +50,6 @@ def run_audit(trial: Trial, workplace: Workplace) -> dict[str, Any]:
 
 Audits = Mapping[str, Sequence[Mapping[str, Any]]]
 """Results of `run_audit`, one per seed, by the name of their arm."""
-
-
-def audits_of(trials: Mapping[str, Sequence[Trial]], results: Results) -> Audits:
-    """Collect the audits of the arms that were audited on all seeds."""
-    return {
-        name: [results[trial.key] for trial in of_arm]
-        for name, of_arm in trials.items()
-        if all(trial.key in results for trial in of_arm)
-    }
 
 
 def error_over_seeds(

@@ -20,6 +20,7 @@ from longshort.studies.framework.study import (
     Scale,
     Trial,
     Workplace,
+    finished,
     not_measured,
     unique,
 )
@@ -46,9 +47,9 @@ from longshort.studies.progress.logits import (
     stress_sections,
 )
 from longshort.studies.progress.mechanism import MECHANISM, judge_mechanism, mechanism_sections
-from longshort.studies.progress.needle import needle_sections, needles_of, run_needle
+from longshort.studies.progress.needle import needle_sections, run_needle
 from longshort.studies.progress.overview import overview_sections
-from longshort.studies.progress.precision import audits_of, precision_sections, run_audit
+from longshort.studies.progress.precision import precision_sections, run_audit
 from longshort.studies.progress.remedies import REMEDIES, judge_remedies, remedy_sections
 from longshort.studies.progress.saturation import saturation_sections
 
@@ -102,11 +103,7 @@ class Progress(LanguageStudy):
             for length, by_name in lengths.items() if length != chosen.pair.train["sequence_length"]
             for name, arm in by_name.items()
         }  # fmt: skip
-        stressed = {
-            key: [results[trial.key] for trial in trials]
-            for key, trials in chosen.stress_trials(few).items()
-            if all(trial.key in results for trial in trials)
-        }
+        stressed = finished(chosen.stress_trials(few), results)
         mechanism = measured(chosen.mechanism_arms)
         warmup = 0 if chosen.stress is None else chosen.stress.train["warmup_steps"]
         alarmed = [
@@ -122,7 +119,7 @@ class Progress(LanguageStudy):
         for arm, its in chosen.remedy_arms(few):
             remedies |= measured([arm], seeds=its)
         undecayed = {**arms, **measured(chosen.saturation_arms, seeds=few[:SATURATION_SEEDS])}
-        needles = needles_of(chosen.needle_trials(main_seeds), results)
+        needles = finished(chosen.needle_trials(main_seeds), results)
         verdicts = [
             judge_divergence(stressed if are_stressed else {}),
             judge_logits(arms),
@@ -149,7 +146,7 @@ class Progress(LanguageStudy):
             *clock_sections({**arms, **first, **others}),
             *stress_sections(stressed),
             *alarm_sections(alarmed, warmup),
-            *precision_sections(audits_of(chosen.audit_trials(few), results)),
+            *precision_sections(finished(chosen.audit_trials(few), results)),
             *mechanism_sections(chosen, mechanism, folder),
             *remedy_sections(remedies, folder),
             *saturation_sections(undecayed, folder),
@@ -196,8 +193,7 @@ def _tested(chosen: Sizes, seeds: Sequence[int]) -> dict[str, str]:
     if chosen.mechanism is not None:
         found[MECHANISM.id] = chosen.mechanism.extent(len(seeds))
     if chosen.fp32_seeds:
-        exact = f"{chosen.fp32_seeds} in fp32" if chosen.fp32_seeds < len(seeds) else "fp32 alike"
-        found[REMEDIES.id] = f"{chosen.pair.extent(len(seeds))}, {exact}"
+        found[REMEDIES.id] = f"{chosen.pair.extent(len(seeds))}, {chosen.fp32_seeds} in fp32"
     lengths = list(chosen.length_arms)
     told = f"n = {lengths[0]:,} to {lengths[-1]:,}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     return found | dict.fromkeys((GROWTH.id, MITIGATION.id), told)
