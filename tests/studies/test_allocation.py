@@ -198,7 +198,7 @@ def test_repairs_are_planned_once_the_layouts_are_known(tmp_path):
     }
 
 
-@pytest.mark.parametrize("scale", ["smoke", "laptop", "overnight", "paper"])
+@pytest.mark.parametrize("scale", STUDY.scales)
 def test_the_trained_models_are_those_of_the_study_progress(scale):
     trials = Progress().plan(scale, range(2), {}).trials
     theirs = [

@@ -253,7 +253,8 @@ _NEW_BATCHES = 1000  # added to the seed, for batches that the trained model has
 
 
 class Allocation(LanguageStudy):
-    """All layouts of a trained model, and the rankings of its heads that are cheaper to measure."""
+    """All layouts of a trained model, and the rankings of its heads that are cheaper to measure. Models
+    of the scale `paper` have too many layouts."""
 
     name = "allocation"
     title = "Which heads stay global (beyond the paper)"
@@ -262,7 +263,6 @@ class Allocation(LanguageStudy):
         "smoke": _Scale(steady(64, 128, 20), 2, windows=2, repair_steps=2, counts=(2,), sample=3),
         "laptop": _Scale(steady(512, 4096, 4000), 3, sample=5),
         "overnight": _Scale(steady(1024, 8192, 10_000), 3),
-        "paper": _Scale(steady(2048, 524_288, 50_000, rates=(6e-4,)), 3),
     }
 
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
