@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 from unittest.mock import patch
 
 import pytest
@@ -14,8 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from longshort.reporting.page import number
 from longshort.studies.catalogue import STUDIES, judge_all
 from longshort.studies.framework.claims import claims_markdown, read_claims
-from longshort.studies.framework.comparison import interval_text, measure_arms
+from longshort.studies.framework.comparison import interval_text, measure_arms, rate_text
 from longshort.studies.framework.store import ResultsFile
+from longshort.studies.framework.study import finished
 from longshort.studies.language.equal_progress import (
     BEGUN,
     LOSSES,
@@ -154,3 +155,16 @@ def test_committed_verdicts_are_those_of_the_rules(scale, tmp_path):
     assert files
     for file in files:
         assert (folder / file.parent.name / file.name).read_bytes() == file.read_bytes()
+
+
+def test_rates_that_are_too_high():
+    """A row per rate whose runs are done: means over seeds of the largest logit and of the last loss."""
+    sizes, results = SIZES["overnight"], ResultsFile(RESULTS / "overnight" / "progress").results
+    runs = finished(sizes.stress_trials(range(sizes.other_seeds)), results)
+    for rate in {rate for name, rate in runs if name == "MHSA" and ("MHSA + QK-norm", rate) in runs}:
+        arms = [runs[name, rate] for name in ("MHSA", "LS", "MHSA + QK-norm")]
+        assert all(run["diverged_at"] is None for arm in arms for run in arm)
+        logits = [fmean(max(run["probe"]["max_logit"]) for run in arm) for arm in arms]
+        losses = [fmean(run["validation_loss"] for run in arm) for arm in arms]
+        cells = [*(f"{value:.0f}" for value in logits[:2]), *(f"{value:.2f}" for value in losses)]
+        assert row(rate_text(rate), cells) in REPRODUCTION.read_text()
