@@ -75,7 +75,7 @@ def noise(trial: Trial) -> float:
 def language_result(
     trial: Trial, *, loss: float, max_logit: float, diverged_at: int | None = None
 ) -> dict[str, Any]:
-    """As `summarize` would give it, with logits that grow as the root of the steps."""
+    """Return a result like one of `summarize`, whose logits grow as the root of the steps."""
     training = trial.settings["train"]
     steps = training["steps"]
     config = model_config(trial.settings["model"], training)

@@ -95,8 +95,7 @@ PAPER_GATHERED = tuple(
 
 @dataclass(frozen=True)
 class _Scale:
-    """The arms of one scale: `gathered` layouts are compared with `spread`; `others` affect no
-    verdict."""
+    """The arms of one scale: `gathered` layouts are compared with `spread`; `others` affect no verdict."""
 
     setting: Setting
     seeds: int

@@ -33,6 +33,7 @@ from longshort.training.trained import open_trained
 
 _TRAINING = ("model", "train", "hidden_keys", "start")  # the settings that determine a run
 _DIVERGED = 0.14  # nats per byte of the running loss above its minimum; 0.5 per piece of a usual tokenizer
+_MEASURED = 0.02  # the work of a measurement, relative to the training that it follows
 _CURVE_POINTS = 60
 _DIGITS = 4
 _HEAD_POINTS = 20
@@ -92,6 +93,19 @@ def train_language_model(trial: Trial, workplace: Workplace) -> dict[str, Any]:
         if needle is not None:
             result["needle"] = needle_cells(run, needle, workplace)
         return result
+
+
+def measurement_of(trial: Trial, name: str, settings: Mapping[str, Any]) -> Trial:
+    """Make a trial that measures the last weights of another's training, which the two share.
+
+    Args:
+        trial: the trial of the training.
+        name: the name of the measurement, and the key of its settings.
+        settings: settings of the measurement.
+    """
+    return Trial(
+        f"{trial.arm}, {name}", trial.seed, {**trial.settings, name: dict(settings)}, _MEASURED * trial.work
+    )
 
 
 @contextmanager

@@ -21,8 +21,7 @@ from longshort.studies.language.arms import (
     Variant,
     steady,
 )
-from longshort.studies.progress.needle import needle_of
-from longshort.studies.progress.precision import audit_of
+from longshort.studies.language.trial import measurement_of
 
 NO_GLOBAL = LS.with_model("LS, no global head", num_global_heads=0)
 LOCAL_ROPE = LS_ROPE.with_model("LS + RoPE, none on global heads", global_position_embedding="none")
@@ -107,14 +106,13 @@ class Sizes:
     def position_arms(self, first_seed: int) -> list[Arm]:
         """Return the arms of other positions, of which the first seed alone trains as long as the pair."""
 
-        def arm(variant: Variant) -> Arm:
-            long, brief = (arm_at(setting, variant).trial for setting in (self.pair, self.brief or self.pair))
-            return replace(
-                arm_at(self.pair, variant),
-                trial=lambda rate, seed: (long if seed == first_seed else brief)(rate, seed),
-            )
+        def trial(variant: Variant, rate: float, seed: int) -> Trial:
+            setting = self.pair if seed == first_seed or self.brief is None else self.brief
+            return setting.trial(variant, rate, seed)
 
-        return [arm(variant) for variant in self.positions]
+        return [
+            replace(arm_at(self.pair, variant), trial=partial(trial, variant)) for variant in self.positions
+        ]
 
     @property
     def length_arms(self) -> dict[int, dict[str, Arm]]:
@@ -164,7 +162,7 @@ class Sizes:
                 trials
             )
         return {
-            name: [audit_of(trial, self.audit_batches) for trial in trials]
+            name: [measurement_of(trial, "audit", {"batches": self.audit_batches}) for trial in trials]
             for name, trials in trained.items()
         }
 
@@ -179,7 +177,7 @@ class Sizes:
         if self.needle is None:
             return {}
         return {
-            arm.name: [needle_of(trial, self.needle) for trial in trials_of([arm], seeds)]
+            arm.name: [measurement_of(trial, "needle", self.needle) for trial in trials_of([arm], seeds)]
             for arm in self.main
         }
 

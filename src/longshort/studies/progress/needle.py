@@ -10,16 +10,8 @@ from longshort.studies.framework.comparison import mean_text
 from longshort.studies.framework.study import Trial, Workplace
 from longshort.studies.language.trial import needle_cells, trained_run
 
-_WORK = 0.02  # of a measurement, relative to the training that it follows
-
 Needles = Mapping[str, Sequence[Mapping[str, Any]]]
 """Results of `run_needle`, one per seed, by the name of their arm."""
-
-
-def needle_of(trial: Trial, needle: Mapping[str, Any]) -> Trial:
-    """Make the trial that measures retrieval after a training; it shares the training with `trial`."""
-    settings = {**trial.settings, "needle": dict(needle)}
-    return Trial(f"{trial.arm}, needle", trial.seed, settings, _WORK * trial.work)
 
 
 def run_needle(trial: Trial, workplace: Workplace) -> dict[str, Any]:

@@ -15,14 +15,7 @@ from longshort.studies.language.trial import data_folder, trained_run
 from longshort.training.audit import audit_trained
 from longshort.training.trained import open_trained
 
-_WORK = 0.02  # of an audit, relative to the training that it follows
 _NUMBERS = ("bias", "bias_error", "noise", "mean_error")
-
-
-def audit_of(trial: Trial, batches: int) -> Trial:
-    """Make the trial that audits the last weights of a training; it shares the training with `trial`."""
-    settings = {**trial.settings, "audit": {"batches": batches}}
-    return Trial(f"{trial.arm}, audit", trial.seed, settings, _WORK * trial.work)
 
 
 def run_audit(trial: Trial, workplace: Workplace) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from longshort.studies.language.equal_progress import (
     ALIKE,
     CORRECTED,
     at_two_losses,
-    is_alike,
     judge_at_losses,
     judge_ratio,
     log_cost_ratio_at_loss,
@@ -57,10 +56,8 @@ def judge_remedies(arms: Arms) -> Verdict:
 
     def outcome_against(name: str, loss: float) -> Outcome:
         tokens, flops = (log_cost(name, unit, loss).exp() for unit, _ in _UNITS)
-        if tokens.high < 1 and flops.high < 1 and not is_alike(flops, ALIKE):
-            return Outcome.SHOWN
         outcome = judge_ratio(flops, 1.0)
-        return outcome if outcome is Outcome.CONTRADICTED else Outcome.NOT_SHOWN
+        return Outcome.NOT_SHOWN if outcome is Outcome.SHOWN and not tokens.high < 1 else outcome
 
     def judged(loss: float) -> list[str]:
         """The baselines of several seeds."""
