@@ -98,7 +98,7 @@ def test_a_length_that_stays_behind_leaves_growth_open_and_shows_the_others(tmp_
     found = findings_of(STUDY, "overnight", range(3), results, tmp_path)
     growth = next(verdict for verdict in found.verdicts if verdict.claim is GROWTH)
     assert growth.outcome.value == outcomes(found)[MITIGATION.id] == OPEN
-    assert "The runs of all lengths reach 2.2 of the losses, too few for a verdict. Slope" in growth.evidence
+    assert "Losses that the runs of all lengths reach: 2.2; too few for a verdict. Slope" in growth.evidence
     assert "Without the other lengths, n = 256, 512, 1,024: Slope" in growth.evidence
 
 

@@ -148,8 +148,17 @@ def test_weights_that_are_not_finite_and_precisions_left_out_are_told():
     assert noisy is not None and noisy.mean == 0.05
 
 
+def test_the_weights_that_are_measured_are_those_of_the_last_seeds():
+    seeds = dict.fromkeys(("audit", "needle"), ())
+    for trial in STUDY.plan("overnight", range(5), {}).trials:
+        for kind in seeds:
+            if kind in trial.settings and trial.settings["train"]["steps"] == 10_000:
+                seeds[kind] += (trial.seed,)
+    assert seeds == {"audit": (2, 3, 4) * 2, "needle": (2, 3, 4) * 3}
+
+
 def test_trainings_are_audited_where_all_seeds_are_done():
-    trials = SIZES.audit_trials(range(3))
+    trials = {**SIZES.pair_audits(range(3)), **SIZES.stress_audits(range(3))}
     assert len(trials) == 2 + 12 + 2
     results = {trial.key: audit() for of_arm in list(trials.values())[:2] for trial in of_arm}
     assert list(finished(trials, results)) == ["MHSA", "LS"]

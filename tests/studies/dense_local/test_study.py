@@ -263,7 +263,7 @@ def test_a_claim_is_open_while_a_fit_is_on_no_plateau(late):
     results = run_all(run)
     assert outcomes(None, results=results)[1:] == [Outcome.NOT_REACHED] * 2
     evidence = judged(results)[1].evidence
-    assert f"of 72 fits were on no plateau after the steps that they had: {late}" in evidence
+    assert f"of 72 fits did not reach a plateau in the steps that they had: {late}" in evidence
     assert "at 1e-1" in evidence and "at 3.16e-2" in evidence
 
 

@@ -148,9 +148,9 @@ def _judge(
         return Verdict(
             claim,
             Outcome.NOT_REACHED,
-            f"{len(late)} of {fits} fits were on no plateau after the steps that they had: "
+            f"{len(late)} of {fits} fits did not reach a plateau in the steps that they had: "
             f"{'; '.join(dict.fromkeys(late))}.",
-            here=f"{len(late)} of {fits} fits were on no plateau",
+            here=f"{len(late)} of {fits} fits did not reach a plateau",
         )
 
     def ratios(rate: Rate) -> list[Interval | None]:

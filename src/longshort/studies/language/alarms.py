@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from longshort.reporting.intervals import LEVEL, Interval
 from longshort.reporting.page import Section, Table, number
 from longshort.stability import ALARMS, Alarm
-from longshort.stability.alarms import MEASUREMENTS, alarm_score
+from longshort.stability.alarms import ALARM_MEASUREMENTS, alarm_score
 from longshort.studies.framework.comparison import interval_text
 from longshort.studies.framework.study import Claim, Outcome, Verdict, not_measured
 
@@ -110,7 +110,7 @@ def alarm_series(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
     series: dict[str, list[Any]] = {"step": [line["step"] for line in lines]}
     for alarm in ALARMS:
         score = alarm_score(alarm)
-        series[alarm] = [score.add(line["step"], line[MEASUREMENTS[alarm]]) for line in lines]
+        series[alarm] = [score.add(line["step"], line[ALARM_MEASUREMENTS[alarm]]) for line in lines]
     return series
 
 
@@ -226,10 +226,11 @@ def judge_alarms(results: RatedResults, after: int) -> Verdict:
     counts = at_mixed_rates((rate, result["diverged_from"] is not None) for rate, result in results)
     mixed = [sum(group) for group in zip(*counts, strict=True)] or [0, 0]
     if min(mixed) < LEAST_RUNS:
+        diverged = sum(result["diverged_from"] is not None for _, result in results)
         return not_measured(
             WARNING,
-            "At the rates at which some runs diverge and others do not, {} diverged and {} did not; "
-            "{} of each are needed.".format(*mixed, LEAST_RUNS),
+            f"{diverged} of {len(results)} runs diverged: a comparison needs {LEAST_RUNS} that diverged and "
+            f"{LEAST_RUNS} that did not, at the same rates.",
         )
     evaluations = _evaluations(results, after)
     useful: list[Alarm] = [alarm for alarm, found in evaluations.items() if found.is_useful]

@@ -193,9 +193,9 @@ def judge_at_losses(
     reached = losses_reached((result for runs in results.values() for result in runs), losses)
     if late or len(reached) < LEAST_LOSSES:
         reason = f"{', '.join(late)} did not fall to {BEGUN} nats per byte on every seed" if late else (
-            f"All runs reach {', '.join(map(str, reached)) or 'none'} of the losses"
+            f"Losses that all runs reach: {', '.join(map(str, reached)) or 'none'}"
         )  # fmt: skip
-        return Verdict(claim, Outcome.NOT_REACHED, f"{reason}: too little progress to compare.")
+        return Verdict(claim, Outcome.NOT_REACHED, f"{reason}; too little progress to compare.")
     if all(len(runs) < 2 for runs in results.values()):
         return not_measured(claim, ONE_SEED)
     outcome, p = decide(reached)
@@ -203,8 +203,9 @@ def judge_at_losses(
 
 
 def at_ends(text: Callable[[float], str], losses: Sequence[float]) -> str:
-    """Format a number at the first and at the last of the losses: "0.2 at 2.2, 0.6 at 1.3"."""
-    return ", ".join(f"{text(loss)} at {loss}" for loss in dict.fromkeys((losses[0], losses[-1])))
+    """Format a number at the first and at the last of the losses: "0.2 at a loss of 2.2, 0.6 at 1.3"."""
+    first, *last = dict.fromkeys((losses[0], losses[-1]))
+    return ", ".join([f"{text(first)} at a loss of {first}", *(f"{text(loss)} at {loss}" for loss in last)])
 
 
 def p_of_two(p_values: Sequence[float]) -> float:

@@ -64,7 +64,8 @@ class Sizes:
     Attributes:
         pair: setting of MHSA, LS and `variants`.
         seeds: number of seeds of the pair and its variants.
-        other_seeds: number of seeds of all other parts; at most as many.
+        other_seeds: number of seeds of all other parts, at most as many: the first ones, but the last ones
+            for what is measured on the pair's weights, since those were trained most recently.
         variants: further arms.
         positions: arms of other positions, of which all seeds but the first train in the setting `brief`.
         lengths: settings of MHSA and LS at other lengths.
@@ -152,15 +153,23 @@ class Sizes:
                 ]
         return found
 
-    def audit_trials(self, seeds: Sequence[int]) -> dict[str, list[Trial]]:
-        """Audits of the last weights of MHSA, LS and the runs that may diverge, by name."""
+    def pair_audits(self, seeds: Sequence[int]) -> dict[str, list[Trial]]:
+        """Audits of the last weights of MHSA and LS, by name."""
+        arms = {variant.name: arm_at(self.pair, variant) for variant in (MHSA, LS)}
+        return self._audits({name: trials_of([arm], seeds) for name, arm in arms.items()})
+
+    def stress_audits(self, seeds: Sequence[int]) -> dict[str, list[Trial]]:
+        """Audits of the last weights of the runs that may diverge, by name."""
+        return self._audits(
+            {
+                f"{name}, n = {trials[0].settings['train']['sequence_length']}, {rate_text(rate)}": trials
+                for (name, rate), trials in self.stress_trials(seeds).items()
+            }
+        )
+
+    def _audits(self, trained: Mapping[str, Sequence[Trial]]) -> dict[str, list[Trial]]:
         if not self.audit_batches:
             return {}
-        trained = {variant.name: trials_of([arm_at(self.pair, variant)], seeds) for variant in (MHSA, LS)}
-        for (name, rate), trials in self.stress_trials(seeds).items():
-            trained[f"{name}, n = {trials[0].settings['train']['sequence_length']}, {rate_text(rate)}"] = (
-                trials
-            )
         return {
             name: [measurement_of(trial, "audit", {"batches": self.audit_batches}) for trial in trials]
             for name, trials in trained.items()

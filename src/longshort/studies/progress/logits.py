@@ -195,8 +195,8 @@ def judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
     reached = losses_reached(result for arm in by_length.values() for result in arm.results())
     if len(reached) < 2:
         which = ", ".join(map(str, reached)) or "none"
-        here = f"the runs of all lengths reach {which} of the losses"
-        texts = [f"{here.capitalize()}, too few for a verdict."]
+        here = f"losses that the runs of all lengths reach: {which}"
+        texts = [f"{here.capitalize()}; too few for a verdict."]
         texts += [_slopes_text(by_length, reached)] if reached else []
         evidence = " ".join([*texts, *_slopes_of_shorter(by_length), _MAXIMA])
         return Verdict(GROWTH, Outcome.NOT_REACHED, evidence, here=here)

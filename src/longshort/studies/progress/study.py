@@ -65,20 +65,24 @@ class Progress(LanguageStudy):
 
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
         chosen = self.scales[scale]
-        few = seeds[: chosen.other_seeds]
+        few, last = seeds[: chosen.other_seeds], seeds[-chosen.other_seeds :]
         others = [
             arm for length, arms in chosen.length_arms.items() for arm in arms.values()
             if length != chosen.pair.train["sequence_length"]
         ]  # fmt: skip
-        stressed = [trial for trials in chosen.stress_trials(few).values() for trial in trials]
+
+        def each(by_name: Mapping[Any, Sequence[Trial]]) -> list[Trial]:
+            return [trial for trials in by_name.values() for trial in trials]
+
         trials = [
             *trials_of([*chosen.main, *chosen.position_arms(seeds[0])], seeds[:1]),
             *trials_of(chosen.main, few[1:]),
             *trials_of(others, few),
-            *stressed,
-            *(trial for trials in chosen.audit_trials(few).values() for trial in trials),
+            *each(chosen.stress_trials(few)),
+            *each(chosen.stress_audits(few)),
             *trials_of(chosen.main, seeds[len(few) :]),
-            *(trial for trials in chosen.needle_trials(seeds).values() for trial in trials),
+            *each(chosen.pair_audits(last)),
+            *each(chosen.needle_trials(last)),
             *trials_of(chosen.position_arms(seeds[0]), few[1:]),
             *trials_of(chosen.mechanism_arms, few),
             *(trial for arm, its in chosen.remedy_arms(few) for trial in trials_of([arm], its)),
@@ -93,7 +97,7 @@ class Progress(LanguageStudy):
 
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
         chosen = self.scales[scale]
-        few = seeds[: chosen.other_seeds]
+        few, last = seeds[: chosen.other_seeds], seeds[-chosen.other_seeds :]
         main_seeds = chosen.main_seeds(seeds, results)
         measured = partial(measure_arms, seeds=few, results=results, rates=("best",))
         arms = measured(chosen.main, seeds=main_seeds)
@@ -119,7 +123,7 @@ class Progress(LanguageStudy):
         for arm, its in chosen.remedy_arms(few):
             remedies |= measured([arm], seeds=its)
         undecayed = {**arms, **measured(chosen.saturation_arms, seeds=few[:SATURATION_SEEDS])}
-        needles = finished(chosen.needle_trials(main_seeds), results)
+        needles = finished(chosen.needle_trials(last), results)
         verdicts = [
             judge_divergence(stressed if are_stressed else {}),
             judge_logits(arms),
@@ -146,7 +150,7 @@ class Progress(LanguageStudy):
             *clock_sections({**arms, **first, **others}),
             *stress_sections(stressed),
             *alarm_sections(alarmed, warmup),
-            *precision_sections(finished(chosen.audit_trials(few), results)),
+            *precision_sections(finished({**chosen.pair_audits(last), **chosen.stress_audits(few)}, results)),
             *mechanism_sections(chosen, mechanism, folder),
             *remedy_sections(remedies, folder),
             *saturation_sections(undecayed, folder),
