@@ -1,4 +1,4 @@
-"""Tiny decoders: random ones, and one in which exactly one head needs the distance."""
+"""Tiny decoders: random ones, and one in which exactly one head needs distant tokens."""
 
 from pathlib import Path
 from typing import Any

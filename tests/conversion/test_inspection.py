@@ -1,4 +1,4 @@
-"""Inspection: the one head that needs the distance is found, whatever the budget, and found again at once."""
+"""Inspection: the one head that needs distant tokens is found under every budget, and found again at once."""
 
 import json
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from longshort.layers import LongShortAttention
 from longshort.layout import HeadLayout
 from longshort.stability import ALARMS, AttentionMonitor, SpikeDetector, UpdateEntropy
-from longshort.stability.alarms import MEASUREMENTS, EntropyFall, RowRangeSlope, alarm_score
+from longshort.stability.alarms import ALARM_MEASUREMENTS, EntropyFall, RowRangeSlope, alarm_score
 
 
 def test_the_slope_is_that_of_the_fastest_head_per_step() -> None:
@@ -189,7 +189,7 @@ def test_a_monitor_measures_what_alarms_need_where_asked_to() -> None:
     assert alarmed.row_range_by_head is not None
     assert max(value for layer in alarmed.row_range_by_head for value in layer) == alarmed.row_range
     metrics = alarmed.as_metrics()
-    assert all(torch.tensor(metrics[name]).shape == (2, 6) for name in MEASUREMENTS.values())
+    assert all(torch.tensor(metrics[name]).shape == (2, 6) for name in ALARM_MEASUREMENTS.values())
     assert not {"row_range_by_head", "update_entropy_by_head"} & reading.as_metrics().keys()
 
 

@@ -10,11 +10,11 @@ import torch
 from tests.training.runs import Recorder, SettingsFor, assert_close_metrics, train_together, without_speed
 
 from longshort.stability import ALARMS, SpikeDetector
-from longshort.stability.alarms import MEASUREMENTS
+from longshort.stability.alarms import ALARM_MEASUREMENTS
 from longshort.training.loop import resume, train
 from longshort.training.metrics import read_metrics
 
-BY_HEAD = tuple(MEASUREMENTS.values())
+BY_HEAD = tuple(ALARM_MEASUREMENTS.values())
 
 
 def without_alarms(run: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ _GROUPS = {
     },
     "decoders of Hugging Face": {
         "watch": "Measure the attention logits of a Hugging Face decoder, by layer and head.",
-        "inspect": "Find out which heads of a pretrained decoder need the distance.",
+        "inspect": "Find out which heads of a pretrained decoder need distant tokens.",
         "convert": "Write a pretrained decoder with local and global heads, and a report.",
         "heal": "Train a converted decoder for a short time, to regain its loss.",
         "families": "Try what works for each family of Hugging Face decoders.",

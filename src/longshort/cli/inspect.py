@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectFlags(SearchFlags):
-    """Find out which key/value heads of a pretrained decoder need the distance, and propose a layout.
+    """Find out which key/value heads of a pretrained decoder need distant tokens, and propose a layout.
 
     Heads are ranked on one part of the text, the layout is chosen on a second, and the rise of the loss is
     reported on a third. layout.json for `longshort convert`, figures and report.html are written to OUT. An

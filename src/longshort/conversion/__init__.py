@@ -1,4 +1,4 @@
-"""Conversion of trained decoders: which heads need the distance, a smaller cache, and healing."""
+"""Conversion of trained decoders: which heads need distant tokens, a smaller cache, and healing."""
 
 from longshort.extras import require
 

@@ -1,4 +1,4 @@
-"""The search for the key/value heads of a decoder that need the distance, and a layout within a budget.
+"""The search for the key/value heads of a decoder that need distant tokens, and a layout within a budget.
 
 The text is cut into three parts that share nothing. On the first, heads are ranked and layouts searched; the
 second decides which of the layouts is proposed; on the third their losses are reported. A limit of the rise

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from longshort.checks import require_integer
 from longshort.huggingface.callbacks import LogitCallback, attach
 from longshort.stability import Spike, SpikeDetector
-from longshort.stability.alarms import MEASUREMENTS
+from longshort.stability.alarms import ALARM_MEASUREMENTS
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -194,7 +194,7 @@ class SpikeCallback(TrainerCallback, ExportableState):
         if self._logits is not None and self._logits.reading_step == step:
             reading = self._logits.reading
         alarm = self._detector.alarm
-        by_head = None if reading is None or alarm is None else getattr(reading, MEASUREMENTS[alarm])
+        by_head = None if reading is None or alarm is None else getattr(reading, ALARM_MEASUREMENTS[alarm])
         max_logit = None if reading is None else reading.max_logit
         return self._detector.observe(step, logs["loss"], logs.get("grad_norm", 0.0), max_logit, by_head)
 

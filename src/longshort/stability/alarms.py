@@ -24,7 +24,7 @@ Alarm = Literal["row-range", "entropy", "update"]
 ALARMS: tuple[Alarm, ...] = get_args(Alarm)
 """The names of all alarms."""
 
-MEASUREMENTS: dict[Alarm, str] = {
+ALARM_MEASUREMENTS: dict[Alarm, str] = {
     "row-range": "row_range_by_head",
     "entropy": "entropy_by_head",
     "update": "update_entropy_by_head",

@@ -125,7 +125,7 @@ class SpikeDetector:
             loss: nats per token.
             grad_norm: before clipping.
             max_logit: None on steps that do not measure it.
-            by_head: what the alarm needs, see `MEASUREMENTS`; None on steps that do not measure it.
+            by_head: what the alarm needs, see `ALARM_MEASUREMENTS`; None on steps that do not measure it.
 
         Returns:
             The spike, on the step that first shows a sign of it; else None.

@@ -14,6 +14,7 @@ require(
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from longshort.training.audit import audit_trained
     from longshort.training.config import TrainConfig
     from longshort.training.display import TrainingDisplay
     from longshort.training.loop import resume, train
@@ -27,6 +28,7 @@ __all__ = [
     "TrainConfig",
     "TrainedModel",
     "TrainingDisplay",
+    "audit_trained",
     "open_trained",
     "read_metrics",
     "resume",
@@ -41,6 +43,7 @@ __getattr__, __dir__ = lazy_names(
         "TrainConfig": "config",
         "TrainedModel": "trained",
         "TrainingDisplay": "display",
+        "audit_trained": "audit",
         "open_trained": "trained",
         "read_metrics": "metrics",
         "resume": "loop",

@@ -1,8 +1,9 @@
 """The end of all processes when one of them fails, with one message.
 
 Each process has a thread that writes a heartbeat into the store through which the processes found each other,
-and reads whether another has failed. A process that raises writes why; one that dies falls silent. Then all
-end within seconds, whatever they wait for: without this, a GPU would wait for a dead one until the time-out.
+and reads whether another has failed. A process that raises writes why; one that dies counts as dead after a
+minute of silence. Then all end within seconds, whatever they wait for: without this, a GPU would wait for a
+dead one until the time-out.
 """
 
 from __future__ import annotations

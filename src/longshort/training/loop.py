@@ -19,7 +19,7 @@ import torch
 
 from longshort.checks import flag
 from longshort.stability import Reading, SpikeDetector
-from longshort.stability.alarms import MEASUREMENTS
+from longshort.stability.alarms import ALARM_MEASUREMENTS
 from longshort.training.checkpoints import (
     ShardsBeingSaved,
     TrainState,
@@ -315,7 +315,7 @@ class _Training:
         max_logit = None if reading is None else reading.max_logit
         by_head = None
         if is_monitored and self._settings.alarm is not None:
-            by_head = getattr(reading, MEASUREMENTS[self._settings.alarm])
+            by_head = getattr(reading, ALARM_MEASUREMENTS[self._settings.alarm])
         spike = self._detector.observe(state.step, loss, norm, max_logit, by_head)
         if spike is None:
             return None
