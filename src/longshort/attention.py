@@ -53,7 +53,7 @@ class Explanation:
 
     Attributes:
         backend: name of the backend that is used.
-        reasons: by name of each other backend, why it is not used.
+        reasons: why each other backend is not used, by its name.
     """
 
     backend: str

@@ -80,7 +80,7 @@ class UpdatedCache(KeyValueCache):
 
     Args:
         cache: an `UpdatableCache`; or an object that has `attend` and `append`, as `LayerCache` has them.
-        layout: of the layer, used if the cache has none.
+        layout: the layout of the layer, used if the cache has none.
 
     Raises:
         TypeError: the cache has neither `update` nor `attend`.

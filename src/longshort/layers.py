@@ -92,8 +92,8 @@ class LongShortAttention(nn.Module):
         short_convolution: kernel size >= 2 of a `ShortConvolution` on queries, keys and values, before norm
             and rotation; it keeps no state for decoding, so no cache goes with it. None: off.
         backend: "auto" or a name of `longshort.attention.BACKENDS`.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
 
     Attributes:
         observer: called with an `Observation` in every forward pass (in a checkpointed one also when it is
@@ -192,7 +192,7 @@ class LongShortAttention(nn.Module):
         """Attend from the given tokens to themselves and to those in the cache.
 
         Args:
-            hidden_states: in the dtype of the parameters, or any under autocast.
+            hidden_states: the input, in the dtype of the parameters, or in any under autocast.
             segment_ids: integers for all keys, the cached ones first; queries and keys of unequal ids do not
                 see each other, negative is padding.
             position_ids: integers, (batch, q_len) or (1, q_len), for rotary positions only; None counts on

@@ -24,7 +24,7 @@ class AttentionCall:
         causal: whether a query sees later keys.
         scale: factor on q·k.
         softcap: c in z <- c·tanh(z/c), or None.
-        alibi_slopes: in `score_dtype`, no gradient; z <- z - slope·|i - j|.
+        alibi_slopes: slopes in z <- z - slope·|i - j|, in `score_dtype`, no gradient.
         segment_ids: int64 ids of all keys, negative is padding.
         round_probabilities: round exp(z - row maximum) to the dtype of v before it meets v, and P and dS
             likewise in the backward pass, as flash kernels do.
@@ -61,8 +61,8 @@ class Output:
     """The result of a backend.
 
     Attributes:
-        out: in the dtype of q, or in `score_dtype` where the call asks for lse, since the caller computes
-            further with it; zeros in rows that see nothing.
+        out: the output, in the dtype of q, or in `score_dtype` where the call asks for lse, since the
+            caller computes further with it; zeros in rows that see nothing.
         lse: natural log of the sum of exp(z) over visible keys, differentiable, -inf in rows that see
             nothing; present where the call asks for lse or statistics. In the call's `score_dtype`.
         max_logit: largest |scale·q·k| over visible pairs, no gradient; present with statistics.

@@ -34,10 +34,10 @@ def attend_with_distant_sinks(
     between the first ones and the rest.
 
     Args:
-        q: of the last q_len positions.
+        q: the queries of the last q_len positions.
         k, v: first the sinks, then those of positions `begin`, begin + 1 and so on, sinks or not.
         sink_positions: positions of the sinks, at most the last query's; -1 for none.
-        segment_ids: of all positions.
+        segment_ids: the segment ids of all positions.
         The rest is as of `AttentionCall`.
 
     Returns:

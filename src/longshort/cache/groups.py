@@ -21,7 +21,7 @@ class Group:
 
     Attributes:
         heads: index of the query heads, a slice where they are neighbours.
-        layout: of these heads alone.
+        layout: the layout of these heads alone.
     """
 
     def __init__(self, group: HeadGroup, layout: HeadLayout) -> None:

@@ -22,7 +22,7 @@ class CacheKernel:
     """Base class of the kernels for one layer.
 
     Args:
-        layout: of the layer's heads.
+        layout: the layout of the layer's heads.
 
     Attributes:
         backend: name of the backend that the kernel belongs to.
@@ -57,9 +57,9 @@ class CacheKernel:
 
         Args:
             q, k, v: of the new tokens.
-            stores: of all groups of heads; the caller advances them.
+            stores: the stores of all groups of heads; the caller advances them.
             sink_positions: (batch, n), of the sinks of each sequence, -1 for none; None: no sinks.
-            options: those of `LayerCache.attend`.
+            options: the options of `LayerCache.attend`.
 
         Returns:
             out, and with sink logits the natural log of the sum of exp(score).
@@ -117,9 +117,9 @@ class TritonKernel(CacheKernel):
     a CUDA graph, and run for each token.
 
     Args:
-        layout: of the layer's heads.
-        max_length: of the cache. The stores then do not grow, and compilers need not copy them to where a
-            CUDA graph looks for them.
+        layout: the layout of the layer's heads.
+        max_length: the most tokens of the cache. The stores then do not grow, and compilers need not copy
+            them to where a CUDA graph looks for them.
 
     Attributes:
         length: tokens in the cache, (1,) of int64 on the device; None before `prepare`.

@@ -37,7 +37,7 @@ class LayerCache(KeyValueCache):
     which there is no memory then gives NaN.
 
     Args:
-        layout: of the layer's heads.
+        layout: the layout of the layer's heads.
         rollback: tokens that `crop` may take back once rings are full; each ring holds that many more keys.
         max_length: number of tokens that memory is allocated for, at the first append; more are refused. None
             grows, with at most a quarter of slack.

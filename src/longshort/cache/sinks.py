@@ -54,7 +54,7 @@ class SinkTokens:
         """Take note of new tokens.
 
         Args:
-            segment_ids: of all tokens; None: all of one segment.
+            segment_ids: the segment ids of all tokens; None: one segment.
             new: keys of the new tokens, (batch, kv_heads, new, head_dim).
             past: number of the earlier tokens.
         """

@@ -47,7 +47,7 @@ class LimitCache:
         size: bytes.
         length: tokens in the cache.
         itemsize: bytes of a number in it, 2 for bf16.
-        name: of the size, in messages.
+        name: the name of the size, in messages.
     """
 
     size: int

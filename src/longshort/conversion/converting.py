@@ -77,10 +77,10 @@ class Conversion:
     """The measurements of a report; `before` and `after` have equal keys.
 
     Attributes:
-        losses: by length, what `measure_losses` returns, `before` and `after`.
+        losses: what `measure_losses` returns, `before` and `after`, by length.
         cache: bytes of the keys and values of one sequence by length, in the model's dtype, counted; the
             cache may reserve more.
-        latency: by length, what `measure_latency` returns.
+        latency: what `measure_latency` returns, by length.
         needles: what `measure_needles` returns.
         samples: `prompt`, `before` and `after` of each text.
     """
@@ -123,7 +123,7 @@ def fit_sizes(sizes: ReportSizes, tokens: int, limit: int | None) -> ReportSizes
 
     Args:
         sizes: what is wanted.
-        tokens: of the text.
+        tokens: the tokens of the text.
         limit: tokens that the model was made for; None: any number.
 
     Returns:
@@ -182,7 +182,7 @@ def measure_conversion(
 
     Args:
         pretrained: the model, without layouts, and its tokenizer.
-        layouts: of each layer.
+        layouts: the layout of each layer.
         tokens: held-out text.
         sizes: what to measure; every length fits the text and the model.
         journal: finished measurements of this model on this text, which are not repeated.

@@ -85,7 +85,7 @@ class DecoderHeads:
         It may reserve up to a quarter more for global heads, so that it grows less often.
 
         Args:
-            layouts: of all layers, None where one does not attend.
+            layouts: the layouts of all layers, None where one does not attend.
             length: tokens.
             itemsize: bytes of one number.
         """

@@ -135,7 +135,7 @@ def heal(settings: HealSettings, device: torch.device | str = "cpu", report: Rep
 
     Args:
         settings: the settings; to resume, the same as before.
-        device: to train on.
+        device: the device to train on.
         report: called after each step with "healing" or "reference".
 
     Raises:

@@ -233,8 +233,8 @@ def finish_conversion(out: Path, layouts: Sequence[HeadLayout | None], content: 
 
     Args:
         out: folder of the converted model.
-        layouts: of each layer.
-        content: of conversion.json.
+        layouts: the layout of each layer.
+        content: the content of conversion.json.
 
     Raises:
         OSError: a file could not be written.

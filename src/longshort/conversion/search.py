@@ -97,7 +97,7 @@ def fewest_within(units: Sequence[Unit], highest: float, loss: Loss) -> Kept:
     Args:
         units: disjoint units, the most important first.
         highest: the loss that is allowed; all units together keep to it.
-        loss: of the heads that are kept.
+        loss: the loss of the heads that are kept.
     """
     low, high = -1, len(units)
     while high - low > 1:

@@ -47,8 +47,8 @@ class Recipe:
         learning_rate: the largest, after the warm-up.
         distill_weight: 0 … 1, share of the divergence from the teacher in the loss.
         measurements: how often the loss on held-out windows is measured, after the first time.
-        seed: of what is random in a step, such as dropout: the same in a step whenever it is made.
-        rates: learning rates of the first steps, instead of those of the schedule; None: of none.
+        seed: the seed of what is random in a step, such as dropout: the same in a step whenever it is made.
+        rates: learning rates of the first steps, instead of those of the schedule; None: the schedule's.
     """
 
     steps: int | None
@@ -93,7 +93,7 @@ class ShortTraining:
 
     Args:
         model: the decoder; its parameters that require gradients are trained, in place.
-        batches: of the training text.
+        batches: the batches of the training text.
         held_out: token ids, (count, length), that the loss is measured on.
         recipe: how to train.
         folder: for the state.

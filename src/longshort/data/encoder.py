@@ -34,7 +34,7 @@ _PATTERNS = tuple(
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}|{_REST}"
     for digits in (r"\p{N}{1,3}", r"\p{N}")
 )
-"""Of Llama 3 (and cl100k) and of Qwen 2. The pattern of GPT-2 is in `ByteLevel(use_regex=True)`."""
+"""The patterns of Llama 3 (and cl100k) and of Qwen 2. That of GPT-2 is in `ByteLevel(use_regex=True)`."""
 
 
 class TextEncoder:

@@ -64,7 +64,7 @@ def context_attention(
         v: as q.
         layout: as for `attention`. ALiBi does not go with sink tokens.
         group: the ranks; None: all processes.
-        segment_ids: of this rank's part, negative is padding; given on all ranks or on none.
+        segment_ids: the segment ids of this rank's part, negative is padding; given on all ranks or on none.
         plan: the plan of the whole sequence, from `plan_context`; segment_ids are then its own. None: made
             here, from the segment ids that are gathered, for which a GPU is waited for.
         gather_memory: bytes that the gathered keys and values of global heads may take; beyond that, the

@@ -168,10 +168,10 @@ class ContextParallel:
         """Return the arguments with which a causal language model computes this rank's part.
 
         Args:
-            input_ids: of the whole sequences, equal on all ranks.
+            input_ids: the input ids of the whole sequences, equal on all ranks.
             labels: already shifted, -100 where nothing is predicted. With them, the mean of the loss over the
                 ranks is the mean over all labels, and so is that of the gradients.
-            segment_ids: of the whole sequences; negative is padding.
+            segment_ids: the segment ids of the whole sequences; negative is padding.
 
         Returns:
             `input_ids`, `position_ids` and, where needed, `segment_ids`, `shift_labels` and

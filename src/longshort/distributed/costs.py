@@ -62,7 +62,7 @@ def layer_traffic(
     """Compute the mean bytes that a rank sends, for sequences that are one segment each.
 
     Args:
-        layout: of the layer.
+        layout: the layout of the layer.
         head_dim: width of a head.
         itemsize: bytes of a number.
         length: tokens of a sequence; padding to a multiple of `ranks` is added.

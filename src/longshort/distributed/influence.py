@@ -56,12 +56,12 @@ def check_influence(
     Args:
         attend: `attend(q, k, v, layout, group=group, segment_ids=ids)`, as `context_attention`, of this
             rank's part of all.
-        layout: of the heads.
+        layout: the layout of the heads.
         length: tokens of the sequence, a multiple of the number of ranks.
         group: the ranks; None: all processes.
-        segment_ids: of the whole sequence, on the CPU.
+        segment_ids: the segment ids of the whole sequence, on the CPU.
         head_dim: width of a head.
-        seed: of the random q, k and v.
+        seed: the seed of the random q, k and v.
         device: where they are, one that the group's backend serves.
 
     Raises:

@@ -32,8 +32,8 @@ class Message:
     """The exchange of one layer.
 
     Args:
-        plan: of the sequence.
-        layout: of the layer.
+        plan: the plan of the sequence.
+        layout: the layout of the layer.
         rank: this rank.
         group: process group of the ranks.
         head_dim: width of a head.
@@ -130,9 +130,9 @@ class Received(NamedTuple):
     """What came from other ranks.
 
     Attributes:
-        halos: by group of heads the keys and values just before the part, (2, batch, kv_heads, keys, dim),
-            from one rank each, in order.
-        sinks: by group of heads the places (batch row, slot, position) of sinks, and their keys and values,
+        halos: keys and values just before the part, by group of heads, (2, batch, kv_heads, keys, dim), from
+            one rank each, in order.
+        sinks: the places (batch row, slot, position) of sinks, by group of heads, and their keys and values,
             (2, places, kv_heads, dim).
         queries: borrowed blocks, and their queries, (rows, heads, queries, dim).
         nothing: a tensor without elements that belongs to the exchange.

@@ -239,7 +239,8 @@ def plan_context(
         ranks: number of ranks, >= 1.
         length: tokens of all parts together, padding included: a multiple of `ranks`.
         batch: sequences.
-        segment_ids: of all tokens, on the CPU; negative is padding. None: one segment, no padding.
+        segment_ids: the segments of all tokens, on the CPU; negative is padding. None: one segment, no
+            padding.
         lend: let ranks lend queries of global heads; without it each computes its own.
 
     Raises:

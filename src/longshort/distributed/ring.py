@@ -46,11 +46,11 @@ def ring_attention(
 
     Args:
         q, k, v, layout: of these heads alone, this rank's part.
-        plan: of the sequence.
+        plan: the plan of the sequence.
         group: the ranks.
         with_stats: measure the entropy and the largest logit, in a round of their own.
-        sink_logits: of these heads.
-        options: those of `attention` that a ring has: no ALiBi.
+        sink_logits: the sink logits of these heads.
+        options: the options of `attention` that a ring has: no ALiBi.
 
     Returns:
         The output; the lse before sink logits; and of this rank's queries by head the largest logit and the

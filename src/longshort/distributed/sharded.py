@@ -13,7 +13,7 @@ def put_values(parameter: Tensor, values: Tensor) -> None:
 
     Args:
         parameter: a tensor, or a `DTensor` of which this process holds a shard.
-        values: of the whole shape, equal on all processes, on any device.
+        values: the values of the whole shape, equal on all processes, on any device.
     """
     if isinstance(parameter, DTensor):
         place = parameter.device_mesh, parameter.placements

@@ -30,7 +30,7 @@ def measure_logits(
 
     Args:
         model: on any device; it is left in the mode it was in.
-        tokens: of the text.
+        tokens: the tokens of the text.
         context_length: tokens in a window, the first token included; the last window may be shorter.
         first_token: is put before each window; None: none.
         batch_size: windows in a forward pass.

@@ -67,7 +67,7 @@ class Evaluation:
         bytes: bytes of the documents' text.
         documents: scored documents.
         context_length: tokens per window.
-        loss_by_position: by position in the window, single positions first, then ranges of growing width.
+        loss_by_position: the loss by position in the window: single positions, then ranges of growing width.
     """
 
     loss: float

@@ -27,7 +27,7 @@ class SplitCache(Cache):
     Only longshort's attention reads it.
 
     Args:
-        layouts: of the heads of each layer; None: `others` has the layer.
+        layouts: the layouts of the heads of each layer; None: `others` has the layer.
         rollback: tokens that `crop` can take back; assisted decoding asks for its drafts by itself.
         max_length: number of tokens that memory is allocated for at once; shapes then stay as they are, for
             `torch.compile`. None grows.
@@ -227,7 +227,7 @@ class PendingKeys(_Pending):
     """Keys of new tokens, and the cache that is to keep them.
 
     Attributes:
-        cache: of the layer.
+        cache: the cache of the layer.
     """
 
     def __init__(self, cache: LayerCache, keys: Tensor, values: PendingValues) -> None:

@@ -136,7 +136,7 @@ def _wrapper(name: str, override: Callable[..., Any] | None) -> Callable[..., An
     """Return the wrapper of a function, always the same one, so that compilers know it again.
 
     Args:
-        name: of the implementation.
+        name: the name of the implementation.
         override: its function; None: what is registered when it is called, or else that of each class of
             layers.
     """

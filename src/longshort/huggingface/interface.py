@@ -163,9 +163,9 @@ def segments_of_mask(
     Args:
         batch_size, q_length, kv_length: sizes of the attention.
         q_offset, kv_offset: positions of the first query and key.
-        mask_function: of indices of batch, head, query and key.
+        mask_function: a function of the indices of batch, head, query and key.
         attention_mask: (batch, tokens), True for tokens, False for padding.
-        device: of the ids.
+        device: the device of the ids.
         use_vmap: whether the mask function is more than causal: the model, or transformers, added to it.
         unused: what other mask functions take.
 

@@ -21,9 +21,9 @@ class Pretrained(NamedTuple):
     """A model and its tokenizer.
 
     Attributes:
-        model: in the dtype to compute in.
+        model: the model, in the dtype to compute in.
         tokenizer: its tokenizer.
-        saved_dtype: of the weights in files.
+        saved_dtype: the dtype of the weights in files.
     """
 
     model: PreTrainedModel
@@ -44,7 +44,7 @@ def load_decoder(
 
     Args:
         name: folder of the model, or its id on the Hub.
-        dtype: of the weights; None: as they were saved.
+        dtype: the dtype of the weights; None: as they were saved.
         attention: attention implementation; None: the model's default.
         device: for the model.
 

@@ -38,7 +38,7 @@ class MixerTrial:
     pass, so that no difference reaches another layer.
 
     Args:
-        names: of the layers' modules.
+        names: the names of the layers' modules.
         bound: largest difference of a layer's output that passes for rounding, relative to its largest entry.
     """
 

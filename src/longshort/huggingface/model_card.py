@@ -170,7 +170,7 @@ def push_to_hub(
         tokenizer: its tokenizer; None: none is uploaded.
         facts: what is known about the model, for its card.
         private: whether a repository that is created is private; None: as its owner has set.
-        token: of the Hub; None: that of `hf auth login`.
+        token: the token of the Hub; None: that of `hf auth login`.
         commit_message, commit_description: of the commit.
         revision: branch, made if there is none; None: main.
         create_pr: open a pull request with the commit.
@@ -223,7 +223,7 @@ def _card(model: PreTrainedModel, folder: Path, facts: CardFacts, name: str, tag
         model: the model.
         folder: where its files are.
         facts: what else is known.
-        name: of the folder or repository.
+        name: the name of the folder or repository.
         tags: more tags.
     """
     layouts = _require_layouts(model)

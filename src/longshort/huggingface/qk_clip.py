@@ -28,7 +28,7 @@ class _Clipped:
     """A layer that is clipped.
 
     Attributes:
-        name: of the layer.
+        name: the name of the layer.
         queries: what is scaled of each query head.
         keys: what is scaled of each KV head; None: nothing.
     """

@@ -45,7 +45,7 @@ def segment_ids_from(
         batch: sequences of the attention call.
         q_len: its queries, <= kv_len.
         kv_len: its keys.
-        device: of the result.
+        device: the device of the result.
 
     Returns:
         int64, or None.
@@ -79,9 +79,9 @@ def segment_ids_of_call(
     Args:
         attention_mask: int64 segment ids, (batch or 1, 1, 1, kv_len), or None.
         position_ids: without cached keys, positions that fall begin a new segment.
-        bounds: of packed sequences in a batch of 1, (sequences + 1,), instead of positions.
+        bounds: the bounds of packed sequences in a batch of 1, (sequences + 1,), instead of positions.
         sizes: batch, q_len and kv_len.
-        device: of the result.
+        device: the device of the result.
 
     Returns:
         int64, -1 for padding; None where nothing is padded and nothing is packed.
@@ -123,7 +123,7 @@ def segment_ids_between(
     Args:
         bounds: where sequences begin and end, (sequences + 1,).
         batch, kv_len: sizes of the result.
-        device: of the result.
+        device: the device of the result.
     """
     at = torch.arange(batch * kv_len, device=device)
     ends = bounds.to(device, torch.int64)[1:].contiguous()

@@ -41,15 +41,15 @@ class Visibility:
 
     Attributes:
         q_len, kv_len: numbers of queries and keys.
-        device: of all tensors here.
+        device: the device of all tensors here.
         groups: the heads by window.
         causal: whether later keys are hidden.
         past: position of the first query among the keys.
         sink_tokens: number of first keys of each segment that heads with a window see too.
-        segment_ids: of the keys, the queries have the last; negative is padding.
+        segment_ids: the segment ids of the keys, the queries have the last; negative is padding.
         masks: True shows a pair; or a bias to its score, which hides it where it is very low.
         rule: shows pairs by the indices of batch, head, query and key, as FlexAttention's `mask_mod`.
-        slopes: of ALiBi; the bias is -slope·|distance|.
+        slopes: the slopes of ALiBi; the bias is -slope·|distance|.
     """
 
     q_len: int

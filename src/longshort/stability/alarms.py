@@ -129,7 +129,7 @@ class QueryKeyWeights:
     """The weights of the queries and keys of a layer.
 
     Attributes:
-        num_heads: of queries.
+        num_heads: the number of query heads.
         read: returns a copy of them, (heads + kv_heads, head_dim, embed_dim), those of queries first.
     """
 

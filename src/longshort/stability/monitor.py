@@ -217,12 +217,12 @@ class Measurements:
     """The measurements of a `Reading`, on the device that made them.
 
     Attributes:
-        layouts: those of the layers.
-        max_logits: of all heads, layer by layer.
+        layouts: the layouts of the layers.
+        max_logits: the largest logit of each head, layer by layer.
         row_ranges: likewise; empty if they were not asked for.
         in_band: the largest logit and the largest row range inside the band, for each layer with global
             heads; empty without a band.
-        entropies: of all heads, layer by layer.
+        entropies: the entropy of each head, layer by layer.
         update_entropy_by_head: as in `Reading`.
     """
 

@@ -334,7 +334,7 @@ class _Repaired:
 
     Attributes:
         losses: (before, after) by number of global heads and layout; None where a loss was not finite.
-        choices: by ranking, the chosen layouts by number of global heads; "optimum" is the best before.
+        choices: the chosen layouts, by ranking and number of global heads; "optimum" is the best before.
     """
 
     losses: Mapping[int, Mapping[int, tuple[float, float | None]]]

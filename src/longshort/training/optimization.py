@@ -137,7 +137,7 @@ def optimizer_step(
         objective: an `Objective`, or what wraps it for the ranks.
         optimizer: holds its parameters.
         batch: this rank's part, on the CPU.
-        learning_rate: of this step.
+        learning_rate: the learning rate of this step.
         settings: the settings of the run.
         ranks: the processes.
 

@@ -35,7 +35,7 @@ class PaperRun:
         context_parallel: GPUs that share a sequence.
         micro_batch: sequences of one forward pass of those GPUs.
         model: fields of `LongShortConfig` that differ from the preset's, as settings of `TrainConfig`.
-        precision: of the products.
+        precision: the precision of the products.
     """
 
     name: str

@@ -31,7 +31,7 @@ def shard(
         device: type of the device.
         world_size: number of processes.
         shards: processes among which it is cut; with fewer than all, groups of so many hold copies (HSDP).
-        timeout: of the groups' collectives.
+        timeout: the timeout of the groups' collectives.
     """
     if shards == world_size:
         mesh = init_device_mesh(device, (world_size,), mesh_dim_names=("shard",))

@@ -34,7 +34,7 @@ def describe_stores(
     """Describe the stores of a cache to `attend_cached`, in a table on the CPU; valid while they live.
 
     Args:
-        stores: of each group of heads, (2, batch, kv_heads, slots, head_dim), keys and values, contiguous.
+        stores: keys and values of each group of heads, (2, batch, kv_heads, slots, head_dim), contiguous.
             Position p is in slot p % ring.
         sinks: (2, batch, kv_heads, n, head_dim), the first n sinks of each sequence, as far as they have left
             the ring, contiguous.
@@ -86,7 +86,7 @@ def attend_cached(
         length: (1,) of int64, tokens before the new one. If the cache is full the output is NaN.
         slots: the largest number of slots in use of a store.
         sink_positions: (batch, n) of int64, of the sinks of each sequence, -1 for none; None: no sinks.
-        windows: of each key/value head, int32.
+        windows: the window of each key/value head, int32.
         scale, softcap, alibi_slopes, segment_ids: as in `AttentionCall`; the slopes in fp32. There may be
             more segment ids than tokens, of any value.
         with_lse: return the lse too, and the output in fp32.

@@ -59,7 +59,7 @@ class Resources:
     """What the machine code of a kernel takes.
 
     Attributes:
-        registers: of a thread.
+        registers: the number of registers of a thread.
         spilled: bytes of a thread in memory, for want of registers.
         shared: bytes of shared memory of a program.
     """
@@ -82,7 +82,7 @@ def compile_kernel(
     Args:
         kernel: a name of `KERNELS`.
         target: a name of `TARGETS`.
-        dtype: of q, k and v.
+        dtype: the dtype of q, k and v.
         head_dim: 1 … 256.
         tiles: None: those that calls get.
         **options: the kernel's constants, such as CAUSAL or STATS; without them a plain causal call.

@@ -42,7 +42,7 @@ def find_segments(
         segment_ids: (batch, kv_len) of int64, or None for one segment.
         batch, kv_len: sizes of the keys.
         sink_tokens: number of first tokens of a segment that are sinks.
-        device: of the call.
+        device: the device of the call.
     """
     if segment_ids is None:
         if sink_tokens == 0:

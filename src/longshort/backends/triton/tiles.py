@@ -16,7 +16,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         rows, keys: of a tile of scores.
-        warps: of a program.
+        warps: the number of warps of a program.
         stages: loads that are under way at once.
     """
 
@@ -45,7 +45,7 @@ def tiles_of(kernel: str, head_dim: int, dtype: torch.dtype, architecture: str) 
         kernel: "forward", "delta", "grad_q", "grad_kv"; "decode", whose rows are the heads of a group,
             padded; or "merge", which has no tiles.
         head_dim: entries of a query.
-        dtype: of q.
+        dtype: the dtype of q.
         architecture: sm80 (A100), sm89 (Ada, and others with 99 KiB of shared memory for a program), sm90
             (H100, H200), sm100 (B200) or gfx942 (MI300, and other GPUs of AMD).
     """

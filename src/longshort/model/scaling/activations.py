@@ -62,7 +62,7 @@ def cut_bytes(setup: TrainingSetup, layout: HeadLayout, *, arrived_only: bool) -
 
     Args:
         setup: the model, the batch and the GPUs.
-        layout: of the block.
+        layout: the layout of the block.
         arrived_only: count what exchanges brought alone, which checkpointing keeps.
     """
     config, e, row = setup.config, setup.element_size, _row_bytes(setup)

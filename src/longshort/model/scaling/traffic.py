@@ -21,7 +21,7 @@ class StepTraffic:
     """Bytes that one GPU sends in one step.
 
     Attributes:
-        keys: those of attention, over all layers and sequences, forward and backward.
+        keys: the keys and values of attention, over all layers and sequences, forward and backward.
         weights: all-gathers of weights in fp32: for each micro-batch those of the blocks, once forward and
             once backward, and of the rest once.
         scattered: the reduce-scatter of their gradients in fp32, once a step.

@@ -18,7 +18,7 @@ class Weights:
 
     Attributes:
         blocks: the shapes of each block.
-        root: those of all else: embeddings, positions, last norm, head.
+        root: the shapes of all else: embeddings, positions, last norm, head.
     """
 
     blocks: tuple[tuple[tuple[int, ...], ...], ...]

@@ -175,7 +175,7 @@ def auroc_interval(
     Args:
         auroc: the share of pairs within a group in which the positive is higher, ties counted as half.
         counts: the numbers of positives and negatives of each group.
-        level: by default 95 % for all alarms together (Bonferroni).
+        level: the level of the interval; by default 95 % for all alarms together (Bonferroni).
     """
     z = NormalDist().inv_cdf((1 + level) / 2)
 
