@@ -65,21 +65,24 @@ def precision_sections(audits: Audits) -> list[Section]:
     """Report bias, noise and the common part of the error by arm, matrix and precision."""
     if not audits:
         return []
-    biased = [
-        f"{name}, {matrix.upper()}, {precision}: {_text(bias)}"
+    biases = {
+        f"{name}, {matrix.upper()}, {precision}": bias
         for name, of_arm in audits.items()
         for matrix in ("q", "k")
         for precision in AUDITED
-        if (bias := error_over_seeds(of_arm, precision, matrix, "bias")) is not None
-        and (bias.low > 0 or bias.high < 0)
-    ]
+        if (bias := error_over_seeds(of_arm, precision, matrix, "bias")) is not None and bias.is_known
+    }
+    biased = [f"{where}: {_text(bias)}" for where, bias in biases.items() if bias.low > 0 or bias.high < 0]
     intro = (
         "On the last weights of each training, gradients of the weights of queries (Q) and keys (K) with all "
         "attention in one precision are compared with those of attention in fp64 on the same batches. Bias "
         "is the mean of <error, gradient> / |gradient|²: above 0 the gradient is too long. Mean over layers; "
         "95 % intervals over seeds."
     )
-    verdict = f"Biases whose interval excludes 0: {'; '.join(biased) or 'none'}."
+    verdict = (
+        f"{len(biased)} of {len(biases)} biases have an interval that excludes 0; by chance 1 in 20 would"
+        f"{': ' if biased else ''}{'; '.join(biased)}."
+    )
     noise = "Deviation of the errors from their mean over batches, relative to the mean gradient."
     common = (
         "Size of the mean error in standard errors: about 1 if the errors of batches only differ, above if "
