@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from unittest.mock import patch
@@ -12,6 +13,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from longshort.reporting.page import number
+from longshort.stability.rounding import AUDITED
 from longshort.studies.catalogue import STUDIES, judge_all
 from longshort.studies.framework.claims import claims_markdown, read_claims
 from longshort.studies.framework.comparison import interval_text, measure_arms, rate_text
@@ -28,6 +30,7 @@ from longshort.studies.language.equal_progress import (
 from longshort.studies.language.trial import probe_series
 from longshort.studies.progress.arms import SIZES
 from longshort.studies.progress.design import copying_step
+from longshort.studies.progress.precision import error_over_seeds
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -158,13 +161,42 @@ def test_committed_verdicts_are_those_of_the_rules(scale, tmp_path):
 
 
 def test_rates_that_are_too_high():
-    """A row per rate whose runs are done: means over seeds of the largest logit and of the last loss."""
+    """A row per rate: means over seeds of the largest logit at any step and of the last loss."""
+    text = " ".join(REPRODUCTION.read_text().split())
     sizes, results = SIZES["overnight"], ResultsFile(RESULTS / "overnight" / "progress").results
     runs = finished(sizes.stress_trials(range(sizes.other_seeds)), results)
-    for rate in {rate for name, rate in runs if name == "MHSA" and ("MHSA + QK-norm", rate) in runs}:
-        arms = [runs[name, rate] for name in ("MHSA", "LS", "MHSA + QK-norm")]
-        assert all(run["diverged_at"] is None for arm in arms for run in arm)
-        logits = [fmean(max(run["probe"]["max_logit"]) for run in arm) for arm in arms]
-        losses = [fmean(run["validation_loss"] for run in arm) for arm in arms]
-        cells = [*(f"{value:.0f}" for value in logits[:2]), *(f"{value:.2f}" for value in losses)]
-        assert row(rate_text(rate), cells) in REPRODUCTION.read_text()
+    assert f"None of the {sum(map(len, runs.values()))} runs diverged" in text
+    assert all(run["diverged_at"] is None for arm in runs.values() for run in arm)
+    logits = {at: fmean(max(run["probe"]["max_logit"]) for run in arm) for at, arm in runs.items()}
+    losses = {at: fmean(run["validation_loss"] for run in arm) for at, arm in runs.items()}
+    for rate in sizes.stress_rates:
+        arms = [(name, rate) for name in ("MHSA", "LS", "MHSA + QK-norm")]
+        cells = [*(f"{logits[at]:.0f}" for at in arms[:2]), *(f"{losses[at]:.2f}" for at in arms)]
+        assert row(rate_text(rate), cells) in text
+    exact = [(name, sizes.fp32_rate) for name in ("MHSA, fp32", "LS, fp32")]
+    assert "MHSA ends at {:.2f} and LS at {:.2f}".format(*(losses[at] for at in exact)) in text
+    assert "the largest logits at {:.0f} and {:.0f}".format(*(logits[at] for at in exact)) in text
+
+
+def test_rounding():
+    text = " ".join(REPRODUCTION.read_text().split())
+    sizes, results = SIZES["overnight"], ResultsFile(RESULTS / "overnight" / "progress").results
+    audits = finished(sizes.stress_audits(range(sizes.other_seeds)), results)
+
+    def errors(number, arm="", precisions=AUDITED):
+        return [
+            error_over_seeds(audit, precision, matrix, number)
+            for name, audit in audits.items()
+            if name.startswith(arm)
+            for matrix, precision in product("qk", precisions)
+        ]
+
+    biases = errors("bias")
+    biased = sum(bias.low > 0 or bias.high < 0 for bias in biases)
+    assert f"{biased} of {len(biases)} intervals of the bias exclude 0, {len(biases) / 20:.1f} would" in text
+    common = [error.mean for error in errors("mean_error")]
+    assert f"the mean error is {min(common):.2f} to {max(common):.2f} times its standard error" in text
+    for arm, name in (("LS, n", "LS"), ("MHSA, n", "MHSA"), ("MHSA + QK-norm, n", "QK-norm")):
+        noise = sorted(round(100 * error.mean) for error in errors("noise", arm, ["bf16"]))
+        spread = " to ".join(map(str, dict.fromkeys((noise[0], noise[-1]))))
+        assert f"{spread} % of the gradient with {name}" in text or f"{spread} % with {name}" in text

@@ -179,9 +179,8 @@ def workplace(tmp_path_factory):
 
 
 def test_an_audit_shares_the_training_of_its_trial(workplace):
-    trials = STUDY.plan("smoke", [0], {}).trials
-    audited = next(trial for trial in trials if "audit" in trial.settings)
-    trained = next(trial for trial in trials if trial.arm == "MHSA")
+    trained = next(trial for trial in STUDY.plan("smoke", [0], {}).trials if trial.arm == "MHSA")
+    audited = STUDY.scales["smoke"].pair_audits([0])["MHSA"][0]
     STUDY.run(trained, workplace)
     runs = sorted(path.name for path in (workplace.folder / "runs").iterdir())
     found = STUDY.run(audited, workplace)
