@@ -22,10 +22,17 @@ REPORT_FILE = "report.html"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of cells as they are shown. The first cell of a row is its name."""
+    """A table of cells as they are shown. The first cell of a row is its name.
+
+    Attributes:
+        header: the names of the columns.
+        rows: the cells of each row.
+        is_text: whether cells are sentences, which wrap, rather than numbers.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    is_text: bool = False
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def _sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
                             [_loss_panel(tests), _logit_panel(tests, "Largest logit")],
                             folder / "mechanism.png",
                         ),
-                        "As above.",
+                        "Lines and axes as in the figure above.",
                     ),
                     Figure(
                         draw_intervals(

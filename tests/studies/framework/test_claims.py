@@ -36,6 +36,7 @@ def folder_of(path, found, study="toy"):
 def test_the_table_sets_the_paper_beside_what_was_found():
     table = claim_table(claim_rows(findings()))
     assert table.header == ("claim", "paper", "here", "direction", "tested up to")
+    assert table.is_text
     assert table.rows == [
         ("F9: growth. Logits grow.", "20 times", "3 times", "✓ shown", "n = 64, 2 seeds"),
         ("F9: more. They |grow| more.", "–", "Somewhat.", "✓ partly shown", "n = 8"),

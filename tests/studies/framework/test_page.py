@@ -23,6 +23,7 @@ def test_the_page_shows_every_verdict_twice_with_its_rule(tmp_path):
     ):
         assert text in page
     assert "badge mixed" in page
+    assert page.count('<table class="text">') == page.count("<table>") == 1
     assert "Scale smoke, corpus stdlib; longshort 1, torch 2, CPU with AVX2" in page
 
 

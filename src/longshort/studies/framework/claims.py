@@ -60,7 +60,7 @@ def claim_table(rows: Iterable[ClaimRow]) -> Table:
         (f"{row.id}. {row.statement}", row.paper or "–", row.here, _DIRECTIONS[row.outcome], _tested(row))
         for row in rows
     ]
-    return Table(("claim", "paper", "here", "direction", "tested up to"), cells)
+    return Table(("claim", "paper", "here", "direction", "tested up to"), cells, is_text=True)
 
 
 def _tested(row: ClaimRow) -> str:

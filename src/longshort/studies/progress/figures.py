@@ -102,7 +102,11 @@ def position_sections(main: Arms, arms: Arms, all_seeds: Arms, folder: Path) -> 
             "Positions",
             ["Rotary positions, on the first seed, beside learned ones."],
             table=_transition_table(arms),
-            figures=[Figure(draw_curves(panels, folder / "positions.png"), "As above.")],
+            figures=[
+                Figure(
+                    draw_curves(panels, folder / "positions.png"), "Lines and axes as in the figure above."
+                )
+            ],
         ),
         *_rotary_sections(all_seeds),
     ]
