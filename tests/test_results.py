@@ -23,6 +23,7 @@ from longshort.studies.language.equal_progress import (
     BEGUN,
     LOSSES,
     at_loss,
+    is_stuck,
     log_cost_ratio_at_loss,
     log_ratio_at_loss,
     step_at,
@@ -177,6 +178,15 @@ def test_rates_that_are_too_high():
     exact = [(name, sizes.fp32_rate) for name in ("MHSA, fp32", "LS, fp32")]
     assert "MHSA ends at {:.2f} and LS at {:.2f}".format(*(losses[at] for at in exact)) in text
     assert "the largest logits at {:.0f} and {:.0f}".format(*(logits[at] for at in exact)) in text
+    peaks = (f"{max(run['probe']['max_logit']):.0f}" for run in runs["LS", 6e-2])
+    assert f"one seed makes most of LS's mean ({', '.join(peaks)})" in text
+    for rate in sizes.stress_rates:
+        assert losses["MHSA + QK-norm", rate] < min(losses["MHSA", rate], losses["LS", rate])
+        ls, mhsa = (fmean(run["constant_loss"] for run in runs[name, rate]) for name in ("LS", "MHSA"))
+        assert ls < mhsa and (losses["MHSA", rate] < losses["LS", rate]) == (rate < 6e-2)
+        for name, begins in (("LS", True), ("MHSA", rate < 6e-2)):
+            assert all(is_stuck(run) != begins for run in runs[name, rate])
+    assert f"none of {sum(map(len, runs.values()))} runs" in PAGES[0].read_text()
 
 
 def test_rounding():
@@ -193,12 +203,20 @@ def test_rounding():
         ]
         return [error for error in found if error is not None]
 
-    biases = errors("bias")
+    biases = errors("bias", precisions=AUDITED[1:])
     biased = sum(bias.low > 0 or bias.high < 0 for bias in biases)
-    assert f"{biased} of {len(biases)} intervals of the bias exclude 0, {len(biases) / 20:.1f} would" in text
+    assert f"of the {len(biases)} intervals of the bias in the three kinds of bf16 {biased} exclude 0" in text
+    assert f"where {len(biases) / 20:.1f} would by chance" in text
     common = [error.mean for error in errors("mean_error")]
     assert f"the mean error is {min(common):.2f} to {max(common):.2f} times its standard error" in text
-    for arm, name in (("LS, n", "LS"), ("MHSA, n", "MHSA"), ("MHSA + QK-norm, n", "QK-norm")):
+    spreads = []
+    for arm in ("LS", "MHSA, n", "MHSA, fp32", "MHSA + QK-norm"):
         noise = sorted(round(100 * error.mean) for error in errors("noise", arm, ["bf16"]))
-        spread = " to ".join(map(str, dict.fromkeys((noise[0], noise[-1]))))
-        assert f"{spread} % of the gradient with {name}" in text or f"{spread} % with {name}" in text
+        spreads.append(" to ".join(map(str, dict.fromkeys((noise[0], noise[-1])))))
+    assert (
+        "the noise is {} % of the gradient with LS, {} % with MHSA, {} % with MHSA that was trained in fp32, "
+        "and {} % with QK-norm".format(*spreads)
+    ) in text
+    plain, *rounded = (errors("noise", precisions=[precision]) for precision in AUDITED[1:])
+    more = max(one.mean / other.mean for noise in rounded for one, other in zip(noise, plain, strict=True))
+    assert f"adds at most {100 * (more - 1):.0f} % to it" in text

@@ -246,7 +246,9 @@ def test_pairs_of_which_a_run_never_begins_to_learn_do_not_count(tmp_path):
 
     results = fill(STUDY, "overnight", range(3), stuck(RATES[1:]))
     verdict = findings_of(STUDY, "overnight", range(3), results, tmp_path).verdicts[0]
-    assert "Of 3 pairs" in verdict.evidence and "In 9 of 12 pairs a run neither" in verdict.evidence
+    assert "Of 3 pairs that count" in verdict.evidence
+    assert "In 9 of 12 pairs a run neither" in verdict.evidence
+    assert verdict.evidence.endswith("nor began to learn: at 1.7e-2, 3e-2, 6e-2.")
     results = fill(STUDY, "overnight", range(3), stuck(RATES))
     assert findings_of(STUDY, "overnight", range(3), results, tmp_path).verdicts[0].outcome.value == OPEN
 
@@ -395,6 +397,10 @@ def test_further_seeds_of_the_pair_count_when_all_of_them_are_there(tmp_path):
     results = fill(STUDY, "overnight", range(5), planted())
     found = findings_of(STUDY, "overnight", range(5), results, tmp_path)
     assert found.tested == "n = 1,024, 82M tokens, 5 seeds"
+    evidence = {verdict.claim.id: verdict.evidence for verdict in found.verdicts}
+    assert "Gain of a needle" in evidence[ENOUGH.id] and "on the last 3 seeds" in evidence[ENOUGH.id]
+    bias = next(section.table for section in found.sections if section.heading == "Rounding: signed bias")
+    assert bias is not None and bias.rows[0][0] == "MHSA, Q"
     last = STUDY.scales["overnight"].main[0].trial(3e-3, 4)
     del results[last.key]
     found = findings_of(STUDY, "overnight", range(5), results, tmp_path)
@@ -414,7 +420,7 @@ def test_needles_stand_beside_the_design_claims(tmp_path):
     found = findings_of(STUDY, "laptop", range(3), fill(STUDY, "laptop", range(3), planted()), tmp_path)
     told = {verdict.claim.id: verdict.evidence for verdict in found.verdicts}
     for claim, other in ((ENOUGH, "MHSA"), (NEEDED, "LS, no global head")):
-        assert f"nats per byte: {other} 0.25, LS 0.25." in told[claim.id]
+        assert f"on the last 3 seeds: {other} 0.25, LS 0.25." in told[claim.id]
 
 
 def test_the_plan_goes_from_the_pair_to_lengths_rates_audits_and_further_seeds():
@@ -441,7 +447,7 @@ def test_the_plan_goes_from_the_pair_to_lengths_rates_audits_and_further_seeds()
 def test_the_plan_runs_the_first_seed_first():
     trials = STUDY.plan("overnight", range(3), {}).trials
     assert len({trial.key for trial in trials}) == len(trials) == 168
-    assert len({trial.key for trial in STUDY.plan("overnight", range(5), {}).trials}) == 180
+    assert len({trial.key for trial in STUDY.plan("overnight", range(5), {}).trials}) == 174
     assert [(trial.arm, trial.seed) for trial in trials[:6]] == [
         ("MHSA", 0), ("LS", 0), ("LS, no global head", 0), ("MHSA + RoPE", 0), ("LS + RoPE", 0),
         ("LS + RoPE, none on global heads", 0),

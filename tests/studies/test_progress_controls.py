@@ -129,7 +129,7 @@ def test_a_planted_bias_is_named_with_its_sign():
     audits = {"MHSA": [audit(lambda p, m, shift=shift: bias(p, m) + shift) for shift in (-1e-4, 0.0, 1e-4)]}
     signed, noise_of, common = precision_sections(audits)
     named = signed.paragraphs[1]
-    assert named.startswith("2 of 8 biases have an interval that excludes 0")
+    assert named.startswith("2 of 8 intervals of the bias exclude 0")
     assert "MHSA, K, bf16-flash: 0.003" in named and "MHSA, K, bf16: -0.002" in named
     assert ", Q, " not in named and "fp32" not in named
     assert signed.table is not None and [row[0] for row in signed.table.rows] == ["MHSA, Q", "MHSA, K"]

@@ -229,8 +229,10 @@ def judge_alarms(results: RatedResults, after: int) -> Verdict:
         diverged = sum(result["diverged_from"] is not None for _, result in results)
         return not_measured(
             WARNING,
-            f"{diverged} of {len(results)} runs diverged: a comparison needs {LEAST_RUNS} that diverged and "
-            f"{LEAST_RUNS} that did not, at the same rates.",
+            f"{diverged} of {len(results)} runs that began to learn diverged; at rates at which some do and "
+            "others do not, {} diverged and {} did not. A comparison needs {} of each.".format(
+                *mixed, LEAST_RUNS
+            ),
         )
     evaluations = _evaluations(results, after)
     useful: list[Alarm] = [alarm for alarm, found in evaluations.items() if found.is_useful]

@@ -65,7 +65,7 @@ class Sizes:
         pair: setting of MHSA, LS and `variants`.
         seeds: number of seeds of the pair and its variants.
         other_seeds: number of seeds of all other parts, at most as many: the first ones, but the last ones
-            for what is measured on the pair's weights, since those were trained most recently.
+            for what is measured on the pair's weights, of which results hold none.
         variants: further arms.
         positions: arms of other positions, of which all seeds but the first train in the setting `brief`.
         lengths: settings of MHSA and LS at other lengths.

@@ -88,7 +88,10 @@ def _judge_design(
     )
     if all(name in needles for name in pair):
         gains = (f"{name} {mean_text(map(farthest_gain, needles[name]))}" for name in pair)
-        evidence += f" Gain of a needle at the largest distance, nats per byte: {', '.join(gains)}."
+        evidence += (
+            " Gain of a needle at the largest distance, nats per byte, on the last "
+            f"{len(needles[pair[0]])} seeds: {', '.join(gains)}."
+        )
     late = [
         name for name in copying
         if any(copying_step(result) is None for result in arms[name].results())

@@ -117,18 +117,20 @@ def judge_divergence(stressed: Stressed) -> Verdict:
     """
     rates = sorted({rate for name, rate in stressed if name == MHSA.name and (LS.name, rate) in stressed})
     runs = [
-        pair
+        (rate, *pair)
         for rate in rates
         for pair in zip(stressed[LS.name, rate], stressed[MHSA.name, rate], strict=True)
     ]
     if not runs:
         return not_measured(DIVERGENCE)
+    stuck = [rate for rate, *pair in runs if any(map(is_stuck, pair))]
     pairs = [
         (_has_diverged(ours), _has_diverged(theirs))
-        for ours, theirs in runs
+        for _, ours, theirs in runs
         if not is_stuck(ours) and not is_stuck(theirs)
     ]
-    left_out = f"In {len(runs) - len(pairs)} of {len(runs)} pairs a run neither diverged nor began to learn."
+    left_out = f"In {len(stuck)} of {len(runs)} pairs a run neither diverged nor began to learn"
+    left_out += f": at {', '.join(map(rate_text, dict.fromkeys(stuck)))}." if stuck else "."
     if not pairs:
         return Verdict(DIVERGENCE, Outcome.NOT_REACHED, left_out)
     ls_alone, mhsa_alone = pairs.count((True, False)), pairs.count((False, True))
@@ -137,7 +139,7 @@ def judge_divergence(stressed: Stressed) -> Verdict:
     if p < 0.05:
         outcome = Outcome.SHOWN if mhsa_alone > ls_alone else Outcome.CONTRADICTED
     evidence = (
-        f"Of {len(pairs)} pairs at rates {', '.join(map(rate_text, rates))}: MHSA diverged in "
+        f"Rates {', '.join(map(rate_text, rates))}. Of {len(pairs)} pairs that count MHSA diverged in "
         f"{sum(theirs for _, theirs in pairs)}, alone in {mhsa_alone}; LS in "
         f"{sum(ours for ours, _ in pairs)}, alone in {ls_alone}; p = {p:.2g}. {left_out}"
     )

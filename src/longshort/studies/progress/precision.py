@@ -79,9 +79,9 @@ def precision_sections(audits: Audits) -> list[Section]:
         "is the mean of <error, gradient> / |gradient|²: above 0 the gradient is too long. Mean over layers; "
         "95 % intervals over seeds."
     )
+    which = f" They are {'; '.join(biased)}." if biased else ""
     verdict = (
-        f"{len(biased)} of {len(biases)} biases have an interval that excludes 0; by chance 1 in 20 would"
-        f"{': ' if biased else ''}{'; '.join(biased)}."
+        f"{len(biased)} of {len(biases)} intervals of the bias exclude 0; 1 in 20 would by chance.{which}"
     )
     noise = "Deviation of the errors from their mean over batches, relative to the mean gradient."
     common = (
@@ -89,7 +89,9 @@ def precision_sections(audits: Audits) -> list[Section]:
         "they have a part in common that does not average out."
     )
     return [
-        Section("Rounding: signed bias", [intro, verdict], table=_table(audits, "bias")),
+        Section(
+            "Rounding: signed bias", [intro, verdict] if biases else [intro], table=_table(audits, "bias")
+        ),
         Section("Rounding: noise", [noise], table=_table(audits, "noise")),
         Section("Rounding: common part", [common], table=_table(audits, "mean_error")),
     ]
