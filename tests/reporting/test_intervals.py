@@ -9,11 +9,11 @@ from scipy.stats import ttest_1samp
 
 from longshort.reporting.intervals import (
     confidence_interval,
+    log_slopes,
     paired_difference,
     paired_log_ratio,
     prediction_interval,
     slope,
-    slope_interval,
 )
 
 numbers = st.floats(-1e3, 1e3)
@@ -77,9 +77,8 @@ def test_the_slope_of_a_line_is_its_slope(a, b, places):
 
 
 def test_slopes_are_taken_per_seed():
-    interval = slope_interval([[(0, 0.0), (1, 1.0)], [(0, 5.0), (1, 6.0)]])
-    assert (interval.mean, interval.low, interval.high) == (1.0, 1.0, 1.0)
-    assert not slope_interval([[(0, 0.0), (1, None)], [(0, 5.0), (1, 6.0)]]).is_known
+    by_size = {10: {0: 3.0, 1: 5.0, 2: 7.0}, 100: {0: 30.0, 1: 5.0, 2: None}}
+    assert log_slopes(by_size) == {0: pytest.approx(1.0), 1: pytest.approx(0.0), 2: None}
 
 
 @pytest.mark.parametrize("bound", [0.0, 1.9, 2.5])

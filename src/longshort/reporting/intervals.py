@@ -92,9 +92,14 @@ def paired_log_ratio(first: Mapping[int, float | None], second: Mapping[int, flo
     )
 
 
-def slope_interval(curves: Sequence[Sequence[tuple[float, float | None]]]) -> Interval:
-    """Compute the confidence interval of the least-squares slope of y over x, from one curve per seed."""
-    return confidence_interval(slope(curve) for curve in curves)
+def log_slopes(by_size: Mapping[int, Mapping[int, float | None]]) -> dict[int, float | None]:
+    """Compute the least-squares slope of log value over log size, by seed, from the values of each size by
+    seed; None where one is missing."""
+    seeds = next(iter(by_size.values()))
+    return {
+        seed: slope([(math.log(size), log_or_none(values[seed])) for size, values in by_size.items()])
+        for seed in seeds
+    }
 
 
 def slope(points: Sequence[tuple[float, float | None]]) -> float | None:

@@ -16,10 +16,10 @@ from scipy.stats import rankdata
 
 from longshort.data import DataFolder, validation_windows
 from longshort.model import LongShortConfig, LongShortForCausalLM
-from longshort.reporting.intervals import Interval, confidence_interval, prediction_interval
+from longshort.reporting.intervals import confidence_interval, prediction_interval
 from longshort.reporting.page import Figure, Section, Table, number
 from longshort.reporting.plots import Panel, draw_curves
-from longshort.studies.framework.comparison import difference_text, holm, mean_text
+from longshort.studies.framework.comparison import difference_text, holm, judge_above, judge_below, mean_text
 from longshort.studies.framework.study import (
     Claim,
     Findings,
@@ -290,30 +290,31 @@ class Allocation(LanguageStudy):
         if any(chosen.trained(seed).key not in results for seed in seeds):
             return Findings([not_measured(claim) for claim in self.claims], [])
         losses = {seed: _losses(results, chosen, seed) for seed in seeds}
-        begun = {seed: known for seed, known in losses.items() if known is not None and known[-1] <= BEGUN}
-        known = [found for found in losses.values() if found is not None]
-        late = None
-        if len(begun) < len(seeds):
-            late = (
-                f"{len(seeds) - len(begun)} of {len(seeds)} models did not fall to {BEGUN} nats per byte, or "
-                "have a layout whose loss is not finite."
-            )
-        repaired = {
-            seed: _Repaired.of(chosen.repairs(seed, found), found, results)
+        repaired = [
+            _Repaired.of(chosen.repairs(seed, found), found, results)
             for seed, found in losses.items() if found is not None
-        }  # fmt: skip
-        done = [repair for repair in repaired.values() if repair is not None]
+        ]  # fmt: skip
+        known = [found for found in losses.values() if found is not None]
+        done = [repair for repair in repaired if repair is not None]
         is_repaired = len(done) == len(seeds)
-        by_ranking = {
-            name: [mean_regret(found, CHOICES[name](found)) for found in known] for name in RANKINGS
-        }
-        verdicts = [
-            _judge_regret(claim, known, name, late)
-            for claim, name in zip((ONE_AT_A_TIME, GREEDY), RANKINGS, strict=True)
-        ]
-        verdicts.append(_judge_repair(done, late) if is_repaired or late else not_measured(REPAIR))
+        late = len(seeds) - sum(found[-1] <= BEGUN for found in known)
+        if late:
+            text = (
+                f"{late} of {len(seeds)} models did not fall to {BEGUN} nats per byte, or have a layout "
+                "whose loss is not finite."
+            )
+            verdicts = [Verdict(claim, Outcome.NOT_REACHED, text) for claim in self.claims]
+        else:
+            verdicts = [
+                _judge_regret(claim, known, name)
+                for claim, name in zip((ONE_AT_A_TIME, GREEDY), RANKINGS, strict=True)
+            ]
+            verdicts.append(_judge_repair(done) if is_repaired else not_measured(REPAIR))
         pending = sum(verdict.outcome is Outcome.NOT_MEASURED for verdict in verdicts)
-        predictions = {name: {"regret": prediction_interval(values)} for name, values in by_ranking.items()}
+        predictions = {
+            name: {"regret": prediction_interval(mean_regret(found, CHOICES[name](found)) for found in known)}
+            for name in RANKINGS
+        }
         if is_repaired:
             predictions["repair"] = {
                 "rank_correlation": prediction_interval(repair.correlation for repair in done)
@@ -374,9 +375,7 @@ class _Repaired:
         return None if None in found else fmean(found)
 
 
-def _judge_regret(claim: Claim, known: Sequence[Losses], ranking: str, late: str | None) -> Verdict:
-    if late is not None:
-        return Verdict(claim, Outcome.NOT_REACHED, late)
+def _judge_regret(claim: Claim, known: Sequence[Losses], ranking: str) -> Verdict:
     choose = CHOICES[ranking]
     regret = confidence_interval(mean_regret(losses, choose(losses)) for losses in known)
     by_count = zip(*(regrets(losses, choose(losses))[1:-1] for losses in known), strict=True)
@@ -386,14 +385,12 @@ def _judge_regret(claim: Claim, known: Sequence[Losses], ranking: str, late: str
         f"Loss with all heads global {mean_text(losses[-1] for losses in known)}, "
         f"with none {mean_text(losses[0] for losses in known)}."
     )
-    outcome = _outcome(regret, TOLERANCE, is_below=True)
+    outcome = judge_below(regret, TOLERANCE, TOLERANCE)
     here = f"mean regret {difference_text(regret)} nats per byte"
     return Verdict(claim, outcome, evidence, regret.p_value(TOLERANCE), here)
 
 
-def _judge_repair(done: Sequence[_Repaired], late: str | None) -> Verdict:
-    if late is not None:
-        return Verdict(REPAIR, Outcome.NOT_REACHED, late)
+def _judge_repair(done: Sequence[_Repaired]) -> Verdict:
     correlation = confidence_interval(repair.correlation for repair in done)
     after = (
         f"{name} {difference_text(confidence_interval(repair.regret(name) for repair in done))}"
@@ -403,16 +400,9 @@ def _judge_repair(done: Sequence[_Repaired], late: str | None) -> Verdict:
         f"Rank correlation {difference_text(correlation)}. Loss after the repair minus that of the layouts "
         f"that were best before it, nats per byte: {', '.join(after)}."
     )
-    outcome = _outcome(correlation, CORRELATION, is_below=False)
+    outcome = judge_above(correlation, CORRELATION)
     here = f"rank correlation {difference_text(correlation)}"
     return Verdict(REPAIR, outcome, evidence, correlation.p_value(CORRELATION), here)
-
-
-def _outcome(interval: Interval, limit: float, is_below: bool) -> Outcome:
-    """Judge whether an interval lies on the claimed side of a limit."""
-    below, above = interval.high < limit, interval.low > limit
-    shown, against = (below, above) if is_below else (above, below)
-    return Outcome.SHOWN if shown else Outcome.CONTRADICTED if against else Outcome.NOT_SHOWN
 
 
 def _heads_text(layout: int, config: LongShortConfig) -> str:

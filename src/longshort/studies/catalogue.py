@@ -159,7 +159,7 @@ class StudiesRun:
 
     file: Path
     verdicts: Mapping[str, Sequence[Verdict]]
-    is_done: bool = True
+    is_done: bool
 
 
 def run_studies(settings: StudySettings, progress: StudyProgress | None = None) -> StudiesRun:

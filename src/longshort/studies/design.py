@@ -16,11 +16,29 @@ from longshort.model import kv_bytes
 from longshort.reporting.intervals import Interval, confidence_interval, slope
 from longshort.reporting.page import Figure, Section, Table, number
 from longshort.reporting.plots import draw_intervals, draw_points
-from longshort.studies.framework.comparison import ArmResults, Arms, difference_text, judge, measure_arms
-from longshort.studies.framework.study import Claim, Findings, Outcome, Plan, Results, Scale, Verdict, unique
-from longshort.studies.framework.sweep import Arm, Rate, plan_arms
+from longshort.studies.framework.comparison import (
+    ArmResults,
+    Arms,
+    difference_text,
+    edge_text,
+    measure_arms,
+    weaker,
+)
+from longshort.studies.framework.study import (
+    Claim,
+    Findings,
+    Outcome,
+    Plan,
+    Results,
+    Scale,
+    Verdict,
+    not_measured,
+    unique,
+)
+from longshort.studies.framework.sweep import RATES, Arm, plan_arms
 from longshort.studies.language.arms import (
     LS,
+    LS_LOCAL_ROPE,
     LS_ROPE,
     MHSA,
     MHSA_ROPE,
@@ -43,7 +61,7 @@ from longshort.studies.language.measures import (
 from longshort.studies.language.trial import LanguageStudy
 
 TOLERANCE = 0.02
-"""Losses that differ by less than this, in nats per byte, are called alike."""
+"""A layout whose loss is within this of the lowest, in nats per byte, may be recommended."""
 
 _CACHE_LENGTH = 32_768
 
@@ -69,8 +87,7 @@ def _windows(*sizes: int) -> tuple[Variant, ...]:
 
 
 MIXED = LS.with_model("windows 8, 16, 64", layouts=[[8, 16, 64, None]] * 2)
-NO_POSITIONS = LS_ROPE.with_model("LS + RoPE, none on global heads", global_position_embedding="none")
-POSITIONS = (LS_ROPE, MHSA_ROPE, NO_POSITIONS)
+POSITIONS = (LS_ROPE, MHSA_ROPE, LS_LOCAL_ROPE)
 BOTTOM = LS.with_model("2 global heads, bottom layer", num_global_heads=[2, 0])
 TOP = LS.with_model("2 global heads, top layer", num_global_heads=[0, 2])
 DEEP = LS.with_model("4 layers, 1 global head each", num_hidden_layers=4)
@@ -126,7 +143,7 @@ class Design(LanguageStudy):
     claims = (SPREAD,)
     scales: Mapping[Scale, _Scale] = {
         "smoke": _Scale(
-            tiny(128, batch=2, steps=12, rates=(1e-2,)), 2, (BOTTOM,), (*_counts(0), NO_POSITIONS),
+            tiny(128, batch=2, steps=12, rates=(1e-2,)), 2, (BOTTOM,), (*_counts(0), LS_LOCAL_ROPE),
             {"lengths": [128], "depths": [0.5], "samples": 2},
         ),
         "laptop": _Scale(
@@ -165,28 +182,26 @@ class Design(LanguageStudy):
 def _judge_spread(chosen: _Scale, arms: Arms) -> Verdict:
     reference, gathered = chosen.spread.name, [variant.name for variant in chosen.gathered]
 
-    def differences(rate: Rate) -> list[Interval]:
-        return [loss_difference(arms[name], arms[reference], rate) for name in gathered]
-
-    def evidence() -> str:
-        at_flops = [loss_difference_at_equal_flops(arms[name], arms[reference]) for name in gathered]
-        texts = [
-            f"{name}: {difference_text(best)} at the best rates, {difference_text(lower)} at the next lower "
-            f"ones, {difference_text(equal)} at equal FLOPs"
-            for name, best, lower, equal in zip(
-                gathered, differences("best"), differences("lower"), at_flops, strict=True
-            )
-        ]
-        return f"Validation loss minus that of {reference}, nats per byte. {'; '.join(texts)}."
-
-    def here() -> str:
-        return "; ".join(
-            f"{name}: {difference_text(change)} nats"
-            for name, change in zip(gathered, differences("best"), strict=True)
-        )
-
     needed = [reference, *gathered]
-    return judge(SPREAD, arms, needed, lambda rate: _spread_outcome(differences(rate)), evidence, here)
+    if any(name not in arms for name in needed):
+        return not_measured(SPREAD)
+    at_best, at_lower = (
+        [loss_difference(arms[name], arms[reference], rate) for name in gathered] for rate in RATES
+    )
+    at_flops = [loss_difference_at_equal_flops(arms[name], arms[reference]) for name in gathered]
+    texts = [
+        f"{name}: {difference_text(best)} at the best rates, {difference_text(lower)} at the next lower "
+        f"ones, {difference_text(equal)} at equal FLOPs"
+        for name, best, lower, equal in zip(gathered, at_best, at_lower, at_flops, strict=True)
+    ]
+    evidence = f"Validation loss minus that of {reference}, nats per byte. {'; '.join(texts)}."
+    here = (f"{name}: {difference_text(best)} nats" for name, best in zip(gathered, at_best, strict=True))
+    return Verdict(
+        SPREAD,
+        weaker(_spread_outcome(at_best), _spread_outcome(at_lower)),
+        evidence + edge_text(arms[name] for name in needed),
+        here="; ".join(here),
+    )
 
 
 def _spread_outcome(intervals: Sequence[Interval]) -> Outcome:

@@ -3,13 +3,12 @@ a control without verdicts; the study `progress` judges the claims."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longshort.reporting.intervals import Interval, confidence_interval, log_or_none, slope_interval
+from longshort.reporting.intervals import Interval, confidence_interval, log_slopes
 from longshort.reporting.page import Figure, Section, Table
 from longshort.reporting.plots import Panel, draw_curves, draw_points
 from longshort.studies.framework.comparison import ArmResults, Arms, difference_text, measure_arms
@@ -36,7 +35,7 @@ class _Scale:
 
     @property
     def arms(self) -> list[Arm]:
-        """Return MHSA in both budgets, and the other variants at equal tokens a step."""
+        """Return MHSA and MHSA + RoPE in both budgets, and the other variants at equal tokens a step."""
         return [
             self._at_length(variant, budget, length)
             for variant in (MHSA, LS, *self.controls)
@@ -103,9 +102,7 @@ def _series(chosen: _Scale, arms: Arms, variant: Variant, budget: str) -> Series
 
 def _slope(series: Series, quantity: str) -> Interval:
     """Compute the slope of log value over log length, over seeds."""
-    values = {math.log(length): arm.values(quantity) for length, arm in series.items()}
-    seeds = next(iter(values.values()))
-    return slope_interval([[(x, log_or_none(row[seed])) for x, row in values.items()] for seed in seeds])
+    return confidence_interval(log_slopes({n: arm.values(quantity) for n, arm in series.items()}).values())
 
 
 def _slope_sections(series: Mapping[tuple[str, str], Series]) -> list[Section]:

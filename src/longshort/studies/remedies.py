@@ -17,10 +17,20 @@ from longshort.reporting.plots import Panel, draw_curves, draw_points
 from longshort.studies.framework.comparison import ArmResults, Arms, interval_text, measure_arms
 from longshort.studies.framework.study import Findings, Plan, Results, Scale, Trial, Workplace, unique
 from longshort.studies.framework.sweep import Arm, plan_arms
-from longshort.studies.language.arms import DEEP_LS, HYBRID, LS, MHSA, Setting, Variant, paper_base, tiny
+from longshort.studies.language.arms import (
+    DEEP_LS,
+    HYBRID,
+    LS,
+    MHSA,
+    QK_NORM,
+    Setting,
+    Variant,
+    paper_base,
+    tiny,
+)
+from longshort.studies.language.equal_progress import cost_to_reach
 from longshort.studies.language.measures import (
     arm_table,
-    cost_to_reach,
     curves,
     good_decades,
     loss_difference,
@@ -33,17 +43,18 @@ from longshort.studies.language.measures import (
 from longshort.studies.language.trial import LanguageStudy
 
 FP32 = Variant("MHSA, fp32", {"attention_precision": "fp32"}, {**MHSA.train, "precision": "fp32"})
-QK_NORM = MHSA.with_model("MHSA + QK-norm", qk_norm=True)
-PAPER_ARMS = (LS, MHSA, FP32, QK_NORM)
-"""The paper's four arms; LS and MHSA are in bf16."""
-
-FURTHER_ARMS = (
+VARIANTS = (
+    LS,
+    MHSA,
+    FP32,
+    QK_NORM,
     LS.with_model("LS + QK-norm", qk_norm=True),
     MHSA.with_train("MHSA + QK-clip", qk_clip=30.0),
     MHSA.with_model("MHSA + softcap", softcap=30.0),
     MHSA.with_train("MHSA + z-loss", z_loss=1e-4),
     MHSA.with_model("MHSA + sink logits", sink_logits=True),
 )
+"""The paper's four, of which LS and MHSA are in bf16, and further ones."""
 
 PIECES = 10_000
 PEAK_TFLOPS = {"bf16": 312.0, "fp32": 19.5}
@@ -54,30 +65,27 @@ PEAK_TFLOPS = {"bf16": 312.0, "fp32": 19.5}
 class _Scale:
     setting: Setting
     seeds: int
-    variants: Sequence[Variant] = PAPER_ARMS
+    deep: Sequence[Variant] = ()
 
     @property
     def arms(self) -> list[Arm]:
-        return self.setting.arms(self.variants)
+        return self.setting.arms((*VARIANTS, *self.deep))
 
 
 class Remedies(LanguageStudy):
-    """A comparison of LS-attention and other remedies: perplexity, cost, sensitivity to the learning rate.
-    The claim is judged by `progress`."""
+    """A comparison of LS-attention and other remedies: perplexity, cost, sensitivity to the learning rate."""
 
     name = "remedies"
     title = "LS-attention against other remedies (figure 5)"
     claims = ()
     scales: Mapping[Scale, _Scale] = {
-        "smoke": _Scale(
-            tiny(64, batch=2, steps=12, rates=(1e-2,)), seeds=2, variants=(*PAPER_ARMS, *FURTHER_ARMS)
-        ),
+        "smoke": _Scale(tiny(64, batch=2, steps=12, rates=(1e-2,)), seeds=2),
         "overnight": _Scale(
             tiny(2048, batch=2, steps=3000, rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
             seeds=5,
-            variants=(*PAPER_ARMS, *FURTHER_ARMS, DEEP_LS, HYBRID),
+            deep=(DEEP_LS, HYBRID),
         ),
-        "paper": _Scale(paper_base(8192), seeds=3, variants=(*PAPER_ARMS, *FURTHER_ARMS)),
+        "paper": _Scale(paper_base(8192), seeds=3),
     }
 
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:

@@ -12,7 +12,6 @@ from longshort.studies.framework.comparison import (
     edge_text,
     holm,
     interval_text,
-    judge,
     judge_below,
     measure_arms,
     rate_text,
@@ -61,16 +60,6 @@ def test_values_are_those_of_each_arms_own_rate():
     assert arms[LS.name].settings["train"]["learning_rate"] == 3e-3
 
 
-def test_a_claim_waits_for_its_arms_and_must_hold_at_both_rates():
-    results = filled(lambda trial: 2.0)
-    arms = measure_arms(ARMS, SEEDS, results)
-    by_rate = {"best": Outcome.SHOWN, "lower": Outcome.PARTLY}
-    verdict = judge(CLAIM, arms, (LS.name,), by_rate.__getitem__, lambda: "Numbers.")
-    assert (verdict.outcome, verdict.evidence) == (Outcome.PARTLY, "Numbers.")
-    missing = judge(CLAIM, arms, (LS.name, "RoPE"), by_rate.__getitem__, lambda: "Numbers.")
-    assert (missing.outcome, missing.evidence) == (Outcome.NOT_MEASURED, "The trials are not done.")
-
-
 def test_edges_are_named_in_the_evidence():
     inside = measure_arms(ARMS, SEEDS, filled(lambda trial: 2.0))
     assert edge_text(inside.values()) == ""
@@ -78,8 +67,6 @@ def test_edges_are_named_in_the_evidence():
     at_edge = measure_arms(ARMS, SEEDS, falling)
     assert edge_text([at_edge[LS.name]]) == " Best rate at the edge of the sweep: LS (1e-4)."
     assert at_edge[LS.name].sweep.lower == 3e-5  # the next lower rate is run all the same
-    verdict = judge(CLAIM, at_edge, (LS.name,), lambda rate: Outcome.SHOWN, lambda: "Numbers.")
-    assert verdict.evidence == "Numbers. Best rate at the edge of the sweep: LS (1e-4)."
 
 
 @pytest.mark.parametrize(

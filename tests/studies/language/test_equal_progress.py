@@ -105,9 +105,9 @@ def test_the_sign_test_is_binomial(first, second):
 
 
 def test_alike_means_within_a_factor():
-    assert is_alike(Interval(1.0, 0.95, 1.06, 3), 1.1)
-    assert not is_alike(Interval(1.0, 0.8, 1.06, 3), 1.1)
-    assert not is_alike(Interval(1.0, -math.inf, math.inf, 1), 1.1)
+    assert is_alike(Interval(1.0, 0.95, 1.06, 3))
+    assert not is_alike(Interval(1.0, 0.8, 1.06, 3))
+    assert not is_alike(Interval(1.0, -math.inf, math.inf, 1))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from tests.studies.planted import language_result
 from longshort.studies.framework.comparison import ArmResults, measure_arms
 from longshort.studies.framework.sweep import plan_arms, sweep
 from longshort.studies.language.arms import LS, MHSA, tiny
+from longshort.studies.language.equal_progress import cost_to_reach
 from longshort.studies.language.measures import (
     arm_table,
-    cost_to_reach,
     curves,
     good_decades,
     loss_at_flops,

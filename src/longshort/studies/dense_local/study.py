@@ -28,7 +28,7 @@ from longshort.studies.dense_local.arms import (
 from longshort.studies.dense_local.findings import sections
 from longshort.studies.dense_local.layer import run_layer_fit
 from longshort.studies.dense_local.task import LOSS_FLOOR, PLATEAU_FALL, Fit, run_fit
-from longshort.studies.framework.comparison import judge_twice, rate_text
+from longshort.studies.framework.comparison import rate_text, weaker
 from longshort.studies.framework.study import (
     Claim,
     Findings,
@@ -42,7 +42,7 @@ from longshort.studies.framework.study import (
     Workplace,
     unique,
 )
-from longshort.studies.framework.sweep import RATES, Rate, plan_arms, sweep
+from longshort.studies.framework.sweep import RATES, plan_arms, sweep
 
 _RULE = (
     "In each combination of l'/d (½, 1, 4) and w/l' (1, 2, 4) the 95 % interval over paired seeds of the log "
@@ -153,27 +153,24 @@ def _judge(
             here=f"{len(late)} of {fits} fits did not reach a plateau",
         )
 
-    def ratios(rate: Rate) -> list[Interval | None]:
-        return list(grid_ratios(scale, found, quantity, rate).values())
-
-    def text(rate: Rate) -> str:
-        known = [interval for interval in ratios(rate) if interval is not None]
-        speak_for, against = speaking(known)
-        missing = len(ratios(rate)) - len(known)
-        rates = "the global side's best" if rate == "best" else "the next lower"
-        return f"at {rates} rates lower in {speak_for} and higher in {against}" + (
-            f", {missing} not run" if missing else ""
-        )
-
-    def evidence() -> str:
-        count = len(ratios("best"))
-        return f"Local attention's {word}, of {count} combinations: {'; '.join(map(text, RATES))}."
-
-    def here() -> str:
-        speak_for, against = speaking([interval for interval in ratios("best") if interval is not None])
-        return f"lower in {speak_for} and higher in {against} of {len(ratios('best'))} combinations"
-
-    return judge_twice(claim, lambda rate: outcome(ratios(rate)), evidence, here)
+    ratios = {rate: list(grid_ratios(scale, found, quantity, rate).values()) for rate in RATES}
+    texts = {}
+    for rate, intervals in ratios.items():
+        speak_for, against = speaking([interval for interval in intervals if interval is not None])
+        texts[rate] = f"lower in {speak_for} and higher in {against}"
+    words = {"best": "the global side's best", "lower": "the next lower"}
+    missing = {rate: intervals.count(None) for rate, intervals in ratios.items()}
+    told = (
+        f"at {words[rate]} rates {text}" + (f", {missing[rate]} not run" if missing[rate] else "")
+        for rate, text in texts.items()
+    )
+    count = len(ratios["best"])
+    return Verdict(
+        claim,
+        weaker(*map(outcome, ratios.values())),
+        f"Local attention's {word}, of {count} combinations: {'; '.join(told)}.",
+        here=f"{texts['best']} of {count} combinations",
+    )
 
 
 def off_plateau(found: Mapping[Pair, MeasuredPair]) -> tuple[list[str], int]:

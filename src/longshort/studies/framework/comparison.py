@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from longshort.reporting.intervals import Interval, confidence_interval, paired_difference, paired_log_ratio
 from longshort.reporting.page import number
-from longshort.studies.framework.study import Claim, Outcome, Results, Verdict, not_measured
+from longshort.studies.framework.study import Outcome, Results, Verdict
 from longshort.studies.framework.sweep import RATES, Arm, Rate, Sweep, sweep
 
 
@@ -91,50 +91,16 @@ def difference(first: ArmResults, second: ArmResults, quantity: str, rate: Rate 
     return paired_difference(first.values(quantity, rate), second.values(quantity, rate))
 
 
-def judge(
-    claim: Claim,
-    arms: Arms,
-    needed: Sequence[str],
-    rule: Callable[[Rate], Outcome],
-    evidence: Callable[[], str],
-    here: Callable[[], str] = str,
-) -> Verdict:
-    """Judge a claim by the weaker of its outcomes at the best rates and at the next lower ones.
-
-    Args:
-        claim: the claim.
-        arms: arms whose trials are done; sweeps that end at an edge are named in the evidence.
-        needed: names of the arms without which the claim is not judged.
-        rule: returns the outcome at one choice of rates.
-        evidence: returns the numbers in words.
-        here: returns those of them that say most.
-    """
-    if any(name not in arms for name in needed):
-        return not_measured(claim)
-    return judge_twice(claim, rule, lambda: evidence() + edge_text(arms[name] for name in needed), here)
-
-
-def judge_twice(
-    claim: Claim,
-    rule: Callable[[Rate], Outcome],
-    evidence: Callable[[], str],
-    here: Callable[[], str] = str,
-) -> Verdict:
-    """Judge a claim by the weaker of its outcomes at the two choices of rates."""
-    return Verdict(claim, weaker(*map(rule, RATES)), evidence(), here=here())
-
-
-def holm(verdicts: Sequence[Verdict], pending: int, level: float = 0.05) -> list[Verdict]:
+def holm(verdicts: Sequence[Verdict], pending: int) -> list[Verdict]:
     """Correct the verdicts of one study for their number (Holm, 1979).
 
     The k-th smallest of m p-values becomes (m − k + 1) times as large, and at least as large as those before
-    it. A verdict that says something and whose p-value is then above the level is not shown.
+    it. A verdict that says something and whose p-value is then above 0.05 is not shown.
 
     Args:
         verdicts: the verdicts of all claims of the study.
         pending: number of claims whose trials are not done yet. They count as tests, so that no verdict whose
             own trials are done is taken back when those of others are.
-        level: chance of one verdict or more that says something wrong.
     """
     tested = sorted((v for v in verdicts if v.p is not None), key=lambda v: v.p or 0.0)
     tests = len(tested) + pending
@@ -148,7 +114,7 @@ def holm(verdicts: Sequence[Verdict], pending: int, level: float = 0.05) -> list
     for verdict in verdicts:
         if verdict.p is not None:
             p = adjusted[verdict.claim.id]
-            if verdict.outcome.is_claim and p > level:
+            if verdict.outcome.is_claim and p > 0.05:
                 text = (
                     f" The outcome would be {verdict.outcome.value!r}, but its p-value, {verdict.p:.2g}, is "
                     f"{p:.2g} after Holm's correction for {tests} test{'s' if tests > 1 else ''}."
@@ -176,6 +142,13 @@ def judge_below(interval: Interval, shown: float, partly: float) -> Outcome:
     if interval.high < partly:
         return Outcome.PARTLY
     return Outcome.CONTRADICTED if interval.low > partly else Outcome.NOT_SHOWN
+
+
+def judge_above(interval: Interval, bound: float = 0.0) -> Outcome:
+    """Judge an interval: shown if above a bound, contradicted if below."""
+    if interval.low > bound:
+        return Outcome.SHOWN
+    return Outcome.CONTRADICTED if interval.high < bound else Outcome.NOT_SHOWN
 
 
 def edge_text(arms: Iterable[ArmResults]) -> str:

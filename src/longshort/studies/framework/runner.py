@@ -252,7 +252,7 @@ def _work(connection: Connection) -> None:
             study, trial, workplace = connection.recv()
         except (EOFError, ConnectionError):
             return
-        torch.set_num_threads(workplace.threads)
+        torch.set_num_threads(1)
         started = time.perf_counter()
 
         def report(share: float) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
@@ -22,7 +22,6 @@ from longshort.reporting.intervals import Interval
 from longshort.reporting.page import Section
 
 Scale = Literal["smoke", "laptop", "overnight", "gpu", "paper"]
-SCALES: tuple[Scale, ...] = get_args(Scale)
 """The scales; few studies have all of them. smoke: only tests that the study runs, in seconds. laptop: the
 trials that decide the verdicts, within about 90 minutes a study on 2 cores. overnight: controls and
 interventions too, 3 to 5 seeds. gpu: the author's small model for minutes on one GPU. paper: the
@@ -181,7 +180,6 @@ class Workplace:
         folder: the folder of all studies of one scale, with the corpora and training runs that they share.
         source: the corpus, as for `longshort data`.
         tokenizer: "bytes" or "bpe" (10,000 pieces, as in the paper).
-        threads: CPU threads of one trial.
         device: "cpu", "cuda" or "auto".
         report_progress: called with the share of the trial that is done, 0 ... 1.
     """
@@ -189,7 +187,6 @@ class Workplace:
     folder: Path
     source: str
     tokenizer: str = "bytes"
-    threads: int = 1
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     report_progress: Callable[[float], None] = _ignore_progress
 

@@ -1,8 +1,8 @@
 """Arms, the sweeps that find their learning rates, and the plan of their trials.
 
-To make comparisons fair, every arm has its own sweep, run in full on the first seed. The arm is then run on
-all seeds at its best rate and, if verdicts depend on it, at the next lower one: rates that diverge later look
-good in short runs.
+To make comparisons fair, every arm has its own sweep, or that of the arm it names, run in full on the first
+seed. The arm is then run on all seeds at its best rate and, if verdicts depend on it, at the next lower one:
+rates that diverge later look good in short runs.
 """
 
 from __future__ import annotations

@@ -201,10 +201,10 @@ def _deviation(auroc: float, counts: Sequence[tuple[int, int]]) -> float:
     return math.sqrt(variance) / sum(positives * negatives for positives, negatives in counts)
 
 
-def threshold(sound: Sequence[Run], share: float = FALSE_ALARMS) -> float:
-    """Return the lowest score that at most a share of the sound runs exceed."""
+def threshold(sound: Sequence[Run]) -> float:
+    """Return the lowest score that at most a share `FALSE_ALARMS` of the sound runs exceed."""
     highest = sorted((run.highest() for run in sound), reverse=True)
-    return highest[math.floor(share * len(highest))]
+    return highest[math.floor(FALSE_ALARMS * len(highest))]
 
 
 def lead_time(run: Run, limit: float) -> int:
@@ -225,8 +225,8 @@ def judge_alarms(results: RatedResults, after: int) -> Verdict:
         return not_measured(WARNING)
     counts = at_mixed_rates((rate, result["diverged_from"] is not None) for rate, result in results)
     mixed = [sum(group) for group in zip(*counts, strict=True)] or [0, 0]
+    diverged = sum(result["diverged_from"] is not None for _, result in results)
     if min(mixed) < LEAST_RUNS:
-        diverged = sum(result["diverged_from"] is not None for _, result in results)
         return not_measured(
             WARNING,
             f"{diverged} of {len(results)} runs that began to learn diverged; at rates at which some do and "
@@ -241,7 +241,6 @@ def judge_alarms(results: RatedResults, after: int) -> Verdict:
     p = min(1.0, len(ALARMS) * min(found.p_separating for found in tested))
     if not useful and all(found.is_late for found in evaluations.values()):
         outcome, p = Outcome.CONTRADICTED, max(found.p_late for found in evaluations.values())
-    diverged = len(next(iter(evaluations.values())).leads)
     texts = [
         f"{alarm}: AUROC {_auroc_text(found)} at equal rates, {number(found.auroc_at_all_rates)} over all; "
         f"in time in {found.in_time} of {diverged} runs, median lead {median(found.leads):g} steps"

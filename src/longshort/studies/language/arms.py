@@ -1,8 +1,7 @@
 """The language models that studies compare, and the settings in which they are trained.
 
-Arms of one seed start from the same weights and see the same batches, at equal steps and a constant rate
-after the warm-up. Variants and settings that several studies use are defined here, so that the studies share
-the trials too.
+Arms of one seed start from the same weights and see the same batches, at equal steps and schedules. Variants
+and settings that several studies use are defined here, so that the studies share the trials too.
 """
 
 from __future__ import annotations
@@ -106,6 +105,8 @@ MHSA = Variant("MHSA", train={"mhsa": True})
 
 MHSA_ROPE = MHSA.with_model("MHSA + RoPE", position_embedding="rope")
 LS_ROPE = LS.with_model("LS + RoPE", position_embedding="rope")
+LS_LOCAL_ROPE = LS_ROPE.with_model("LS + RoPE, none on global heads", global_position_embedding="none")
+QK_NORM = MHSA.with_model("MHSA + QK-norm", qk_norm=True)
 DEEP_LS = LS.with_model("LS, 4 layers", num_hidden_layers=4)
 HYBRID = LS.with_model("hybrid by layers, 4 layers", num_hidden_layers=4, num_global_heads=[0, 0, 0, 4])
 """A variant with as many global heads as `DEEP_LS`, all in the last layer, as in Gemma 3."""

@@ -13,9 +13,8 @@ from typing import Any
 from longshort.reporting.intervals import (
     Interval,
     confidence_interval,
-    log_or_none,
+    log_slopes,
     paired_log_ratio,
-    slope,
 )
 from longshort.studies.framework.comparison import ArmResults, Arms, interval_text, judge_below
 from longshort.studies.framework.study import Claim, Outcome, Verdict, not_measured
@@ -62,8 +61,15 @@ def step_at(result: Result, loss: float) -> float | None:
     return None
 
 
+def cost_to_reach(result: Result, loss: float, unit: str) -> float | None:
+    """Compute what a run had spent, in "tokens" or "flops", when its validation loss first was as low, before
+    the rate decays; None if it never is."""
+    step = step_at(result, loss)
+    return None if step is None else step * result[f"{unit}_per_step"]
+
+
 def at_loss(result: Result, quantity: str, loss: float) -> float | None:
-    """Interpolate the logarithm of a quantity of the probe where the validation loss first is as low.
+    """Read off a quantity of the probe where the validation loss first is as low; None if it never is.
 
     Args:
         result: a result of `train_language_model`.
@@ -75,9 +81,9 @@ def at_loss(result: Result, quantity: str, loss: float) -> float | None:
 
 
 def at_step(result: Result, quantity: str, step: float) -> float | None:
-    """Interpolate the logarithm of a quantity of the probe at a step; None if it is not known there."""
+    """Interpolate a quantity of the probe at a step, geometrically; None if it is not known there."""
     before: tuple[float, float] | None = None
-    for at, value in zip(result["probe"]["step"], result["probe"][quantity], strict=True):
+    for at, value in curve_of(result, quantity):
         if value is None or value <= 0:
             return None
         if at >= step:
@@ -87,6 +93,14 @@ def at_step(result: Result, quantity: str, step: float) -> float | None:
             return before[1] ** (1 - share) * value**share
         before = (at, value)
     return None
+
+
+def curve_of(result: Result, name: str) -> list[tuple[float, float | None]]:
+    """Return the points (step, value) of a curve: "validation_curve", "copying_curve", or a quantity of the
+    probe."""
+    if name.endswith("_curve"):
+        return [(step, value) for step, value in result[name]]
+    return list(zip(result["probe"]["step"], result["probe"][name], strict=True))
 
 
 def is_stuck(result: Result) -> bool:
@@ -101,13 +115,14 @@ def losses_reached(results: Iterable[Result], losses: Sequence[float] = LOSSES) 
     return [loss for loss in losses if all(step_at(result, loss) is not None for result in results)]
 
 
+def values_at_loss(arm: ArmResults, quantity: str, loss: float) -> dict[int, float | None]:
+    """Read off a quantity of the probe where the validation loss first is as low, by seed."""
+    return {seed: at_loss(result, quantity, loss) for seed, result in arm.by_rate["best"].items()}
+
+
 def log_ratio_at_loss(first: ArmResults, second: ArmResults, quantity: str, loss: float) -> Interval:
     """Compute the paired log-ratio of a quantity of the probe of two arms at equal loss."""
-    sides = [
-        {seed: at_loss(result, quantity, loss) for seed, result in arm.by_rate["best"].items()}
-        for arm in (first, second)
-    ]
-    return paired_log_ratio(*sides)
+    return paired_log_ratio(*(values_at_loss(arm, quantity, loss) for arm in (first, second)))
 
 
 def log_ratio_at_cost(first: ArmResults, second: ArmResults, quantity: str, unit: str) -> Interval:
@@ -132,11 +147,10 @@ def log_ratio_at_cost(first: ArmResults, second: ArmResults, quantity: str, unit
 
 def log_cost_ratio_at_loss(first: ArmResults, second: ArmResults, unit: str, loss: float) -> Interval:
     """Compute the paired log-ratio of the "tokens" or "flops" that two arms spend to reach a loss."""
-    sides = []
-    for arm in (first, second):
-        steps = {seed: step_at(result, loss) for seed, result in arm.by_rate["best"].items()}
-        per_step = arm.results()[0][f"{unit}_per_step"]
-        sides.append({seed: None if step is None else step * per_step for seed, step in steps.items()})
+    sides = (
+        {seed: cost_to_reach(result, loss, unit) for seed, result in arm.by_rate["best"].items()}
+        for arm in (first, second)
+    )
     return paired_log_ratio(*sides)
 
 
@@ -169,8 +183,8 @@ def judge_at_losses(
     needed: Sequence[str],
     decide: Decision,
     evidence: Callable[[Sequence[float]], str],
+    here: Callable[[float], str],
     losses: Sequence[float] = LOSSES,
-    here: Callable[[float], str] | None = None,
 ) -> Verdict:
     """Judge a claim at the losses that all runs of the needed arms reach.
 
@@ -183,8 +197,8 @@ def judge_at_losses(
         needed: names of the arms without which the claim is not judged.
         decide: returns the outcome and its p-value, from the losses that were reached.
         evidence: returns the numbers in words, from the losses that were reached.
-        losses: the losses, nats per byte.
         here: returns the number at one loss that says most.
+        losses: the losses, nats per byte.
     """
     if any(name not in arms for name in needed):
         return not_measured(claim)
@@ -199,7 +213,7 @@ def judge_at_losses(
     if all(len(runs) < 2 for runs in results.values()):
         return not_measured(claim, ONE_SEED)
     outcome, p = decide(reached)
-    return Verdict(claim, outcome, evidence(reached), p, here="" if here is None else at_ends(here, reached))
+    return Verdict(claim, outcome, evidence(reached), p, here=at_ends(here, reached))
 
 
 def at_ends(text: Callable[[float], str], losses: Sequence[float]) -> str:
@@ -234,9 +248,9 @@ def ratios_text(first: ArmResults, second: ArmResults, quantity: str, losses: Se
     return ", ".join(f"{interval_text(interval)} at {loss}" for loss, interval in ratios.items())
 
 
-def is_alike(interval: Interval, factor: float) -> bool:
-    """Return whether a ratio is shown to be alike: its interval lies between 1/factor and factor."""
-    return interval.is_known and interval.low > 1 / factor and interval.high < factor
+def is_alike(interval: Interval) -> bool:
+    """Return whether a ratio is shown to be alike: its interval lies within a factor `ALIKE` of 1."""
+    return interval.is_known and interval.low > 1 / ALIKE and interval.high < ALIKE
 
 
 def sign_test(first: int, second: int) -> float:
@@ -253,14 +267,7 @@ def sign_test(first: int, second: int) -> float:
 def slopes_at_loss(by_size: Mapping[int, ArmResults], quantity: str, loss: float) -> dict[int, float | None]:
     """Compute the slope of log quantity over log size, such as the length, at equal loss, by seed; None where
     a value is missing."""
-    rows = {
-        math.log(size): {
-            seed: log_or_none(at_loss(result, quantity, loss)) for seed, result in arm.by_rate["best"].items()
-        }
-        for size, arm in by_size.items()
-    }
-    seeds = next(iter(rows.values()))
-    return {seed: slope([(x, row[seed]) for x, row in rows.items()]) for seed in seeds}
+    return log_slopes({size: values_at_loss(arm, quantity, loss) for size, arm in by_size.items()})
 
 
 def slope_at_loss(by_size: Mapping[int, ArmResults], quantity: str, loss: float) -> Interval:
@@ -268,22 +275,15 @@ def slope_at_loss(by_size: Mapping[int, ArmResults], quantity: str, loss: float)
     return confidence_interval(slopes_at_loss(by_size, quantity, loss).values())
 
 
-def judge_above_zero(interval: Interval) -> Outcome:
-    """Judge a number that is claimed to be above 0: contradicted if below."""
-    if interval.low > 0:
-        return Outcome.SHOWN
-    return Outcome.CONTRADICTED if interval.high < 0 else Outcome.NOT_SHOWN
-
-
 def p_above_zero(interval: Interval, outcome: Outcome) -> float:
-    """Compute the p-value with which a number speaks for an outcome of `judge_above_zero`."""
+    """Compute the p-value with which a number speaks for an outcome of `judge_above`."""
     return interval.p_below(0.0) if outcome is Outcome.CONTRADICTED else interval.p_above(0.0)
 
 
 def judge_ratio(interval: Interval, shown: float) -> Outcome:
     """Judge a ratio at one loss that is claimed to be below `shown`, at most 1. One that is alike counts as
     alike, also if its interval is below 1."""
-    if is_alike(interval, ALIKE):
+    if is_alike(interval):
         return Outcome.CONTRADICTED
     return judge_below(interval, shown, 1.0)
 

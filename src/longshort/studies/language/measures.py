@@ -25,7 +25,6 @@ from longshort.studies.framework.comparison import (
 )
 from longshort.studies.framework.sweep import Rate, Sweep
 from longshort.studies.language.arms import LS, MHSA
-from longshort.studies.language.equal_progress import step_at
 
 QUANTITIES = ("validation_loss", "max_logit", "max_logit_in_band", "row_range")
 """The numbers of an arm that tables show, and that are predicted for another seed."""
@@ -70,13 +69,6 @@ def loss_at_flops(result: Mapping[str, Any], flops: float) -> float | None:
             return before[1] + share * (after[1] - before[1])
         before = after
     return curve[-1][1]
-
-
-def cost_to_reach(result: Mapping[str, Any], loss: float, unit: str) -> float | None:
-    """Compute what a run had spent, in "tokens" or "flops", when its validation loss first was as low as
-    `loss`; None if it never was."""
-    step = step_at(result, loss)
-    return None if step is None else step * result[f"{unit}_per_step"]
 
 
 def curves(arm: ArmResults, name: str) -> list[list[tuple[float, float | None]]]:

@@ -162,7 +162,7 @@ def _train(
                 preset=str(model_file),
                 data=data_folder(workplace),
                 out=run,
-                threads=workplace.threads,
+                threads=1,
                 device=workplace.device,
                 **_logging(settings["train"]),
             ),

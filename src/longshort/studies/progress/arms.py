@@ -12,11 +12,13 @@ from longshort.studies.framework.study import Results, Scale, Trial
 from longshort.studies.framework.sweep import Arm, Ladder
 from longshort.studies.language.arms import (
     LS,
+    LS_LOCAL_ROPE,
     LS_ROPE,
     MHSA,
     MHSA_ROPE,
     ONE_GPU,
     PAPER_SMALL,
+    QK_NORM,
     Setting,
     Variant,
     steady,
@@ -24,11 +26,8 @@ from longshort.studies.language.arms import (
 from longshort.studies.language.trial import measurement_of
 
 NO_GLOBAL = LS.with_model("LS, no global head", num_global_heads=0)
-LOCAL_ROPE = LS_ROPE.with_model("LS + RoPE, none on global heads", global_position_embedding="none")
-QK_NORM = MHSA.with_model("MHSA + QK-norm", qk_norm=True)
 FP32 = MHSA.with_model("MHSA, fp32", attention_precision="fp32")
 NO_DECAY = MHSA.with_train("MHSA, no weight decay", weight_decay=0.0)
-STRESSED = (MHSA, LS, QK_NORM)
 
 
 def _sizes(variant: Variant, *heads: int) -> dict[int, Variant]:
@@ -92,7 +91,7 @@ class Sizes:
     lengths: Sequence[Setting] = ()
     stress: Setting | None = None
     stress_rates: Sequence[float] = ()
-    stressed: Sequence[Variant] = STRESSED
+    stressed: Sequence[Variant] = (MHSA, LS, QK_NORM)
     fp32_rate: float | None = None
     mechanism: Setting | None = None
     needle: Mapping[str, Any] | None = None
@@ -129,13 +128,10 @@ class Sizes:
 
     @property
     def mechanism_arms(self) -> list[Arm]:
+        if self.mechanism is None:
+            return []
         variants = (MHSA_SIZES, LS_SIZES, MHSA_HIDING, LS_HIDING)
-        return [
-            arm_at(self.mechanism, variant)
-            for by_number in variants
-            for variant in by_number.values()
-            if self.mechanism is not None
-        ]
+        return [arm_at(self.mechanism, variant) for by_number in variants for variant in by_number.values()]
 
     def stress_trials(self, seeds: Sequence[int]) -> dict[tuple[str, float], list[Trial]]:
         """Trials by variant and rate, one per seed."""
@@ -209,11 +205,11 @@ def _stress(length: int, tokens: int, steps: int) -> Setting:
     return steady(length, tokens, steps, alarms=True, monitor_every=10)
 
 
-def _paper(length: int, micro_batch_size: int) -> Setting:
-    """Make a setting of the author's small model, rate and tokens a step."""
+def _paper(length: int) -> Setting:
+    """Make a setting of the author's small model, rate and tokens a step, 32,768 at once."""
     setting = steady(
         length, 524_288, 50_000, rates=(6e-4,), precision="bf16", warmup_steps=2000,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=32_768 // length,
     )  # fmt: skip
     return replace(
         setting,
@@ -267,7 +263,7 @@ SIZES: Mapping[Scale, Sizes] = {
         steady(1024, 8192, 10_000),
         seeds=5,
         other_seeds=3,
-        positions=(MHSA_ROPE, LS_ROPE, LOCAL_ROPE),
+        positions=(MHSA_ROPE, LS_ROPE, LS_LOCAL_ROPE),
         brief=steady(1024, 8192, 3000),
         lengths=[
             steady(256, 8192, 1200, stop_at_loss=1.95),
@@ -293,9 +289,9 @@ SIZES: Mapping[Scale, Sizes] = {
         stressed=(MHSA, LS),
     ),
     "paper": Sizes(
-        _paper(2048, micro_batch_size=16),
+        _paper(2048),
         seeds=3,
         other_seeds=3,
-        lengths=[_paper(8192, micro_batch_size=4)],
+        lengths=[_paper(8192)],
     ),
 }

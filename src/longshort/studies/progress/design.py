@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from longshort.reporting.intervals import Interval
-from longshort.studies.framework.comparison import Arms, difference, difference_text, mean_text
+from longshort.studies.framework.comparison import (
+    Arms,
+    difference,
+    difference_text,
+    judge_above,
+    mean_text,
+)
 from longshort.studies.framework.study import Claim, Outcome, Verdict, not_measured
 from longshort.studies.language.arms import LS, MHSA
-from longshort.studies.language.equal_progress import BEGUN, ONE_SEED, Result, judge_above_zero, step_at
+from longshort.studies.language.equal_progress import BEGUN, ONE_SEED, Result, step_at
 from longshort.studies.progress.arms import NO_GLOBAL
 from longshort.studies.progress.needle import Needles, farthest_gain
 
@@ -49,19 +54,13 @@ NEEDED = Claim(
 
 def judge_enough(arms: Arms, needles: Needles) -> Verdict:
     """Judge `ENOUGH` by MHSA and LS, with the needles that are measured beside them."""
-
-    def outcome(change: Interval) -> Outcome:
-        if change.low > -TOLERANCE:
-            return Outcome.SHOWN
-        return Outcome.CONTRADICTED if change.high < -TOLERANCE else Outcome.NOT_SHOWN
-
     pair = (MHSA.name, LS.name)
-    return _judge_design(ENOUGH, arms, needles, pair, pair, outcome, -TOLERANCE)
+    return _judge_design(ENOUGH, arms, needles, pair, pair, -TOLERANCE)
 
 
 def judge_needed(arms: Arms, needles: Needles) -> Verdict:
     """Judge `NEEDED` by LS with and without global heads, with the needles that are measured beside them."""
-    return _judge_design(NEEDED, arms, needles, (NO_GLOBAL.name, LS.name), (LS.name,), judge_above_zero, 0.0)
+    return _judge_design(NEEDED, arms, needles, (NO_GLOBAL.name, LS.name), (LS.name,), 0.0)
 
 
 def _judge_design(
@@ -70,7 +69,6 @@ def _judge_design(
     needles: Needles,
     pair: tuple[str, str],
     copying: Sequence[str],
-    outcome_of: Callable[[Interval], Outcome],
     bound: float,
 ) -> Verdict:
     """Judge the difference of the losses of two arms against a bound; open unless the `copying` ones copy."""
@@ -101,7 +99,7 @@ def _judge_design(
             claim, Outcome.NOT_REACHED, f"{', '.join(late)} did not copy on every seed. {evidence}"
         )
     here = f"{difference_text(change)} nats per byte"
-    return Verdict(claim, outcome_of(change), evidence, change.p_value(bound), here)
+    return Verdict(claim, judge_above(change, bound), evidence, change.p_value(bound), here)
 
 
 def copying_step(result: Result) -> int | None:

@@ -16,10 +16,12 @@ from longshort.studies.language.equal_progress import (
     LOSSES,
     Result,
     at_loss,
+    curve_of,
     log_cost_ratio_at_loss,
     log_ratio_at_loss,
     losses_reached,
     step_at,
+    values_at_loss,
 )
 from longshort.studies.language.trial import largest
 from longshort.studies.progress.arms import Sizes
@@ -33,8 +35,8 @@ def main_sections(chosen: Sizes, arms: Arms, folder: Path) -> list[Section]:
     panels = [
         by_progress(arms, "Largest logit by progress", "max_logit"),
         by_progress(arms, "Row range by progress", "row_range"),
-        by_tokens(arms, "Validation loss", "validation_curve", "nats per byte"),
-        by_tokens(arms, "Loss of copying", "copying_curve", "nats per token"),
+        by_cost(arms, "Validation loss", "validation_curve", "nats per byte"),
+        by_cost(arms, "Loss of copying", "copying_curve", "nats per token"),
     ]
     return [
         Section(
@@ -95,7 +97,7 @@ def position_sections(main: Arms, arms: Arms, all_seeds: Arms, folder: Path) -> 
     both = {**{name: main[name] for name in (MHSA.name, LS.name) if name in main}, **arms}
     panels = [
         by_progress(both, "Row range by progress", "row_range"),
-        by_tokens(both, "Validation loss", "validation_curve", "nats per byte"),
+        by_cost(both, "Validation loss", "validation_curve", "nats per byte"),
     ]
     return [
         Section(
@@ -142,6 +144,15 @@ def _rotary_sections(arms: Arms) -> list[Section]:
     ]
 
 
+def loss_table(arms: Arms, quantity: str, words: str) -> Table:
+    """Make a table of means over seeds of a quantity of the probe at the losses that all seeds reach."""
+    rows = []
+    for name, arm in arms.items():
+        values = [values_at_loss(arm, quantity, loss).values() for loss in LOSSES]
+        rows.append((name, *("–" if None in at else mean_text(at) for at in values)))
+    return Table((f"{words} at a loss of", *map(str, LOSSES)), rows)
+
+
 def clock_sections(arms: Arms) -> list[Section]:
     """Make the transition clock: what each arm spends until it begins to learn, and until it copies."""
     rows = []
@@ -178,35 +189,24 @@ def _mean_cost(steps: Sequence[float | None], per_step: float) -> str:
 def by_progress(arms: Arms, title: str, quantity: str) -> Panel:
     def curve(result: Result) -> list[tuple[float, float | None]]:
         losses = {step: loss for step, loss in result["validation_curve"] if step <= result["constant_until"]}
-        values = zip(result["probe"]["step"], result["probe"][quantity], strict=True)
-        return [(losses[step], value) for step, value in values if losses.get(step) is not None]
+        points = curve_of(result, quantity)
+        return [(losses[step], value) for step, value in points if losses.get(step) is not None]
 
     lines = {name: [curve(result) for result in arm.results()] for name, arm in arms.items()}
     return Panel(title, "validation loss (nats per byte)", "logits", lines)
 
 
-def by_tokens(arms: Arms, title: str, name: str, y: str) -> Panel:
-    lines = {
-        arm_name: [
-            [(1e-6 * step * result["tokens_per_step"], value) for step, value in result[name]]
-            for result in arm.results()
-        ]
-        for arm_name, arm in arms.items()
-    }
-    return Panel(title, "million tokens", y, lines)
-
-
-def by_cost(arms: Arms, title: str, unit: str) -> Panel:
-    """Make a panel of validation losses by the "tokens" or "flops" spent."""
+def by_cost(arms: Arms, title: str, curve: str, y: str, unit: str = "tokens") -> Panel:
+    """Make a panel of a curve, as `curve_of` names it, by the "tokens" or "flops" spent."""
     scale, label = {"tokens": (1e-6, "million tokens"), "flops": (1e-12, "TFLOPs")}[unit]
     lines = {
         name: [
-            [(scale * step * result[f"{unit}_per_step"], value) for step, value in result["validation_curve"]]
+            [(scale * step * result[f"{unit}_per_step"], value) for step, value in curve_of(result, curve)]
             for result in arm.results()
         ]
         for name, arm in arms.items()
     }
-    return Panel(title, label, "nats per byte", lines)
+    return Panel(title, label, y, lines)
 
 
 def _transition_table(arms: Arms) -> Table:

@@ -11,6 +11,7 @@ from longshort.studies.framework.comparison import (
     Arms,
     difference_text,
     interval_text,
+    judge_above,
     mean_text,
     rate_text,
 )
@@ -21,15 +22,12 @@ from longshort.studies.language.equal_progress import (
     BEGUN,
     CORRECTED,
     LEAST_LOSSES,
-    LOSSES,
     LOSSES_TEXT,
     ONE_SEED,
     Result,
     at_ends,
-    at_loss,
     at_two_losses,
     is_stuck,
-    judge_above_zero,
     judge_at_losses,
     judge_ratio,
     log_cost_ratio_at_loss,
@@ -43,6 +41,7 @@ from longshort.studies.language.equal_progress import (
     slope_at_loss,
 )
 from longshort.studies.language.trial import largest
+from longshort.studies.progress.figures import loss_table
 
 DIVERGENCE = Claim(
     "F1, F4: divergence",
@@ -206,7 +205,7 @@ def judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
         return not_measured(GROWTH, ONE_SEED)
     slopes = {loss: slope_at_loss(by_length, "row_range", loss) for loss in reached}
     outcome, p = at_two_losses(
-        lambda loss: judge_above_zero(slopes[loss]), lambda loss, outcome: p_above_zero(slopes[loss], outcome)
+        lambda loss: judge_above(slopes[loss]), lambda loss, outcome: p_above_zero(slopes[loss], outcome)
     )(reached)
     here = f"slope {at_ends(lambda loss: difference_text(slopes[loss]), reached)}"
     return Verdict(GROWTH, outcome, f"{_slopes_text(by_length, reached)} {_MAXIMA}", p, here)
@@ -305,17 +304,10 @@ def judge_sooner(arms: Arms) -> Verdict:
 
 def length_sections(lengths: Mapping[int, Arms]) -> list[Section]:
     """Make the table of row ranges by length; none without results."""
-    rows = []
-    for arms in lengths.values():
-        for name, arm in arms.items():
-            cells = []
-            for loss in LOSSES:
-                values = [at_loss(result, "row_range", loss) for result in arm.results()]
-                cells.append("–" if None in values else mean_text(values))
-            rows.append((name, *cells))
-    if not rows:
+    both = {name: arm for arms in lengths.values() for name, arm in arms.items()}
+    if not both:
         return []
-    table = Table(("row range at a loss of", *map(str, LOSSES)), rows)
+    table = loss_table(both, "row_range", "row range")
     return [Section("By sequence length", ["Means over seeds, at equal validation losses."], table=table)]
 
 

@@ -11,9 +11,9 @@ from longshort.reporting.intervals import (
     paired_difference,
     paired_log_ratio,
 )
-from longshort.reporting.page import Figure, Section, Table
+from longshort.reporting.page import Figure, Section
 from longshort.reporting.plots import draw_curves
-from longshort.studies.framework.comparison import Arms, difference_text, interval_text, mean_text
+from longshort.studies.framework.comparison import Arms, difference_text, interval_text
 from longshort.studies.framework.study import Claim, Outcome, Verdict
 from longshort.studies.language.arms import LS, MHSA, Variant
 from longshort.studies.language.equal_progress import (
@@ -28,7 +28,7 @@ from longshort.studies.language.equal_progress import (
     slopes_at_loss,
 )
 from longshort.studies.progress.arms import LS_HIDING, LS_SIZES, MHSA_HIDING, MHSA_SIZES, Sizes
-from longshort.studies.progress.figures import by_progress
+from longshort.studies.progress.figures import by_progress, loss_table
 
 _LOSSES = LOSSES[:3]
 """The runs of the mechanism end at 1.95 nats per byte."""
@@ -135,7 +135,7 @@ def judge_mechanism(arms: Arms) -> Verdict:
         (slope, _), (ratio, _) = by_size(loss), by_hiding(loss)
         return f"slope {difference_text(slope)}, hidden keys {interval_text(ratio.exp())}"
 
-    return judge_at_losses(MECHANISM, arms, needed, decide, evidence, _LOSSES, here)
+    return judge_at_losses(MECHANISM, arms, needed, decide, evidence, here, _LOSSES)
 
 
 def _ratio(first: float | None, second: float | None) -> float | None:
@@ -145,12 +145,6 @@ def _ratio(first: float | None, second: float | None) -> float | None:
 def mechanism_sections(chosen: Sizes, arms: Arms, folder: Path) -> list[Section]:
     if chosen.mechanism is None or not arms:
         return []
-    rows = [
-        (name, *("–" if None in values else mean_text(values) for values in (
-            [at_loss(result, "max_logit", loss) for result in arm.results()] for loss in LOSSES
-        )))
-        for name, arm in arms.items()
-    ]  # fmt: skip
     panels = [
         by_progress({name: arm for name, arm in arms.items() if is_in(name)}, title, "max_logit")
         for title, is_in in (
@@ -171,7 +165,7 @@ def mechanism_sections(chosen: Sizes, arms: Arms, folder: Path) -> list[Section]
                     "training; a query always sees itself. Losses and logits are measured with all keys."
                 ),
             ],
-            table=Table(("largest logit at a loss of", *map(str, LOSSES)), rows),
+            table=loss_table(arms, "max_logit", "largest logit"),
             figures=[
                 Figure(
                     draw_curves(panels, folder / "mechanism.png"),

@@ -15,7 +15,7 @@ from longshort.reporting.page import Figure, Section
 from longshort.reporting.plots import shared_legend
 from longshort.reporting.style import COLOURS, save_figure, scale_logarithmically, style_axes
 from longshort.studies.language.arms import LS, MHSA
-from longshort.studies.language.equal_progress import Result, at_loss, step_at
+from longshort.studies.language.equal_progress import Result, at_loss, curve_of, step_at
 from longshort.studies.progress.design import copying_step
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def draw_overview(runs: Runs, file: Path) -> Path:
 
 def _draw_seed(left: Axes, right: Axes, result: Result, colour: str) -> None:
     losses = {step: loss for step, loss in result["validation_curve"] if loss is not None}
-    logits = dict(zip(result["probe"]["step"], result["probe"]["max_logit"], strict=True))
+    logits = dict(curve_of(result, "max_logit"))
     million = 1e-6 * result["tokens_per_step"]
     points = [
         (loss, logits[step])

@@ -10,7 +10,7 @@ from longshort.reporting.page import Figure, Section, Table
 from longshort.reporting.plots import draw_curves
 from longshort.studies.framework.comparison import ArmResults, Arms, interval_text
 from longshort.studies.framework.study import Claim, Outcome, Verdict
-from longshort.studies.language.arms import LS
+from longshort.studies.language.arms import LS, QK_NORM
 from longshort.studies.language.equal_progress import (
     ALIKE,
     CORRECTED,
@@ -21,7 +21,7 @@ from longshort.studies.language.equal_progress import (
     losses_reached,
     p_of_ratio,
 )
-from longshort.studies.progress.arms import FP32, QK_NORM
+from longshort.studies.progress.arms import FP32
 from longshort.studies.progress.figures import by_cost
 
 FIXED_LOSSES = (2.0, 1.7, 1.3)
@@ -89,8 +89,9 @@ def judge_remedies(arms: Arms) -> Verdict:
         return f"{'. '.join(texts)}."
 
     return judge_at_losses(
-        REMEDIES, arms, (LS.name, *BASELINES), at_two_losses(outcome_at, p_at), evidence, FIXED_LOSSES,
+        REMEDIES, arms, (LS.name, *BASELINES), at_two_losses(outcome_at, p_at), evidence,
         here=lambda loss: f"{_cost_text(arms, QK_NORM.name, 'flops', loss)} of QK-norm's FLOPs",
+        losses=FIXED_LOSSES,
     )  # fmt: skip
 
 
@@ -115,7 +116,13 @@ def remedy_sections(arms: Arms, folder: Path) -> list[Section]:
             cells = [_cost_text(arms, name, unit, loss) if loss in shared else "–" for loss in FIXED_LOSSES]
             rows.append((f"LS/{name}, {words}, {_seeds_text(arms[name])}", *cells))
     panels = [
-        by_cost({name: arms[name] for name in (LS.name, *baselines)}, f"Validation loss by {words}", unit)
+        by_cost(
+            {name: arms[name] for name in (LS.name, *baselines)},
+            f"Validation loss by {words}",
+            "validation_curve",
+            "nats per byte",
+            unit,
+        )
         for unit, words in _UNITS
     ]
     return [

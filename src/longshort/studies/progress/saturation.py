@@ -7,12 +7,12 @@ from pathlib import Path
 
 from longshort.reporting.intervals import Interval, confidence_interval, log_or_none, slope
 from longshort.reporting.page import Figure, Section, Table
-from longshort.reporting.plots import Panel, draw_curves
+from longshort.reporting.plots import draw_curves
 from longshort.studies.framework.comparison import ArmResults, Arms, interval_text, mean_text
 from longshort.studies.language.arms import MHSA
-from longshort.studies.language.equal_progress import Result
+from longshort.studies.language.equal_progress import Result, curve_of
 from longshort.studies.progress.arms import NO_DECAY
-from longshort.studies.progress.figures import by_tokens
+from longshort.studies.progress.figures import by_cost
 
 
 def saturation_sections(arms: Arms, folder: Path) -> list[Section]:
@@ -37,7 +37,10 @@ def saturation_sections(arms: Arms, folder: Path) -> list[Section]:
         for name, arm in both.items()
     ]
     marks = [f"at step {round(share * until):,}" for share in _SHARES]
-    panels = [_logits(both), by_tokens(both, "Validation loss", "validation_curve", "nats per byte")]
+    panels = [
+        by_cost(both, "Largest logit", "max_logit", "logits"),
+        by_cost(both, "Validation loss", "validation_curve", "nats per byte"),
+    ]
     return [
         Section(
             "Without weight decay",
@@ -65,7 +68,7 @@ def late_growth(arm: ArmResults, until: int) -> Interval:
     the steps up to `until`, over seeds."""
     slopes = []
     for result in arm.results():
-        curve = zip(result["probe"]["step"], result["probe"]["max_logit"], strict=True)
+        curve = curve_of(result, "max_logit")
         late = [(math.log2(step), log_or_none(value)) for step, value in curve if until / 2 <= step <= until]
         slopes.append(slope(late))
     return confidence_interval(slopes).exp()
@@ -73,8 +76,8 @@ def late_growth(arm: ArmResults, until: int) -> Interval:
 
 def _largest_at(result: Result, step: float) -> float | None:
     """The largest logit at the last measurement up to a step; None if there is none."""
-    curve = zip(result["probe"]["step"], result["probe"]["max_logit"], strict=True)
-    return next((value for at, value in reversed(list(curve)) if at <= step), None)
+    curve = reversed(curve_of(result, "max_logit"))
+    return next((value for at, value in curve if at <= step), None)
 
 
 def _statement(without: Interval, with_decay: Interval) -> str:
@@ -88,12 +91,3 @@ def _statement(without: Interval, with_decay: Interval) -> str:
         f"doubling, with weight decay by {interval_text(with_decay)}. There is no verdict, which "
         f"{without.count} seeds could hardly carry."
     )
-
-
-def _logits(arms: Arms) -> Panel:
-    def curve(result: Result) -> list[tuple[float, float | None]]:
-        values = zip(result["probe"]["step"], result["probe"]["max_logit"], strict=True)
-        return [(1e-6 * step * result["tokens_per_step"], value) for step, value in values]
-
-    lines = {name: [curve(result) for result in arm.results()] for name, arm in arms.items()}
-    return Panel("Largest logit", "million tokens", "logits", lines)

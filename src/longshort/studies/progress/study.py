@@ -26,7 +26,7 @@ from longshort.studies.framework.study import (
 )
 from longshort.studies.language.alarms import WARNING, alarm_sections, judge_alarms
 from longshort.studies.language.arms import LS
-from longshort.studies.language.equal_progress import at_loss, is_stuck, losses_reached
+from longshort.studies.language.equal_progress import is_stuck, losses_reached, values_at_loss
 from longshort.studies.language.measures import predict
 from longshort.studies.language.trial import LanguageStudy
 from longshort.studies.progress.arms import NO_GLOBAL, SATURATION_SEEDS, SIZES, Sizes, trials_of
@@ -66,10 +66,6 @@ class Progress(LanguageStudy):
     def plan(self, scale: Scale, seeds: Sequence[int], results: Results) -> Plan:
         chosen = self.scales[scale]
         few, last = seeds[: chosen.other_seeds], seeds[-chosen.other_seeds :]
-        others = [
-            arm for length, arms in chosen.length_arms.items() for arm in arms.values()
-            if length != chosen.pair.train["sequence_length"]
-        ]  # fmt: skip
 
         def each(by_name: Mapping[Any, Sequence[Trial]]) -> list[Trial]:
             return [trial for trials in by_name.values() for trial in trials]
@@ -77,7 +73,7 @@ class Progress(LanguageStudy):
         trials = [
             *trials_of([*chosen.main, *chosen.position_arms(seeds[0])], seeds[:1]),
             *trials_of(chosen.main, few[1:]),
-            *trials_of(others, few),
+            *trials_of([arm for arms in chosen.length_arms.values() for arm in arms.values()], few),
             *each(chosen.stress_trials(few)),
             *each(chosen.stress_audits(few)),
             *trials_of(chosen.main, seeds[len(few) :]),
@@ -213,8 +209,5 @@ def _predictions(arms: Arms) -> dict[str, dict[str, Interval]]:
         }
         for loss in losses_reached(arm.results()):
             for quantity in ("max_logit", "row_range"):
-                values = {
-                    seed: at_loss(result, quantity, loss) for seed, result in arm.by_rate["best"].items()
-                }
-                found[name][f"{quantity} at {loss}"] = predict(quantity, values)
+                found[name][f"{quantity} at {loss}"] = predict(quantity, values_at_loss(arm, quantity, loss))
     return found
