@@ -11,8 +11,8 @@ from typing import Any
 from longshort.reporting.page import Figure, Section, Table
 from longshort.reporting.plots import Panel, draw_curves, draw_intervals
 from longshort.studies.framework.comparison import Arms, measure_arms, rate_text, ratio
-from longshort.studies.framework.study import Findings, Plan, Results, Scale, Trial, unique
-from longshort.studies.framework.sweep import Arm, plan_arms
+from longshort.studies.framework.study import Findings, Plan, Results, Scale, Trial, finished, unique
+from longshort.studies.framework.sweep import Arm, plan_arms, sweep
 from longshort.studies.language.arms import (
     DEEP_LS,
     HYBRID,
@@ -49,9 +49,6 @@ PRECISIONS = tuple(
     for precision in ("fp32", "bf16-flash")
     for variant in (MHSA, LS)
 )
-
-Divergences = Mapping[str, Mapping[str, Sequence[int | None]]]
-"""The step at which each seed diverged, by setting and arm."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +103,7 @@ class _Scale:
 
 
 class Explosion(LanguageStudy):
-    """A comparison of MHSA and LS-attention, with arms and texts that test the paper's explanation. The
-    claims are judged by `progress`."""
+    """A comparison of MHSA and LS-attention, with arms and texts that test the paper's explanation."""
 
     name = "explosion"
     title = "Logit explosion and divergence (figures 1 and 4)"
@@ -139,25 +135,8 @@ class Explosion(LanguageStudy):
     def findings(self, scale: Scale, seeds: Sequence[int], results: Results, folder: Path) -> Findings:
         chosen = self.scales[scale]
         arms = measure_arms([*chosen.pair, *chosen.others], seeds, results, ("best",))
-        diverged = _divergences(chosen, seeds, results)
-        sections = [*_sections(chosen, arms, folder), _divergence_section(diverged)]
+        sections = [*_sections(chosen, arms, folder), _divergence_section(chosen, seeds, results)]
         return Findings((), sections, predictions(arms))
-
-
-def _divergences(chosen: _Scale, seeds: Sequence[int], results: Results) -> Divergences:
-    swept = plan_arms(chosen.pair, seeds[:1], results, ("best",)).trials
-    rates = {trial.settings["train"]["learning_rate"] for trial in (*swept, *chosen.stress_trials(seeds[:1]))}
-    settings = {f"rate {rate_text(rate)}": (chosen.setting, rate, seeds) for rate in sorted(rates)}
-    settings |= {name: (*at, seeds[:3]) for name, at in chosen.map.items()}
-    found: dict[str, dict[str, list[int | None]]] = {}
-    for name, (setting, rate, at) in settings.items():
-        rows: dict[str, list[int | None]] = {}
-        for variant in (MHSA, LS):
-            known = [results.get(setting.trial(variant, rate, seed).key) for seed in at]
-            rows[variant.name] = [result["diverged_at"] for result in known if result is not None]
-        if all(len(row) == len(at) for row in rows.values()):
-            found[name] = rows
-    return found
 
 
 def _sections(chosen: _Scale, arms: Arms, folder: Path) -> list[Section]:
@@ -268,11 +247,20 @@ def _head_panels(main: Arms) -> list[Panel]:
     return panels
 
 
-def _divergence_section(diverged: Divergences) -> Section:
-    rows = [
-        (setting, *(_divergence_text(by_arm[variant.name]) for variant in (MHSA, LS)))
-        for setting, by_arm in diverged.items()
-    ]
+def _divergence_section(chosen: _Scale, seeds: Sequence[int], results: Results) -> Section:
+    swept = (rate for arm in chosen.pair for rate in sweep(arm, results, seeds[0]).losses)
+    rates = sorted({chosen.stress_rate, *swept})
+    settings = {f"rate {rate_text(rate)}": (chosen.setting, rate, seeds) for rate in rates}
+
+    settings |= {name: (*at, seeds[:3]) for name, at in chosen.map.items()}
+    rows = []
+    for name, (setting, rate, some) in settings.items():
+        trials = {
+            variant.name: [setting.trial(variant, rate, seed) for seed in some] for variant in (MHSA, LS)
+        }
+        runs = finished(trials, results)
+        if len(runs) == len(trials):
+            rows.append((name, *map(_divergence_text, runs.values())))
     return Section(
         "Divergence",
         ["Runs that diverged, by setting, with the steps at which they did."],
@@ -280,6 +268,6 @@ def _divergence_section(diverged: Divergences) -> Section:
     )
 
 
-def _divergence_text(steps: Sequence[int | None]) -> str:
-    at = [f"{step:,}" for step in steps if step is not None]
-    return f"{len(at)} of {len(steps)}" + (f" (step {', '.join(at)})" if at else "")
+def _divergence_text(runs: Sequence[Mapping[str, Any]]) -> str:
+    at = [f"{run['diverged_at']:,}" for run in runs if run["diverged_at"] is not None]
+    return f"{len(at)} of {len(runs)}" + (f" (step {', '.join(at)})" if at else "")

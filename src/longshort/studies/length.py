@@ -62,8 +62,7 @@ def _name(variant: Variant, budget: str, length: int) -> str:
 
 
 class Length(LanguageStudy):
-    """A comparison of MHSA and LS-attention at growing sequence lengths, in two budgets. The claims are
-    judged by `progress`."""
+    """A comparison of MHSA and LS-attention at growing sequence lengths, in two budgets."""
 
     name = "length"
     title = "Sequence length (figures 3 and 4)"

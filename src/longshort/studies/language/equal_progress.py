@@ -95,7 +95,7 @@ def at_step(result: Result, quantity: str, step: float) -> float | None:
     return None
 
 
-def curve_of(result: Result, name: str) -> list[tuple[float, float | None]]:
+def curve_of(result: Result, name: str) -> list[tuple[int, float | None]]:
     """Return the points (step, value) of a curve: "validation_curve", "copying_curve", or a quantity of the
     probe."""
     if name.endswith("_curve"):

@@ -85,20 +85,20 @@ def draw_overview(runs: Runs, file: Path) -> Path:
 
 def _draw_seed(left: Axes, right: Axes, result: Result, colour: str) -> None:
     losses = {step: loss for step, loss in result["validation_curve"] if loss is not None}
-    logits = dict(curve_of(result, "max_logit"))
+    logits = {step: value for step, value in curve_of(result, "max_logit") if value is not None}
     million = 1e-6 * result["tokens_per_step"]
     points = [
         (loss, logits[step])
         for step, loss in losses.items()
-        if step <= result["constant_until"] and logits.get(step) is not None and loss <= _HIGHEST_LOSS
+        if step <= result["constant_until"] and step in logits and loss <= _HIGHEST_LOSS
     ]
     left.plot([x for x, _ in points], [y for _, y in points], color=colour, lw=0.8, alpha=0.45)
     right.plot([million * step for step in losses], list(losses.values()), color=colour, lw=1.0, alpha=0.8)
     step = copying_step(result)
-    if step in losses:
+    if step is not None and step in losses:
         dot = {"marker": "o", "ms": 7, "mfc": colour, "mec": "white", "zorder": 5}
         right.plot([million * step], [losses[step]], **dot)
-        if logits.get(step) is not None:
+        if step in logits:
             left.plot([losses[step]], [logits[step]], **dot)
 
 
