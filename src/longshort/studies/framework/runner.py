@@ -9,7 +9,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from longshort.studies.framework.processes import ended_by_signals, ignore_interrupts
 from longshort.studies.framework.store import ResultsFile
-from longshort.studies.framework.study import Scale, Study, Trial, Workplace
+from longshort.studies.framework.study import Plan, Scale, Study, Trial, Workplace
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _RECENT = 8  # finished trials from which the time left is estimated
@@ -128,35 +128,34 @@ class _Queue:
         self._studies, self._seeds = studies, seeds
         self._scale: Scale = scale
         self._results = {name: file.results for name, (_, file) in studies.items()}
-        self._started: dict[str, Trial] = {}
+        self._started: set[str] = set()  # keys
         self._finished: deque[tuple[float, float]] = deque(maxlen=_RECENT)  # work and seconds
         self._plans = {name: self._plan(name) for name in studies}
 
-    def _plan(self, name: str) -> Any:
+    def _plan(self, name: str) -> Plan:
         study, file = self._studies[name]
         plan = study.plan(self._scale, self._seeds[name], self._results[name])
         file.order(plan.trials)
         return plan
 
+    def _left(self, name: str) -> list[Trial]:
+        return [trial for trial in self._plans[name].trials if trial.key not in self._results[name]]
+
     @property
     def has_trials(self) -> bool:
-        return any(
-            trial.key not in self._results[name]
-            for name, plan in self._plans.items()
-            for trial in plan.trials
-        )
+        return any(map(self._left, self._plans))
 
     def next_trial(self) -> tuple[str, Trial] | None:
-        for name, plan in self._plans.items():
-            for trial in plan.trials:
-                if trial.key not in self._results[name] and trial.key not in self._started:
-                    self._started[trial.key] = trial
+        for name in self._plans:
+            for trial in self._left(name):
+                if trial.key not in self._started:
+                    self._started.add(trial.key)
                     return name, trial
         return None
 
     def finish(self, running: Running, result: dict[str, Any], seconds: float) -> None:
         name, trial = running.study, running.trial
-        del self._started[trial.key]
+        self._started.remove(trial.key)
         self._studies[name][1].add(trial, result)
         self._results[name] = self._studies[name][1].results
         self._plans[name] = self._plan(name)
@@ -165,7 +164,7 @@ class _Queue:
     def state(self, running: Sequence[Running], jobs: int) -> State:
         done, known, work_left = {}, {}, 0.0
         for name, plan in self._plans.items():
-            left = [trial for trial in plan.trials if trial.key not in self._results[name]]
+            left = self._left(name)
             known[name] = len(plan.trials)
             done[name] = known[name] - len(left)
             work_left += sum(trial.work for trial in left) + plan.later_work
@@ -181,7 +180,7 @@ class _Queue:
 class _Worker:
     process: Any
     connection: Connection
-    running: Running | None = field(default=None)
+    running: Running | None = None
 
     def start(self, study: Study, name: str, trial: Trial, workplace: Workplace) -> None:
         self.running = Running(name, trial, 0.0)
