@@ -251,7 +251,6 @@ def _divergence_section(chosen: _Scale, seeds: Sequence[int], results: Results) 
     swept = (rate for arm in chosen.pair for rate in sweep(arm, results, seeds[0]).losses)
     rates = sorted({chosen.stress_rate, *swept})
     settings = {f"rate {rate_text(rate)}": (chosen.setting, rate, seeds) for rate in rates}
-
     settings |= {name: (*at, seeds[:3]) for name, at in chosen.map.items()}
     rows = []
     for name, (setting, rate, some) in settings.items():

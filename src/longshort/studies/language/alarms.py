@@ -230,9 +230,8 @@ def judge_alarms(results: RatedResults, after: int) -> Verdict:
         return not_measured(
             WARNING,
             f"{diverged} of {len(results)} runs that began to learn diverged; at rates at which some do and "
-            "others do not, {} diverged and {} did not. A comparison needs {} of each.".format(
-                *mixed, LEAST_RUNS
-            ),
+            f"others do not, {mixed[0]} diverged and {mixed[1]} did not. A comparison needs {LEAST_RUNS} of "
+            "each.",
         )
     evaluations = _evaluations(results, after)
     useful: list[Alarm] = [alarm for alarm, found in evaluations.items() if found.is_useful]
