@@ -16,7 +16,7 @@ from longshort.reporting.page import number
 from longshort.stability.rounding import AUDITED
 from longshort.studies.catalogue import STUDIES, judge_all
 from longshort.studies.framework.claims import claims_markdown, read_claims
-from longshort.studies.framework.comparison import interval_text, measure_arms, rate_text
+from longshort.studies.framework.comparison import difference, interval_text, measure_arms, rate_text
 from longshort.studies.framework.store import ResultsFile
 from longshort.studies.framework.study import finished
 from longshort.studies.language.equal_progress import (
@@ -73,6 +73,32 @@ def test_ratios_at_equal_losses(long_runs):
             row(name, (interval_text(log_cost_ratio_at_loss(ls, mhsa, unit, loss).exp()) for loss in LOSSES))
             in text
         )
+
+
+def test_what_the_pages_say_of_the_pair(long_runs):
+    readme, text = (" ".join(page.read_text().split()) for page in PAGES)
+    ls, mhsa, none = (long_runs[name] for name in ("LS", "MHSA", "LS, no global head"))
+
+    def ends(ratio):
+        ratios = sorted((ratio(loss).exp() for loss in LOSSES), key=lambda interval: interval.mean)
+        return [f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in (ratios[0], ratios[-1])]
+
+    tokens = ends(lambda loss: log_cost_ratio_at_loss(ls, mhsa, "tokens", loss))
+    logits = ends(lambda loss: log_ratio_at_loss(ls, mhsa, "max_logit", loss))
+    assert f"the same losses with {' to '.join(tokens)} of the tokens" in readme
+    assert f"Its largest logit is {' to '.join(logits)} times MHSA's" in readme
+    for arm in (mhsa, none):
+        change = difference(arm, ls, "constant_loss")
+        assert f"by {change.mean:.2f} [{change.low:.2f}, {change.high:.2f}]" in readme
+        assert f"by {change.mean:.3f} [{change.low:.3f}, {change.high:.3f}]" in text
+    peaks = sorted(round(max(run["probe"]["max_logit"])) for run in mhsa.results())
+    assert f"their peak, {peaks[0]} to {peaks[-1]} by seed" in text
+    (claim,) = (row for row in read_verdicts() if row["claim"]["id"] == "F1: ratio of logits")
+    assert f"p = {claim['p']:.2g} after the correction" in text
+
+
+def read_verdicts():
+    return json.loads((RESULTS / "overnight" / "progress" / "findings.json").read_text())["verdicts"]
 
 
 def test_single_runs(long_runs):
