@@ -31,6 +31,7 @@ from longshort.studies.language.equal_progress import (
 from longshort.studies.language.trial import probe_series
 from longshort.studies.progress.arms import SIZES
 from longshort.studies.progress.design import copying_step
+from longshort.studies.progress.needle import farthest_gain
 from longshort.studies.progress.precision import error_over_seeds
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,29 @@ def test_what_the_pages_say_of_the_pair(long_runs):
     assert f"their peak, {peaks[0]} to {peaks[-1]} by seed" in text
     (claim,) = (row for row in read_verdicts() if row["claim"]["id"] == "F1: ratio of logits")
     assert f"p = {claim['p']:.2g} after the correction" in text
+
+
+def test_needles_and_rounding_of_the_pair():
+    text = " ".join(REPRODUCTION.read_text().split())
+    sizes, results = SIZES["overnight"], ResultsFile(RESULTS / "overnight" / "progress").results
+    last = range(sizes.seeds)[-sizes.other_seeds :]
+    needles = finished(sizes.needle_trials(last), results)
+    gains = {name: fmean(map(farthest_gain, runs)) for name, runs in needles.items()}
+    assert (
+        f"by {gains['LS']:.1f} nats per byte with LS, by {gains['MHSA']:.1f} with MHSA, and by nothing"
+        in text
+    )
+    assert abs(gains["LS, no global head"]) < 0.05
+    audits = finished(sizes.pair_audits(last), results)
+    spreads = []
+    for name in ("LS", "MHSA"):
+        found = [error_over_seeds(audits[name], "bf16", matrix, "noise") for matrix in "qk"]
+        noise = sorted(round(100 * error.mean) for error in found if error is not None)
+        spreads.append(f"{noise[0]} to {noise[-1]} % with {name}")
+        for precision, matrix in product(AUDITED[1:], "qk"):
+            bias = error_over_seeds(audits[name], precision, matrix, "bias")
+            assert bias is not None and bias.low < 0 < bias.high
+    assert f"the noise is {' and '.join(spreads)}" in text
 
 
 def read_verdicts():
