@@ -47,12 +47,16 @@ def test_the_table_of_claims_is_what_the_command_prints(page):
 
 
 @pytest.fixture(scope="module")
-def long_runs():
+def overnight():
+    """The sizes of `progress` at the scale `overnight`, and its committed results."""
+    return SIZES["overnight"], ResultsFile(RESULTS / "overnight" / "progress").results
+
+
+@pytest.fixture(scope="module")
+def long_runs(overnight):
     """MHSA, LS and LS without a global head, on the seeds on which they are judged."""
-    arms = SIZES["overnight"].main
-    results = ResultsFile(RESULTS / "overnight" / "progress").results
-    seeds = SIZES["overnight"].main_seeds(range(SIZES["overnight"].seeds), results)
-    return measure_arms(arms, seeds, results, ("best",))
+    sizes, results = overnight
+    return measure_arms(sizes.main, sizes.main_seeds(range(sizes.seeds), results), results, ("best",))
 
 
 def row(name, cells):
@@ -98,9 +102,9 @@ def test_what_the_pages_say_of_the_pair(long_runs):
     assert f"p = {claim['p']:.2g} after the correction" in text
 
 
-def test_needles_and_rounding_of_the_pair():
+def test_needles_and_rounding_of_the_pair(overnight):
     text = " ".join(REPRODUCTION.read_text().split())
-    sizes, results = SIZES["overnight"], ResultsFile(RESULTS / "overnight" / "progress").results
+    sizes, results = overnight
     last = range(sizes.seeds)[-sizes.other_seeds :]
     needles = finished(sizes.needle_trials(last), results)
     gains = {name: fmean(map(farthest_gain, runs)) for name, runs in needles.items()}
@@ -147,9 +151,9 @@ def test_single_runs(long_runs):
         assert row(name, cells) in text
 
 
-def test_tokens_to_begin_by_length():
+def test_tokens_to_begin_by_length(overnight):
     """A row per arm: million bytes to 2.3 nats per byte, geometric means over seeds."""
-    sizes, results = SIZES["overnight"], ResultsFile(RESULTS / "overnight" / "progress").results
+    sizes, results = overnight
     for name in ("MHSA", "LS"):
         cells = []
         for arms in sizes.length_arms.values():
@@ -211,10 +215,10 @@ def test_committed_verdicts_are_those_of_the_rules(scale, tmp_path):
         assert (folder / file.parent.name / file.name).read_bytes() == file.read_bytes()
 
 
-def test_rates_that_are_too_high():
+def test_rates_that_are_too_high(overnight):
     """A row per rate: means over seeds of the largest logit at any step and of the last loss."""
     text = " ".join(REPRODUCTION.read_text().split())
-    sizes, results = SIZES["overnight"], ResultsFile(RESULTS / "overnight" / "progress").results
+    sizes, results = overnight
     runs = finished(sizes.stress_trials(range(sizes.other_seeds)), results)
     assert f"None of the {sum(map(len, runs.values()))} runs diverged" in text
     assert all(run["diverged_at"] is None for arm in runs.values() for run in arm)
@@ -239,9 +243,9 @@ def test_rates_that_are_too_high():
     assert f"none of {sum(map(len, runs.values()))} runs" in PAGES[0].read_text()
 
 
-def test_rounding():
+def test_rounding(overnight):
     text = " ".join(REPRODUCTION.read_text().split())
-    sizes, results = SIZES["overnight"], ResultsFile(RESULTS / "overnight" / "progress").results
+    sizes, results = overnight
     audits = finished(sizes.stress_audits(range(sizes.other_seeds)), results)
 
     def errors(number, arm="", precisions=AUDITED):

@@ -7,6 +7,7 @@ from tests.studies.planted import fill, findings_of, judge, language_result, noi
 
 from longshort.studies.design import SPREAD, Design
 from longshort.studies.framework.store import ResultsFile
+from longshort.studies.framework.study import Outcome
 
 STUDY = Design()
 NOT_SHOWN, AGAINST = "not shown at this scale", "contradicted at this scale"
@@ -34,6 +35,32 @@ def planted(losses):
 def test_gathered_heads_are_judged_by_their_losses(tmp_path, bottom, top, outcome):
     losses = {BOTTOM: bottom, TOP: top, "others": 2.0}
     assert judge(STUDY, "laptop", planted(losses), tmp_path) == {SPREAD.id: outcome}
+
+
+def test_the_verdict_waits_for_its_layouts(tmp_path):
+    results = fill(STUDY, "laptop", range(3), planted({"others": 2.0}))
+    top = next(arm for arm in STUDY.scales["laptop"].deciding if arm.name == TOP)
+    del results[top.trial(3e-3, 2).key]
+    (verdict,) = findings_of(STUDY, "laptop", range(3), results, tmp_path).verdicts
+    assert (verdict.outcome, verdict.evidence) == (Outcome.NOT_MEASURED, "The trials are not done.")
+
+
+def test_the_verdict_must_hold_at_the_next_lower_rates_too(tmp_path):
+    def result_of(trial):
+        rate = trial.settings["train"]["learning_rate"]
+        return planted({BOTTOM: 2.1, TOP: 2.1 if rate >= 3e-3 else 2.0, "others": 2.0})(trial)
+
+    assert judge(STUDY, "laptop", result_of, tmp_path) == {SPREAD.id: "partly shown"}
+
+
+def test_sweeps_that_end_at_an_edge_are_named(tmp_path):
+    def result_of(trial):
+        falling = 2.0 + trial.settings["train"]["learning_rate"]
+        return language_result(trial, loss=falling, max_logit=20.0)
+
+    results = fill(STUDY, "laptop", range(3), result_of)
+    (verdict,) = findings_of(STUDY, "laptop", range(3), results, tmp_path).verdicts
+    assert f"Best rate at the edge of the sweep: LS (1e-4), {BOTTOM} (1e-4)" in verdict.evidence
 
 
 def test_losses_stand_beside_those_of_ls_at_equal_steps_and_flops(tmp_path):
