@@ -18,6 +18,7 @@ SEGMENTS = torch.tensor([[0] * 9 + [1] * 20 + [-1] * 3, [4] * 32])
 def by_hand(observation, layout, stride, band, segment_ids):
     """Per head the largest |logit|, its percentile and the largest row range, by loops over rows."""
     q, k = observation.q.double(), observation.k.double()
+    slopes = observation.options["alibi_slopes"]
     length = k.shape[2]
     rows = range((length - 1) % stride, length, stride)
     found = []
@@ -36,6 +37,8 @@ def by_hand(observation, layout, stride, band, segment_ids):
                 keys = k[sequence, head // layout.group_size, seen]
                 row = q[sequence, head, i] @ keys.T / q.shape[3] ** 0.5
                 logits += row.abs().tolist()
+                if slopes is not None:
+                    row = row + slopes[head] * torch.tensor(seen)
                 ranges += [float(row.max() - row.min())] if seen else []
         logits.sort()
         found.append((logits[-1], logits[math.ceil(QUANTILE * len(logits)) - 1], max(ranges)))
@@ -43,9 +46,10 @@ def by_hand(observation, layout, stride, band, segment_ids):
 
 
 @pytest.mark.parametrize("segment_ids", [None, SEGMENTS], ids=["whole", "segments"])
+@pytest.mark.parametrize("alibi_slopes", [None, (0.5, 0.1, 0.0, 0.3, 1.0, 0.2)], ids=["plain", "alibi"])
 @pytest.mark.parametrize("stride", [1, 5])
-def test_statistics_are_those_of_the_rows_that_are_probed(stride, segment_ids):
-    model = stack_of(MIXED, HeadLayout((None,) * 6))
+def test_statistics_are_those_of_the_rows_that_are_probed(stride, alibi_slopes, segment_ids):
+    model = stack_of(MIXED, HeadLayout((None,) * 6), alibi_slopes=alibi_slopes)
     probe = AttentionProbe(model, 4, stride)
     x = torch.randn(2, 32, 48)
     with torch.no_grad(), recording(model) as seen, probe.observing():

@@ -19,6 +19,9 @@ from longshort.stability.visibility import are_visible, sink_keys_of
 
 QUANTILE = 0.999
 
+STRIDE = 16
+"""The default distance between the queries that are measured."""
+
 Reduction = Callable[[Tensor], Tensor]
 
 
@@ -26,8 +29,8 @@ Reduction = Callable[[Tensor], Tensor]
 class ProbeReading:
     """Statistics of the logits, |scale·q·k| before softcap and ALiBi, by layer and head.
 
-    The range of a row is its largest minus its smallest scale·q·k. Softmax ignores what all logits of a row
-    have in common, so only the range can sharpen it.
+    The range of a row is its largest minus its smallest scale·q·k, with ALiBi's bias. Softmax ignores what
+    all logits of a row have in common, so only the range can sharpen it.
 
     Attributes:
         max_logit: the largest logit.
@@ -68,7 +71,7 @@ class AttentionProbe:
         ValueError: the model has no such layer, or band or stride is not an integer >= 1.
     """
 
-    def __init__(self, model: nn.Module, band: int | None, stride: int = 16) -> None:
+    def __init__(self, model: nn.Module, band: int | None, stride: int = STRIDE) -> None:
         if band is not None:
             require_integer("band", band, minimum=1)
         require_integer("stride", stride, minimum=1)
@@ -106,6 +109,7 @@ class AttentionProbe:
         keys = torch.arange(kv_len, device=q.device)
         queries = keys[kv_len - q_len + rows]
         is_sink = sink_keys_of(observation, layout.sink_tokens)
+        slopes = observation.options.get("alibi_slopes")
         bands = [None] if self._band is None else [None, self._band]
         found: list[tuple[list[Tensor], Tensor]] = [([], q.new_zeros(0, dtype=dtype)) for _ in bands]
         with torch.autocast(q.device.type, enabled=False):  # q and k have the attention's precision already
@@ -113,11 +117,12 @@ class AttentionProbe:
                 key_head = k[:, head // layout.group_size].to(dtype)
                 scores = (q[:, head, rows].to(dtype) @ key_head.mT) * q.shape[3] ** -0.5
                 seen = are_visible(observation, queries, keys, window, is_sink)[:, 0].expand_as(scores)
+                biased = scores if slopes is None else scores - slopes[head] * (queries[:, None] - keys)
                 for place, band in enumerate(bands):
                     inside = seen if band is None else seen & (queries[:, None] - keys < band)
                     sizes, ranges = found[place]
                     sizes.append(scores[inside].abs())
-                    found[place] = sizes, torch.cat([ranges, _largest_range(scores, inside)[None]])
+                    found[place] = sizes, torch.cat([ranges, _largest_range(biased, inside)[None]])
         self._passes[index].append(found)
 
     def reading(
