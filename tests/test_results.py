@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from longshort.reporting.intervals import confidence_interval
 from longshort.reporting.page import number
 from longshort.stability.rounding import AUDITED
 from longshort.studies.catalogue import STUDIES, judge_all
@@ -26,10 +27,13 @@ from longshort.studies.language.equal_progress import (
     is_stuck,
     log_cost_ratio_at_loss,
     log_ratio_at_loss,
+    slope_at_loss,
     step_at,
+    values_at_loss,
 )
 from longshort.studies.language.trial import probe_series
 from longshort.studies.progress.arms import SIZES
+from longshort.studies.progress.chance import chance_slope
 from longshort.studies.progress.design import copying_step
 from longshort.studies.progress.needle import farthest_gain
 from longshort.studies.progress.precision import error_over_seeds
@@ -162,6 +166,45 @@ def test_tokens_to_begin_by_length(overnight):
             assert len(steps) == len(runs)
             cells.append(f"{1e-6 * runs[0]['tokens_per_step'] * geometric_mean(steps):.1f}")
         assert row(name, cells) in REPRODUCTION.read_text()
+
+
+def test_growth_with_the_length(overnight):
+    text = " ".join(REPRODUCTION.read_text().split())
+    sizes, results = overnight
+    lengths, seeds = sizes.length_arms, range(sizes.other_seeds)
+    arms = {n: measure_arms(arms.values(), seeds, results, ("best",)) for n, arms in lengths.items()}
+
+    def of(name):
+        return {n: found[f"{name}, n = {n}"] for n, found in arms.items()}
+
+    def in_order(values):
+        *first, last = values
+        return f"{', '.join(first)} and {last}"
+
+    ranges = {
+        name: in_order(
+            f"{confidence_interval(values_at_loss(arm, 'row_range', 2.2).values()).mean:.0f}"
+            for arm in of(name).values()
+        )
+        for name in ("MHSA", "LS")
+    }
+    slope = slope_at_loss(of("MHSA"), "row_range", 2.2)
+    assert (
+        f"MHSA's row range is {ranges['MHSA']} by length, that of LS {ranges['LS']}; the slope of MHSA's "
+        f"over log n is {slope.mean:+.2f} [{slope.low:+.2f}, {slope.high:+.2f}]".replace("[-", "[−")
+    ) in text
+    shorter = {n: arm for n, arm in of("MHSA").items() if n < 2048}
+    slopes = {
+        quantity: [slope_at_loss(shorter, quantity, loss) for loss in (2.2, 2.1, 2.0)]
+        for quantity in ("row_range", "max_logit")
+    }
+    told = {quantity: in_order(f"{one.mean:+.2f}" for one in found) for quantity, found in slopes.items()}
+    assert f"Over the three shorter lengths it is {told['row_range']} at 2.2, 2.1 and 2.0" in text
+    assert all(one.low < 0 < one.high for one in slopes["row_range"])
+    assert f"and that of its largest logit {told['max_logit']}, with intervals above 0" in text
+    assert all(one.low > 0 for one in slopes["max_logit"])
+    chance = chance_slope(list(lengths), 32)
+    assert f"independent normal logits has a slope of {chance:+.2f} by their number alone" in text
 
 
 def gpu_run(folder):

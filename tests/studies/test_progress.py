@@ -3,15 +3,18 @@ from __future__ import annotations
 import math
 
 import pytest
-from tests.studies.planted import fill, findings_of, judge, outcomes
+import torch
+from tests.studies.planted import fill, findings_of, judge, noise, outcomes
 from tests.studies.planted_progress import planted
 
 from longshort.reporting.intervals import Interval
+from longshort.stability.probe import STRIDE
 from longshort.studies.framework.study import Outcome
 from longshort.studies.language.alarms import WARNING
 from longshort.studies.language.arms import model_config
 from longshort.studies.language.equal_progress import p_of_ratio, p_of_two
 from longshort.studies.language.trial import probe_series
+from longshort.studies.progress.chance import chance_slope
 from longshort.studies.progress.design import ENOUGH, NEEDED, copying_step
 from longshort.studies.progress.logits import DIVERGENCE, GROWTH, MITIGATION, RATIO, SOONER
 from longshort.studies.progress.mechanism import MECHANISM
@@ -29,7 +32,7 @@ NOT_SHOWN, SHOWN, PARTLY, AGAINST, OPEN = (
 def test_identical_arms_are_alike(tmp_path):
     found = judge(STUDY, "laptop", planted(), tmp_path)
     assert found == {
-        DIVERGENCE.id: NOT_SHOWN, RATIO.id: AGAINST, GROWTH.id: NOT_SHOWN, MITIGATION.id: NOT_SHOWN,
+        DIVERGENCE.id: NOT_MEASURED, RATIO.id: AGAINST, GROWTH.id: NOT_SHOWN, MITIGATION.id: NOT_SHOWN,
         SOONER.id: AGAINST, ENOUGH.id: SHOWN, NEEDED.id: NOT_SHOWN, MECHANISM.id: NOT_MEASURED,
         WARNING.id: NOT_MEASURED, REMEDIES.id: NOT_MEASURED,
     }  # fmt: skip
@@ -40,6 +43,8 @@ def test_an_arm_that_has_not_learned_leaves_claims_open(tmp_path):
     assert found[RATIO.id] == found[SOONER.id] == OPEN
     found = judge(STUDY, "laptop", planted(copies=False), tmp_path)
     assert found[ENOUGH.id] == found[NEEDED.id] == OPEN
+    found = judge(STUDY, "laptop", planted(lambda trial: 0.3 if "no global" in trial.arm else 1.0), tmp_path)
+    assert (found[ENOUGH.id], found[NEEDED.id]) == (SHOWN, OPEN)
 
 
 def test_a_planted_ratio_of_1_to_25_is_shown(tmp_path):
@@ -47,6 +52,18 @@ def test_a_planted_ratio_of_1_to_25_is_shown(tmp_path):
         return (250.0 if trial.arm.startswith("MHSA") else 10.0) / loss
 
     assert judge(STUDY, "laptop", planted(logit=logit), tmp_path)[RATIO.id] == SHOWN
+
+
+@pytest.mark.parametrize("mhsa", [180.0, 250.0, 1000.0])
+def test_a_ratio_that_is_too_noisy_to_be_shown_is_partly_shown(tmp_path, mhsa):
+    """Seeds differ by ten percent: 1/25 does not pass for 1/20, and is no less below 1 than 1/18 is."""
+
+    def logit(trial, loss):
+        return (mhsa if trial.arm.startswith("MHSA") else 10.0) * math.exp(10 * 0.01 * noise(trial)) / loss
+
+    assert judge(STUDY, "laptop", planted(logit=logit), tmp_path)[RATIO.id] == (
+        SHOWN if mhsa == 1000.0 else PARTLY
+    )
 
 
 @pytest.mark.parametrize(("mhsa", "outcome"), [(50.0, PARTLY), (10.0, AGAINST), (5.0, AGAINST)])
@@ -112,6 +129,28 @@ def test_logits_that_grow_with_length(tmp_path):
         return 1 / logit(trial, loss)
 
     assert judge(STUDY, "laptop", planted(logit=shrinking), tmp_path)[GROWTH.id] == AGAINST
+
+
+def test_growth_by_the_number_of_logits_alone_is_none(tmp_path):
+    def logit(trial, loss):
+        return trial.settings["train"]["sequence_length"] ** 0.09
+
+    assert judge(STUDY, "laptop", planted(logit=logit), tmp_path)[GROWTH.id] == NOT_SHOWN
+
+
+def test_the_growth_by_chance_is_that_of_drawn_logits():
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(length):
+        rows = [
+            torch.randn(200, 8, row + 1, generator=generator)
+            for row in range((length - 1) % STRIDE, length, STRIDE)
+        ]
+        ranges = torch.stack([row.amax(-1) - row.amin(-1) for row in rows])
+        return float(ranges.amax((0, 2)).mean())
+
+    wanted = math.log(drawn(256) / drawn(64)) / math.log(4)
+    assert chance_slope([64, 256], 8) == pytest.approx(wanted, abs=0.005)
 
 
 @pytest.mark.parametrize(

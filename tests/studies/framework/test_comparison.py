@@ -131,6 +131,38 @@ def test_holm_corrects_what_claims_something():
     assert holm([], pending=3) == []
 
 
+@pytest.mark.parametrize(
+    ("partly_p", "p", "outcome", "corrected"),
+    [
+        (0.001, 0.01, Outcome.SHOWN, 0.03),
+        (0.001, 0.02, Outcome.PARTLY, 0.003),
+        (0.03, 0.04, Outcome.NOT_SHOWN, 0.09),
+    ],
+)
+def test_what_is_not_surely_shown_may_be_partly_shown(partly_p, p, outcome, corrected):
+    claims = [Claim(name, "", "", "") for name in "abc"]
+    given = [
+        Verdict(claims[0], Outcome.SHOWN, "numbers.", p, partly_p=partly_p),
+        *(Verdict(claim, Outcome.NOT_SHOWN, "", 0.5) for claim in claims[1:]),
+    ]
+    verdict = holm(given, pending=0)[0]
+    assert (verdict.outcome, verdict.p) == (outcome, pytest.approx(corrected))
+    assert ("would be 'shown'" in verdict.evidence) is (outcome is Outcome.PARTLY)
+
+
+def test_a_claim_counts_as_a_test_until_its_outcome_is_tested():
+    first, second = (Claim(name, "", "", "") for name in "ab")
+    found = holm(
+        [
+            Verdict(first, Outcome.SHOWN, "", 0.04, partly_p=0.001),
+            Verdict(second, Outcome.SHOWN, "", 0.03),
+        ],
+        pending=0,
+    )
+    assert [v.outcome for v in found] == [Outcome.PARTLY, Outcome.NOT_SHOWN]
+    assert [v.p for v in found] == pytest.approx([0.002, 0.06])
+
+
 def test_claims_whose_trials_are_not_done_count_as_tests():
     first = Verdict(Claim("a", "", "", ""), Outcome.SHOWN, "", 0.02)
     waiting = [not_measured(Claim(name, "", "", "")) for name in "bc"]
@@ -140,15 +172,20 @@ def test_claims_whose_trials_are_not_done_count_as_tests():
     assert holm([first, *waiting], pending=0)[0].outcome is Outcome.SHOWN
 
 
-@given(st.lists(st.floats(1e-4, 1), min_size=2, max_size=6), st.data())
+@given(
+    st.lists(st.tuples(st.floats(1e-4, 1), st.none() | st.floats(1e-2, 1)), min_size=2, max_size=6), st.data()
+)
 def test_trials_that_finish_later_take_no_verdict_back(p_values, data):
     claims = [Claim(str(number), "", "", "") for number in range(len(p_values))]
     done = data.draw(st.integers(1, len(p_values) - 1))
-    verdicts = [Verdict(claim, Outcome.SHOWN, "", p) for claim, p in zip(claims, p_values, strict=True)]
+    verdicts = [
+        Verdict(claim, Outcome.SHOWN, "", p, partly_p=None if share is None else share * p)
+        for claim, (p, share) in zip(claims, p_values, strict=True)
+    ]
     early = holm([*verdicts[:done], *map(not_measured, claims[done:])], pending=len(claims) - done)
     late = holm(verdicts, pending=0)
+    order = [Outcome.NOT_MEASURED, Outcome.NOT_SHOWN, Outcome.PARTLY, Outcome.SHOWN]
     assert all(
-        after.outcome is Outcome.SHOWN
+        order.index(after.outcome) >= order.index(before.outcome)
         for before, after in zip(early, late, strict=True)
-        if before.outcome is Outcome.SHOWN
     )

@@ -95,34 +95,47 @@ def holm(verdicts: Sequence[Verdict], pending: int) -> list[Verdict]:
     """Correct the verdicts of one study for their number (Holm, 1979).
 
     The k-th smallest of m p-values becomes (m − k + 1) times as large, and at least as large as those before
-    it. A verdict that says something and whose p-value is then above 0.05 is not shown.
+    it. A verdict that says something and whose p-value is then above 0.05 is not shown. A claim with a
+    `partly_p` is tested for that first: if only this test passes, the claim is partly shown. It counts as one
+    test until both are done.
 
     Args:
         verdicts: the verdicts of all claims of the study.
         pending: number of claims whose trials are not done yet. They count as tests, so that no verdict whose
             own trials are done is taken back when those of others are.
     """
-    tested = sorted((v for v in verdicts if v.p is not None), key=lambda v: v.p or 0.0)
-    tests = len(tested) + pending
-    adjusted: dict[str, float] = {}
+    waiting = {verdict.claim.id: tests for verdict in verdicts if (tests := _tests(verdict))}
+    words = f"{len(waiting) + pending} test{'s' if len(waiting) + pending > 1 else ''}"
+    corrected = {verdict.claim.id: verdict for verdict in verdicts}
+    passed: set[str] = set()
     highest = 0.0
-    for index, verdict in enumerate(tested):
-        assert verdict.p is not None
-        highest = max(highest, min(1.0, (tests - index) * verdict.p))
-        adjusted[verdict.claim.id] = highest
-    corrected = []
-    for verdict in verdicts:
-        if verdict.p is not None:
-            p = adjusted[verdict.claim.id]
-            if verdict.outcome.is_claim and p > 0.05:
-                text = (
-                    f" The outcome would be {verdict.outcome.value!r}, but its p-value, {verdict.p:.2g}, is "
-                    f"{p:.2g} after Holm's correction for {tests} test{'s' if tests > 1 else ''}."
-                )
-                verdict = replace(verdict, outcome=Outcome.NOT_SHOWN, evidence=verdict.evidence + text)
-            verdict = replace(verdict, p=p)
-        corrected.append(verdict)
-    return corrected
+    while waiting:
+        claim = min(waiting, key=lambda name: waiting[name][0][1])
+        outcome, p = waiting[claim].pop(0)
+        highest = max(highest, min(1.0, (len(waiting) + pending) * p))
+        verdict = corrected[claim]
+        if not outcome.is_claim or highest <= 0.05:
+            passed.add(claim)
+            verdict = replace(verdict, outcome=outcome, p=highest)
+        else:
+            text = (
+                f" The outcome would be {outcome.value!r}, but its p-value, {p:.2g}, is {highest:.2g} after "
+                f"Holm's correction for {words}."
+            )
+            verdict = replace(verdict, evidence=verdict.evidence + text)
+            if claim not in passed:
+                verdict = replace(verdict, outcome=Outcome.NOT_SHOWN, p=highest)
+            waiting[claim].clear()
+        corrected[claim] = verdict
+        if not waiting[claim]:
+            del waiting[claim]
+    return list(corrected.values())
+
+
+def _tests(verdict: Verdict) -> list[tuple[Outcome, float]]:
+    """List the outcomes that a verdict is tested for, with their p-values, the weaker one first."""
+    tests = [] if verdict.partly_p is None else [(Outcome.PARTLY, verdict.partly_p)]
+    return tests if verdict.p is None else [*tests, (verdict.outcome, verdict.p)]
 
 
 def weaker(first: Outcome, second: Outcome) -> Outcome:

@@ -110,9 +110,17 @@ def is_stuck(result: Result) -> bool:
 
 
 def losses_reached(results: Iterable[Result], losses: Sequence[float] = LOSSES) -> list[float]:
-    """Return the losses that all of the results reach."""
+    """Return the losses that all of the results fall to after their first evaluation. Where a run fell to one
+    before that is not known, nor what its logits were then."""
     results = list(results)
-    return [loss for loss in losses if all(step_at(result, loss) is not None for result in results)]
+    return [loss for loss in losses if all(_falls_to(result, loss) for result in results)]
+
+
+def _falls_to(result: Result, loss: float) -> bool:
+    if step_at(result, loss) is None:
+        return False
+    _, first = result["validation_curve"][0]
+    return first is None or first > loss
 
 
 def values_at_loss(arm: ArmResults, quantity: str, loss: float) -> dict[int, float | None]:
@@ -154,8 +162,8 @@ def log_cost_ratio_at_loss(first: ArmResults, second: ArmResults, unit: str, los
     return paired_log_ratio(*sides)
 
 
-Decision = Callable[[Sequence[float]], tuple[Outcome, float]]
-"""Returns an outcome and its p-value from the losses that were reached."""
+Decision = Callable[[Sequence[float]], tuple[Outcome, float, float | None]]
+"""Returns an outcome, its p-value and its `Verdict.partly_p` from the losses that were reached."""
 
 ONE_SEED = "One seed has no interval."
 
@@ -170,11 +178,20 @@ def at_two_losses(
         p_at: returns the p-value with which one loss speaks for an outcome.
     """
 
-    def decide(losses: Sequence[float]) -> tuple[Outcome, float]:
+    def decide(losses: Sequence[float]) -> tuple[Outcome, float, float | None]:
+        def p_of(outcome: Outcome) -> float:
+            return p_of_two([p_at(loss, outcome) for loss in losses])
+
         outcome = combined([outcome_at(loss) for loss in losses])
-        return outcome, p_of_two([p_at(loss, outcome) for loss in losses]) if outcome.is_claim else 1.0
+        p = p_of(outcome) if outcome.is_claim else 1.0
+        return outcome, p, partly(outcome, p, p_of(Outcome.PARTLY))
 
     return decide
+
+
+def partly(outcome: Outcome, p: float, partly_p: float) -> float | None:
+    """Return the `Verdict.partly_p` of a claim; None unless it is shown and surely partly shown sooner."""
+    return partly_p if outcome is Outcome.SHOWN and partly_p < p else None
 
 
 def judge_at_losses(
@@ -203,7 +220,7 @@ def judge_at_losses(
     if any(name not in arms for name in needed):
         return not_measured(claim)
     results = {name: arms[name].results() for name in needed}
-    late = [name for name, runs in results.items() if not losses_reached(runs, [BEGUN])]
+    late = [name for name, runs in results.items() if None in (step_at(run, BEGUN) for run in runs)]
     reached = losses_reached((result for runs in results.values() for result in runs), losses)
     if late or len(reached) < LEAST_LOSSES:
         reason = f"{', '.join(late)} did not fall to {BEGUN} nats per byte on every seed" if late else (
@@ -212,8 +229,8 @@ def judge_at_losses(
         return Verdict(claim, Outcome.NOT_REACHED, f"{reason}; too little progress to compare.")
     if all(len(runs) < 2 for runs in results.values()):
         return not_measured(claim, ONE_SEED)
-    outcome, p = decide(reached)
-    return Verdict(claim, outcome, evidence(reached), p, here=at_ends(here, reached))
+    outcome, p, partly_p = decide(reached)
+    return Verdict(claim, outcome, evidence(reached), p, here=at_ends(here, reached), partly_p=partly_p)
 
 
 def at_ends(text: Callable[[float], str], losses: Sequence[float]) -> str:
@@ -273,11 +290,6 @@ def slopes_at_loss(by_size: Mapping[int, ArmResults], quantity: str, loss: float
 def slope_at_loss(by_size: Mapping[int, ArmResults], quantity: str, loss: float) -> Interval:
     """Compute the interval over seeds of `slopes_at_loss`."""
     return confidence_interval(slopes_at_loss(by_size, quantity, loss).values())
-
-
-def p_above_zero(interval: Interval, outcome: Outcome) -> float:
-    """Compute the p-value with which a number speaks for an outcome of `judge_above`."""
-    return interval.p_below(0.0) if outcome is Outcome.CONTRADICTED else interval.p_above(0.0)
 
 
 def judge_ratio(interval: Interval, shown: float) -> Outcome:

@@ -255,8 +255,6 @@ SIZES: Mapping[Scale, Sizes] = {
         seeds=3,
         other_seeds=3,
         lengths=[steady(256, 4096, 3000, stop_at_loss=1.95)],
-        stress=_stress(512, 4096, 1000),
-        stress_rates=(1e-2, 6e-2),
         needle=_needle(128, 512),
     ),
     "overnight": Sizes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from longshort.studies.framework.comparison import (
     Arms,
@@ -46,8 +47,9 @@ NEEDED = Claim(
     "The 95 % interval of the validation loss at the end of the constant rate, no global head minus one, "
     "paired over seeds. Shown: lower end above 0. Contradicted: upper end below 0. Otherwise not shown. Open "
     f"unless LS copies on every seed: a loss on repeated random tokens {COPYING_DROP} nats per token below "
-    "its highest value before, once it has begun to learn. Whatever is said must also pass Holm's correction "
-    "over the study's claims, p < 0.05.",
+    f"its highest value before, once it has begun to learn, and both have a validation loss of {BEGUN} nats "
+    "per byte or less before the rate decays. Whatever is said must also pass Holm's correction over the "
+    "study's claims, p < 0.05.",
     paper="one for the long range",
 )
 
@@ -71,7 +73,8 @@ def _judge_design(
     copying: Sequence[str],
     bound: float,
 ) -> Verdict:
-    """Judge the difference of the losses of two arms against a bound; open unless the `copying` ones copy."""
+    """Judge the difference of the losses of two arms against a bound; open unless both have begun to learn
+    and the `copying` ones copy."""
     if any(name not in arms for name in pair):
         return not_measured(claim)
     if any(len(arms[name].results()) < 2 for name in pair):
@@ -90,14 +93,14 @@ def _judge_design(
             " Gain of a needle at the largest distance, nats per byte, on the last "
             f"{len(needles[pair[0]])} seeds: {', '.join(gains)}."
         )
-    late = [
-        name for name in copying
-        if any(copying_step(result) is None for result in arms[name].results())
-    ]  # fmt: skip
-    if late:
-        return Verdict(
-            claim, Outcome.NOT_REACHED, f"{', '.join(late)} did not copy on every seed. {evidence}"
-        )
+    for names, step_of, words in (
+        (pair, partial(step_at, loss=BEGUN), f"fall to {BEGUN} nats per byte"),
+        (copying, copying_step, "copy"),
+    ):
+        late = [name for name in names if None in map(step_of, arms[name].results())]
+        if late:
+            text = f"{', '.join(late)} did not {words} on every seed. {evidence}"
+            return Verdict(claim, Outcome.NOT_REACHED, text)
     here = f"{difference_text(change)} nats per byte"
     return Verdict(claim, judge_above(change, bound), evidence, change.p_value(bound), here)
 

@@ -11,7 +11,6 @@ from longshort.studies.framework.comparison import (
     Arms,
     difference_text,
     interval_text,
-    judge_above,
     mean_text,
     rate_text,
 )
@@ -34,13 +33,13 @@ from longshort.studies.language.equal_progress import (
     log_ratio_at_cost,
     log_ratio_at_loss,
     losses_reached,
-    p_above_zero,
     p_of_ratio,
     ratios_text,
     sign_test,
     slope_at_loss,
 )
 from longshort.studies.language.trial import largest
+from longshort.studies.progress.chance import chance_slope
 from longshort.studies.progress.figures import loss_table
 
 DIVERGENCE = Claim(
@@ -74,9 +73,10 @@ GROWTH = Claim(
     "With MHSA instability and logit explosion appear at longer sequence lengths.",
     "At equal progress MHSA's logits do not grow with the sequence length, or shrink.",
     "The 95 % interval, over seeds, of the slope of log row range over log n of MHSA, where the validation "
-    f"loss first falls to each of {LOSSES_TEXT} that the runs of all lengths reach. Shown: above 0 at two or "
-    "more losses. Contradicted: below 0 at two or more and above 0 at none. A loss that speaks against the "
-    f"claim makes it not shown. Open unless all runs reach two of the losses. {CORRECTED}",
+    f"loss first falls to each of {LOSSES_TEXT} that the runs of all lengths reach. Shown: at two or more "
+    "losses above the slope of independent normal logits, which a larger number of queries and keys alone "
+    "gives. Contradicted: below 0 at two or more and above that slope at none. A loss that speaks against "
+    f"the claim makes it not shown. Open unless all runs reach two of the losses. {CORRECTED}",
     paper="at n = 8,192, figure 3",
 )
 MITIGATION = Claim(
@@ -199,16 +199,31 @@ def judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
         here = f"losses that the runs of all lengths reach: {which}"
         texts = [f"{here.capitalize()}; too few for a verdict."]
         texts += [_slopes_text(by_length, reached)] if reached else []
-        evidence = " ".join([*texts, *_slopes_of_shorter(by_length), _MAXIMA])
+        evidence = " ".join([*texts, *_slopes_of_shorter(by_length), _chance_text(by_length)])
         return Verdict(GROWTH, Outcome.NOT_REACHED, evidence, here=here)
     if all(len(arm.results()) < 2 for arm in by_length.values()):
         return not_measured(GROWTH, ONE_SEED)
     slopes = {loss: slope_at_loss(by_length, "row_range", loss) for loss in reached}
-    outcome, p = at_two_losses(
-        lambda loss: judge_above(slopes[loss]), lambda loss, outcome: p_above_zero(slopes[loss], outcome)
-    )(reached)
-    here = f"slope {at_ends(lambda loss: difference_text(slopes[loss]), reached)}"
-    return Verdict(GROWTH, outcome, f"{_slopes_text(by_length, reached)} {_MAXIMA}", p, here)
+    chance = _chance_slope(by_length)
+
+    def outcome_at(loss: float) -> Outcome:
+        if slopes[loss].low > chance:
+            return Outcome.SHOWN
+        return Outcome.CONTRADICTED if slopes[loss].high < 0 else Outcome.NOT_SHOWN
+
+    def p_at(loss: float, outcome: Outcome) -> float:
+        is_against = outcome is Outcome.CONTRADICTED
+        return slopes[loss].p_below(0.0) if is_against else slopes[loss].p_above(chance)
+
+    outcome, p, _ = at_two_losses(outcome_at, p_at)(reached)
+    evidence = f"{_slopes_text(by_length, reached)} {_chance_text(by_length)}"
+    here = f"slope {at_ends(lambda loss: difference_text(slopes[loss]), reached)}; by chance {chance:+.3f}"
+    return Verdict(GROWTH, outcome, evidence, p, here)
+
+
+def _chance_slope(by_length: Mapping[int, ArmResults]) -> float:
+    windows = {arm.settings["train"]["validation_windows"] for arm in by_length.values()}
+    return chance_slope(list(by_length), max(windows))
 
 
 def _slopes_text(by_length: Mapping[int, ArmResults], losses: Sequence[float]) -> str:
@@ -221,10 +236,11 @@ def _slopes_text(by_length: Mapping[int, ArmResults], losses: Sequence[float]) -
     return f"Slope over log n of the logarithm of MHSA's {'; '.join(texts)}."
 
 
-_MAXIMA = (
-    "A longer sequence has more probed queries, so that a maximum over them grows a little by itself; the "
-    "percentile does not."
-)
+def _chance_text(by_length: Mapping[int, ArmResults]) -> str:
+    return (
+        "The row range of independent normal logits, which grows with the number of queries and keys alone, "
+        f"has a slope of {_chance_slope(by_length):+.3f}."
+    )
 
 
 def _slopes_of_shorter(by_length: Mapping[int, ArmResults]) -> list[str]:

@@ -24,6 +24,7 @@ from longshort.studies.language.equal_progress import (
     judge_at_losses,
     log_ratio_at_loss,
     losses_reached,
+    partly,
     ratios_text,
     slopes_at_loss,
 )
@@ -103,19 +104,20 @@ def judge_mechanism(arms: Arms) -> Verdict:
                 return own.p_above(0.0)
             return max(own.p_below(0.0), to_ls.p_below(0.0))
 
-        return at_two_losses(outcome_at, p_at)(losses)
+        return at_two_losses(outcome_at, p_at)(losses)[:2]
 
-    def decide(losses: Sequence[float]) -> tuple[Outcome, float]:
+    def decide(losses: Sequence[float]) -> tuple[Outcome, float, float | None]:
         parts = [decide_part(part, losses) for part in (by_size, by_hiding)]
         outcomes = {outcome for outcome, _ in parts}
+        one_of_two = min(1.0, 2 * min(p for _, p in parts))
         if outcomes == {Outcome.SHOWN}:
-            return Outcome.SHOWN, max(p for _, p in parts)
+            both = max(p for _, p in parts)
+            return Outcome.SHOWN, both, partly(Outcome.SHOWN, both, one_of_two)
         if Outcome.SHOWN in outcomes:
             outcome = Outcome.NOT_SHOWN if Outcome.CONTRADICTED in outcomes else Outcome.PARTLY
         else:
             outcome = Outcome.CONTRADICTED if Outcome.CONTRADICTED in outcomes else Outcome.NOT_SHOWN
-        one_of_two = min(1.0, 2 * min(p for _, p in parts))
-        return outcome, one_of_two if outcome.is_claim else 1.0
+        return outcome, one_of_two if outcome.is_claim else 1.0, None
 
     def evidence(losses: Sequence[float]) -> str:
         texts = []

@@ -173,7 +173,8 @@ def _absent(chosen: Sizes) -> set[Claim]:
     """Return the claims for which a scale has no trials."""
     found: set[Claim] = set()
     for is_there, claims in (
-        (chosen.stress is not None, (DIVERGENCE, WARNING)),
+        (chosen.stress is not None, (DIVERGENCE,)),
+        (chosen.stress is not None and "alarms" in chosen.stress.train, (WARNING,)),
         (len(chosen.length_arms) > 1, (GROWTH, MITIGATION)),
         (NO_GLOBAL in chosen.variants, (NEEDED,)),
         (chosen.mechanism is not None, (MECHANISM,)),

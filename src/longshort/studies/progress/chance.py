@@ -1,0 +1,45 @@
+"""The growth of the largest row range with the length that the number of logits alone explains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+from longshort.reporting.intervals import slope
+from longshort.stability.probe import STRIDE
+
+
+def chance_slope(lengths: Sequence[int], sequences: int) -> float:
+    """Compute the slope of the log row range over log n of logits that are independent and normal.
+
+    A longer sequence has more probed queries, each of which sees more keys, so that the largest range of a
+    row grows also where logits are alike at all lengths.
+
+    Args:
+        lengths: two or more numbers of tokens of a sequence.
+        sequences: number of probed sequences, each seen by one head: with more heads the slope is smaller.
+    """
+    found = slope([(math.log(length), math.log(_expected_range(length, sequences))) for length in lengths])
+    assert found is not None
+    return found
+
+
+@cache
+def _expected_range(length: int, sequences: int) -> float:
+    """Integrate the expectation of the largest range of the probed rows of independent normal logits.
+
+    The range of t normal numbers is at most r with probability t·∫ φ(x)·(Φ(x + r) − Φ(x))^(t − 1) dx.
+    """
+    x = torch.arange(-8.0, 8.0, 0.2, dtype=torch.float64)[:, None]
+    r = torch.arange(0.0, 20.0, 0.1, dtype=torch.float64)
+    density = 0.2 * (-0.5 * x**2).exp() / math.sqrt(2 * math.pi)
+    between = torch.special.ndtr(x + r) - torch.special.ndtr(x)
+    rows = range((length - 1) % STRIDE, length, STRIDE)
+    all_below = torch.ones_like(r)
+    for seen in (row + 1 for row in rows):
+        below = seen * (density * between ** (seen - 1)).sum(0)
+        all_below *= below.clamp(max=1.0) ** sequences
+    return float(torch.trapezoid(1 - all_below, r))
