@@ -269,7 +269,7 @@ def test_rates_that_are_too_high(overnight):
     losses = {at: fmean(run["validation_loss"] for run in arm) for at, arm in runs.items()}
     for rate in sizes.stress_rates:
         arms = [(name, rate) for name in ("MHSA", "LS", "MHSA + QK-norm")]
-        cells = [*(f"{logits[at]:.0f}" for at in arms[:2]), *(f"{losses[at]:.2f}" for at in arms)]
+        cells = [*(f"{logits[at]:.0f}" for at in arms), *(f"{losses[at]:.2f}" for at in arms)]
         assert row(rate_text(rate), cells) in text
     assert sizes.fp32_rate is not None
     exact = [(name, sizes.fp32_rate) for name in ("MHSA, fp32", "LS, fp32")]
@@ -279,6 +279,8 @@ def test_rates_that_are_too_high(overnight):
     assert f"one seed makes most of LS's mean ({', '.join(peaks)})" in text
     for rate in sizes.stress_rates:
         assert losses["MHSA + QK-norm", rate] < min(losses["MHSA", rate], losses["LS", rate])
+        ratio = logits["MHSA + QK-norm", rate] / logits["MHSA", rate]
+        assert 1 < ratio < 1.1 if rate < 6e-2 else ratio < 0.25
         ls, mhsa = (fmean(run["constant_loss"] for run in runs[name, rate]) for name in ("LS", "MHSA"))
         assert ls < mhsa and (losses["MHSA", rate] < losses["LS", rate]) == (rate < 6e-2)
         for name, begins in (("LS", True), ("MHSA", rate < 6e-2)):

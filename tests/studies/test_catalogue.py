@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,23 @@ def test_the_same_command_again_changes_nothing(all_studies, texts):
     assert len(before) == len(STUDIES)
     run_studies(settings)
     assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize("name", ["progress", "allocation"])
+def test_lost_results_come_again_to_the_byte(all_studies, texts, tmp_path, monkeypatch, name):
+    """Trainings, and measurements of weights that are still there or not."""
+    settings, _ = all_studies
+    out, draw = tmp_path / "out", random.Random(name)
+    shutil.copytree(settings.folder, out)
+    file = out / name / RESULTS_FILE
+    whole = file.read_bytes()
+    file.write_bytes(b"".join(line for line in whole.splitlines(keepends=True) if draw.random() < 0.7))
+    for folder in sorted(path for path in (out / "runs").iterdir() if path.is_dir()):
+        if draw.random() < 0.3:
+            shutil.rmtree(folder)
+    monkeypatch.setattr(catalogue, "run_trials", run_here)
+    run_studies(StudySettings(name, scale="smoke", source=str(texts), out=out))
+    assert file.read_bytes() == whole
 
 
 def test_another_scale_or_corpus_is_refused(all_studies, texts):
