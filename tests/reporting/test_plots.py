@@ -8,6 +8,7 @@ from matplotlib.image import imread
 
 from longshort.reporting.intervals import Interval
 from longshort.reporting.plots import Panel, draw_curves, draw_intervals, draw_points
+from longshort.reporting.style import new_figure, scale_logarithmically
 
 
 def is_drawn(file):
@@ -52,3 +53,15 @@ def test_points_along_lengths_rates_and_depths(tmp_path, base):
 def test_panels_may_share_their_y_axis_and_differ_in_x(tmp_path, points):
     panels = {"Length": {"LS": points, "MHSA": points}, "Width": {"LS": [], "MHSA": []}}
     assert is_drawn(draw_points(panels, tmp_path / "points.png", ("tokens", "width"), "logit"))
+
+
+@pytest.mark.parametrize("low", [1e-3, 0.31, 1.57, 90.1])
+@pytest.mark.parametrize("ratio", [1.01, 1.1, 2, 50, 1e6])
+def test_labels_of_a_logarithmic_axis_are_exact(low, ratio):
+    _, axes = new_figure("losses", "step", "nats")
+    axes.plot([0, 1], [low, low * ratio])
+    scale_logarithmically(axes)
+    labels = {tick: axes.yaxis.get_major_formatter()(tick) for tick in axes.get_yticks()}
+    assert {tick: float(label.replace(",", "")) for tick, label in labels.items() if tick < 1000} == {
+        tick: pytest.approx(tick) for tick in labels if tick < 1000
+    }

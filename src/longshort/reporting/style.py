@@ -64,7 +64,7 @@ def label_log_axis(axis: Axis) -> None:
 
 def plain_number(value: float, _position: int | None = None) -> str:
     """Format a tick's label without powers of ten."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.5g}"
 
 
 def save_figure(figure: Figure, file: Path) -> None:
