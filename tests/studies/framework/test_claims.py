@@ -72,6 +72,13 @@ def test_a_claim_is_read_from_the_first_folder_in_which_it_was_measured(tmp_path
     assert rows[0].here == "4 times" and rows[1].id == "F9: more"
 
 
+def test_a_claim_that_no_folder_measured_is_read_from_the_first(tmp_path):
+    first, second = (
+        folder_of(tmp_path / name, findings(Outcome.NOT_MEASURED, here=name)) for name in ("first", "second")
+    )
+    assert read_claims([first, second], ["toy"])[0].here == "first"
+
+
 def test_findings_of_earlier_versions_are_read(tmp_path):
     folder = folder_of(tmp_path / "a", findings())
     file = folder / "toy" / FINDINGS_FILE

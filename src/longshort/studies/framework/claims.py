@@ -86,7 +86,7 @@ def write_findings(folder: Path, findings: Findings) -> None:
 def read_claims(folders: Sequence[Path], studies: Sequence[str]) -> list[ClaimRow]:
     """Read the claims of studies from folders of results, such as those of several scales.
 
-    A claim that several folders hold is read from the first in which it was measured.
+    A claim that several folders hold is read from the first in which it was measured, else from the first.
 
     Args:
         folders: folders with a folder per study.
@@ -104,7 +104,8 @@ def read_claims(folders: Sequence[Path], studies: Sequence[str]) -> list[ClaimRo
         for file in (folder / name / FINDINGS_FILE for folder in folders):
             for row in _read(file) if file.is_file() else ():
                 key = name, row.id
-                if key not in chosen or chosen[key].outcome is Outcome.NOT_MEASURED:
+                known = chosen.setdefault(key, row)
+                if known.outcome is Outcome.NOT_MEASURED and row.outcome is not Outcome.NOT_MEASURED:
                     chosen[key] = row
     return list(chosen.values())
 
