@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from longshort.reporting.intervals import confidence_interval
 from longshort.reporting.page import number
 from longshort.stability.rounding import AUDITED
+from longshort.studies.allocation import greedy_layouts, mean_regret, one_at_a_time_layouts, regrets
 from longshort.studies.catalogue import STUDIES, judge_all
 from longshort.studies.framework.claims import claims_markdown, read_claims
 from longshort.studies.framework.comparison import difference, interval_text, measure_arms, rate_text
@@ -27,6 +28,7 @@ from longshort.studies.language.equal_progress import (
     is_stuck,
     log_cost_ratio_at_loss,
     log_ratio_at_loss,
+    losses_reached,
     slope_at_loss,
     step_at,
     values_at_loss,
@@ -42,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "reproduction.md"]
 REPRODUCTION = PAGES[1]
+RANKED = (one_at_a_time_layouts, greedy_layouts)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -177,10 +180,6 @@ def test_growth_with_the_length(overnight):
     def of(name):
         return {n: found[f"{name}, n = {n}"] for n, found in arms.items()}
 
-    def in_order(values):
-        *first, last = values
-        return f"{', '.join(first)} and {last}"
-
     ranges = {
         name: in_order(
             f"{confidence_interval(values_at_loss(arm, 'row_range', 2.2).values()).mean:.0f}"
@@ -205,6 +204,121 @@ def test_growth_with_the_length(overnight):
     assert all(one.low > 0 for one in slopes["max_logit"])
     chance = chance_slope(list(lengths), 32)
     assert f"independent normal logits has a slope of {chance:+.2f} by their number alone" in text
+
+
+def test_rotary_positions(overnight):
+    text = " ".join(REPRODUCTION.read_text().split())
+    sizes, results = overnight
+    arms = sizes.position_arms(0)
+    every = measure_arms(arms, range(sizes.other_seeds), results, ("best",))
+    mhsa, ls, local = (every[arm.name] for arm in arms)
+    assert losses_reached([*ls.results(), *mhsa.results()]) == [2.2, 2.1, 2.0, 1.7]
+
+    def ends(ratio):
+        ratios = sorted((ratio(loss).exp() for loss in LOSSES[:4]), key=lambda interval: interval.mean)
+        return " to ".join(
+            f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in (ratios[0], ratios[-1])
+        )
+
+    logits = ends(lambda loss: log_ratio_at_loss(ls, mhsa, "max_logit", loss))
+    tokens = ends(lambda loss: log_cost_ratio_at_loss(ls, mhsa, "tokens", loss))
+    assert (
+        f"LS with RoPE has {logits} times the largest logit of MHSA with RoPE, and needs {tokens} of the "
+        "tokens"
+    ) in text
+    assert sizes.brief is not None
+    until = sizes.brief.train["steps"] - sizes.brief.train["decay_steps"]
+    assert f"After {1e-6 * until * mhsa.results()[0]['tokens_per_step']:.0f} million bytes" in text
+    for name, arm in every.items():
+        losses = [dict(map(tuple, result["validation_curve"]))[until] for result in arm.results()]
+        assert row(name, (f"{loss:.2f}" for loss in losses)) in text
+    begun = [f"{1e-6 * step * 8192:.1f}" for arm in (mhsa, ls) if (step := step_at(arm.results()[0], BEGUN))]
+    assert "after {} million bytes and LS after {}, with".format(*begun) in text
+    first = {name: arm.results()[0] for name, arm in every.items()}
+    at_end = [f"{run['constant_loss']:.2f}" for run in first.values()]
+    assert "MHSA with RoPE is at {} and LS with RoPE at {}".format(*at_end) in text
+    last = first[local.arm.name]
+    assert f"ends lowest of all: at {at_end[2]}, after the decay at {last['validation_loss']:.3f}" in text
+    copies = [copying_step(run) for run in first.values()]
+    assert copies[:2] == [None, None] and copies[2] is not None
+    assert f"begins after {1e-6 * copies[2] * 8192:.0f} million bytes" in text
+    peaks = [f"{max(run['probe']['max_logit']):.0f}" for run in first.values()]
+    assert (
+        "MHSA with RoPE has the largest logit, {}; LS with RoPE has {}, and LS with RoPE on its local heads "
+        "alone {}.".format(*peaks)
+    ) in text
+
+
+@pytest.fixture(scope="module")
+def laptop():
+    """The sizes of `progress` at the scale `laptop`, and its committed results."""
+    return SIZES["laptop"], ResultsFile(RESULTS / "laptop" / "progress").results
+
+
+def test_short_runs(laptop):
+    text = " ".join(REPRODUCTION.read_text().split())
+    sizes, results = laptop
+    arms = measure_arms(sizes.main, range(sizes.seeds), results, ("best",))
+    ls, mhsa = arms["LS"], arms["MHSA"]
+    losses = [2.2, 2.1, 2.0]
+    assert losses_reached([*ls.results(), *mhsa.results()]) == losses
+    logits = in_order(f"{log_ratio_at_loss(ls, mhsa, 'max_logit', loss).exp().mean:.2f}" for loss in losses)
+    tokens = in_order(f"{log_cost_ratio_at_loss(ls, mhsa, 'tokens', loss).exp().mean:.2f}" for loss in losses)
+    assert f"LS's largest logit is {logits} times MHSA's, and it needs {tokens} of the tokens" in text
+    assert all(copying_step(result) is None for arm in arms.values() for result in arm.results())
+
+
+def test_short_runs_by_length(laptop):
+    text = " ".join(REPRODUCTION.read_text().split())
+    sizes, results = laptop
+    by_length = {
+        n: measure_arms(arms.values(), range(sizes.other_seeds), results, ("best",))
+        for n, arms in sizes.length_arms.items()
+    }
+    mhsa = {n: arms[f"MHSA, n = {n}"] for n, arms in by_length.items()}
+    slopes = [slope_at_loss(mhsa, "row_range", loss) for loss in (2.2, 2.1, 2.0)]
+    assert f"slopes of {in_order(f'{slope.mean:+.2f}' for slope in slopes)} with wide intervals" in text
+    assert all(slope.low < 0 for slope in slopes)
+    assert f"where chance gives {chance_slope(list(mhsa), 32):+.2f}" in text
+    for n, words in ((256, "times MHSA's at n = 256"), (512, "times at 512")):
+        ls = by_length[n][f"LS, n = {n}"]
+        ratios = sorted(
+            log_ratio_at_loss(ls, mhsa[n], "max_logit", loss).exp().mean for loss in (2.2, 2.1, 2.0)
+        )
+        assert f"{ratios[0]:.2f} to {ratios[-1]:.2f} {words}" in text
+
+
+def test_which_heads_stay_global():
+    readme, text = (" ".join(page.read_text().split()) for page in PAGES)
+    study = STUDIES["allocation"]
+    results = ResultsFile(RESULTS / "laptop" / "allocation").results
+    trials = [study.scales["laptop"].trained(seed) for seed in range(3)]
+    losses = [results[trial.key]["losses"] for trial in trials]
+    means = [confidence_interval(mean_regret(one, choose(one)) for one in losses) for choose in RANKED]
+    told = " and ".join(f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for one in means)
+    worst = max(max(regrets(one, choose(one))) for one in losses for choose in RANKED)
+    assert f"what they lose to them is {told}".replace("[-", "[−") in text
+    assert f"nowhere more than {worst:.3f}" in text and f"within {worst:.3f} nats per byte" in readme
+    ones = [1 << head for head in range(8)]
+    every, average, best, none = (
+        fmean(values)
+        for values in zip(
+            *((one[-1], fmean(one[layout] for layout in ones), min(one[layout] for layout in ones), one[0])
+              for one in losses), strict=True,
+        )
+    )  # fmt: skip
+    assert (
+        f"Without any the loss is {none:.2f}, with one of the eight {average:.2f} on average, with the best "
+        f"one {best:.2f}, and with all of them {every:.2f}"
+    ) in text
+    assert all(min(ones, key=one.__getitem__) >= 1 << 4 for one in losses)
+    verdicts = json.loads((RESULTS / "laptop" / "allocation" / "findings.json").read_text())["verdicts"]
+    assert "[+0.472" in verdicts[-1]["evidence"] and verdicts[-1]["outcome"].startswith("not shown")
+
+
+def in_order(values):
+    *first, last = values
+    return f"{', '.join(first)} and {last}"
 
 
 def gpu_run(folder):

@@ -31,7 +31,7 @@ TOLERANCE = 0.02
 
 ENOUGH = Claim(
     "design: one global head",
-    "One global head per layer is enough: more of them do not lower the loss.",
+    "One global head per layer is enough: with all heads global the loss is no lower.",
     f"With all heads global the loss is lower by more than {TOLERANCE} nats per byte.",
     "The 95 % interval of the validation loss at the end of the constant rate, all heads global minus one, "
     f"paired over seeds. Shown: lower end above −{TOLERANCE}. Contradicted: upper end below −{TOLERANCE}. "
