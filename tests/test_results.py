@@ -15,7 +15,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from longshort.reporting.intervals import confidence_interval
 from longshort.reporting.page import number
 from longshort.stability.rounding import AUDITED
-from longshort.studies.allocation import greedy_layouts, mean_regret, one_at_a_time_layouts, regrets
+from longshort.studies.allocation import (
+    CORRELATION,
+    RANKINGS,
+    Repaired,
+    greedy_layouts,
+    mean_regret,
+    one_at_a_time_layouts,
+    optimal_layouts,
+    regrets,
+)
 from longshort.studies.catalogue import STUDIES, judge_all
 from longshort.studies.framework.claims import claims_markdown, read_claims
 from longshort.studies.framework.comparison import difference, interval_text, measure_arms, rate_text
@@ -45,6 +54,8 @@ RESULTS = ROOT / "docs" / "results"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "reproduction.md"]
 REPRODUCTION = PAGES[1]
 RANKED = (one_at_a_time_layouts, greedy_layouts)
+PROBED_HEADS = 32 * 8
+"""The heads of the model `tiny` in 32 windows."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -195,15 +206,15 @@ def test_growth_with_the_length(overnight):
     shorter = {n: arm for n, arm in of("MHSA").items() if n < 2048}
     slopes = {
         quantity: [slope_at_loss(shorter, quantity, loss) for loss in (2.2, 2.1, 2.0)]
-        for quantity in ("row_range", "max_logit")
+        for quantity in ("row_range", "quantile")
     }
     told = {quantity: in_order(f"{one.mean:+.2f}" for one in found) for quantity, found in slopes.items()}
-    assert f"Over the three shorter lengths it is {told['row_range']} at 2.2, 2.1 and 2.0" in text
+    assert f"Over the three shorter lengths MHSA's slopes are {told['row_range']} at 2.2, 2.1 and 2.0" in text
     assert all(one.low < 0 < one.high for one in slopes["row_range"])
-    assert f"and that of its largest logit {told['max_logit']}, with intervals above 0" in text
-    assert all(one.low > 0 for one in slopes["max_logit"])
-    chance = chance_slope(list(lengths), 32)
-    assert f"independent normal logits has a slope of {chance:+.2f} by their number alone" in text
+    assert f"99.9th percentile, which numbers do not move, are {told['quantile']}, and the last one's" in text
+    assert [one.low > 0 for one in slopes["quantile"]] == [False, False, True]
+    for some in (list(lengths), list(shorter)):
+        assert f"independent normal logits has a slope of {chance_slope(some, PROBED_HEADS):+.2f}" in text
 
 
 def test_rotary_positions(overnight):
@@ -228,7 +239,7 @@ def test_rotary_positions(overnight):
     ) in text
     assert sizes.brief is not None
     until = sizes.brief.train["steps"] - sizes.brief.train["decay_steps"]
-    assert f"After {1e-6 * until * mhsa.results()[0]['tokens_per_step']:.0f} million bytes" in text
+    assert f"losses after {1e-6 * until * mhsa.results()[0]['tokens_per_step']:.0f} million bytes" in text
     for name, arm in every.items():
         losses = [dict(map(tuple, result["validation_curve"]))[until] for result in arm.results()]
         assert row(name, (f"{loss:.2f}" for loss in losses)) in text
@@ -279,7 +290,7 @@ def test_short_runs_by_length(laptop):
     slopes = [slope_at_loss(mhsa, "row_range", loss) for loss in (2.2, 2.1, 2.0)]
     assert f"slopes of {in_order(f'{slope.mean:+.2f}' for slope in slopes)} with wide intervals" in text
     assert all(slope.low < 0 for slope in slopes)
-    assert f"where chance gives {chance_slope(list(mhsa), 32):+.2f}" in text
+    assert f"where chance gives {chance_slope(list(mhsa), PROBED_HEADS):+.2f}" in text
     for n, words in ((256, "times MHSA's at n = 256"), (512, "times at 512")):
         ls = by_length[n][f"LS, n = {n}"]
         ratios = sorted(
@@ -312,8 +323,15 @@ def test_which_heads_stay_global():
         f"one {best:.2f}, and with all of them {every:.2f}"
     ) in text
     assert all(min(ones, key=one.__getitem__) >= 1 << 4 for one in losses)
-    verdicts = json.loads((RESULTS / "laptop" / "allocation" / "findings.json").read_text())["verdicts"]
-    assert "[+0.472" in verdicts[-1]["evidence"] and verdicts[-1]["outcome"].startswith("not shown")
+    sizes = study.scales["laptop"]
+    kept = [Repaired.of(sizes.repairs(seed, one), one, results) for seed, one in enumerate(losses)]
+    told = in_order(f"{repair.correlation:.2f}" for repair in kept)
+    assert f"its rank correlation is {told} by seed" in text
+    assert confidence_interval(repair.correlation for repair in kept).low < CORRELATION
+    for name, choose in zip(RANKINGS, RANKED, strict=True):
+        best = [choose(one)[k] == optimal_layouts(one)[k] for one in losses for k in kept[0].losses]
+        assert f"In {sum(best)} of {len(best)} cases the choice of either ranking" in text
+        assert abs(fmean(repair.regret(name) for repair in kept)) < 0.001
 
 
 def in_order(values):

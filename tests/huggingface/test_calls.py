@@ -80,7 +80,7 @@ def test_a_4d_mask_is_all_that_counts(implementation: str) -> None:
     assert_shows(make_call(implementation, 6, 9, visible[:1, :1]), visible[:1, :1])
 
 
-def test_a_bias_counts_in_the_entropy_and_the_range() -> None:
+def test_a_bias_counts_in_the_entropy_alone() -> None:
     bias = torch.randn(2, HEADS, 6, 9, dtype=torch.float64)
     assert_shows(make_call("eager", 6, 9, bias), torch.ones(6, 9, dtype=torch.bool), bias)
     both = make_call("sdpa", 6, 6, position_bias=bias[..., :6])

@@ -154,11 +154,9 @@ def truth(
                     continue
                 z = logits[entry, head, row][seen]
                 largest = max(largest, z.abs().max().item())
-                bias_of_row = biases[entry, head, row][seen]
-                biased = z + bias_of_row
-                widest = max(widest, (biased.max() - biased.min()).item())
+                widest = max(widest, (z.max() - z.min()).item())
                 scores = z if softcap is None else softcap * torch.tanh(z / softcap)
-                p = (scores + bias_of_row).softmax(-1)
+                p = (scores + biases[entry, head, row][seen]).softmax(-1)
                 entropies.append(torch.special.entr(p).sum().item())
         found.max_logit.append(largest)
         found.entropy.append(sum(entropies) / max(1, len(entropies)))

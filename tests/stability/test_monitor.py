@@ -68,15 +68,9 @@ def exact(
 def exact_row_ranges(
     observation: Observation, layout: HeadLayout, segment_ids: Tensor | None, band: int | None = None
 ) -> Tensor:
-    """Per head the largest range of a row, in float64, with ALiBi's bias; global heads within the band."""
+    """Per head the largest range of a row, in float64; global heads within the band."""
     ranges = []
-    q_len, kv_len = observation.q.shape[2], observation.k.shape[2]
-    distances = torch.arange(kv_len - q_len, kv_len)[:, None] - torch.arange(kv_len)
-    slopes = observation.options.get("alibi_slopes")
-    slopes = torch.zeros(layout.num_heads) if slopes is None else slopes
-    found = visible_logits(observation, layout, segment_ids, band)
-    for (logits, visible), slope in zip(found, slopes.double(), strict=True):
-        logits = logits - slope * distances
+    for logits, visible in visible_logits(observation, layout, segment_ids, band):
         rows = visible.any(-1)
         largest = logits.masked_fill(~visible, -math.inf)[rows].amax(-1)
         smallest = logits.masked_fill(~visible, math.inf)[rows].amin(-1)
@@ -212,13 +206,11 @@ def test_row_ranges_equal_the_logits_in_float64(data: st.DataObject) -> None:
         first_of_run = (torch.arange(kv_len) * borders).cummax(-1).values
         segment_ids = runs.gather(1, first_of_run)
 
-    slopes = torch.rand(len(heads), generator=generator) if data.draw(st.booleans(), "alibi") else None
     layer = LongShortAttention(8, layout, head_dim)
     monitor = AttentionMonitor(Stack(layer), band, row_range=True)
-    options = {"segment_ids": segment_ids, "alibi_slopes": slopes}
     with monitor.observing():
-        _, stats = attention(q, k, k, layout, **options, return_stats=True)
-        observation = Observation(q, k, k, stats, options)
+        _, stats = attention(q, k, k, layout, segment_ids=segment_ids, return_stats=True)
+        observation = Observation(q, k, k, stats, {"segment_ids": segment_ids})
         show(layer, observation)
     reading = monitor.reading()
 

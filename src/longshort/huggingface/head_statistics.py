@@ -29,7 +29,7 @@ class HeadStatistics:
     Attributes:
         max_logit: the largest |scale·q·k| over visible pairs, 0 if there are none; NaN if a logit is NaN.
         entropy: mean over the rows that see something, nats, before sink logits; 0 if none does.
-        row_range: the largest range of a row, biases included.
+        row_range: the largest range of a row.
         rows: number of the rows that see something, float64.
     """
 
@@ -97,9 +97,8 @@ def _row_tiles(
 class _Rows:
     """The rows of a tile of queries while their keys come range by range.
 
-    The largest and smallest logit of each row, without and with biases; and of its scores z the largest m,
-    l = Σ exp(z - m) and s = Σ exp(z - m)·(z - m), from which its entropy is log l - s/l, without cancellation
-    at large logits.
+    The largest and smallest logit of each row; and of its scores z the largest m, l = Σ exp(z - m) and
+    s = Σ exp(z - m)·(z - m), from which its entropy is log l - s/l, without cancellation at large logits.
     """
 
     def __init__(self, q: Tensor, k: Tensor, num_heads: int, group: HeadWindows) -> None:
@@ -111,7 +110,8 @@ class _Rows:
         self._q = q.reshape(batch, len(kv_heads), group_size * rows, head_dim)
         self._group = group
         self._shape = (batch, heads, rows)
-        self._logits, self._biased = (_Extremes(q, self._shape) for _ in range(2))
+        self._largest = q.new_full(self._shape, -math.inf)
+        self._smallest = q.new_full(self._shape, math.inf)
         self._max = q.new_full(self._shape, -math.inf)
         self._sum, self._weighted = q.new_zeros(self._shape), q.new_zeros(self._shape)
 
@@ -121,10 +121,14 @@ class _Rows:
         """Take in a range of keys."""
         logits = (self._q @ self._k[:, :, keys].to(self._q.dtype).mT).view(*self._shape, -1)
         hidden = visible.hidden(rows, keys, self._group, entries)
-        highest = self._logits.add(logits, hidden)
+        if hidden is not None:
+            logits.masked_fill_(hidden, math.inf)
+        torch.minimum(self._smallest, logits.amin(-1), out=self._smallest)
+        if hidden is not None:
+            logits.masked_fill_(hidden, -math.inf)
+        highest = logits.amax(-1)
+        torch.maximum(self._largest, highest, out=self._largest)
         bias = visible.bias(rows, keys, self._group, entries)
-        if bias is not None:
-            self._biased.add(logits + bias, hidden)
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
         if bias is not None:
@@ -151,31 +155,9 @@ class _Rows:
     def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return by row the size of the largest logit, the range, the entropy, and whether it sees
         anything."""
-        plain, biased = self._logits, self._biased if self._biased.is_filled else self._logits
-        seen = ~(plain.largest < plain.smallest)  # NaN is seen
-        sizes = torch.maximum(plain.largest.abs(), plain.smallest.abs())
+        seen = ~(self._largest < self._smallest)  # NaN is seen
+        sizes = torch.maximum(self._largest.abs(), self._smallest.abs())
         entropy = self._sum.log() - self._weighted / self._sum
-        ranges = biased.largest - biased.smallest
+        ranges = self._largest - self._smallest
         sizes, ranges, entropy = (x.masked_fill(~seen, 0.0) for x in (sizes, ranges, entropy))
         return sizes, ranges, entropy, seen
-
-
-class _Extremes:
-    """The largest and the smallest visible number of each row while they come range by range."""
-
-    def __init__(self, like: Tensor, shape: tuple[int, ...]) -> None:
-        self.largest = like.new_full(shape, -math.inf)
-        self.smallest = like.new_full(shape, math.inf)
-        self.is_filled = False
-
-    def add(self, numbers: Tensor, hidden: Tensor | None) -> Tensor:
-        """Take in numbers, and return the largest by row; those that are hidden become -inf."""
-        self.is_filled = True
-        if hidden is not None:
-            numbers.masked_fill_(hidden, math.inf)
-        torch.minimum(self.smallest, numbers.amin(-1), out=self.smallest)
-        if hidden is not None:
-            numbers.masked_fill_(hidden, -math.inf)
-        highest = numbers.amax(-1)
-        torch.maximum(self.largest, highest, out=self.largest)
-        return highest

@@ -36,9 +36,9 @@ class Reading:
     """The measurements of one or more observed passes of a model.
 
     A max logit is the largest |scale·q·k| over the visible pairs, before softcap and ALiBi; it is NaN if a
-    logit was NaN. The range of a row is the largest minus the smallest scale·q·k, with ALiBi's bias, over the
-    keys that one query sees, 0 if it sees none. Softmax ignores what all logits of a row have in common, so
-    only the range can sharpen it.
+    logit was NaN. The range of a row is the largest minus the smallest scale·q·k over the keys that one query
+    sees, 0 if it sees none. Softmax ignores what all logits of a row have in common, so only the range can
+    sharpen it.
 
     Attributes:
         max_logit_by_head: for each attention layer one number per query head.
@@ -160,7 +160,7 @@ class AttentionMonitor:
             ranges = torch.empty_like(observation.stats.max_logit)
             is_sink = sink_keys_of(observation, layout.sink_tokens)
             for group in layout.groups:
-                largest, smallest = _row_extremes(observation, group, group.window, is_sink, with_bias=True)
+                largest, smallest = _row_extremes(observation, group, group.window, is_sink)
                 ranges[list(group.heads)] = (largest - smallest).amax((0, 2)).to(ranges.dtype)
             self._row_ranges[index].append(ranges)
         if self._band is not None and layout.global_heads:
@@ -168,8 +168,6 @@ class AttentionMonitor:
             observation = observation.with_earlier_keys(self._band - 1)
             largest, smallest = _row_extremes(observation, group, self._band)
             max_logit = torch.maximum(largest.abs(), smallest.abs()).amax()
-            if observation.options.get("alibi_slopes") is not None:
-                largest, smallest = _row_extremes(observation, group, self._band, with_bias=True)
             self._in_band[index].append(torch.stack([max_logit, (largest - smallest).amax()]))
 
     def reading(self, reduce_max: Reduction | None = None, reduce_mean: Reduction | None = None) -> Reading:
@@ -274,11 +272,7 @@ def _largest(values: Tensor) -> float | None:
 
 
 def _row_extremes(
-    observation: Observation,
-    group: HeadGroup,
-    window: int | None,
-    is_sink: Tensor | None = None,
-    with_bias: bool = False,
+    observation: Observation, group: HeadGroup, window: int | None, is_sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute the largest and the smallest scale·q·k that each query of a group's heads sees:
     (batch, heads, q_len), 0 for a query that sees nothing.
@@ -288,14 +282,12 @@ def _row_extremes(
     Args:
         window: number of last keys that are seen, the query's own included; None: all.
         is_sink: (batch or 1, kv_len), keys that are visible beyond the window; None: there are none.
-        with_bias: whether ALiBi's bias is added.
     """
-    slopes = observation.options.get("alibi_slopes") if with_bias else None
     q, k = observation.q[:, group.heads], observation.k[:, group.kv_heads]
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
     past = kv_len - q_len
-    scale, score_dtype = head_dim**-0.5, torch.promote_types(q.dtype, torch.float32)
+    score_dtype = torch.promote_types(q.dtype, torch.float32)
     if q.numel() == 0:
         nothing = torch.zeros(1, heads, 1, dtype=score_dtype, device=q.device)
         return nothing, nothing
@@ -313,13 +305,11 @@ def _row_extremes(
             for keys in (*sinks, *positions[first : past + stop].split(_COLUMNS)):
                 scores = (q_tile @ k[:, :, keys].to(score_dtype).mT).view(batch, heads, stop - start, -1)
                 queries = positions[past + start : past + stop]
-                if slopes is not None:
-                    bias = slopes[list(group.heads), None, None] * (queries[:, None] - keys)
-                    scores -= (bias / scale).to(score_dtype)
                 hidden = ~are_visible(observation, queries, keys, window, is_sink)
                 tile_largest = scores.masked_fill_(hidden, -math.inf).amax(-1)
                 tile_smallest = scores.masked_fill_(hidden, math.inf).amin(-1)
                 torch.maximum(row_largest, tile_largest, out=row_largest)
                 torch.minimum(row_smallest, tile_smallest, out=row_smallest)
     sees_nothing = largest < smallest
+    scale = head_dim**-0.5
     return largest.masked_fill_(sees_nothing, 0.0) * scale, smallest.masked_fill_(sees_nothing, 0.0) * scale

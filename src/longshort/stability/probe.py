@@ -30,7 +30,8 @@ class ProbeReading:
     """Statistics of the logits, |scale·q·k| before softcap and ALiBi, by layer and head.
 
     The range of a row is its largest minus its smallest scale·q·k, with ALiBi's bias. Softmax ignores what
-    all logits of a row have in common, so only the range can sharpen it.
+    all logits of a row have in common, so only the range can sharpen it. (Readings of `AttentionMonitor`
+    leave the bias out, in which growing logits would be hard to see.)
 
     Attributes:
         max_logit: the largest logit.
@@ -117,7 +118,9 @@ class AttentionProbe:
                 key_head = k[:, head // layout.group_size].to(dtype)
                 scores = (q[:, head, rows].to(dtype) @ key_head.mT) * q.shape[3] ** -0.5
                 seen = are_visible(observation, queries, keys, window, is_sink)[:, 0].expand_as(scores)
-                biased = scores if slopes is None else scores - slopes[head] * (queries[:, None] - keys)
+                biased = (
+                    scores if slopes is None else scores - slopes[head].to(dtype) * (queries[:, None] - keys)
+                )
                 for place, band in enumerate(bands):
                     inside = seen if band is None else seen & (queries[:, None] - keys < band)
                     sizes, ranges = found[place]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -291,7 +291,7 @@ class Allocation(LanguageStudy):
             return Findings([not_measured(claim) for claim in self.claims], [])
         losses = {seed: _losses(results, chosen, seed) for seed in seeds}
         repaired = [
-            _Repaired.of(chosen.repairs(seed, found), found, results)
+            Repaired.of(chosen.repairs(seed, found), found, results)
             for seed, found in losses.items() if found is not None
         ]  # fmt: skip
         known = [found for found in losses.values() if found is not None]
@@ -330,7 +330,7 @@ def _losses(results: Results, chosen: _Scale, seed: int) -> list[float] | None:
 
 
 @dataclass(frozen=True)
-class _Repaired:
+class Repaired:
     """The sampled layouts of one seed, their losses before and after the repair, and who chose them.
 
     Attributes:
@@ -344,7 +344,7 @@ class _Repaired:
     @classmethod
     def of(
         cls, trials: Mapping[int, Mapping[int, Trial]], before: Losses, results: Results
-    ) -> _Repaired | None:
+    ) -> Repaired | None:
         """Collect the results of a seed; None until all are there."""
         if any(trial.key not in results for some in trials.values() for trial in some.values()):
             return None
@@ -390,18 +390,19 @@ def _judge_regret(claim: Claim, known: Sequence[Losses], ranking: str) -> Verdic
     return Verdict(claim, outcome, evidence, regret.p_value(TOLERANCE), here)
 
 
-def _judge_repair(done: Sequence[_Repaired]) -> Verdict:
+def _judge_repair(done: Sequence[Repaired]) -> Verdict:
     correlation = confidence_interval(repair.correlation for repair in done)
     after = (
         f"{name} {difference_text(confidence_interval(repair.regret(name) for repair in done))}"
         for name in RANKINGS
     )
+    possible = replace(correlation, high=min(correlation.high, 1.0))
     evidence = (
-        f"Rank correlation {difference_text(correlation)}. Loss after the repair minus that of the layouts "
+        f"Rank correlation {difference_text(possible)}. Loss after the repair minus that of the layouts "
         f"that were best before it, nats per byte: {', '.join(after)}."
     )
     outcome = judge_above(correlation, CORRELATION)
-    here = f"rank correlation {difference_text(correlation)}"
+    here = f"rank correlation {difference_text(possible)}"
     return Verdict(REPAIR, outcome, evidence, correlation.p_value(CORRELATION), here)
 
 
@@ -416,7 +417,7 @@ def _heads_text(layout: int, config: LongShortConfig) -> str:
 
 
 def _sections(
-    chosen: _Scale, known: Sequence[Losses], done: Sequence[_Repaired], folder: Path
+    chosen: _Scale, known: Sequence[Losses], done: Sequence[Repaired], folder: Path
 ) -> list[Section]:
     if not known:
         return []

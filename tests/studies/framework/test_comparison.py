@@ -123,7 +123,7 @@ def test_holm_corrects_what_claims_something():
         Outcome.SHOWN, Outcome.NOT_SHOWN, Outcome.SHOWN, Outcome.NOT_SHOWN, Outcome.CONTRADICTED
     ]  # fmt: skip
     assert found["b"].evidence == (
-        "numbers. The outcome would be 'partly shown', but its p-value, 0.03, is 0.06 after Holm's "
+        "numbers. The outcome 'partly shown' does not stand: its p-value, 0.03, is 0.06 after Holm's "
         "correction for 4 tests."
     )
     assert [v.p for v in found.values()] == pytest.approx([0.004, 0.06, None, 0.5, 0.0375])
@@ -132,14 +132,20 @@ def test_holm_corrects_what_claims_something():
 
 
 @pytest.mark.parametrize(
-    ("partly_p", "p", "outcome", "corrected"),
+    ("partly_p", "p", "outcome", "corrected", "text"),
     [
-        (0.001, 0.01, Outcome.SHOWN, 0.03),
-        (0.001, 0.02, Outcome.PARTLY, 0.003),
-        (0.03, 0.04, Outcome.NOT_SHOWN, 0.09),
+        (0.001, 0.01, Outcome.SHOWN, 0.03, "numbers."),
+        (
+            0.001,
+            0.02,
+            Outcome.PARTLY,
+            0.003,
+            "numbers. The outcome 'shown' does not stand: its p-value, 0.02",
+        ),
+        (0.03, 0.04, Outcome.NOT_SHOWN, 0.09, "numbers. The outcome 'partly shown' does not stand: its p"),
     ],
 )
-def test_what_is_not_surely_shown_may_be_partly_shown(partly_p, p, outcome, corrected):
+def test_what_is_not_surely_shown_may_be_partly_shown(partly_p, p, outcome, corrected, text):
     claims = [Claim(name, "", "", "") for name in "abc"]
     given = [
         Verdict(claims[0], Outcome.SHOWN, "numbers.", p, partly_p=partly_p),
@@ -147,7 +153,9 @@ def test_what_is_not_surely_shown_may_be_partly_shown(partly_p, p, outcome, corr
     ]
     verdict = holm(given, pending=0)[0]
     assert (verdict.outcome, verdict.p) == (outcome, pytest.approx(corrected))
-    assert ("would be 'shown'" in verdict.evidence) is (outcome is Outcome.PARTLY)
+    assert verdict.evidence.startswith(text) and verdict.evidence.count("Holm") == (
+        outcome is not Outcome.SHOWN
+    )
 
 
 def test_a_claim_counts_as_a_test_until_its_outcome_is_tested():

@@ -119,8 +119,8 @@ def holm(verdicts: Sequence[Verdict], pending: int) -> list[Verdict]:
             verdict = replace(verdict, outcome=outcome, p=highest)
         else:
             text = (
-                f" The outcome would be {outcome.value!r}, but its p-value, {p:.2g}, is {highest:.2g} after "
-                f"Holm's correction for {words}."
+                f" The outcome {outcome.value!r} does not stand: its p-value, {p:.2g}, is {highest:.2g} "
+                f"after Holm's correction for {words}."
             )
             verdict = replace(verdict, evidence=verdict.evidence + text)
             if claim not in passed:

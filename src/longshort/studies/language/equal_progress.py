@@ -110,8 +110,10 @@ def is_stuck(result: Result) -> bool:
 
 
 def losses_reached(results: Iterable[Result], losses: Sequence[float] = LOSSES) -> list[float]:
-    """Return the losses that all of the results fall to after their first evaluation. Where a run fell to one
-    before that is not known, nor what its logits were then."""
+    """Return the losses that all of the results reach.
+
+    A loss that a run was below at its first evaluation is left out: when it was crossed is not known.
+    """
     results = list(results)
     return [loss for loss in losses if all(_falls_to(result, loss) for result in results)]
 
@@ -120,7 +122,7 @@ def _falls_to(result: Result, loss: float) -> bool:
     if step_at(result, loss) is None:
         return False
     _, first = result["validation_curve"][0]
-    return first is None or first > loss
+    return first is not None and first > loss
 
 
 def values_at_loss(arm: ArmResults, quantity: str, loss: float) -> dict[int, float | None]:
@@ -184,14 +186,15 @@ def at_two_losses(
 
         outcome = combined([outcome_at(loss) for loss in losses])
         p = p_of(outcome) if outcome.is_claim else 1.0
-        return outcome, p, partly(outcome, p, p_of(Outcome.PARTLY))
+        return outcome, p, p_of_partly(p, p_of(Outcome.PARTLY)) if outcome is Outcome.SHOWN else None
 
     return decide
 
 
-def partly(outcome: Outcome, p: float, partly_p: float) -> float | None:
-    """Return the `Verdict.partly_p` of a claim; None unless it is shown and surely partly shown sooner."""
-    return partly_p if outcome is Outcome.SHOWN and partly_p < p else None
+def p_of_partly(p: float, partly_p: float) -> float | None:
+    """Choose the `Verdict.partly_p` of a claim that is shown with p-value `p`: the one with which it is at
+    least partly shown if that is smaller, else None."""
+    return partly_p if partly_p < p else None
 
 
 def judge_at_losses(

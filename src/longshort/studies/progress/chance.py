@@ -12,7 +12,7 @@ from longshort.reporting.intervals import slope
 from longshort.stability.probe import STRIDE
 
 
-def chance_slope(lengths: Sequence[int], sequences: int) -> float:
+def chance_slope(lengths: Sequence[int], heads: int) -> float:
     """Compute the slope of the log row range over log n of logits that are independent and normal.
 
     A longer sequence has more probed queries, each of which sees more keys, so that the largest range of a
@@ -20,15 +20,15 @@ def chance_slope(lengths: Sequence[int], sequences: int) -> float:
 
     Args:
         lengths: two or more numbers of tokens of a sequence.
-        sequences: number of probed sequences, each seen by one head: with more heads the slope is smaller.
+        heads: number of heads that are probed, in all sequences together.
     """
-    found = slope([(math.log(length), math.log(_expected_range(length, sequences))) for length in lengths])
+    found = slope([(math.log(length), math.log(_expected_range(length, heads))) for length in lengths])
     assert found is not None
     return found
 
 
 @cache
-def _expected_range(length: int, sequences: int) -> float:
+def _expected_range(length: int, heads: int) -> float:
     """Integrate the expectation of the largest range of the probed rows of independent normal logits.
 
     The range of t normal numbers is at most r with probability t·∫ φ(x)·(Φ(x + r) − Φ(x))^(t − 1) dx.
@@ -41,5 +41,5 @@ def _expected_range(length: int, sequences: int) -> float:
     all_below = torch.ones_like(r)
     for seen in (row + 1 for row in rows):
         below = seen * (density * between ** (seen - 1)).sum(0)
-        all_below *= below.clamp(max=1.0) ** sequences
+        all_below *= below.clamp(max=1.0) ** heads
     return float(torch.trapezoid(1 - all_below, r))

@@ -15,7 +15,7 @@ from longshort.studies.framework.comparison import (
     rate_text,
 )
 from longshort.studies.framework.study import Claim, Outcome, Verdict, not_measured
-from longshort.studies.language.arms import LS, MHSA
+from longshort.studies.language.arms import LS, MHSA, model_config
 from longshort.studies.language.equal_progress import (
     ALIKE,
     BEGUN,
@@ -222,8 +222,10 @@ def judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
 
 
 def _chance_slope(by_length: Mapping[int, ArmResults]) -> float:
-    windows = {arm.settings["train"]["validation_windows"] for arm in by_length.values()}
-    return chance_slope(list(by_length), max(windows))
+    settings = next(iter(by_length.values())).settings
+    config = model_config(settings["model"], settings["train"])
+    heads = config.num_hidden_layers * config.num_attention_heads
+    return chance_slope(list(by_length), heads * settings["train"]["validation_windows"])
 
 
 def _slopes_text(by_length: Mapping[int, ArmResults], losses: Sequence[float]) -> str:
@@ -239,7 +241,7 @@ def _slopes_text(by_length: Mapping[int, ArmResults], losses: Sequence[float]) -
 def _chance_text(by_length: Mapping[int, ArmResults]) -> str:
     return (
         "The row range of independent normal logits, which grows with the number of queries and keys alone, "
-        f"has a slope of {_chance_slope(by_length):+.3f}."
+        f"has a slope of {_chance_slope(by_length):+.3f}; their percentile has none."
     )
 
 

@@ -24,7 +24,7 @@ from longshort.studies.language.equal_progress import (
     judge_at_losses,
     log_ratio_at_loss,
     losses_reached,
-    partly,
+    p_of_partly,
     ratios_text,
     slopes_at_loss,
 )
@@ -112,7 +112,7 @@ def judge_mechanism(arms: Arms) -> Verdict:
         one_of_two = min(1.0, 2 * min(p for _, p in parts))
         if outcomes == {Outcome.SHOWN}:
             both = max(p for _, p in parts)
-            return Outcome.SHOWN, both, partly(Outcome.SHOWN, both, one_of_two)
+            return Outcome.SHOWN, both, p_of_partly(both, one_of_two)
         if Outcome.SHOWN in outcomes:
             outcome = Outcome.NOT_SHOWN if Outcome.CONTRADICTED in outcomes else Outcome.PARTLY
         else:
