@@ -16,12 +16,11 @@ from longshort.reporting.intervals import confidence_interval
 from longshort.reporting.page import number
 from longshort.stability.rounding import AUDITED
 from longshort.studies.allocation import (
+    CHOICES,
     CORRELATION,
     RANKINGS,
     Repaired,
-    greedy_layouts,
     mean_regret,
-    one_at_a_time_layouts,
     optimal_layouts,
     regrets,
 )
@@ -53,7 +52,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "reproduction.md"]
 REPRODUCTION = PAGES[1]
-RANKED = (one_at_a_time_layouts, greedy_layouts)
 PROBED_HEADS = 32 * 8
 """The heads of the model `tiny` in 32 windows."""
 
@@ -75,6 +73,22 @@ def long_runs(overnight):
     """MHSA, LS and LS without a global head, on the seeds on which they are judged."""
     sizes, results = overnight
     return measure_arms(sizes.main, sizes.main_seeds(range(sizes.seeds), results), results, ("best",))
+
+
+def text_of(page):
+    """The text of a page with its lines joined."""
+    return " ".join(page.read_text().split())
+
+
+def ends(losses, log_ratio):
+    """The smallest and the largest ratio at some losses, with their intervals."""
+    ratios = sorted((log_ratio(loss).exp() for loss in losses), key=lambda interval: interval.mean)
+    return " to ".join(f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in (ratios[0], ratios[-1]))
+
+
+def in_order(values):
+    *first, last = values
+    return f"{', '.join(first)} and {last}"
 
 
 def row(name, cells):
@@ -99,17 +113,13 @@ def test_ratios_at_equal_losses(long_runs):
 
 
 def test_what_the_pages_say_of_the_pair(long_runs):
-    readme, text = (" ".join(page.read_text().split()) for page in PAGES)
+    readme, text = map(text_of, PAGES)
     ls, mhsa, none = (long_runs[name] for name in ("LS", "MHSA", "LS, no global head"))
 
-    def ends(ratio):
-        ratios = sorted((ratio(loss).exp() for loss in LOSSES), key=lambda interval: interval.mean)
-        return [f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in (ratios[0], ratios[-1])]
-
-    tokens = ends(lambda loss: log_cost_ratio_at_loss(ls, mhsa, "tokens", loss))
-    logits = ends(lambda loss: log_ratio_at_loss(ls, mhsa, "max_logit", loss))
-    assert f"the same losses with {' to '.join(tokens)} of the tokens" in readme
-    assert f"Its largest logit is {' to '.join(logits)} times MHSA's" in readme
+    tokens = ends(LOSSES, lambda loss: log_cost_ratio_at_loss(ls, mhsa, "tokens", loss))
+    logits = ends(LOSSES, lambda loss: log_ratio_at_loss(ls, mhsa, "max_logit", loss))
+    assert f"the same losses with {tokens} of the tokens" in readme
+    assert f"Its largest logit is {logits} times MHSA's" in readme
     for arm in (mhsa, none):
         change = difference(arm, ls, "constant_loss")
         assert f"by {change.mean:.2f} [{change.low:.2f}, {change.high:.2f}]" in readme
@@ -121,7 +131,7 @@ def test_what_the_pages_say_of_the_pair(long_runs):
 
 
 def test_needles_and_rounding_of_the_pair(overnight):
-    text = " ".join(REPRODUCTION.read_text().split())
+    text = text_of(REPRODUCTION)
     sizes, results = overnight
     last = range(sizes.seeds)[-sizes.other_seeds :]
     needles = finished(sizes.needle_trials(last), results)
@@ -183,7 +193,7 @@ def test_tokens_to_begin_by_length(overnight):
 
 
 def test_growth_with_the_length(overnight):
-    text = " ".join(REPRODUCTION.read_text().split())
+    text = text_of(REPRODUCTION)
     sizes, results = overnight
     lengths, seeds = sizes.length_arms, range(sizes.other_seeds)
     arms = {n: measure_arms(arms.values(), seeds, results, ("best",)) for n, arms in lengths.items()}
@@ -218,21 +228,16 @@ def test_growth_with_the_length(overnight):
 
 
 def test_rotary_positions(overnight):
-    text = " ".join(REPRODUCTION.read_text().split())
+    text = text_of(REPRODUCTION)
     sizes, results = overnight
     arms = sizes.position_arms(0)
     every = measure_arms(arms, range(sizes.other_seeds), results, ("best",))
     mhsa, ls, local = (every[arm.name] for arm in arms)
-    assert losses_reached([*ls.results(), *mhsa.results()]) == [2.2, 2.1, 2.0, 1.7]
+    reached = losses_reached([*ls.results(), *mhsa.results()])
+    assert reached == [2.2, 2.1, 2.0, 1.7]
 
-    def ends(ratio):
-        ratios = sorted((ratio(loss).exp() for loss in LOSSES[:4]), key=lambda interval: interval.mean)
-        return " to ".join(
-            f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in (ratios[0], ratios[-1])
-        )
-
-    logits = ends(lambda loss: log_ratio_at_loss(ls, mhsa, "max_logit", loss))
-    tokens = ends(lambda loss: log_cost_ratio_at_loss(ls, mhsa, "tokens", loss))
+    logits = ends(reached, lambda loss: log_ratio_at_loss(ls, mhsa, "max_logit", loss))
+    tokens = ends(reached, lambda loss: log_cost_ratio_at_loss(ls, mhsa, "tokens", loss))
     assert (
         f"LS with RoPE has {logits} times the largest logit of MHSA with RoPE, and needs {tokens} of the "
         "tokens"
@@ -267,7 +272,7 @@ def laptop():
 
 
 def test_short_runs(laptop):
-    text = " ".join(REPRODUCTION.read_text().split())
+    text = text_of(REPRODUCTION)
     sizes, results = laptop
     arms = measure_arms(sizes.main, range(sizes.seeds), results, ("best",))
     ls, mhsa = arms["LS"], arms["MHSA"]
@@ -280,7 +285,7 @@ def test_short_runs(laptop):
 
 
 def test_short_runs_by_length(laptop):
-    text = " ".join(REPRODUCTION.read_text().split())
+    text = text_of(REPRODUCTION)
     sizes, results = laptop
     by_length = {
         n: measure_arms(arms.values(), range(sizes.other_seeds), results, ("best",))
@@ -300,14 +305,16 @@ def test_short_runs_by_length(laptop):
 
 
 def test_which_heads_stay_global():
-    readme, text = (" ".join(page.read_text().split()) for page in PAGES)
-    study = STUDIES["allocation"]
+    readme, text = map(text_of, PAGES)
+    sizes = STUDIES["allocation"].scales["laptop"]
     results = ResultsFile(RESULTS / "laptop" / "allocation").results
-    trials = [study.scales["laptop"].trained(seed) for seed in range(3)]
-    losses = [results[trial.key]["losses"] for trial in trials]
-    means = [confidence_interval(mean_regret(one, choose(one)) for one in losses) for choose in RANKED]
+    losses = [results[sizes.trained(seed).key]["losses"] for seed in range(sizes.seeds)]
+    rankings = {name: CHOICES[name] for name in RANKINGS}
+    means = [
+        confidence_interval(mean_regret(one, choose(one)) for one in losses) for choose in rankings.values()
+    ]
     told = " and ".join(f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for one in means)
-    worst = max(max(regrets(one, choose(one))) for one in losses for choose in RANKED)
+    worst = max(max(regrets(one, choose(one))) for one in losses for choose in rankings.values())
     assert f"what they lose to them is {told}".replace("[-", "[−") in text
     assert f"nowhere more than {worst:.3f}" in text and f"within {worst:.3f} nats per byte" in readme
     ones = [1 << head for head in range(8)]
@@ -323,7 +330,6 @@ def test_which_heads_stay_global():
         f"one {best:.2f}, and with all of them {every:.2f}"
     ) in text
     assert all(min(ones, key=one.__getitem__) >= 1 << 4 for one in losses)
-    sizes = study.scales["laptop"]
     kept = [
         repair
         for seed, one in enumerate(losses)
@@ -332,15 +338,10 @@ def test_which_heads_stay_global():
     correlations = [known for repair in kept if (known := repair.correlation) is not None]
     assert f"its rank correlation is {in_order(f'{known:.2f}' for known in correlations)} by seed" in text
     assert confidence_interval(correlations).low < CORRELATION
-    for name, choose in zip(RANKINGS, RANKED, strict=True):
+    for name, choose in rankings.items():
         best = [choose(one)[k] == optimal_layouts(one)[k] for one in losses for k in kept[0].losses]
         assert f"In {sum(best)} of {len(best)} cases the choice of either ranking" in text
         assert abs(confidence_interval(repair.regret(name) for repair in kept).mean) < 0.001
-
-
-def in_order(values):
-    *first, last = values
-    return f"{', '.join(first)} and {last}"
 
 
 def gpu_run(folder):
@@ -358,7 +359,7 @@ def gpu_run(folder):
 
 
 def test_unfinished_runs_on_one_gpu():
-    text = " ".join(REPRODUCTION.read_text().split())
+    text = text_of(REPRODUCTION)
     shares = []
     for rate in ("6e-4", "3e-3"):
         ls, mhsa = (gpu_run(RESULTS / "gpu" / f"{name}-{rate}-seed-0") for name in ("LS", "MHSA"))
@@ -396,7 +397,7 @@ def test_committed_verdicts_are_those_of_the_rules(scale, tmp_path):
 
 def test_rates_that_are_too_high(overnight):
     """A row per rate: means over seeds of the largest logit at any step and of the last loss."""
-    text = " ".join(REPRODUCTION.read_text().split())
+    text = text_of(REPRODUCTION)
     sizes, results = overnight
     runs = finished(sizes.stress_trials(range(sizes.other_seeds)), results)
     assert f"None of the {sum(map(len, runs.values()))} runs diverged" in text
@@ -425,7 +426,7 @@ def test_rates_that_are_too_high(overnight):
 
 
 def test_rounding(overnight):
-    text = " ".join(REPRODUCTION.read_text().split())
+    text = text_of(REPRODUCTION)
     sizes, results = overnight
     audits = finished(sizes.stress_audits(range(sizes.other_seeds)), results)
 
