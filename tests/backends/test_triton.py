@@ -29,6 +29,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 _SLOW_PART = "test_recorded_steps.py"
+_QUICK_TARGETS = ("sm90", "gfx942")  # one GPU of each vendor
 needs_triton = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
@@ -53,7 +54,7 @@ def test_interpreted(part: str, request: pytest.FixtureRequest) -> None:
 
 
 BUILDS = [
-    pytest.param(dtype, head_dim, target, marks=[pytest.mark.slow] if target == "sm89" else [])
+    pytest.param(dtype, head_dim, target, marks=[] if target in _QUICK_TARGETS else [pytest.mark.slow])
     for dtype in (torch.bfloat16, torch.float32)
     for head_dim in (64, 128, 256)
     for target in SHARED

@@ -206,7 +206,7 @@ def test_long_prompts_go_through_the_layers_in_chunks(
 
 @pytest.mark.parametrize("sink_tokens", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_step_compiles_with_a_cache_of_fixed_size(sink_tokens: int) -> None:
-    model = make_model(num_global_heads=1, local_window=4, sink_tokens=sink_tokens)
+    model = make_model(num_hidden_layers=1, num_global_heads=1, local_window=4, sink_tokens=sink_tokens)
     compiled = torch.compile(model, fullgraph=True)
     caches = [model.new_cache(max_length=30) for _ in range(2)]
     ids = make_ids(batch=1, length=12)

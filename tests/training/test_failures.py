@@ -111,17 +111,7 @@ def test_what_all_find_is_printed_once(
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     monkeypatch.chdir(tmp_path)
-    command = [
-        *torchrun(2),
-        sys.executable,
-        "-m",
-        "longshort",
-        "train",
-        "tiny",
-        "--data",
-        str(data),
-        *arguments,
-    ]
+    command = [*torchrun(2), sys.executable, "-m", "longshort", "train", "tiny", "--data", str(data)]
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
     assert result.returncode
     assert result.stderr.count(message) == 1, result.stderr
