@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from itertools import product
 from pathlib import Path
@@ -42,7 +43,7 @@ from longshort.studies.language.equal_progress import (
     values_at_loss,
 )
 from longshort.studies.language.trial import probe_series
-from longshort.studies.progress.arms import SIZES
+from longshort.studies.progress.arms import LS_SIZES, MHSA_SIZES, SIZES
 from longshort.studies.progress.chance import chance_slope
 from longshort.studies.progress.design import copying_step
 from longshort.studies.progress.needle import farthest_gain
@@ -263,6 +264,53 @@ def test_rotary_positions(overnight):
         "MHSA with RoPE has the largest logit, {}; LS with RoPE has {}, and LS with RoPE on its local heads "
         "alone {}.".format(*peaks)
     ) in text
+
+
+def test_why_logits_grow(overnight):
+    """A row per arm: means over seeds of the largest logit at equal losses, "–" if not all seeds reach it."""
+    readme, text = map(text_of, PAGES)
+    sizes, results = overnight
+    losses, reached = LOSSES[:3], LOSSES[:2]
+    arms = measure_arms(sizes.mechanism_arms, range(sizes.other_seeds), results, ("best",))
+    assert len(arms) == len(sizes.mechanism_arms)
+    for name, arm in arms.items():
+        known = losses_reached(arm.results(), losses)
+        means = [confidence_interval(values_at_loss(arm, "max_logit", loss).values()).mean for loss in known]
+        cells = [f"{mean:.0f}" for mean in means] + ["–"] * (len(losses) - len(known))
+        assert row(name, cells) in text
+
+    def slopes(variants):
+        by_size = {dim: arms[variant.name] for dim, variant in variants.items()}
+        found = [slope_at_loss(by_size, "max_logit", loss) for loss in losses]
+        return found, in_order(f"{one.mean:+.2f}".replace("-", "−") for one in found)
+
+    (every, told), (_, shared), (_, ls) = map(
+        slopes, (MHSA_SIZES, {dim: MHSA_SIZES[dim] for dim in LS_SIZES}, LS_SIZES)
+    )
+    assert f"log largest logit over log head_dim is {told} at the three losses" in text
+    assert all(slope.high < 0 for slope in every)
+    assert f"over heads of 8 to 32 the slopes are {shared} with MHSA, {ls} with LS" in text
+
+    def hidden(name, compare):
+        pair = arms[f"{name}, 50% of keys hidden"], arms[name]
+        return [compare(*pair, loss).exp() for loss in reached]
+
+    def logits(first, second, loss):
+        return log_ratio_at_loss(first, second, "max_logit", loss)
+
+    def tokens(first, second, loss):
+        return log_cost_ratio_at_loss(first, second, "tokens", loss)
+
+    told, last = (f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in hidden("MHSA", logits))
+    assert f"largest logit at a loss of 2.2 is {told} times as large, and {last} times at 2.1" in text
+    assert f"with half of the keys hidden MHSA's are {last} to {told} times as large" in readme
+    both = (f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in hidden("LS", logits))
+    assert f"LS's is {' and '.join(both)} times as large" in text
+    more = " and ".join(f"{one.mean:.1f}" for one in hidden("MHSA", tokens))
+    assert f"needs {more} times as many tokens" in text
+    (claim,) = (row for row in read_verdicts() if row["claim"]["id"] == "mechanism")
+    before, after = re.findall(r"p-value, ([0-9.]+), is ([0-9.]+) after", claim["evidence"])[0]
+    assert f"contradict the claim (p = {before}), but not after the correction (p = {after})" in text
 
 
 @pytest.fixture(scope="module")
