@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from longshort.reporting.intervals import confidence_interval
+from longshort.reporting.intervals import confidence_interval, paired_difference, paired_log_ratio
 from longshort.reporting.page import number
 from longshort.stability.rounding import AUDITED
 from longshort.studies.allocation import (
@@ -34,11 +34,13 @@ from longshort.studies.language.equal_progress import (
     BEGUN,
     LOSSES,
     at_loss,
+    at_step,
     is_stuck,
     log_cost_ratio_at_loss,
     log_ratio_at_loss,
     losses_reached,
     slope_at_loss,
+    slopes_at_loss,
     step_at,
     values_at_loss,
 )
@@ -268,49 +270,96 @@ def test_rotary_positions(overnight):
 
 def test_why_logits_grow(overnight):
     """A row per arm: means over seeds of the largest logit at equal losses, "–" if not all seeds reach it."""
-    readme, text = map(text_of, PAGES)
+    readme, page = map(text_of, PAGES)
+    text = page.split("## Why the logits grow")[1].split(" ## ")[0]
     sizes, results = overnight
-    losses, reached = LOSSES[:3], LOSSES[:2]
+    losses, reached = LOSSES[:3], list(LOSSES[:2])
+    train = sizes.mechanism.train
+    million = 1e-6 * train["steps"] * train["batch_size"] * train["sequence_length"]
+    assert (
+        f"train at n = {train['sequence_length']}, to a loss of {train['stop_at_loss']} or for {million:.0f} "
+        "million bytes"
+    ) in text
     arms = measure_arms(sizes.mechanism_arms, range(sizes.other_seeds), results, ("best",))
     assert len(arms) == len(sizes.mechanism_arms)
+    assert row("largest logit at a validation loss of", map(str, losses)) in text
     for name, arm in arms.items():
         known = losses_reached(arm.results(), losses)
         means = [confidence_interval(values_at_loss(arm, "max_logit", loss).values()).mean for loss in known]
         cells = [f"{mean:.0f}" for mean in means] + ["–"] * (len(losses) - len(known))
         assert row(name, cells) in text
-
-    def slopes(variants):
-        by_size = {dim: arms[variant.name] for dim, variant in variants.items()}
-        found = [slope_at_loss(by_size, "max_logit", loss) for loss in losses]
-        return found, in_order(f"{one.mean:+.2f}".replace("-", "−") for one in found)
-
-    (every, told), (_, shared), (_, ls) = map(
-        slopes, (MHSA_SIZES, {dim: MHSA_SIZES[dim] for dim in LS_SIZES}, LS_SIZES)
-    )
-    assert f"log largest logit over log head_dim is {told} at the three losses" in text
-    assert all(slope.high < 0 for slope in every)
-    assert f"over heads of 8 to 32 the slopes are {shared} with MHSA, {ls} with LS" in text
-
-    def hidden(name, compare):
-        pair = arms[f"{name}, 50% of keys hidden"], arms[name]
-        return [compare(*pair, loss).exp() for loss in reached]
-
-    def logits(first, second, loss):
-        return log_ratio_at_loss(first, second, "max_logit", loss)
-
-    def tokens(first, second, loss):
-        return log_cost_ratio_at_loss(first, second, "tokens", loss)
-
-    told, last = (f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in hidden("MHSA", logits))
-    assert f"largest logit at a loss of 2.2 is {told} times as large, and {last} times at 2.1" in text
-    assert f"with half of the keys hidden MHSA's are {last} to {told} times as large" in readme
-    both = (f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in hidden("LS", logits))
-    assert f"LS's is {' and '.join(both)} times as large" in text
-    more = " and ".join(f"{one.mean:.1f}" for one in hidden("MHSA", tokens))
-    assert f"needs {more} times as many tokens" in text
+    judged = [run for name, arm in arms.items() if "75%" not in name for run in arm.results()]
+    assert losses_reached(judged, losses) == reached
     (claim,) = (row for row in read_verdicts() if row["claim"]["id"] == "mechanism")
+    assert claim["outcome"] == "not shown at this scale" and text.count("The claim is *not shown*.") == 1
     before, after = re.findall(r"p-value, ([0-9.]+), is ([0-9.]+) after", claim["evidence"])[0]
-    assert f"contradict the claim (p = {before}), but not after the correction (p = {after})" in text
+    assert (
+        f"would be *contradicted* (p = {before}); after the correction for the study's claims it is not "
+        f"(p = {after})"
+    ) in text
+    assert "Why logits grow is open." in readme
+
+
+def test_logits_by_the_size_of_heads(overnight):
+    text = text_of(REPRODUCTION)
+    sizes, results = overnight
+    arms = measure_arms(sizes.mechanism_arms, range(sizes.other_seeds), results, ("best",))
+    shared = {dim: MHSA_SIZES[dim] for dim in LS_SIZES}
+
+    def slopes(variants, quantity="max_logit"):
+        by_size = {dim: arms[variant.name] for dim, variant in variants.items()}
+        return [slopes_at_loss(by_size, quantity, loss) for loss in LOSSES[:3]]
+
+    def intervals(by_loss):
+        return [confidence_interval(by_seed.values()) for by_seed in by_loss]
+
+    def told(by_loss):
+        return in_order(f"{one.mean:+.2f}".replace("-", "−") for one in intervals(by_loss))
+
+    every, median = slopes(MHSA_SIZES), slopes(MHSA_SIZES, "max_logit_median")
+    assert f"log largest logit over log head_dim is {told(every)} at the three losses" in text
+    assert [-0.01 < one.high < 0 for one in intervals(every)] == [True, False, False]
+    assert all(one.high < 0 for one in intervals(every))
+    assert f"The median over heads does not fall: its slopes are {told(median)}, with" in text
+    assert all(one.low < 0 < one.high for one in intervals(median))
+    mhsa, ls = slopes(shared), slopes(LS_SIZES)
+    assert (
+        f"over heads of {min(LS_SIZES)} to {max(LS_SIZES)} the slopes are {told(mhsa)} with MHSA, {told(ls)} "
+        "with LS"
+    ) in text
+    assert [one.high < 0 for one in intervals(ls)] == [True, False, False]
+    above = [paired_difference(*pair) for pair in zip(mhsa, ls, strict=True)]
+    assert [one.low > 0 for one in above] == [True, False, False]
+
+
+def test_logits_with_hidden_keys(overnight):
+    readme, text = map(text_of, PAGES)
+    sizes, results = overnight
+    arms = measure_arms(sizes.mechanism_arms, range(sizes.other_seeds), results, ("best",))
+    pairs = {name: (arms[f"{name}, 50% of keys hidden"], arms[name]) for name in ("MHSA", "LS")}
+
+    def ratios(name, quantity):
+        found = [log_ratio_at_loss(*pairs[name], quantity, loss).exp() for loss in LOSSES[:2]]
+        return [f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in found]
+
+    def tokens(name):
+        found = [log_cost_ratio_at_loss(*pairs[name], "tokens", loss).exp() for loss in LOSSES[:2]]
+        return " and ".join(f"{one.mean:.1f}" for one in found)
+
+    first, second = ratios("MHSA", "max_logit")
+    assert f"largest logit at a loss of 2.2 is {first} times as large, and {second} times at 2.1" in text
+    assert f"MHSA's largest logit is {second} to {first} times as large at equal loss" in readme
+    assert f"LS's is {' and '.join(ratios('LS', 'max_logit'))} times as large" in text
+    medians = " and ".join(ratios("MHSA", "max_logit_median"))
+    assert f"The median over MHSA's heads is {medians} times as large" in text
+    assert f"With half of its keys hidden MHSA needs {tokens('MHSA')} times as many tokens" in text
+    assert f"LS too, which needs {tokens('LS')} times as many tokens" in text
+    by_seed = (
+        {seed: at_step(run, "max_logit", 1000) for seed, run in arm.by_rate["best"].items()}
+        for arm in pairs["MHSA"]
+    )
+    early = paired_log_ratio(*by_seed).exp()
+    assert f"at step 1,000, its largest logit is {early.mean:.2f} [{early.low:.2f}, {early.high:.2f}]" in text
 
 
 @pytest.fixture(scope="module")

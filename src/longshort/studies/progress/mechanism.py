@@ -41,7 +41,7 @@ part holds."""
 MECHANISM = Claim(
     "mechanism",
     "MHSA's logits grow because text depends densely on nearby tokens, which a head of few dimensions cannot "
-    "draw: they are smaller with wider heads, and where hidden keys make the dependency sparse.",
+    "represent: they are smaller with wider heads, and where hidden keys make the dependency sparse.",
     "At equal progress MHSA's logits are as large with wider heads and with hidden keys, or both do as much "
     "for LS.",
     "95 % intervals, paired over seeds, of the largest logit where the validation loss first falls to "
@@ -124,6 +124,11 @@ def judge_mechanism(arms: Arms) -> Verdict:
         for name, sizes in ((MHSA.name, MHSA_SIZES), (LS.name, LS_SIZES)):
             slopes = (f"{difference_text(slope_over_head_dim(sizes, loss))} at {loss}" for loss in losses)
             texts.append(f"slope of {name}'s log largest logit over log head_dim {', '.join(slopes)}")
+        above = (f"{difference_text(by_size(loss)[1])} at {loss}" for loss in losses)
+        texts.append(
+            f"over head_dim {min(LS_SIZES)} to {max(LS_SIZES)}, {MHSA.name}'s slope less {LS.name}'s "
+            f"{', '.join(above)}"
+        )
         for plain, hiding in ((MHSA, MHSA_HIDING), (LS, LS_HIDING)):
             for variant in hiding.values():
                 results = arms[variant.name].results() if variant.name in arms else []
@@ -131,11 +136,18 @@ def judge_mechanism(arms: Arms) -> Verdict:
                 if reached:
                     ratios = ratios_text(arms[variant.name], arms[plain.name], "max_logit", reached)
                     texts.append(f"{variant.name}, ratio to {plain.name} with all keys {ratios}")
+        relations = (f"{interval_text(by_hiding(loss)[1].exp())} at {loss}" for loss in losses)
+        texts.append(
+            f"with half of the keys hidden, {MHSA.name}'s ratio over {LS.name}'s {', '.join(relations)}"
+        )
         return f"At equal losses: {'; '.join(texts)}."
 
     def here(loss: float) -> str:
         (slope, _), (ratio, _) = by_size(loss), by_hiding(loss)
-        return f"slope {difference_text(slope)}, hidden keys {interval_text(ratio.exp())}"
+        return (
+            f"MHSA: slope over head_dim {difference_text(slope)}, {interval_text(ratio.exp())} times with "
+            "hidden keys"
+        )
 
     return judge_at_losses(MECHANISM, arms, needed, decide, evidence, here, _LOSSES)
 
