@@ -50,6 +50,7 @@ from longshort.studies.progress.chance import chance_slope
 from longshort.studies.progress.design import copying_step
 from longshort.studies.progress.needle import farthest_gain
 from longshort.studies.progress.precision import error_over_seeds
+from longshort.studies.progress.remedies import FIXED_LOSSES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -160,26 +161,62 @@ def read_verdicts():
     return json.loads((RESULTS / "overnight" / "progress" / "findings.json").read_text())["verdicts"]
 
 
+def single_runs(name, results):
+    """The row of an arm: where each seed begins to copy, its losses, and its largest logit."""
+    steps = [copying_step(result) for result in results]
+    copies = [None if step is None else 1e-6 * step * results[0]["tokens_per_step"] for step in steps]
+    last = [
+        dict(zip(result["probe"]["step"], result["probe"]["max_logit"], strict=True))[
+            result["constant_until"]
+        ]
+        for result in results
+    ]
+    cells = [
+        ", ".join("–" if value is None else f"{value:.0f}" for value in copies),
+        ", ".join(f"{result['constant_loss']:.2f}" for result in results),
+        ", ".join(f"{result['validation_loss']:.2f}" for result in results),
+        ", ".join(number(value) for value in last),
+    ]
+    return row(name, cells)
+
+
 def test_single_runs(long_runs):
-    """A row per arm: where each seed begins to copy, its losses, and its largest logit."""
     text = REPRODUCTION.read_text()
     for name, arm in long_runs.items():
-        results = arm.results()
-        steps = [copying_step(result) for result in results]
-        copies = [None if step is None else 1e-6 * step * results[0]["tokens_per_step"] for step in steps]
-        last = [
-            dict(zip(result["probe"]["step"], result["probe"]["max_logit"], strict=True))[
-                result["constant_until"]
-            ]
-            for result in results
-        ]
-        cells = [
-            ", ".join("–" if value is None else f"{value:.0f}" for value in copies),
-            ", ".join(f"{result['constant_loss']:.2f}" for result in results),
-            ", ".join(f"{result['validation_loss']:.2f}" for result in results),
-            ", ".join(number(value) for value in last),
-        ]
-        assert row(name, cells) in text
+        assert single_runs(name, arm.results()) in text
+
+
+def test_other_remedies(overnight, long_runs):
+    """A row per baseline and unit of cost: what LS spends to reach a loss; and a row of single runs."""
+    text = text_of(REPRODUCTION).split("## Other remedies")[1].split(" ## ")[0]
+    sizes, results = overnight
+    ls, arms = long_runs["LS"], sizes.remedy_arms(range(sizes.other_seeds))
+    found = {
+        name: baseline
+        for arm, seeds in arms
+        for name, baseline in measure_arms([arm], seeds, results, ("best",)).items()
+    }
+    for name, baseline in found.items():
+        for unit, words in (("tokens", "tokens"), ("flops", "FLOPs")):
+            costs = [log_cost_ratio_at_loss(ls, baseline, unit, loss).exp() for loss in FIXED_LOSSES]
+            assert row(f"LS/{name}, {words}", map(interval_text, costs)) in text
+        assert single_runs(name, baseline.results()) in text
+    qk_norm = found["MHSA + QK-norm"]
+    tokens, flops = (
+        [log_cost_ratio_at_loss(ls, qk_norm, unit, loss).exp() for loss in FIXED_LOSSES]
+        for unit in ("tokens", "flops")
+    )
+    assert tokens[0].high < 1 and min(tokens[1].mean, tokens[2].mean) > 1
+    assert all(cost.mean < 1 for cost in flops)
+    above = difference(qk_norm, ls, "constant_loss")
+    told = f"{above.mean:+.3f} [{above.low:+.3f}, {above.high:+.3f}]".replace("-", "−")
+    assert f"QK-norm's less that of LS is {told} nats" in text
+    first, second = (
+        interval_text(log_ratio_at_loss(ls, qk_norm, "max_logit", loss).exp()) for loss in FIXED_LOSSES[1:]
+    )
+    assert f"LS's largest logit is {first} and {second} times that of QK-norm" in text
+    waits = "The claim F5 waits for MHSA in fp32" in text
+    assert waits == (len(found) < len(arms))
 
 
 def test_tokens_to_begin_by_length(overnight):
