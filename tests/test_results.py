@@ -84,10 +84,16 @@ def text_of(page):
     return " ".join(page.read_text().split())
 
 
+def with_ends(interval, form=".2f"):
+    """The mean and the ends of an interval, with the minus sign that the page has."""
+    mean, low, high = (format(value, form) for value in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]".replace("-", "−")
+
+
 def ends(losses, log_ratio):
     """The smallest and the largest ratio at some losses, with their intervals."""
     ratios = sorted((log_ratio(loss).exp() for loss in losses), key=lambda interval: interval.mean)
-    return " to ".join(f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in (ratios[0], ratios[-1]))
+    return f"{with_ends(ratios[0])} to {with_ends(ratios[-1])}"
 
 
 def in_order(values):
@@ -126,8 +132,8 @@ def test_what_the_pages_say_of_the_pair(long_runs):
     assert f"Its largest logit is {logits} times MHSA's" in readme
     for arm in (mhsa, none):
         change = difference(arm, ls, "constant_loss")
-        assert f"by {change.mean:.2f} [{change.low:.2f}, {change.high:.2f}]" in readme
-        assert f"by {change.mean:.3f} [{change.low:.3f}, {change.high:.3f}]" in text
+        assert f"by {with_ends(change)}" in readme
+        assert f"by {with_ends(change, '.3f')}" in text
     peaks = sorted(round(max(run["probe"]["max_logit"])) for run in mhsa.results())
     assert f"their peak, {peaks[0]} to {peaks[-1]} by seed" in text
     (claim,) = (row for row in read_verdicts() if row["claim"]["id"] == "F1: ratio of logits")
@@ -208,9 +214,8 @@ def test_other_remedies(overnight, long_runs):
     )
     assert tokens[0].high < 1 and min(tokens[1].mean, tokens[2].mean) > 1
     assert all(cost.mean < 1 for cost in flops)
-    above = difference(qk_norm, ls, "constant_loss")
-    told = f"{above.mean:+.3f} [{above.low:+.3f}, {above.high:+.3f}]".replace("-", "−")
-    assert f"QK-norm's less that of LS is {told} nats" in text
+    above = with_ends(difference(qk_norm, ls, "constant_loss"), "+.3f")
+    assert f"QK-norm's less that of LS is {above} nats" in text
     first, second = (
         interval_text(log_ratio_at_loss(ls, qk_norm, "max_logit", loss).exp()) for loss in FIXED_LOSSES[1:]
     )
@@ -251,7 +256,7 @@ def test_growth_with_the_length(overnight):
     slope = slope_at_loss(of("MHSA"), "row_range", 2.2)
     assert (
         f"MHSA's row range is {ranges['MHSA']} by length, that of LS {ranges['LS']}; the slope of MHSA's "
-        f"over log n is {slope.mean:+.2f} [{slope.low:+.2f}, {slope.high:+.2f}]".replace("[-", "[−")
+        f"over log n is {with_ends(slope, '+.2f')}"
     ) in text
     shorter = {n: arm for n, arm in of("MHSA").items() if n < 2048}
     slopes = {
@@ -305,27 +310,33 @@ def test_rotary_positions(overnight):
     ) in text
 
 
-def test_why_logits_grow(overnight):
+@pytest.fixture(scope="module")
+def mechanism(overnight):
+    """The arms with heads of other sizes and with hidden keys."""
+    sizes, results = overnight
+    arms = measure_arms(sizes.mechanism_arms, range(sizes.other_seeds), results, ("best",))
+    assert len(arms) == len(sizes.mechanism_arms)
+    return arms
+
+
+def test_why_logits_grow(overnight, mechanism):
     """A row per arm: means over seeds of the largest logit at equal losses, "–" if not all seeds reach it."""
     readme, page = map(text_of, PAGES)
     text = page.split("## Why the logits grow")[1].split(" ## ")[0]
-    sizes, results = overnight
     losses, reached = LOSSES[:3], list(LOSSES[:2])
-    train = sizes.mechanism.train
+    train = overnight[0].mechanism.train
     million = 1e-6 * train["steps"] * train["batch_size"] * train["sequence_length"]
     assert (
         f"train at n = {train['sequence_length']}, to a loss of {train['stop_at_loss']} or for {million:.0f} "
         "million bytes"
     ) in text
-    arms = measure_arms(sizes.mechanism_arms, range(sizes.other_seeds), results, ("best",))
-    assert len(arms) == len(sizes.mechanism_arms)
     assert row("largest logit at a validation loss of", map(str, losses)) in text
-    for name, arm in arms.items():
+    for name, arm in mechanism.items():
         known = losses_reached(arm.results(), losses)
         means = [confidence_interval(values_at_loss(arm, "max_logit", loss).values()).mean for loss in known]
         cells = [f"{mean:.0f}" for mean in means] + ["–"] * (len(losses) - len(known))
         assert row(name, cells) in text
-    judged = [run for name, arm in arms.items() if "75%" not in name for run in arm.results()]
+    judged = [run for name, arm in mechanism.items() if "75%" not in name for run in arm.results()]
     assert losses_reached(judged, losses) == reached
     (claim,) = (row for row in read_verdicts() if row["claim"]["id"] == "mechanism")
     assert claim["outcome"] == "not shown at this scale" and text.count("The claim is *not shown*.") == 1
@@ -337,14 +348,12 @@ def test_why_logits_grow(overnight):
     assert "Why logits grow is open." in readme
 
 
-def test_logits_by_the_size_of_heads(overnight):
+def test_logits_by_the_size_of_heads(mechanism):
     text = text_of(REPRODUCTION)
-    sizes, results = overnight
-    arms = measure_arms(sizes.mechanism_arms, range(sizes.other_seeds), results, ("best",))
     shared = {dim: MHSA_SIZES[dim] for dim in LS_SIZES}
 
     def slopes(variants, quantity="max_logit"):
-        by_size = {dim: arms[variant.name] for dim, variant in variants.items()}
+        by_size = {dim: mechanism[variant.name] for dim, variant in variants.items()}
         return [slopes_at_loss(by_size, quantity, loss) for loss in LOSSES[:3]]
 
     def intervals(by_loss):
@@ -369,15 +378,13 @@ def test_logits_by_the_size_of_heads(overnight):
     assert [one.low > 0 for one in above] == [True, False, False]
 
 
-def test_logits_with_hidden_keys(overnight):
+def test_logits_with_hidden_keys(mechanism):
     readme, text = map(text_of, PAGES)
-    sizes, results = overnight
-    arms = measure_arms(sizes.mechanism_arms, range(sizes.other_seeds), results, ("best",))
-    pairs = {name: (arms[f"{name}, 50% of keys hidden"], arms[name]) for name in ("MHSA", "LS")}
+    pairs = {name: (mechanism[f"{name}, 50% of keys hidden"], mechanism[name]) for name in ("MHSA", "LS")}
 
     def ratios(name, quantity):
         found = [log_ratio_at_loss(*pairs[name], quantity, loss).exp() for loss in LOSSES[:2]]
-        return [f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in found]
+        return list(map(with_ends, found))
 
     def tokens(name):
         found = [log_cost_ratio_at_loss(*pairs[name], "tokens", loss).exp() for loss in LOSSES[:2]]
@@ -395,8 +402,8 @@ def test_logits_with_hidden_keys(overnight):
         {seed: at_step(run, "max_logit", 1000) for seed, run in arm.by_rate["best"].items()}
         for arm in pairs["MHSA"]
     )
-    early = paired_log_ratio(*by_seed).exp()
-    assert f"at step 1,000, its largest logit is {early.mean:.2f} [{early.low:.2f}, {early.high:.2f}]" in text
+    early = with_ends(paired_log_ratio(*by_seed).exp())
+    assert f"at step 1,000, its largest logit is {early} times" in text
 
 
 @pytest.fixture(scope="module")
@@ -447,9 +454,9 @@ def test_which_heads_stay_global():
     means = [
         confidence_interval(mean_regret(one, choose(one)) for one in losses) for choose in rankings.values()
     ]
-    told = " and ".join(f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for one in means)
+    told = " and ".join(with_ends(one, "+.3f") for one in means)
     worst = max(max(regrets(one, choose(one))) for one in losses for choose in rankings.values())
-    assert f"what they lose to them is {told}".replace("[-", "[−") in text
+    assert f"what they lose to them is {told}" in text
     assert f"nowhere more than {worst:.3f}" in text and f"within {worst:.3f} nats per byte" in readme
     ones = [1 << head for head in range(8)]
     every, average, best, none = (
