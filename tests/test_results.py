@@ -45,12 +45,13 @@ from longshort.studies.language.equal_progress import (
     values_at_loss,
 )
 from longshort.studies.language.trial import probe_series
-from longshort.studies.progress.arms import LS_SIZES, MHSA_SIZES, SIZES
+from longshort.studies.progress.arms import LS_SIZES, MHSA_SIZES, SATURATION_SEEDS, SIZES
 from longshort.studies.progress.chance import chance_slope
 from longshort.studies.progress.design import copying_step
 from longshort.studies.progress.needle import farthest_gain
 from longshort.studies.progress.precision import error_over_seeds
 from longshort.studies.progress.remedies import FIXED_LOSSES
+from longshort.studies.progress.saturation import late_growth, saturation_sections
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -194,7 +195,8 @@ def test_single_runs(long_runs):
 
 def test_other_remedies(overnight, long_runs):
     """A row per baseline and unit of cost: what LS spends to reach a loss; and a row of single runs."""
-    text = text_of(REPRODUCTION).split("## Other remedies")[1].split(" ## ")[0]
+    readme, page = map(text_of, PAGES)
+    text = page.split("## Other remedies")[1].split(" ## ")[0]
     sizes, results = overnight
     ls, arms = long_runs["LS"], sizes.remedy_arms(range(sizes.other_seeds))
     found = {
@@ -214,14 +216,56 @@ def test_other_remedies(overnight, long_runs):
     )
     assert tokens[0].high < 1 and min(tokens[1].mean, tokens[2].mean) > 1
     assert all(cost.mean < 1 for cost in flops)
+    assert (
+        f"to 1.3 LS needs {with_ends(tokens[-1])} of its tokens and {with_ends(flops[-1])} of its FLOPs, "
+        "with half as large a largest logit"
+    ) in readme
     above = with_ends(difference(qk_norm, ls, "constant_loss"), "+.3f")
     assert f"QK-norm's less that of LS is {above} nats" in text
     first, second = (
         interval_text(log_ratio_at_loss(ls, qk_norm, "max_logit", loss).exp()) for loss in FIXED_LOSSES[1:]
     )
     assert f"LS's largest logit is {first} and {second} times that of QK-norm" in text
-    waits = "The claim F5 waits for MHSA in fp32" in text
-    assert waits == (len(found) < len(arms))
+    assert first[:3] == second[:3] == "0.5"
+    (claim,) = (row for row in read_verdicts() if row["claim"]["id"] == "F5")
+    assert claim["outcome"] == "not shown at this scale" and "The claim is *not shown*:" in text
+    fp32, mhsa = found["MHSA, fp32"], long_runs["MHSA"]
+    tokens = sorted(log_cost_ratio_at_loss(fp32, mhsa, "tokens", loss).exp().mean for loss in LOSSES)
+    logits = sorted(log_ratio_at_loss(fp32, mhsa, "max_logit", loss).exp().mean for loss in LOSSES)
+    assert (
+        f"from {LOSSES[0]} to {LOSSES[-1]} with {tokens[0]:.2f} to {tokens[-1]:.2f} times the tokens, and "
+        f"its largest logit there is {logits[0]:.2f} to {logits[-1]:.2f} times as large"
+    ) in text
+
+
+def test_without_weight_decay(overnight, long_runs, tmp_path):
+    """The rows of the report: largest logits at equal steps, and their growth while the steps double."""
+    text = text_of(REPRODUCTION).split("## Without weight decay")[1].split(" ## ")[0]
+    sizes, results = overnight
+    arms = measure_arms(sizes.saturation_arms, range(SATURATION_SEEDS), results, ("best",))
+    (section,) = saturation_sections({**long_runs, **arms}, tmp_path)
+    assert section.table is not None
+    for name, *cells in section.table.rows:
+        assert row(name, cells) in text
+    (undecayed,), mhsa = arms.values(), long_runs["MHSA"]
+    (until,) = {run["constant_until"] for run in undecayed.results()}
+    tokens = 1e-6 * until * undecayed.results()[0]["tokens_per_step"]
+    marks = [f"{share * tokens:.0f}" for share in (0.25, 0.5, 0.75, 1)]
+    assert row("largest logit after (million bytes)", ["seeds", *marks, "per doubling"]) in text
+    assert f"In {tokens:.0f} million bytes MHSA without weight decay gets to" in text
+
+    peaks = sorted(round(max(run["probe"]["max_logit"])) for run in undecayed.results())
+    assert f"{in_order(map(str, peaks))} at their peak" in text
+    ratios = {loss: log_ratio_at_loss(undecayed, mhsa, "max_logit", loss).exp() for loss in LOSSES[:4]}
+    assert f"MHSA's largest logit is {with_ends(ratios.pop(1.7))} times that with weight decay" in text
+    assert all(ratio.low < 1 < ratio.high for ratio in ratios.values())
+    without, with_decay = (late_growth(arm, until) for arm in (undecayed, mhsa))
+    assert without.low < 1 < without.high and with_decay.high < 1
+    losses = (
+        fmean(dict(map(tuple, run["validation_curve"]))[until] for run in arm.results())
+        for arm in (undecayed, mhsa)
+    )
+    assert "weight decay gets to {:.2f} nats per byte, with it to {:.2f}".format(*losses) in text
 
 
 def test_tokens_to_begin_by_length(overnight):
