@@ -266,7 +266,7 @@ SIZES: Mapping[Scale, Sizes] = {
         lengths=[
             steady(256, 8192, 1200, stop_at_loss=1.95),
             steady(512, 8192, 2000, stop_at_loss=1.95),
-            steady(2048, 8192, 6000, stop_at_loss=1.95),
+            steady(2048, 8192, 10_000, stop_at_loss=1.95),
         ],
         stress=_stress(512, 4096, 3000),
         stress_rates=(1e-2, 1.7e-2, 3e-2, 6e-2),

@@ -90,7 +90,9 @@ def judge_remedies(arms: Arms) -> Verdict:
 
     return judge_at_losses(
         REMEDIES, arms, (LS.name, *BASELINES), at_two_losses(outcome_at, p_at), evidence,
-        here=lambda loss: f"{_cost_text(arms, QK_NORM.name, 'flops', loss)} of QK-norm's FLOPs",
+        here=lambda loss: " and ".join(
+            f"{_cost_text(arms, QK_NORM.name, unit, loss)} of QK-norm's {words}" for unit, words in _UNITS
+        ),
         losses=FIXED_LOSSES,
     )  # fmt: skip
 
