@@ -267,8 +267,10 @@ def test_without_weight_decay(overnight, long_runs, tmp_path):
     peaks, last, losses = [], [], []
     for arm in (undecayed, mhsa):
         runs = arm.results()[:SATURATION_SEEDS]
-        curves = [dict(curve_of(run, "max_logit")) for run in runs]
-        steps = [max(curve, key=curve.__getitem__) for curve in curves]
+        curves = [
+            {step: value for step, value in curve_of(run, "max_logit") if value is not None} for run in runs
+        ]
+        steps = [max(curve, key=lambda step, curve=curve: curve[step]) for curve in curves]
         tops = (f"{curve[step]:.0f}" for curve, step in zip(curves, steps, strict=True))
         peaks.append(f"{in_order(tops)}, after {in_order(map(million, steps))}")
         last.append(in_order(f"{curve[until]:.0f}" for curve in curves))
