@@ -138,7 +138,7 @@ def test_what_the_pages_say_of_the_pair(long_runs):
         assert f"by {with_ends(change, '.3f')}" in text
     peaks = sorted(round(max(run["probe"]["max_logit"])) for run in mhsa.results())
     assert f"their peak, {peaks[0]} to {peaks[-1]} by seed" in text
-    (claim,) = (row for row in read_verdicts() if row["claim"]["id"] == "F1: ratio of logits")
+    claim = read_verdicts()["F1: ratio of logits"]
     assert f"p = {claim['p']:.2g} after the correction" in text
 
 
@@ -166,7 +166,9 @@ def test_needles_and_rounding_of_the_pair(overnight):
 
 
 def read_verdicts():
-    return json.loads((RESULTS / "overnight" / "progress" / "findings.json").read_text())["verdicts"]
+    """The committed verdicts of `progress` at the scale `overnight`, by claim."""
+    found = json.loads((RESULTS / "overnight" / "progress" / "findings.json").read_text())
+    return {verdict["claim"]["id"]: verdict for verdict in found["verdicts"]}
 
 
 def single_runs(name, results):
@@ -229,7 +231,7 @@ def test_other_remedies(overnight, long_runs):
         f"{with_ends(flops[1])} times its FLOPs, and LS's largest logit there is half as large"
     ) in readme
     assert 0.45 < logits[0].mean < 0.55
-    (claim,) = (row for row in read_verdicts() if row["claim"]["id"] == "F5")
+    claim = read_verdicts()["F5"]
     assert claim["outcome"] == "not shown at this scale" and "The claim is *not shown*:" in text
     fp32, mhsa = found["MHSA, fp32"], long_runs["MHSA"]
     tokens = sorted(log_cost_ratio_at_loss(fp32, mhsa, "tokens", loss).exp().mean for loss in LOSSES)
@@ -270,9 +272,9 @@ def test_without_weight_decay(overnight, long_runs, tmp_path):
         curves = [
             {step: value for step, value in curve_of(run, "max_logit") if value is not None} for run in runs
         ]
-        steps = [max(curve, key=lambda step, curve=curve: curve[step]) for curve in curves]
-        tops = (f"{curve[step]:.0f}" for curve, step in zip(curves, steps, strict=True))
-        peaks.append(f"{in_order(tops)}, after {in_order(map(million, steps))}")
+        tops = [max((value, step) for step, value in curve.items()) for curve in curves]
+        values = in_order(f"{value:.0f}" for value, _ in tops)
+        peaks.append(f"{values}, after {in_order(million(step) for _, step in tops)}")
         last.append(in_order(f"{curve[until]:.0f}" for curve in curves))
         losses.append([f"{dict(map(tuple, run['validation_curve']))[until]:.2f}" for run in runs])
     assert (
@@ -337,7 +339,7 @@ def test_growth_with_the_length(overnight):
     assert all(ratio.high < 1 for ratio in ratios)
     told = f"LS's largest logit is {ratios[0].mean:.2f} to {ratios[-1].mean:.2f} times MHSA's"
     assert told in text and f"At each length from {min(lengths)} to {max(lengths):,} {told}" in readme
-    verdicts = {row["claim"]["id"]: row for row in read_verdicts()}
+    verdicts = read_verdicts()
     growing, each = verdicts["F3"], verdicts["F4: each length"]
     assert growing["outcome"] == each["outcome"] == "not shown at this scale"
     before, after = re.findall(r"p-value, ([0-9.]+), is ([0-9.]+) after", each["evidence"])[0]
@@ -415,7 +417,7 @@ def test_why_logits_grow(overnight, mechanism):
         assert row(name, cells) in text
     judged = [run for name, arm in mechanism.items() if "75%" not in name for run in arm.results()]
     assert losses_reached(judged, losses) == reached
-    (claim,) = (row for row in read_verdicts() if row["claim"]["id"] == "mechanism")
+    claim = read_verdicts()["mechanism"]
     assert claim["outcome"] == "not shown at this scale" and text.count("The claim is *not shown*.") == 1
     before, after = re.findall(r"p-value, ([0-9.]+), is ([0-9.]+) after", claim["evidence"])[0]
     assert (
