@@ -103,6 +103,11 @@ def in_order(values):
     return f"{', '.join(first)} and {last}"
 
 
+def million_bytes(train):
+    """The bytes of a training's settings, in millions."""
+    return 1e-6 * train["steps"] * train["batch_size"] * train["sequence_length"]
+
+
 def row(name, cells):
     return f"| {' | '.join([name, *cells])} |".replace("|  |", "| |")
 
@@ -344,10 +349,7 @@ def test_growth_with_the_length(overnight):
     assert growing["outcome"] == each["outcome"] == "not shown at this scale"
     before, after = re.findall(r"p-value, ([0-9.]+), is ([0-9.]+) after", each["evidence"])[0]
     assert f"only claim (p = {before}), and after the correction it is not (p = {after})" in text
-    train = [setting.train for setting in sizes.lengths]
-    most = in_order(
-        f"{1e-6 * one['steps'] * one['batch_size'] * one['sequence_length']:.0f}" for one in train
-    )
+    most = in_order(f"{million_bytes(setting.train):.0f}" for setting in sizes.lengths)
     assert f"end at a loss of 1.95, or after {most} million bytes" in text
 
 
@@ -404,10 +406,9 @@ def test_why_logits_grow(overnight, mechanism):
     text = page.split("## Why the logits grow")[1].split(" ## ")[0]
     losses, reached = LOSSES[:3], list(LOSSES[:2])
     train = overnight[0].mechanism.train
-    million = 1e-6 * train["steps"] * train["batch_size"] * train["sequence_length"]
     assert (
-        f"train at n = {train['sequence_length']}, to a loss of {train['stop_at_loss']} or for {million:.0f} "
-        "million bytes"
+        f"train at n = {train['sequence_length']}, to a loss of {train['stop_at_loss']} or for "
+        f"{million_bytes(train):.0f} million bytes"
     ) in text
     assert row("largest logit at a validation loss of", map(str, losses)) in text
     for name, arm in mechanism.items():
