@@ -20,7 +20,7 @@ with display.TrainingDisplay() as shown:
 PLAIN = "loss 1.5000  validation 2.5000  largest logit 9.9  100,000 tokens/s"
 
 
-@pytest.mark.parametrize("columns", [110, 40])
+@pytest.mark.parametrize("columns", [pytest.param(110, marks=pytest.mark.slow), 40])
 def test_a_terminal_shows_steps_and_time_left_at_any_width(columns):
     written = on_terminal(TRAINING, columns)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)

@@ -199,7 +199,9 @@ class Breaker(Recorder):
 
 @pytest.mark.parametrize("signals", [1, 2], ids=["stopped", "killed"])
 @pytest.mark.parametrize("count", [3, 14, 16, 17, 27])
-@pytest.mark.parametrize(("keep", "rollback_steps"), [(None, 3), (1, 10), (3, 10)])
+@pytest.mark.parametrize(
+    ("keep", "rollback_steps"), [(None, 3), (1, 10), pytest.param(3, 10, marks=pytest.mark.slow)]
+)
 def test_an_interrupt_changes_no_decision(
     settings_for: SettingsFor,
     plant: Callable[..., list[int]],

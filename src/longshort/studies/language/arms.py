@@ -6,9 +6,10 @@ and settings that several studies use are defined here, so that the studies shar
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from longshort.model import LongShortConfig, preset, training_flops
@@ -66,7 +67,8 @@ class Setting:
         model = {**self.model, **variant.model}
         training = {"schedule": "constant", **self.train, **variant.train}
         training |= {"learning_rate": rate, "seed": seed}
-        flops = training_flops(model_config(model, training), training["sequence_length"]).total
+        length, mhsa = training["sequence_length"], training.get("mhsa", False)
+        flops = _flops_of_sequence(json.dumps(model, sort_keys=True), length, mhsa)
         settings: dict[str, Any] = {"model": model, "train": training}
         if variant.measure:
             settings["measure"] = dict(variant.measure)
@@ -95,6 +97,14 @@ def model_config(model: Mapping[str, Any], training: Mapping[str, Any]) -> LongS
     fields = {key: value for key, value in model.items() if key != "preset"}
     length = training["sequence_length"]
     return preset(model["preset"], mhsa=training.get("mhsa", False), **fields, max_position_embeddings=length)
+
+
+@cache
+def _flops_of_sequence(model: str, length: int, mhsa: bool) -> int:
+    """Count the operations of a training on one sequence, by the fields of a model as JSON: a study makes
+    thousands of trials of a few models."""
+    config = model_config(json.loads(model), {"sequence_length": length, "mhsa": mhsa})
+    return training_flops(config, length).total
 
 
 LS = Variant("LS")
