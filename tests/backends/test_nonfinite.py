@@ -308,7 +308,9 @@ def test_compiled_calls_hide_them_too(backend: str, value: float):
         assert torch.equal(one.isfinite(), eager.isfinite())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("round_probabilities", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])
 def test_half_precision_and_rounded_probabilities(
