@@ -11,10 +11,12 @@ from statistics import fmean, geometric_mean
 from unittest.mock import patch
 
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from longshort.reporting.intervals import confidence_interval, paired_difference, paired_log_ratio
+from longshort.reporting.intervals import confidence_interval, log_slopes, paired_difference, paired_log_ratio
 from longshort.reporting.page import number
+from longshort.stability.probe import STRIDE
 from longshort.stability.rounding import AUDITED
 from longshort.studies.allocation import (
     CHOICES,
@@ -27,9 +29,9 @@ from longshort.studies.allocation import (
 )
 from longshort.studies.catalogue import STUDIES, judge_all
 from longshort.studies.framework.claims import claims_markdown, read_claims
-from longshort.studies.framework.comparison import difference, interval_text, measure_arms, rate_text
+from longshort.studies.framework.comparison import difference, holm, interval_text, measure_arms, rate_text
 from longshort.studies.framework.store import ResultsFile
-from longshort.studies.framework.study import finished
+from longshort.studies.framework.study import Outcome, finished
 from longshort.studies.language.equal_progress import (
     BEGUN,
     LOSSES,
@@ -49,6 +51,7 @@ from longshort.studies.language.trial import probe_series
 from longshort.studies.progress.arms import LS_SIZES, MHSA_SIZES, SATURATION_SEEDS, SIZES
 from longshort.studies.progress.chance import chance_slope
 from longshort.studies.progress.design import copying_step
+from longshort.studies.progress.logits import judge_mitigation
 from longshort.studies.progress.needle import farthest_gain
 from longshort.studies.progress.precision import error_over_seeds
 from longshort.studies.progress.remedies import FIXED_LOSSES
@@ -58,8 +61,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "reproduction.md"]
 REPRODUCTION = PAGES[1]
-PROBED_HEADS = 32 * 8
-"""The heads of the model `tiny` in 32 windows."""
+HEADS = 8
+"""The heads of the model `tiny`, in both layers."""
+PROBED_HEADS = 32 * HEADS
+"""These heads in 32 windows."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -293,64 +298,136 @@ def test_without_weight_decay(overnight, long_runs, tmp_path):
     assert all(ratio.low < 1 < ratio.high for ratio in ratios.values())
 
 
-def test_tokens_to_begin_by_length(overnight):
-    """A row per arm: million bytes to 2.3 nats per byte, geometric means over seeds."""
+def test_tokens_by_length(overnight):
+    """A row per arm and loss: million bytes to the loss by length, geometric means over seeds."""
     sizes, results = overnight
-    for name in ("MHSA", "LS"):
+    for name, loss in product(("MHSA", "LS"), (BEGUN, 2.0)):
         cells = []
         for arms in sizes.length_arms.values():
             runs = [results[arms[name].trial(3e-3, seed).key] for seed in range(sizes.other_seeds)]
-            steps = [step for run in runs if (step := step_at(run, BEGUN)) is not None]
+            steps = [step for run in runs if (step := step_at(run, loss)) is not None]
             assert len(steps) == len(runs)
             cells.append(f"{1e-6 * runs[0]['tokens_per_step'] * geometric_mean(steps):.1f}")
-        assert row(name, cells) in REPRODUCTION.read_text()
+        assert row(f"{name} to {loss}", cells) in REPRODUCTION.read_text()
 
 
-def test_growth_with_the_length(overnight):
-    """A row per arm and loss: the row range by length, means over seeds, and its slope over log n."""
-    readme, page = map(text_of, PAGES)
-    text = page.split("## Sequence length")[1].split(" ## ")[0]
+@pytest.fixture(scope="module")
+def by_length(overnight):
+    """The results of MHSA and LS by length, and the losses that all of these runs reach."""
     sizes, results = overnight
-    lengths, seeds = sizes.length_arms, range(sizes.other_seeds)
-    arms = {n: measure_arms(arms.values(), seeds, results, ("best",)) for n, arms in lengths.items()}
+    seeds = range(sizes.other_seeds)
+    arms = {
+        n: measure_arms(arms.values(), seeds, results, ("best",)) for n, arms in sizes.length_arms.items()
+    }
+    found = {name: {n: arms[n][f"{name}, n = {n}"] for n in arms} for name in ("MHSA", "LS")}
+    return found, losses_reached(run for arm in found["MHSA"].values() for run in arm.results())
 
-    def of(name):
-        return {n: found[f"{name}, n = {n}"] for n, found in arms.items()}
 
-    def slopes(name, quantity):
-        return [slope_at_loss(of(name), quantity, loss) for loss in reached]
+def slopes_of(by_length, name, quantity):
+    found, losses = by_length
+    return [slope_at_loss(found[name], quantity, loss) for loss in losses]
 
-    mhsa, ls = map(of, ("MHSA", "LS"))
-    reached = losses_reached(run for arm in mhsa.values() for run in arm.results())
+
+def test_growth_with_the_length(overnight, by_length):
+    """A row per arm and loss: the row range by length, means over seeds, and its slope over log n."""
+    text = text_of(REPRODUCTION).split("## Sequence length")[1].split(" ## ")[0]
+    found, reached = by_length
+    lengths = list(found["MHSA"])
     assert in_order(map(str, reached)) in text
     for name in ("MHSA", "LS"):
-        for loss, slope in zip(reached, slopes(name, "row_range"), strict=True):
-            ranges = [values_at_loss(arm, "row_range", loss).values() for arm in of(name).values()]
+        for loss, slope in zip(reached, slopes_of(by_length, name, "row_range"), strict=True):
+            ranges = [values_at_loss(arm, "row_range", loss).values() for arm in found[name].values()]
             cells = [f"{confidence_interval(values).mean:.0f}" for values in ranges]
             assert row(f"{name} at {loss}", [*cells, with_ends(slope, "+.2f")]) in text
-    by_chance = chance_slope(list(lengths), PROBED_HEADS)
+    by_chance = chance_slope(lengths, PROBED_HEADS)
     assert f"independent normal logits has a slope of {by_chance:+.2f}" in text
-    growth = slopes("MHSA", "row_range")
+    growth, logits = (slopes_of(by_length, "MHSA", quantity) for quantity in ("row_range", "max_logit"))
     assert [slope.low > by_chance for slope in growth] == [False, True, False]
-    doubling = sorted(2**slope.mean for slope in growth)
-    assert f"by a factor of {doubling[0]:.2f} to {doubling[-1]:.2f} while n doubles" in text
-    percentiles = in_order(with_ends(slope, "+.2f") for slope in slopes("MHSA", "quantile"))
-    assert f"99.9th percentile, which numbers do not move, are {percentiles}" in text
-
-    ratios = sorted(
-        (log_ratio_at_loss(ls[n], mhsa[n], "max_logit", loss).exp() for n in lengths for loss in reached),
-        key=lambda one: one.mean,
+    assert all(slope.mean < by_chance and slope.low < 0 for slope in slopes_of(by_length, "LS", "row_range"))
+    assert f"largest logit has slopes of {in_order(with_ends(slope, '+.2f') for slope in logits)}" in text
+    percentiles = in_order(with_ends(slope, "+.2f") for slope in slopes_of(by_length, "MHSA", "quantile"))
+    assert (
+        f"99.9th percentile of its logits, which their number alone does not move, has {percentiles}" in text
     )
-    assert all(ratio.high < 1 for ratio in ratios)
-    told = f"LS's largest logit is {ratios[0].mean:.2f} to {ratios[-1].mean:.2f} times MHSA's"
-    assert told in text and f"At each length from {min(lengths)} to {max(lengths):,} {told}" in readme
+    ranges, largest = (sorted(2**slope.mean for slope in slopes) for slopes in (growth, logits))
+    assert (
+        f"while n doubles, the row range grows by a factor of {ranges[0]:.2f} to {ranges[-1]:.2f}, the "
+        f"largest logit by {largest[0]:.2f} to {largest[-1]:.2f}"
+    ) in text
+    whole = sorted((lengths[-1] / lengths[0]) ** slope.mean for slope in logits)
+    told = f"MHSA's largest logit grows by a factor of {whole[0]:.1f} to {whole[-1]:.1f}"
+    assert f"From n = {lengths[0]} to {lengths[-1]:,} {told}" in text_of(PAGES[0])
+
+    runs = {(name, n): arm.results() for name, arms in found.items() for n, arm in arms.items()}
+    assert all(run["diverged_at"] is None for each in runs.values() for run in each)
+    spikes = {arm: sorted(run["spikes"] for run in each) for arm, each in runs.items()}
+    assert spikes == {arm: [0, 0, 0] for arm in runs} | {("MHSA", 2048): [0, 1, 1]}
+    assert "None of these runs diverged; two of MHSA's three at n = 2,048 had a spike each" in text
+    most = in_order(f"{million_bytes(setting.train):.0f}" for setting in overnight[0].lengths)
+    assert f"they might have taken {most} million bytes" in text
+    assert all(step_at(run, 1.95) is not None for each in runs.values() for run in each)
+
+
+def test_growth_looked_at_afterwards(by_length):
+    """What chance gives is drawn: logits that are independent and normal."""
+    text = text_of(REPRODUCTION).split("## Sequence length")[1].split(" ## ")[0]
+    lengths = list(by_length[0]["MHSA"])
+    generator = torch.Generator().manual_seed(0)
+
+    def median_of_largest(n):
+        """Draw each head's largest logit in all windows together; take the median over heads."""
+        count = PROBED_HEADS // HEADS * sum(range((n - 1) % STRIDE + 1, n + 1, STRIDE))
+        drawn = torch.rand(4000, HEADS, generator=generator, dtype=torch.float64)
+        return torch.special.ndtri(drawn ** (1 / count)).quantile(0.5, 1).mean()
+
+    def range_in_band(n):
+        """Draw largest and smallest of the nearest 16 logits of each query; take the largest range."""
+        u, v = torch.rand(2, 200, n // STRIDE * PROBED_HEADS, generator=generator, dtype=torch.float64)
+        largest = u ** (1 / 16)
+        smallest = largest * (1 - v ** (1 / 15))
+        return (torch.special.ndtri(largest) - torch.special.ndtri(smallest)).amax(1).mean()
+
+    def told(quantity, draw):
+        """Return the slopes in words, what chance gives, and which slopes are above that."""
+        slopes = slopes_of(by_length, "MHSA", quantity)
+        chance = log_slopes({n: {0: float(draw(n))} for n in lengths})[0]
+        assert chance is not None
+        assert all(one.low < 0 < one.high for one in slopes_of(by_length, "LS", quantity))
+        assert all(one.low > 0 for one in slopes)
+        words = in_order(with_ends(one, "+.2f") for one in slopes)
+        return words, f"{chance:+.2f}", [one.low > chance for one in slopes]
+
+    words, chance, above = told("max_logit_median", median_of_largest)
+    assert f"heads of the largest logit has slopes of {words}: above 0 at each loss" in text
+    assert f"above the {chance} that chance gives such a median only at 2.0" in text
+    assert above == [False, False, True]
+    words, chance, above = told("row_range_in_band", range_in_band)
+    assert f"MHSA's row range has slopes of {words}, each above the {chance} of chance" in text
+    assert above == [True, True, True]
+
+
+def test_logits_at_each_length(by_length):
+    readme, page = map(text_of, PAGES)
+    text = page.split("## Sequence length")[1].split(" ## ")[0]
+    (found, reached), lengths = by_length, list(by_length[0]["MHSA"])
+    mhsa, ls = found["MHSA"], found["LS"]
+    ratios = {
+        (n, loss): log_ratio_at_loss(ls[n], mhsa[n], "max_logit", loss) for n in lengths for loss in reached
+    }
+    means = sorted(ratio.exp().mean for ratio in ratios.values())
+    assert all(ratio.high < 0 for ratio in ratios.values()) and len(ratios) == 12
+    told = f"LS's largest logit is {means[0]:.2f} to {means[-1]:.2f} times MHSA's"
+    assert told in text and f"At each length from {lengths[0]} to {lengths[-1]:,} {told}" in readme
     verdicts = read_verdicts()
     growing, each = verdicts["F3"], verdicts["F4: each length"]
     assert growing["outcome"] == each["outcome"] == "not shown at this scale"
-    before, after = re.findall(r"p-value, ([0-9.]+), is ([0-9.]+) after", each["evidence"])[0]
-    assert f"only claim (p = {before}), and after the correction it is not (p = {after})" in text
-    most = in_order(f"{million_bytes(setting.train):.0f}" for setting in sizes.lengths)
-    assert f"end at a loss of 1.95, or after {most} million bytes" in text
+    (alone,) = holm([judge_mitigation({n: {a.arm.name: a for a in (mhsa[n], ls[n])} for n in lengths})], 0)
+    assert alone.outcome is Outcome.SHOWN
+    assert f"would be *shown* (p = {alone.p:.3f})" in text
+    assert f"not even *partly shown* holds (p = {each['p']:.2f})" in text
+    sooner = interval_text(log_cost_ratio_at_loss(ls[256], mhsa[256], "tokens", 2.0).exp())
+    assert f"slower one to 2.0: it needs {sooner} times the tokens" in text
+    assert f"to a loss of 2.0 it needs {sooner} times the tokens" in readme
 
 
 def test_rotary_positions(overnight):

@@ -138,19 +138,23 @@ def test_growth_by_the_number_of_logits_alone_is_none(tmp_path):
     assert judge(STUDY, "laptop", planted(logit=logit), tmp_path)[GROWTH.id] == NOT_SHOWN
 
 
-def test_the_growth_by_chance_is_that_of_drawn_logits():
+@pytest.mark.parametrize(("lengths", "heads"), [((64, 256), 8), ((256, 2048), 8), ((256, 2048), 2048)])
+def test_the_growth_by_chance_is_that_of_drawn_logits(lengths, heads):
     generator = torch.Generator().manual_seed(0)
 
     def drawn(length):
-        rows = [
-            torch.randn(200, 8, row + 1, generator=generator)
-            for row in range((length - 1) % STRIDE, length, STRIDE)
-        ]
-        ranges = torch.stack([row.amax(-1) - row.amin(-1) for row in rows])
-        return float(ranges.amax((0, 2)).mean())
+        """Draw the largest range of all rows, 100 times: of t numbers the largest, then the smallest."""
+        ranges = []
+        for row in range((length - 1) % STRIDE, length, STRIDE):
+            u, v = torch.rand(2, 100, heads, generator=generator, dtype=torch.float64)
+            largest = u ** (1 / (row + 1))
+            smallest = largest * (1 - v ** (1 / row))
+            ranges.append((torch.special.ndtri(largest) - torch.special.ndtri(smallest)).amax(1))
+        return float(torch.stack(ranges).amax(0).mean())
 
-    wanted = math.log(drawn(256) / drawn(64)) / math.log(4)
-    assert chance_slope([64, 256], 8) == pytest.approx(wanted, abs=0.005)
+    first, last = lengths
+    wanted = math.log(drawn(last) / drawn(first)) / math.log(last / first)
+    assert chance_slope(lengths, heads) == pytest.approx(wanted, abs=0.008)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_numbers_in_words():
 
 def test_holm_corrects_what_claims_something():
     def verdict(name, outcome, p):
-        return Verdict(Claim(name, "", "", ""), outcome, "numbers.", p)
+        return Verdict(Claim(name, "", "", ""), outcome, "numbers.", p, here="a number")
 
     given = [
         verdict("a", Outcome.SHOWN, 0.001), verdict("b", Outcome.PARTLY, 0.03),
@@ -128,6 +128,8 @@ def test_holm_corrects_what_claims_something():
     )
     assert [v.p for v in found.values()] == pytest.approx([0.004, 0.06, None, 0.5, 0.0375])
     assert found["a"].evidence == "numbers."
+    assert found["b"].here == "a number; p = 0.06 after Holm's correction"
+    assert {found[name].here for name in "acde"} == {"a number"}
     assert holm([], pending=3) == []
 
 

@@ -238,8 +238,13 @@ def judge_at_losses(
 
 def at_ends(text: Callable[[float], str], losses: Sequence[float]) -> str:
     """Format a number at the first and at the last of the losses: "0.2 at a loss of 2.2, 0.6 at 1.3"."""
-    first, *last = dict.fromkeys((losses[0], losses[-1]))
-    return ", ".join([f"{text(first)} at a loss of {first}", *(f"{text(loss)} at {loss}" for loss in last)])
+    return at_each(text, list(dict.fromkeys((losses[0], losses[-1]))))
+
+
+def at_each(text: Callable[[float], str], losses: Sequence[float]) -> str:
+    """Format a number at each of the losses: "0.2 at a loss of 2.2, 0.3 at 2.1, 0.6 at 2.0"."""
+    first, *others = losses
+    return ", ".join([f"{text(first)} at a loss of {first}", *(f"{text(loss)} at {loss}" for loss in others)])
 
 
 def p_of_two(p_values: Sequence[float]) -> float:

@@ -24,7 +24,7 @@ from longshort.studies.language.equal_progress import (
     LOSSES_TEXT,
     ONE_SEED,
     Result,
-    at_ends,
+    at_each,
     at_two_losses,
     is_stuck,
     judge_at_losses,
@@ -217,7 +217,8 @@ def judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
 
     outcome, p, _ = at_two_losses(outcome_at, p_at)(reached)
     evidence = f"{_slopes_text(by_length, reached)} {_chance_text(by_length)}"
-    here = f"slope {at_ends(lambda loss: difference_text(slopes[loss]), reached)}; by chance {chance:+.3f}"
+    texts = at_each(lambda loss: difference_text(slopes[loss]), reached)
+    here = f"slope of the log row range over log n {texts}; by chance {chance:+.3f}"
     return Verdict(GROWTH, outcome, evidence, p, here)
 
 
@@ -289,10 +290,13 @@ def judge_mitigation(lengths: Mapping[int, Arms]) -> Verdict:
     def evidence(losses: Sequence[float]) -> str:
         return f"LS/MHSA of the largest logit: {'. '.join(f'At {loss}: {text(loss)}' for loss in losses)}."
 
+    def here(loss: float) -> str:
+        return f"LS/MHSA of the largest logit at {text(loss)}"
+
     if len(lengths) < 2:
         return not_measured(MITIGATION, "There is one length.")
     needed = [name for pair in pairs.values() for name in pair]
-    return judge_at_losses(MITIGATION, arms, needed, at_two_losses(outcome_at, p_at), evidence, here=text)
+    return judge_at_losses(MITIGATION, arms, needed, at_two_losses(outcome_at, p_at), evidence, here)
 
 
 def judge_sooner(arms: Arms) -> Verdict:
