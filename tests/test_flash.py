@@ -175,7 +175,9 @@ def test_small_inputs(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("observed", [False, True], ids=["plain", "observed"])
-@pytest.mark.parametrize("name", ["grouped", "mhsa", "mixed-order"])
+@pytest.mark.parametrize(
+    "name", ["mixed-order", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grouped", "mhsa"))]
+)
 def test_compiles_without_graph_breaks(name: str, observed: bool) -> None:
     torch.compiler.reset()
     layer = make_layer(LAYOUTS[name], attention_precision="sdpa-bf16")

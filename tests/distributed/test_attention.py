@@ -63,7 +63,7 @@ def errors(seeds: range, dtype: torch.dtype) -> list[tuple[int, str, float, floa
     ("ranks", "dtype", "count"),
     [
         (2, torch.float64, 40),
-        (4, torch.float32, 40),
+        pytest.param(4, torch.float32, 40, marks=pytest.mark.slow),
         pytest.param(3, torch.float64, 400, marks=pytest.mark.slow),
         pytest.param(4, torch.float32, 400, marks=pytest.mark.slow),
     ],

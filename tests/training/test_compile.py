@@ -85,7 +85,13 @@ def compiled(training: Training, **options: Any) -> CompileCounterWithBackend:
     return counter
 
 
-@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=[] if name in ("plain", "all") else [pytest.mark.slow])
+        for name, changes in SETTINGS.items()
+    ],
+)
 def test_all_steps_are_one_graph_whatever_the_learning_rate(changes: dict[str, Any]) -> None:
     training, eager = Training(**changes), Training(**changes)
     counter = compiled(training, fullgraph=True)

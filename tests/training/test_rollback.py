@@ -200,7 +200,8 @@ class Breaker(Recorder):
 @pytest.mark.parametrize("signals", [1, 2], ids=["stopped", "killed"])
 @pytest.mark.parametrize("count", [3, 14, 16, 17, 27])
 @pytest.mark.parametrize(
-    ("keep", "rollback_steps"), [(None, 3), (1, 10), pytest.param(3, 10, marks=pytest.mark.slow)]
+    ("keep", "rollback_steps"),
+    [(1, 10), *(pytest.param(*some, marks=pytest.mark.slow) for some in ((None, 3), (3, 10)))],
 )
 def test_an_interrupt_changes_no_decision(
     settings_for: SettingsFor,
