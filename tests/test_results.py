@@ -301,14 +301,21 @@ def test_without_weight_decay(overnight, long_runs, tmp_path):
 def test_tokens_by_length(overnight):
     """A row per arm and loss: million bytes to the loss by length, geometric means over seeds."""
     sizes, results = overnight
+    growth = {}
     for name, loss in product(("MHSA", "LS"), (BEGUN, 2.0)):
-        cells = []
+        tokens = []
         for arms in sizes.length_arms.values():
             runs = [results[arms[name].trial(3e-3, seed).key] for seed in range(sizes.other_seeds)]
             steps = [step for run in runs if (step := step_at(run, loss)) is not None]
             assert len(steps) == len(runs)
-            cells.append(f"{1e-6 * runs[0]['tokens_per_step'] * geometric_mean(steps):.1f}")
-        assert row(f"{name} to {loss}", cells) in REPRODUCTION.read_text()
+            tokens.append(1e-6 * runs[0]["tokens_per_step"] * geometric_mean(steps))
+        assert row(f"{name} to {loss}", (f"{count:.1f}" for count in tokens)) in REPRODUCTION.read_text()
+        growth[name, loss] = tokens[-1] / tokens[0]
+    assert (
+        f"from n = 256 to 2,048 {growth['MHSA', BEGUN]:.0f} times as many to {BEGUN} nats per byte, and "
+        f"{growth['MHSA', 2.0]:.0f} times to 2.0. LS needs {growth['LS', BEGUN]:.1f} and "
+        f"{growth['LS', 2.0]:.1f} times as many."
+    ) in text_of(REPRODUCTION)
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +350,11 @@ def test_growth_with_the_length(overnight, by_length):
     assert f"independent normal logits has a slope of {by_chance:+.2f}" in text
     growth, logits = (slopes_of(by_length, "MHSA", quantity) for quantity in ("row_range", "max_logit"))
     assert [slope.low > by_chance for slope in growth] == [False, True, False]
-    assert all(slope.mean < by_chance and slope.low < 0 for slope in slopes_of(by_length, "LS", "row_range"))
+    assert [slope.low > 0 for slope in growth] == [slope.low > 0 for slope in logits] == [False, True, False]
+    assert all(
+        slope.mean < by_chance and slope.low < 0 < slope.high
+        for slope in slopes_of(by_length, "LS", "row_range")
+    )
     assert f"largest logit has slopes of {in_order(with_ends(slope, '+.2f') for slope in logits)}" in text
     percentiles = in_order(with_ends(slope, "+.2f") for slope in slopes_of(by_length, "MHSA", "quantile"))
     assert (
@@ -355,8 +366,8 @@ def test_growth_with_the_length(overnight, by_length):
         f"largest logit by {largest[0]:.2f} to {largest[-1]:.2f}"
     ) in text
     whole = sorted((lengths[-1] / lengths[0]) ** slope.mean for slope in logits)
-    told = f"MHSA's largest logit grows by a factor of {whole[0]:.1f} to {whole[-1]:.1f}"
-    assert f"From n = {lengths[0]} to {lengths[-1]:,} {told}" in text_of(PAGES[0])
+    told = f"{whole[0]:.1f} to {whole[-1]:.1f} times as large at n = {lengths[-1]:,} as at {lengths[0]}"
+    assert f"MHSA's largest logit is {told} by the fitted slopes" in text_of(PAGES[0])
 
     runs = {(name, n): arm.results() for name, arms in found.items() for n, arm in arms.items()}
     assert all(run["diverged_at"] is None for each in runs.values() for run in each)
@@ -364,7 +375,7 @@ def test_growth_with_the_length(overnight, by_length):
     assert spikes == {arm: [0, 0, 0] for arm in runs} | {("MHSA", 2048): [0, 1, 1]}
     assert "None of these runs diverged; two of MHSA's three at n = 2,048 had a spike each" in text
     most = in_order(f"{million_bytes(setting.train):.0f}" for setting in overnight[0].lengths)
-    assert f"they might have taken {most} million bytes" in text
+    assert f"their limits, {most} million bytes, were not needed" in text
     assert all(step_at(run, 1.95) is not None for each in runs.values() for run in each)
 
 
@@ -375,35 +386,45 @@ def test_growth_looked_at_afterwards(by_length):
     generator = torch.Generator().manual_seed(0)
 
     def median_of_largest(n):
-        """Draw each head's largest logit in all windows together; take the median over heads."""
+        """Draw each head's largest absolute logit in all windows together; take the median over heads."""
         count = PROBED_HEADS // HEADS * sum(range((n - 1) % STRIDE + 1, n + 1, STRIDE))
         drawn = torch.rand(4000, HEADS, generator=generator, dtype=torch.float64)
-        return torch.special.ndtri(drawn ** (1 / count)).quantile(0.5, 1).mean()
+        return torch.special.ndtri((1 + drawn ** (1 / count)) / 2).quantile(0.5, 1).mean()
 
     def range_in_band(n):
         """Draw largest and smallest of the nearest 16 logits of each query; take the largest range."""
-        u, v = torch.rand(2, 200, n // STRIDE * PROBED_HEADS, generator=generator, dtype=torch.float64)
-        largest = u ** (1 / 16)
-        smallest = largest * (1 - v ** (1 / 15))
-        return (torch.special.ndtri(largest) - torch.special.ndtri(smallest)).amax(1).mean()
+        ranges = []
+        for _ in range(10):
+            u, v = torch.rand(2, 20, n // STRIDE * PROBED_HEADS, generator=generator, dtype=torch.float64)
+            largest = u ** (1 / 16)
+            smallest = largest * (1 - v ** (1 / 15))
+            ranges.append((torch.special.ndtri(largest) - torch.special.ndtri(smallest)).amax(1))
+        return torch.cat(ranges).mean()
 
-    def told(quantity, draw):
-        """Return the slopes in words, what chance gives, and which slopes are above that."""
-        slopes = slopes_of(by_length, "MHSA", quantity)
-        chance = log_slopes({n: {0: float(draw(n))} for n in lengths})[0]
-        assert chance is not None
-        assert all(one.low < 0 < one.high for one in slopes_of(by_length, "LS", quantity))
-        assert all(one.low > 0 for one in slopes)
-        words = in_order(with_ends(one, "+.2f") for one in slopes)
-        return words, f"{chance:+.2f}", [one.low > chance for one in slopes]
+    def by_chance(draw):
+        return log_slopes({n: {0: float(draw(n))} for n in lengths})[0]
 
-    words, chance, above = told("max_logit_median", median_of_largest)
-    assert f"heads of the largest logit has slopes of {words}: above 0 at each loss" in text
-    assert f"above the {chance} that chance gives such a median only at 2.0" in text
-    assert above == [False, False, True]
-    words, chance, above = told("row_range_in_band", range_in_band)
-    assert f"MHSA's row range has slopes of {words}, each above the {chance} of chance" in text
-    assert above == [True, True, True]
+    def slopes(name, quantity):
+        return slopes_of(by_length, name, quantity)
+
+    others = {
+        name + part for name in ("max_logit", "quantile", "row_range") for part in ("_median", "_in_band")
+    }
+    growing = {name for name in others if all(one.low > 0 for one in slopes("MHSA", name))}
+    assert growing == {"max_logit_median", "row_range_median", "row_range_in_band"}
+    assert all(one.low < 0 < one.high for name in growing for one in slopes("LS", name))
+    logits, ranges, in_band = (
+        in_order(with_ends(one, "+.2f") for one in slopes("MHSA", name))
+        for name in ("max_logit_median", "row_range_median", "row_range_in_band")
+    )
+    of_logits, of_ranges = by_chance(median_of_largest), chance_slope(lengths, PROBED_HEADS // HEADS)
+    assert f"median of the largest logit has slopes of {logits}, that of the row range {ranges}" in text
+    assert f"chance gives the first {of_logits:+.2f} and the second {of_ranges:+.2f}" in text
+    assert f"nearest 16 keys the row range has slopes of {in_band}" in text
+    of_band = by_chance(range_in_band)
+    assert of_band is not None
+    assert f"each interval lies above the {of_band:+.2f} that chance gives there" in text
+    assert all(one.low > of_band for one in slopes("MHSA", "row_range_in_band"))
 
 
 def test_logits_at_each_length(by_length):

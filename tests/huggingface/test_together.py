@@ -122,7 +122,7 @@ def captured(calls: Calls) -> Iterator[None]:
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["longshort"]  # the registered one is seen again
+        del ALL_ATTENTION_FUNCTIONS["longshort"]  # an assignment would hide what is registered later
 
 
 def visible_pairs(is_token: Tensor) -> Tensor:

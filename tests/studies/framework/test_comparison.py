@@ -128,7 +128,7 @@ def test_holm_corrects_what_claims_something():
     )
     assert [v.p for v in found.values()] == pytest.approx([0.004, 0.06, None, 0.5, 0.0375])
     assert found["a"].evidence == "numbers."
-    assert found["b"].here == "a number; p = 0.06 after Holm's correction"
+    assert found["b"].here == "a number; 'partly shown' fails Holm's correction, p = 0.06"
     assert {found[name].here for name in "acde"} == {"a number"}
     assert holm([], pending=3) == []
 

@@ -4,10 +4,20 @@ import shutil
 
 import pytest
 
+from longshort.model import training_flops
 from longshort.stability import ALARMS
 from longshort.studies.explosion import Explosion
 from longshort.studies.framework.study import Trial, Workplace
-from longshort.studies.language.arms import LS, MHSA, ONE_GPU, Setting, Variant, paper_base, tiny
+from longshort.studies.language.arms import (
+    LS,
+    MHSA,
+    ONE_GPU,
+    Setting,
+    Variant,
+    model_config,
+    paper_base,
+    tiny,
+)
 from longshort.studies.language.trial import run_folder, summarize, train_language_model
 from longshort.training.checkpoints import FOLDER
 from longshort.training.metrics import read_metrics
@@ -39,6 +49,24 @@ def test_a_trial_is_a_pure_function_of_its_settings(workplace, tmp_path):
     assert first == again == elsewhere
     assert first["validation_curve"][-1][0] == 6
     assert first["row_range"] >= first["max_logit"] > 0
+
+
+def test_the_work_of_a_trial_is_that_of_its_model():
+    """Proportional to the operations of its steps, which differ by variant, length and size."""
+    trials = [
+        setting.trial(variant, 1e-3, seed=0)
+        for setting in (SETTING, tiny(256, batch=3, steps=8))
+        for variant in (LS, MHSA, LS.with_model("wide", hidden_size=128))
+    ]
+    operations = []
+    for trial in trials:
+        train = trial.settings["train"]
+        config = model_config(trial.settings["model"], train)
+        sequences = train["steps"] * train["batch_size"]
+        operations.append(sequences * training_flops(config, train["sequence_length"]).total)
+    ratios = [trial.work / count for trial, count in zip(trials, operations, strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * len(trials))
+    assert len(set(operations)) == len(trials)
 
 
 def test_losses_are_per_byte(workplace):

@@ -124,7 +124,8 @@ def holm(verdicts: Sequence[Verdict], pending: int) -> list[Verdict]:
             )
             verdict = replace(verdict, evidence=verdict.evidence + text)
             if claim not in passed:
-                here = f"{verdict.here}; p = {highest:.2g} after Holm's correction" if verdict.here else ""
+                failed = f"; {outcome.value!r} fails Holm's correction, p = {highest:.2g}"
+                here = verdict.here and verdict.here + failed
                 verdict = replace(verdict, outcome=Outcome.NOT_SHOWN, p=highest, here=here)
             waiting[claim].clear()
         corrected[claim] = verdict

@@ -135,7 +135,7 @@ class Verdict:
         evidence: the numbers that the outcome rests on, in words.
         p: p-value of the test behind the outcome, after `holm` the corrected one; None if there is none.
         partly_p: p-value with which a claim that is shown is at least partly shown, if its rule has that.
-        here: the one or two numbers of the evidence that say most; empty: all of it.
+        here: the numbers of the evidence that say most; empty: all of it.
         tested: how far the claim was tested, if not as far as the study's other claims.
     """
 

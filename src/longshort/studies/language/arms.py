@@ -101,8 +101,11 @@ def model_config(model: Mapping[str, Any], training: Mapping[str, Any]) -> LongS
 
 @cache
 def _flops_of_sequence(model: str, length: int, mhsa: bool) -> int:
-    """Count the operations of a training on one sequence, by the fields of a model as JSON: a study makes
-    thousands of trials of a few models."""
+    """Count the operations of training on one sequence.
+
+    The model's fields come as JSON, so that the count can be kept: a study makes thousands of trials of a few
+    models.
+    """
     config = model_config(json.loads(model), {"sequence_length": length, "mhsa": mhsa})
     return training_flops(config, length).total
 

@@ -33,7 +33,7 @@ def _expected_range(length: int, heads: int) -> float:
 
     The range of t normal numbers is at most r with probability t·∫ φ(x)·(Φ(x + r) − Φ(x))^(t − 1) dx.
     """
-    step = 0.05  # fine enough for the smallest of t numbers: an error is raised to the power of all rows
+    step = 0.05  # the smallest of many numbers varies little, and errors take the power of all rows
     x = torch.arange(-8.0, 8.0, step, dtype=torch.float64)[:, None]
     r = torch.arange(0.0, 20.0, 0.1, dtype=torch.float64)
     density = step * (-0.5 * x**2).exp() / math.sqrt(2 * math.pi)

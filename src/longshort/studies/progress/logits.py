@@ -218,7 +218,7 @@ def judge_growth(lengths: Mapping[int, Arms]) -> Verdict:
     outcome, p, _ = at_two_losses(outcome_at, p_at)(reached)
     evidence = f"{_slopes_text(by_length, reached)} {_chance_text(by_length)}"
     texts = at_each(lambda loss: difference_text(slopes[loss]), reached)
-    here = f"slope of the log row range over log n {texts}; by chance {chance:+.3f}"
+    here = f"slope of the log row range over log n {texts}; by the number of logits alone {chance:+.3f}"
     return Verdict(GROWTH, outcome, evidence, p, here)
 
 
@@ -285,18 +285,15 @@ def judge_mitigation(lengths: Mapping[int, Arms]) -> Verdict:
         return min(1.0, (len(pairs) - needed + 1) * p_values[needed - 1])
 
     def text(loss: float) -> str:
-        return "; ".join(f"n = {n}: {interval_text(ratio.exp())}" for n, ratio in log_ratios(loss).items())
+        return ", ".join(f"{interval_text(ratio.exp())} (n = {n:,})" for n, ratio in log_ratios(loss).items())
 
     def evidence(losses: Sequence[float]) -> str:
         return f"LS/MHSA of the largest logit: {'. '.join(f'At {loss}: {text(loss)}' for loss in losses)}."
 
-    def here(loss: float) -> str:
-        return f"LS/MHSA of the largest logit at {text(loss)}"
-
     if len(lengths) < 2:
         return not_measured(MITIGATION, "There is one length.")
     needed = [name for pair in pairs.values() for name in pair]
-    return judge_at_losses(MITIGATION, arms, needed, at_two_losses(outcome_at, p_at), evidence, here)
+    return judge_at_losses(MITIGATION, arms, needed, at_two_losses(outcome_at, p_at), evidence, here=text)
 
 
 def judge_sooner(arms: Arms) -> Verdict:
