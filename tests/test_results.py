@@ -312,7 +312,7 @@ def test_tokens_by_length(overnight):
         assert row(f"{name} to {loss}", (f"{count:.1f}" for count in tokens)) in REPRODUCTION.read_text()
         growth[name, loss] = tokens[-1] / tokens[0]
     assert (
-        f"from n = 256 to 2,048 {growth['MHSA', BEGUN]:.0f} times as many to {BEGUN} nats per byte, and "
+        f"at n = 2,048 {growth['MHSA', BEGUN]:.0f} times as many as at 256 to {BEGUN} nats per byte, and "
         f"{growth['MHSA', 2.0]:.0f} times to 2.0. LS needs {growth['LS', BEGUN]:.1f} and "
         f"{growth['LS', 2.0]:.1f} times as many."
     ) in text_of(REPRODUCTION)

@@ -154,7 +154,7 @@ def test_the_growth_by_chance_is_that_of_drawn_logits(lengths, heads):
 
     first, last = lengths
     wanted = math.log(drawn(last) / drawn(first)) / math.log(last / first)
-    assert chance_slope(lengths, heads) == pytest.approx(wanted, abs=0.008)
+    assert chance_slope(lengths, heads) == pytest.approx(wanted, abs=0.005)
 
 
 @pytest.mark.parametrize(

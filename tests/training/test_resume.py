@@ -38,7 +38,7 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(settings_for: SettingsFor, kills: int) -> None:
     steps = 60 * kills
     changes = {"steps": steps, "checkpoint_every": 3, "monitor_every": 2, "evaluate_every": 7}
